@@ -1,0 +1,350 @@
+"""The typed config tree: YAML file + `--set a.b=value`, checked whole before anything starts.
+
+Every value has a type, a range and a default; an unknown key is an error that lists the keys
+there are. The tree as resolved is written into the run folder and can be read back from there.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hpc_xvr.errors import InputError
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Scene = Literal["keyhole", "spray", "bubbles", "crack", "tissue"]
+Split = Literal["train", "validation", "test"]
+
+
+class Section(BaseModel):
+    """A part of the tree: unknown keys are refused, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    dir: Path = Path("runs/default")
+    """Run folder: resolved config, metrics, checkpoints and pictures go here."""
+    seed: NotNegative = 1
+    """Seed of weights, data order, crops and noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU for each rank where there is one, else the CPU."""
+    threads: Positive | None = None
+    """CPU threads of a rank. Default: cores of the node / ranks on the node."""
+
+
+class Simulate(Section):
+    """The simulated two-camera corpus, made on first use where `data.corpus` is missing."""
+
+    videos: Positive = 24
+    """Number of recordings."""
+    size: tuple[Positive, Positive, Positive] = (48, 128, 128)
+    """Frames, height and width (pixels) of the high-resolution camera's recordings."""
+    scenes: Annotated[list[Scene], Field(min_length=1)] = [
+        "keyhole", "spray", "bubbles", "crack", "tissue",
+    ]
+    """Scenes, dealt to the recordings in turn."""
+    splits: dict[Split, Fraction] = {"train": 0.75, "validation": 0.125, "test": 0.125}
+    """Share of the recordings in each split."""
+    lr_stream: bool = True
+    """Record each scene with a second, fast low-resolution camera too (the `lr` stream)."""
+    scale: Positive = 4
+    """Pixel size of the low-resolution camera / pixel size of the high-resolution one."""
+    store: Literal["zarr", "hdf5"] = "zarr"
+    """File format of the corpus."""
+    seed: NotNegative = 1
+    """Seed of the simulated experiments."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Simulate:
+        total = sum(self.splits.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"splits must add up to 1, they add up to {total:g}")
+        if self.size[1] % self.scale or self.size[2] % self.scale:
+            raise ValueError(f"height and width of size {self.size} must be multiples of "
+                             f"scale {self.scale}")
+        return self
+
+
+class Data(Section):
+    """What a sample is made of and where it is read from."""
+
+    corpus: Path = Path("corpus")
+    """Folder of the corpus (made by `hpc-xvr ingest` or `hpc-xvr simulate`)."""
+    lr_frames: Annotated[int, Field(ge=1, le=31)] = 3
+    """Low-resolution frames of a sample (odd: the middle one is the centre frame)."""
+    scale: Literal[2, 4] = 4
+    """Ratio of the two cameras' pixel sizes."""
+    patch: Positive = 96
+    """Side of a training crop in high-resolution pixels."""
+    hr_gap: Positive = 20
+    """Training: each key frame lies 1 to hr_gap frames from the centre. Test: a key every hr_gap."""
+    lr_interval: Positive = 3
+    """Training: frames between two low-resolution frames of a sample are drawn from 1..this."""
+    lr_source: Literal["binned", "recorded"] = "binned"
+    """binned: simulate the fast camera from the high-resolution frames. recorded: its own stream."""
+    noise: Literal["poisson", "none"] = "poisson"
+    """Photon noise put on binned low-resolution frames in training."""
+    photons_log10: tuple[float, float] = (1.0, 7.0)
+    """Range of log10(photons per pixel at full scale), drawn anew for each sample."""
+    augment: bool = True
+    """Flips and 90-degree rotations."""
+    workers: NotNegative = 0
+    """Processes that read ahead, per rank (0: the rank reads for itself)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Data:
+        if self.lr_frames % 2 == 0:
+            raise ValueError(f"lr_frames must be odd, it is {self.lr_frames}")
+        if self.patch % self.scale:
+            raise ValueError(f"patch {self.patch} must be a multiple of scale {self.scale}")
+        low, high = self.photons_log10
+        if not 0 <= low <= high <= 12:
+            raise ValueError(f"photons_log10 must be low <= high within 0..12, got {low}, {high}")
+        return self
+
+
+class Model(Section):
+    """Architecture; the defaults are the published SWIN-XVR (10,009,033 parameters)."""
+
+    name: Literal["swin_xvr", "edvr", "edvr_stf"] = "swin_xvr"
+    """Which network."""
+    output: Literal["centre", "sequence"] = "centre"
+    """Frames that come out: the centre one, or one for each low-resolution frame."""
+    base: Literal["none", "bicubic", "detail"] = "none"
+    """Picture the network adds its output to: none as published, bicubic, or detail transfer."""
+    embed_dim: Positive = 192
+    """Channels of the transformer (EDVR: of all features)."""
+    depths: Annotated[list[Positive], Field(min_length=1)] = [2, 2, 18, 2]
+    """Blocks in each Swin stage (EDVR: extraction and reconstruction blocks)."""
+    heads: Positive = 3
+    """Attention heads (EDVR: deformable groups)."""
+    window: Positive = 8
+    """Side of an attention window on the low-resolution grid."""
+    mlp_ratio: Annotated[float, Field(gt=0)] = 2.0
+    """Hidden width of the MLP / embed_dim."""
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Stochastic depth of the last block; earlier ones rise to it linearly from 0."""
+    up_features: Positive = 64
+    """Channels of the upsampling convolutions."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Model:
+        if self.embed_dim % self.heads:
+            raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of heads {self.heads}")
+        if self.name != "swin_xvr" and len(self.depths) != 2:
+            raise ValueError(f"depths of {self.name} are two numbers, extraction and "
+                             f"reconstruction blocks (published: [5, 40]), got {self.depths}")
+        if self.name != "swin_xvr" and self.output == "sequence":
+            raise ValueError(f"output of {self.name} is the centre frame only")
+        return self
+
+
+class Optim(Section):
+    """Adam with one cosine cycle, as published."""
+
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    """Learning rate at the top of the cosine."""
+    lr_min: Annotated[float, Field(ge=0)] = 1e-7
+    """Learning rate at the end."""
+    warmup: NotNegative = 0
+    """Steps of linear rise at the start."""
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    """Scale lr with global_batch / 10 (10 is the published batch)."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    """Adam's decay rates."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay (AdamW); 0 as published."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient; longer ones are scaled down to it."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the averaged weights that are validated and exported; 0 turns averaging off."""
+
+
+class Train(Section):
+    steps: Positive = 30_000
+    """Optimizer steps of the whole run."""
+    global_batch: Positive = 10
+    """Samples of a step over all ranks: fixed, whatever the number of ranks."""
+    micro_batch: Positive | None = None
+    """Samples of one forward pass of a rank; the rest of its share is accumulated. Default: all."""
+    precision: Literal["float32", "bf16", "float64"] = "float32"
+    """bf16: autocast with float32 weights and reductions. float64: for checks."""
+    log_every: Positive = 100
+    """Steps between two lines of metrics."""
+    nonfinite_limit: Positive = 10
+    """Steps in a row with a non-finite gradient (each is skipped) before the run stops."""
+    weights: Path | None = None
+    """Start from these weights: a checkpoint of ours or of the authors' program."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Train:
+        if self.micro_batch and self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch {self.global_batch} must be a multiple of "
+                             f"micro_batch {self.micro_batch}")
+        return self
+
+
+class Validation(Section):
+    every: Positive = 1000
+    """Steps between two validations (the last step is validated too)."""
+    frames: Positive = 16
+    """Frames of the validation split that are reconstructed, spread over its recordings."""
+    patch: Positive = 192
+    """Side of the central crop that is reconstructed (whole frame where it is smaller)."""
+
+
+class Checkpoint(Section):
+    every: Positive = 1000
+    """Steps between two checkpoints (the last step is saved too)."""
+    keep: Positive = 3
+    """Newest checkpoints that stay on disk."""
+
+
+class Dist(Section):
+    engine: Literal["auto", "serial", "horovod", "torch"] = "auto"
+    """auto: serial on one rank; on more Horovod where it is installed, else torch.distributed."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds after which a collective that does not come back ends the job."""
+
+
+class Evaluate(Section):
+    split: Split = "test"
+    """Recordings that are evaluated."""
+    methods: list[str] = ["bicubic", "nearest_hr", "linear_hr", "detail"]
+    """Methods compared with the trained model."""
+    gap: Positive | None = None
+    """Frames from key frame to key frame. Default: data.hr_gap."""
+    photons: Annotated[float, Field(gt=0)] | None = None
+    """Photons per pixel at full scale on the low-resolution frames; none: no noise."""
+
+
+class Config(Section):
+    """The whole tree."""
+
+    run: Run = Run()
+    simulate: Simulate | None = None
+    data: Data = Data()
+    model: Model = Model()
+    optim: Optim = Optim()
+    train: Train = Train()
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+    dist: Dist = Dist()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        if self.simulate and self.simulate.lr_stream and self.simulate.scale != self.data.scale:
+            raise ValueError(f"simulate.scale {self.simulate.scale} and data.scale "
+                             f"{self.data.scale} must be equal")
+        return self
+
+
+def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config, apply `a.b=value` overrides in order, check everything.
+
+    Raises:
+        InputError: the file is missing or no YAML mapping, a key is unknown, a value has the
+            wrong type or is out of range. One line: key, what was found, what is allowed.
+    """
+    tree = _read_yaml(Path(path)) if path is not None else {}
+    sources = {}
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign or not key.strip():
+            raise InputError(f"--set {text}: write it as --set section.key=value, for example "
+                             "--set train.steps=100")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"--set {text}: the value is not valid YAML") from None
+        _assign(tree, key.strip().split("."), parsed, text)
+        sources[key.strip()] = f"--set {text}"
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_explain(error, str(path or "--set"), sources)) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved tree as YAML; `load` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'train': {'steps': 5}} -> {'train.steps': 5}."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            out.update(flat(value, f"{prefix}{key}."))
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"config {path}{where}: not valid YAML") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(f"config {path}: must be sections with keys, such as 'train: {{steps: 10}}'")
+    return tree
+
+
+def _assign(tree: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"--set {text}: {key} is no section")
+    tree[keys[-1]] = value
+
+
+def _explain(error: ValidationError, source: str, overrides: dict[str, str]) -> str:
+    """The first problem as one line: where, what, allowed."""
+    problem = error.errors()[0]
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    source = next((text for name, text in overrides.items()
+                   if key == name or key.startswith(name + ".") or name.startswith(key + ".")),
+                  source)
+    if problem["type"] == "extra_forbidden":
+        section = _section(location[:-1])
+        valid = sorted(section.model_fields) if section else []
+        close = difflib.get_close_matches(location[-1], valid, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        where = ".".join(location[:-1]) or "the config"
+        return (f"{source}: unknown key {key}{hint} Keys of {where}: {', '.join(valid)}"
+                .replace("? Keys", "? Keys").replace(f"{key} Keys", f"{key}. Keys"))
+    message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
+    shown = "" if isinstance(problem["input"], (dict, BaseModel)) else f", got {problem['input']!r}"
+    return f"{source}: {key + ': ' if key else ''}{message}{shown}"
+
+
+def _section(location: list[str]) -> type[BaseModel] | None:
+    section: Any = Config
+    for name in location:
+        field = section.model_fields.get(name)
+        if field is None:
+            return None
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if section is None:
+            return None
+    return section

@@ -1,0 +1,61 @@
+"""Horovod: gradients averaged by its background thread while the backward pass goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import horovod
+import horovod.torch as hvd
+import torch
+from torch import Tensor, nn
+
+from hpc_xvr.dist.mpi import MpiComm
+from hpc_xvr.errors import InputError
+
+
+class HorovodComm(MpiComm):
+    """Horovod for tensors, MPI for objects."""
+
+    name = "horovod"
+
+    def __init__(self, device: torch.device, mpi: Any) -> None:
+        if mpi is None:
+            from mpi4py import MPI
+
+            mpi = MPI.COMM_WORLD
+        super().__init__(device, mpi)
+        if device.type == "cuda" and not (hvd.nccl_built() or hvd.cuda_built()):
+            raise InputError("this Horovod was built without GPU support; run jobs/setup.sh --gpu, "
+                             "or use --engine torch")
+        hvd.init()
+        if hvd.size() != self.size:
+            raise InputError(f"MPI has {self.size} ranks but Horovod sees {hvd.size()}: it was "
+                             "built against another MPI; run jobs/setup.sh again")
+
+    def describe(self) -> str:
+        return f"Horovod {horovod.__version__}"
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return hvd.allreduce(tensor, op=hvd.Sum)
+
+    def wrap(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        wrapped = hvd.DistributedOptimizer(
+            optimizer,
+            named_parameters=model.named_parameters(),
+            backward_passes_per_step=micro_batches,
+            op=hvd.Average,
+        )
+        return model, wrapped
+
+    def finish_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.synchronize()  # type: ignore[attr-defined]
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        with optimizer.skip_synchronize():  # type: ignore[attr-defined]
+            optimizer.step()
+
+    def close(self) -> None:
+        super().close()
+        hvd.shutdown()

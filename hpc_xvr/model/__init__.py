@@ -1,0 +1,1 @@
+"""Networks: torch in, torch out. No config, no files, no ranks."""

@@ -1,0 +1,187 @@
+"""SWIN-XVR: a fast low-resolution camera and a slow high-resolution one, fused by a video
+transformer with shifted windows (doi 10.3389/fhpcp.2025.1537080).
+
+Shapes: B batch, N low-resolution frames, D = N + 2 feature frames (N low, 2 high resolution),
+h w low-resolution grid, H = scale*h, W = scale*w, C embedding.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpc_xvr.model.bases import transfer_detail, upsample
+from hpc_xvr.model.swin import SwinStage, conv2d, grid
+
+Output = Literal["centre", "sequence"]
+Base = Literal["none", "bicubic", "detail"]
+
+
+class SwinXVR(nn.Module):
+    """The published network by default: 10,009,033 parameters, centre frame out.
+
+    Args:
+        lr_frames: low-resolution frames that go in (N, odd).
+        output: "centre" reconstructs the middle frame, "sequence" all N. The weights of the two
+            have the same shapes, so the attribute may be changed on a built model.
+        base: picture that the network's output is added to: "none" as published, "bicubic"
+            interpolation, or "detail" (bicubic plus the key frames' detail). With a base the last
+            convolution starts at zero, so that training starts from the base.
+        scale: H / h, 2 or 4.
+        embed_dim, depths, heads, window, mlp_ratio, drop_path: transformer width, blocks of each
+            stage, attention heads, window side, MLP width / embed_dim, stochastic depth rate.
+        up_features: channels of the upsampling convolutions.
+    """
+
+    def __init__(
+        self,
+        lr_frames: int = 3,
+        output: Output = "centre",
+        base: Base = "none",
+        scale: int = 4,
+        embed_dim: int = 192,
+        depths: tuple[int, ...] = (2, 2, 18, 2),
+        heads: int = 3,
+        window: int = 8,
+        mlp_ratio: float = 2.0,
+        drop_path: float = 0.2,
+        up_features: int = 64,
+    ) -> None:
+        super().__init__()
+        if scale not in (2, 4):
+            raise ValueError(f"scale must be 2 or 4, got {scale}")
+        if lr_frames % 2 == 0 or lr_frames < 1:
+            raise ValueError(f"lr_frames must be odd and positive, got {lr_frames}")
+        if embed_dim % heads:
+            raise ValueError(f"embed_dim {embed_dim} must be a multiple of heads {heads}")
+        self.lr_frames, self.output, self.base = lr_frames, output, base
+        self.scale, self.window = scale, window
+        frames = lr_frames + 2
+
+        self.lr_conv = nn.Conv2d(1, embed_dim, 3, padding=1)
+        self.hr_convs = nn.ModuleList(
+            nn.Conv2d(1 if i == 0 else embed_dim, embed_dim, 3, padding=1)
+            for i in range(1 + scale // 2)  # one halving each after the first
+        )
+        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))
+        self.stages = nn.ModuleList(
+            SwinStage(embed_dim, depth, heads, frames, window, mlp_ratio, rate.tolist())
+            for depth, rate in zip(depths, rates, strict=True)
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.body_conv = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)
+        self.head_conv = nn.Conv2d(embed_dim, up_features, 3, padding=1)
+        self.up_convs = nn.ModuleList(
+            nn.Conv2d(up_features, 4 * up_features, 3, padding=1) for _ in range(scale // 2)
+        )
+        self.last_conv = nn.Conv2d(up_features, 1, 3, padding=1)
+        self.apply(_initialise)
+        if base != "none":
+            nn.init.zeros_(self.last_conv.weight)
+            nn.init.zeros_(self.last_conv.bias)
+
+    @property
+    def n_out(self) -> int:
+        """Frames that come out."""
+        return 1 if self.output == "centre" else self.lr_frames
+
+    def forward(self, lr: Tensor, hr: Tensor, hr_offset: Tensor | None = None) -> Tensor:
+        """Reconstruct.
+
+        Args:
+            lr: (B, N, 1, h, w) consecutive low-resolution frames in [0, 1].
+            hr: (B, 2, 1, H, W) the key frames before and after the centre frame.
+            hr_offset: (B, 2) signed distance of the key frames from the centre in low-resolution
+                frames; only base "detail" uses it (None: equal weights).
+
+        Returns:
+            (B, 1, 1, H, W) or (B, N, 1, H, W).
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        self._check(lr, hr)
+        x = torch.cat((self.lr_features(lr), self.hr_features(hr)), dim=1)  # B, D, h, w, C
+        middle = self.lr_frames // 2
+        keep = slice(middle, middle + 1) if self.output == "centre" else slice(self.lr_frames)
+        y = x
+        for stage in self.stages[:-1]:
+            y = stage(y)
+        y = self.stages[-1](y, keep)
+        y = conv2d(self.body_conv, self.norm(y)) + x[:, keep]  # B, n_out, h, w, C
+        out = self._upscale(y)
+        if self.base == "bicubic":
+            out = out + upsample(lr[:, keep], self.scale)
+        elif self.base == "detail":
+            out = out + transfer_detail(lr, hr, hr_offset)[:, keep]
+        return out
+
+    def lr_features(self, lr: Tensor) -> Tensor:
+        """(B, N, 1, h, w) -> (B, N, h, w, C)."""
+        return F.leaky_relu(conv2d(self.lr_conv, lr.movedim(2, -1)), 0.1)
+
+    def hr_features(self, hr: Tensor) -> Tensor:
+        """(B, 2, 1, H, W) -> (B, 2, h, w, C): convolutions, each but the first halving the grid."""
+        y = hr.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        for i, conv in enumerate(self.hr_convs):
+            y = F.leaky_relu(conv(y), 0.1)
+            if i:
+                y = F.max_pool2d(y, 3, stride=2, padding=1)
+        return y.permute(0, 2, 3, 1).unflatten(0, hr.shape[:2])
+
+    def _upscale(self, y: Tensor) -> Tensor:
+        batch = y.shape[0]
+        z = F.leaky_relu(self.head_conv(y.flatten(0, 1).permute(0, 3, 1, 2)), 0.01)
+        for conv in self.up_convs:
+            z = F.pixel_shuffle(conv(z), 2)
+        return self.last_conv(z).unflatten(0, (batch, -1))
+
+    def _check(self, lr: Tensor, hr: Tensor) -> None:
+        b, n, c, h, w = lr.shape if lr.ndim == 5 else (0, 0, 0, 0, 0)
+        if (n, c) != (self.lr_frames, 1):
+            raise ValueError(f"lr must be (B, {self.lr_frames}, 1, h, w), got {tuple(lr.shape)}")
+        expected = (b, 2, 1, self.scale * h, self.scale * w)
+        if tuple(hr.shape) != expected:
+            raise ValueError(f"hr must be {expected} for lr {tuple(lr.shape)}, "
+                             f"got {tuple(hr.shape)}")
+
+    def flops(self, h: int, w: int) -> int:
+        """Floating-point operations of one sample's forward pass (2 per multiply-add).
+
+        Counts convolutions, linear layers and attention products, padding included.
+        """
+        frames, pixels, dim = self.lr_frames + 2, h * w, self.lr_conv.out_channels
+        g = grid(frames, h, w, self.window, torch.device("cpu"))
+        tokens = g.plain.from_image.numel()
+        total = self.lr_frames * _conv_flops(self.lr_conv, pixels)
+        for i, conv in enumerate(self.hr_convs):
+            total += 2 * _conv_flops(conv, pixels * self.scale**2 // 4 ** max(i - 1, 0))
+        for s, stage in enumerate(self.stages):
+            for i, block in enumerate(stage.blocks):
+                groups = (g.shifted if i % 2 else g.plain).groups
+                linear = [block.attn.qkv, block.attn.proj, block.fc1, block.fc2]
+                total += 2 * tokens * sum(layer.weight.numel() for layer in linear)
+                total += sum(4 * group.count * group.tokens**2 * dim for group in groups)
+            last = s == len(self.stages) - 1
+            total += (self.n_out if last else frames) * _conv_flops(stage.conv, pixels)
+        total += self.n_out * _conv_flops(self.body_conv, pixels)
+        total += self.n_out * _conv_flops(self.head_conv, pixels)
+        for i, conv in enumerate(self.up_convs):
+            total += self.n_out * _conv_flops(conv, pixels * 4**i)
+        return total + self.n_out * _conv_flops(self.last_conv, pixels * self.scale**2)
+
+
+def _conv_flops(conv: nn.Conv2d, pixels: int) -> int:
+    return 2 * conv.weight.numel() * pixels
+
+
+def _initialise(module: nn.Module) -> None:
+    """Normal weights of deviation 0.02 in the transformer; convolutions keep torch's default."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif hasattr(module, "bias_table"):
+        nn.init.trunc_normal_(module.bias_table, std=0.02)

@@ -1,0 +1,1 @@
+"""From two cameras to one movie."""

@@ -1,0 +1,1 @@
+"""The trainer: the one place where model, data and dist meet."""

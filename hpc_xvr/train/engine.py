@@ -1,0 +1,281 @@
+"""The trainer: one loop for every engine, device and number of ranks."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from hpc_xvr import checkpoint
+from hpc_xvr.config import Config
+from hpc_xvr.data.batches import TrainingSamples, training_batches
+from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.shards import slots_of_rank
+from hpc_xvr.dist.comm import Comm
+from hpc_xvr.dist.launch import cpu_threads, discover
+from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
+from hpc_xvr.reconstruct.weights import build_model, initial_weights
+from hpc_xvr.train.meters import Metrics, Stopwatch, environment
+from hpc_xvr.train.objective import l1
+from hpc_xvr.train.optim import MovingAverage, adam, learning_rate
+from hpc_xvr.train.run_folder import open_run, write_environment
+from hpc_xvr.train.validation import Validator
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Trainer:
+    """Trains the model of a config on all ranks of `comm`; every rank makes one.
+
+    Args:
+        resume: continue from the newest valid checkpoint of the run folder, if there is one.
+
+    Raises:
+        InputError: a config that does not fit the ranks, the corpus or the run folder.
+    """
+
+    def __init__(self, cfg: Config, comm: Comm, resume: bool = False) -> None:
+        self.cfg, self.comm = cfg, comm
+        self.share = len(slots_of_rank(comm.rank, comm.size, cfg.train.global_batch))
+        self.micro = cfg.train.micro_batch or self.share
+        if self.share % self.micro:
+            raise InputError(f"train.micro_batch {self.micro} does not divide the "
+                             f"{self.share} samples of a rank (global_batch "
+                             f"{cfg.train.global_batch} on {comm.size} ranks)")
+        threads = cfg.run.threads or cpu_threads(discover())
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("high")  # TF32 on GPUs; plain float32 on CPUs
+
+        comm.on_root(lambda: _make_corpus(cfg))
+        corpus = Corpus(cfg.data.corpus)
+        self.data = TrainingSamples(cfg.data.corpus, cfg.data, cfg.model.output,
+                                    cfg.train.global_batch, cfg.run.seed)
+        self.validator = Validator(cfg, corpus, comm)
+        state = comm.on_root(lambda: open_run(cfg, resume))
+
+        self.done = state["step"] if state else 0  # optimizer steps behind us
+        self._build(state)
+        self.clock = Stopwatch(comm.device)
+        self._bad = torch.zeros((), device=comm.device)  # steps in a row without finite gradients
+        self._loss = torch.zeros((), dtype=self.dtype, device=comm.device)
+        self._stop = False
+
+        machine = environment(comm, threads)
+        self.metrics: Metrics | None = None
+        if comm.is_root:
+            write_environment(cfg.run.dir, machine)
+            self.metrics = Metrics(cfg.run.dir, self.done if resume else None)
+            self._announce(machine, corpus, threads)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.cfg.train.precision == "float64" else torch.float32
+
+    def _build(self, state: dict[str, Any] | None) -> None:
+        """Model, optimizer and averaged weights: rank 0's fresh ones, or the checkpoint's."""
+        cfg, comm = self.cfg, self.comm
+        torch.manual_seed(cfg.run.seed)
+        model = build_model(cfg)
+        if state is None:
+            state = {"model": comm.on_root(lambda: _first_weights(cfg, model))}
+        model.load_state_dict(state["model"])
+        self.model = model.to(comm.device, self.dtype).train()
+        self.average = MovingAverage(self.model, cfg.optim.ema) if cfg.optim.ema else None
+        if self.average and state.get("ema"):
+            self.average.load(state["ema"])
+        self.net, self.optimizer = comm.wrap(self.model, adam(self.model.parameters(), cfg.optim),
+                                             self.share // self.micro)
+        if "optimizer" in state:  # after wrapping: Horovod makes an optimizer of its own
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def _announce(self, machine: dict[str, Any], corpus: Corpus, threads: int) -> None:
+        cfg, ranks = self.cfg, machine["ranks"]
+        hosts = len({r["host"] for r in ranks})
+        logger.info("%s, %d ranks on %d nodes, %s, %d threads a rank", machine["engine"],
+                    len(ranks), hosts, ranks[0]["device"], threads)
+        logger.info("global batch %d = %d ranks x %d micro-batches x %d samples",
+                    cfg.train.global_batch, self.comm.size, self.share // self.micro, self.micro)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        logger.info("%s: %s parameters, %.1f GFLOP a sample and step; %d training and %d "
+                    "validation recordings, %d steps an epoch", cfg.model.name, f"{parameters:,}",
+                    self.flops_per_sample / 1e9, len(corpus.split("train")),
+                    len(corpus.split("validation")), self.data.slots.steps_per_epoch)
+
+    @property
+    def flops_per_sample(self) -> int:
+        """Forward and backward pass, 2 per multiply-add."""
+        side = self.cfg.data.patch // self.cfg.data.scale
+        return 3 * self.model.flops(side, side)
+
+    def run(self) -> bool:
+        """Train to the last step. False: stopped before it by a signal, with a checkpoint."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._ask_to_stop)
+        cfg = self.cfg
+        batches = iter(training_batches(self.data, self.comm.rank, self.comm.size, self.done,
+                                        cfg.train.steps - self.done, self.micro,
+                                        pin_memory=self.comm.device.type == "cuda"))
+        self.clock.reset()
+        while self.done < cfg.train.steps:
+            self.train_step(self.done, self._wait_for(batches))
+            self.done += 1
+            self._check_finite()
+            last = self.done == cfg.train.steps
+            if last or self.done % cfg.train.log_every == 0:
+                self._log()
+            if last or self.done % cfg.validation.every == 0:
+                self._validate()
+            stop = self.comm.any_lagged(self._stop) and not last
+            if stop or last or self.done % cfg.checkpoint.every == 0:
+                self.save()
+            if stop:
+                logger.info("stopped by a signal after step %d; --resume continues", self.done)
+                return False
+        return True
+
+    def train_step(self, step: int, micro_batches: Iterator[dict[str, Tensor]]) -> None:
+        """One optimizer step; reads nothing back from the device."""
+        device, parts = self.comm.device, self.share // self.micro
+        # Stochastic depth is the only randomness left here: sampling draws its own.
+        torch.manual_seed(hash((self.cfg.run.seed, step, self.comm.rank)) % 2**63)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg.optim, step, self.cfg.train.steps,
+                                        self.cfg.train.global_batch)
+        self.optimizer.zero_grad()
+        for part, batch in enumerate(micro_batches, 1):
+            batch = {k: v.to(device, self.dtype, non_blocking=True) for k, v in batch.items()}
+            with self.comm.accumulate(self.net, last=part == parts):
+                with torch.autocast(device.type, torch.bfloat16,
+                                    enabled=self.cfg.train.precision == "bf16"):
+                    output = self.net(batch["lr"], batch["hr"], batch["hr_offset"])
+                loss = l1(output, batch["target"]) / parts
+                loss.backward()
+            self._loss += loss.detach()
+        self.comm.finish_gradients(self.optimizer)
+        self._update()
+
+    def _update(self) -> None:
+        """Move the weights, unless a gradient is not finite: averaged gradients are the same on
+        all ranks, so all of them skip, without asking each other."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.norm = torch.nn.utils.get_total_norm(gradients)
+        if self.cfg.optim.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(),
+                                                 self.cfg.optim.clip_norm, self.norm)
+        skip = (~torch.isfinite(self.norm)).float()
+        self.optimizer.found_inf = skip  # fused Adam leaves everything as it is where this is 1
+        self.comm.step(self.optimizer)
+        self._bad = (self._bad + 1) * skip
+        if self.average:
+            self.average.update()
+
+    def _wait_for(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """A step's micro-batches, with the time spent waiting for them on the clock."""
+        for _ in range(self.share // self.micro):
+            start = time.perf_counter()
+            batch = next(batches)
+            self.clock.waited += time.perf_counter() - start
+            yield batch
+
+    def _check_finite(self) -> None:
+        """Warn of skipped steps and give up after too many; looks only now and then on a GPU."""
+        self.clock.steps += 1
+        limit = self.cfg.train.nonfinite_limit
+        if self.comm.device.type != "cpu" and self.done % min(self.cfg.train.log_every, limit):
+            return
+        bad = int(self._bad)
+        if bad and self.comm.is_root:
+            logger.warning("step %d: gradient is not finite; step skipped on all ranks "
+                           "(%d in a row)", self.done, bad)
+        if bad >= limit:
+            raise InputError(f"step {self.done}: {bad} steps in a row without finite gradients; "
+                             "lower optim.lr, set optim.clip_norm, or check the corpus with "
+                             "hpc-xvr inspect --verify")
+
+    def _log(self) -> None:
+        """Mean loss of all ranks since the last report, and where the time went."""
+        steps = self.clock.steps
+        loss = self.comm.all_reduce(self._loss.double()) / self.comm.size / steps
+        self._loss.zero_()
+        speed = self.clock.report(steps * self.cfg.train.global_batch, self.flops_per_sample,
+                                  self.comm.size)
+        if not self.metrics:
+            return
+        values = {"loss": float(loss), "grad_norm": float(self.norm),
+                  "lr": self.optimizer.param_groups[0]["lr"],
+                  "epoch": self.done / self.data.slots.steps_per_epoch, **speed}
+        self.metrics.write("train", self.done, **values)
+        left = int((self.cfg.train.steps - self.done) * speed["step_s"])
+        logger.info("step %d/%d  loss %.5f  lr %.2e  %.1f samples/s  data wait %.1f %%  "
+                    "left %d:%02d", self.done, self.cfg.train.steps, values["loss"], values["lr"],
+                    speed["samples_per_s"], 100 * speed["data_wait"], *divmod(left, 60))
+
+    def _validate(self) -> None:
+        if not self.validator.count:
+            return
+        weights = self.average.mean if self.average else dict(self.model.named_parameters())
+
+        def predict(sample: dict[str, Tensor]) -> Tensor:
+            parts = [sample[k].to(self.comm.device, self.dtype) for k in ("lr", "hr", "hr_offset")]
+            with torch.autocast(self.comm.device.type, torch.bfloat16,
+                                enabled=self.cfg.train.precision == "bf16"):
+                return functional_call(self.model, weights, tuple(parts))
+
+        self.model.eval()
+        picture = self.cfg.run.dir / "samples" / f"step-{self.done:09d}.png"
+        scores = self.validator.run(predict, picture if self.comm.is_root else None)
+        self.model.train()
+        if self.metrics:
+            self.metrics.write("validation", self.done, **scores)
+            logger.info("step %d: validation PSNR %.2f dB, SSIM %.4f (bicubic %.2f dB, detail "
+                        "transfer %.2f dB)", self.done, scores["psnr"], scores["ssim"],
+                        scores["psnr_bicubic"], scores["psnr_detail"])
+        self.clock.reset()
+
+    def save(self) -> None:
+        """Checkpoint from rank 0; the other ranks go on."""
+        if not self.comm.is_root:
+            return
+        folder = self.cfg.run.dir / "checkpoints"
+        checkpoint.save({
+            "format": "hpc_xvr checkpoint 1",
+            "step": self.done,
+            "model": self.model.state_dict(),
+            "ema": dict(self.average.mean) if self.average else None,
+            "optimizer": self.optimizer.state_dict(),
+            "config": self.cfg.model_dump(mode="json"),
+            "rng": torch.get_rng_state(),
+            "versions": {"torch": str(torch.__version__)},
+        }, checkpoint.path_of(folder, self.done))
+        checkpoint.prune(folder, self.cfg.checkpoint.keep)
+
+    def _ask_to_stop(self, number: int, frame: Any) -> None:
+        self._stop = True
+
+    def close(self) -> None:
+        """Close files; safe to call twice."""
+        if self.metrics:
+            self.metrics.close()
+            self.metrics = None
+
+
+def _first_weights(cfg: Config, model: nn.Module) -> dict[str, Tensor]:
+    if cfg.train.weights:
+        initial_weights(model, cfg.train.weights)
+    return model.state_dict()
+
+
+def _make_corpus(cfg: Config) -> None:
+    """Simulate the corpus of a config that describes one, where it is not there yet."""
+    if cfg.simulate and not Path(cfg.data.corpus).exists():
+        from hpc_xvr.data.phantom import simulate_corpus
+
+        logger.info("simulating %d recordings into %s", cfg.simulate.videos, cfg.data.corpus)
+        simulate_corpus(cfg.simulate, cfg.data.corpus)

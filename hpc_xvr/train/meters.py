@@ -1,0 +1,140 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events, the state of the machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc_xvr import __version__
+from hpc_xvr.checkpoint import write_atomic
+from hpc_xvr.dist.comm import Comm
+
+# Dense bf16 matrix peak in TFLOP/s by (part of) the device's name; vendor data sheets.
+PEAK_BF16 = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "MI250X": 191.5, "GH200": 989.0}
+
+
+class Metrics:
+    """Lines of numbers, appended to metrics.jsonl and shown in TensorBoard; rank 0 only.
+
+    On resume, lines beyond the checkpoint's step are dropped, so that a curve never runs twice
+    over the same steps.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = folder / "metrics.jsonl"
+        if resumed_step is not None and self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines(keepends=True)
+                    if _step_of(line) <= resumed_step]
+            write_atomic(self._path, lambda file: file.write("".join(kept).encode()))
+        self._file = self._path.open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One line, on disk at once."""
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        self._board.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line torn by a crash
+
+
+class Stopwatch:
+    """Time spent in the parts of a step, summed between two reports."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new report."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def report(self, samples: int, flops_per_sample: int, ranks: int) -> dict[str, float]:
+        """Throughput since the last reset; resets.
+
+        `samples` counts all ranks'; `flops_per_sample` is forward plus backward.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        out = {
+            "step_s": seconds / max(self.steps, 1),
+            "samples_per_s": samples / seconds,
+            "data_wait": self.waited / seconds,
+            "tflops_per_rank": samples * flops_per_sample / seconds / ranks / 1e12,
+        }
+        peak = peak_tflops(self._device)
+        if peak:
+            out["mfu"] = out["tflops_per_rank"] / peak
+        if self._device.type == "cuda":
+            out["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
+        self.reset()
+        return out
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """bf16 matrix peak of a known GPU; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+
+
+def environment(comm: Comm, threads: int) -> dict[str, Any]:
+    """Versions, revision, hosts and devices of a run; every rank calls it."""
+    device = torch.cuda.get_device_name(comm.device) if comm.device.type == "cuda" \
+        else platform.processor() or platform.machine()
+    ranks = comm.gather({"host": socket.gethostname(), "device": device, "threads": threads})
+    packages = ("torch", "numpy", "mpi4py", "horovod", "zarr", "tensorstore", "h5py")
+    return {
+        "hpc_xvr": __version__,
+        "git": _git_revision(),
+        "python": sys.version.split()[0],
+        "packages": {name: v for name in packages if (v := _version(name))},
+        "engine": comm.describe(),
+        "ranks": ranks,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        out = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"],
+                             capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out.stdout.strip()

@@ -1,0 +1,86 @@
+"""The folder of a run: never overwritten, picked up again where its newest valid checkpoint is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from hpc_xvr import checkpoint, config
+from hpc_xvr.config import Config
+from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.log import logger
+
+# What the weights depend on; everything else may change between two parts of a run.
+ARCHITECTURE = ("model.", "data.lr_frames", "data.scale")
+FREE_TO_CHANGE = ("run.", "dist.", "checkpoint.", "validation.", "evaluate.", "simulate.",
+                  "data.workers", "data.corpus", "train.log_every", "train.micro_batch",
+                  "train.weights")
+
+
+def open_run(cfg: Config, resume: bool) -> dict[str, Any] | None:
+    """Make the run's folder, or find the state to continue from; rank 0 calls it.
+
+    Returns:
+        The newest valid checkpoint, or None for a fresh start.
+
+    Raises:
+        InputError: the folder is in use and `resume` is not given, it is not writable, or its
+            checkpoint is of another architecture.
+    """
+    folder = cfg.run.dir
+    saved = checkpoint.list_checkpoints(folder / "checkpoints")
+    if not resume and (saved or (folder / "metrics.jsonl").exists()):
+        newest = f" (checkpoint of step {saved[0][0]})" if saved else ""
+        raise InputError(f"run folder {folder} is already used{newest}; add --resume to continue "
+                         "it, or choose another with --set run.dir=...")
+    state = _newest(folder) if resume else None
+    if state is not None:
+        _compare(config.flat(state["config"]), config.flat(cfg.model_dump(mode="json")))
+    try:
+        for part in ("checkpoints", "samples"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"run folder {folder}: {explain_os_error(error)}") from None
+    checkpoint.remove_leftovers(folder)
+    checkpoint.remove_leftovers(folder / "checkpoints")
+    text = config.dump(cfg).encode()
+    checkpoint.write_atomic(folder / "config.yaml", lambda file: file.write(text))
+    return state
+
+
+def write_environment(folder: Path, environment: dict[str, Any]) -> None:
+    """environment.json: the newest start first, earlier ones under `earlier`."""
+    path = folder / "environment.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())
+            environment["earlier"] = [before, *before.pop("earlier", [])]
+        except ValueError:
+            logger.warning("%s was not readable and is written anew", path)
+    text = json.dumps(environment, indent=1).encode()
+    checkpoint.write_atomic(path, lambda file: file.write(text))
+
+
+def _newest(folder: Path) -> dict[str, Any] | None:
+    for path, state in checkpoint.newest_valid(folder / "checkpoints"):
+        if isinstance(state, checkpoint.CorruptCheckpoint):
+            logger.warning("skipped: %s", state)
+            continue
+        logger.info("resuming from %s (step %d)", path, state["step"])
+        return state
+    logger.info("nothing to resume in %s; starting from the first step", folder)
+    return None
+
+
+def _compare(then: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [k for k in {**then, **now} if then.get(k) != now.get(k)]
+    fixed = [k for k in changed if k.startswith(ARCHITECTURE)]
+    if fixed:
+        listed = "; ".join(f"{k} was {then.get(k)}, is {now.get(k)}" for k in fixed)
+        raise InputError(f"cannot resume: the checkpoint is of another architecture ({listed}); "
+                         "set these back, or start a new run with another run.dir")
+    for key in changed:
+        if not key.startswith(FREE_TO_CHANGE):
+            logger.warning("config changed since the checkpoint: %s was %s, is %s",
+                           key, then.get(key), now.get(key))

@@ -1,0 +1,237 @@
+"""SWIN-XVR against vectors of the authors' program, an explicit oracle, and its own promises."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpc_xvr.model.bases import transfer_detail, upsample
+from hpc_xvr.model.swin import WindowAttention, grid, relative_position
+from hpc_xvr.model.xfusion import load_xfusion
+from hpc_xvr.model.xvr import SwinXVR
+
+SMALL = dict(embed_dim=24, depths=(2, 2), heads=3, up_features=16, drop_path=0.0)
+VECTORS = ["centre_small", "centre_padded", "sequence_small", "edvr_small", "edvr_stf_small"]
+
+
+def vectors(path):
+    data = np.load(path)
+    state = {name[6:]: data[name] for name in data if name.startswith("param/")}
+    return state, data["lr"], data["hr"], data["out"]
+
+
+def inputs(model, batch=1, h=16, w=16, seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    s = model.scale
+    return (torch.rand(batch, model.lr_frames, 1, h, w, generator=g, dtype=dtype),
+            torch.rand(batch, 2, 1, s * h, s * w, generator=g, dtype=dtype))
+
+
+def test_published_configuration_has_the_published_number_of_parameters():
+    assert sum(p.numel() for p in SwinXVR().parameters()) == 10_009_033
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("name", VECTORS)
+def test_output_equals_the_authors_program(reference, name, dtype, tolerance):
+    state, lr, hr, expected = vectors(reference(f"{name}.npz"))
+    model = load_xfusion(state).to(dtype)
+    with torch.no_grad():
+        out = model(torch.as_tensor(lr, dtype=dtype), torch.as_tensor(hr, dtype=dtype))
+    out = out[:, 0] if expected.ndim == 4 else out
+    assert out.shape == expected.shape
+    error = np.abs(out.double().numpy() - expected).max() / np.abs(expected).max()
+    assert error < tolerance
+
+
+def test_names_and_shapes_of_the_published_state_dict_are_understood(reference):
+    lines = reference("published_state_dict.txt").read_text().splitlines()
+    state = {}
+    for line in lines:
+        name, shape, kind = line.split("\t")
+        size = [int(n) for n in shape.strip("(),").replace(",", " ").split()]
+        state[name] = torch.zeros(size, dtype=getattr(torch, kind.removeprefix("torch.")))
+    model = load_xfusion({"params_ema": state})
+    assert sum(p.numel() for p in model.parameters()) == 10_009_033
+    assert (model.lr_frames, model.window, model.scale, len(model.stages)) == (3, 8, 4, 4)
+
+
+def test_load_xfusion_reads_wrapped_files_and_prefers_averaged_weights(reference, tmp_path):
+    state, lr, hr, expected = vectors(reference("centre_small.npz"))
+    tensors = {k: torch.as_tensor(v) for k, v in state.items()}
+    wrong = {k: torch.zeros_like(v) for k, v in tensors.items()}
+    torch.save({"params": wrong, "params_ema": tensors}, tmp_path / "net_g.pth")
+    out = load_xfusion(tmp_path / "net_g.pth")(torch.as_tensor(lr), torch.as_tensor(hr))
+    assert np.abs(out[:, 0].detach().numpy() - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ({"foo": torch.zeros(3)}, "weights"),
+    ({"params": [1, 2]}, "map names to arrays"),
+])
+def test_load_xfusion_refuses_other_things_in_one_line(content, message):
+    with pytest.raises(ValueError, match=message) as problem:
+        load_xfusion(content)
+    assert "\n" not in str(problem.value)
+
+
+def test_load_xfusion_names_a_missing_file_and_a_missing_parameter(reference, tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load_xfusion(tmp_path / "nothing.pth")
+    (tmp_path / "noise.pth").write_bytes(b"no checkpoint at all")
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load_xfusion(tmp_path / "noise.pth")
+    state = vectors(reference("centre_small.npz"))[0]
+    del state["conv_last.bias"]
+    with pytest.raises(ValueError, match="last_conv.bias"):
+        load_xfusion(state)
+
+
+def explicit_attention(attention, x, frames, h, w, shift):
+    """Window attention written out: roll, partition, explicit matrix with mask, roll back."""
+    side, heads, dim = attention.window, attention.heads, x.shape[-1]
+    hp, wp = -(-h // side) * side, -(-w // side) * side
+    sy = side // 2 if shift and h > side else 0
+    sx = side // 2 if shift and w > side else 0
+    x = F.pad(x, (0, 0, 0, wp - w, 0, hp - h))
+    region = torch.zeros(hp, wp)
+    for i, rows in enumerate((slice(0, hp - side), slice(hp - side, hp - sy or None),
+                              slice(hp - sy, hp) if sy else slice(0, 0))):
+        for j, columns in enumerate((slice(0, wp - side), slice(wp - side, wp - sx or None),
+                                     slice(wp - sx, wp) if sx else slice(0, 0))):
+            region[rows, columns] = 3 * i + j
+    x = torch.roll(x, (-sy, -sx), (2, 3))
+
+    def windows(y):  # (B, D, hp, wp, C) -> (B, windows, D*side*side, C)
+        b, d = y.shape[:2]
+        y = y.reshape(b, d, hp // side, side, wp // side, side, -1)
+        return y.permute(0, 2, 4, 1, 3, 5, 6).reshape(b, -1, d * side * side, y.shape[-1])
+
+    tokens = windows(x)
+    zone = windows(region.expand(1, frames, hp, wp)[..., None])[0, :, :, 0]
+    mask = torch.where(zone[:, :, None] == zone[:, None, :], 0.0, -math.inf)
+    index = relative_position(frames, side, side, side, x.device)
+    bias = attention.bias_table[index].permute(2, 0, 1)
+    q, k, v = attention.qkv(tokens).unflatten(-1, (3, heads, dim // heads)).permute(3, 0, 1, 4, 2, 5)
+    weights = (q @ k.transpose(-1, -2) * (dim // heads) ** -0.5 + bias + mask[:, None]).softmax(-1)
+    y = attention.proj((weights @ v).transpose(2, 3).flatten(-2))
+    y = y.reshape(y.shape[0], hp // side, wp // side, frames, side, side, dim)
+    y = y.permute(0, 3, 1, 4, 2, 5, 6).reshape(y.shape[0], frames, hp, wp, dim)
+    return torch.roll(y, (sy, sx), (2, 3))[:, :, :h, :w]
+
+
+@pytest.mark.parametrize("size", [(16, 24), (8, 16), (13, 21), (24, 8), (5, 19)])
+@pytest.mark.parametrize("shift", [False, True])
+def test_mask_free_windows_equal_explicit_masked_attention(size, shift):
+    """Half windows at the border replace the mask; outputs and gradients, in float64."""
+    torch.manual_seed(1)
+    frames, (h, w) = 3, size
+    attention = WindowAttention(12, 3, frames, 8).double()
+    torch.nn.init.normal_(attention.bias_table)
+    torch.nn.init.normal_(attention.qkv.bias)  # padded tokens then have keys and values
+    x = torch.randn(2, frames, h, w, 12, dtype=torch.float64, requires_grad=True)
+    layout = grid(frames, h, w, 8, x.device).shifted if shift else grid(frames, h, w, 8, x.device).plain
+    tokens = x.flatten(1, 3)[:, layout.from_image]
+    if layout.valid is not None:
+        tokens = tokens * layout.valid
+    out = attention(tokens, layout.groups)[:, layout.to_image].view(2, frames, h, w, 12)
+    expected = explicit_attention(attention, x, frames, h, w, shift)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    names = [attention.bias_table, attention.qkv.weight, x]
+    probe = torch.randn_like(out)
+    ours = torch.autograd.grad((out * probe).sum(), names, retain_graph=True)
+    theirs = torch.autograd.grad((expected * probe).sum(), names)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_gradients_equal_finite_differences_with_padding_and_shift():
+    """The gathers carry their own backward pass; check it through a whole stage."""
+    torch.manual_seed(0)
+    model = SwinXVR(embed_dim=6, depths=(2,), heads=1, window=4, up_features=4).double().eval()
+    lr, hr = inputs(model, h=6, w=5, dtype=torch.float64)
+    probe = torch.randn(1, 1, 1, 24, 20, dtype=torch.float64)
+    parameter = model.stages[0].blocks[0].attn.qkv.weight
+    loss = (model(lr, hr) * probe).sum()
+    gradient = torch.autograd.grad(loss, parameter)[0]
+    for i, j in [(0, 0), (7, 3), (17, 5)]:
+        with torch.no_grad():
+            step, values = 1e-6, []
+            for sign in (1, -1):
+                parameter[i, j] += sign * step
+                values.append((model(lr, hr) * probe).sum())
+                parameter[i, j] -= sign * step
+        assert float((values[0] - values[1]) / (2 * step)) == pytest.approx(
+            float(gradient[i, j]), rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("output", ["centre", "sequence"])
+@pytest.mark.parametrize("scale", [2, 4])
+def test_shapes_for_batches_frames_and_scales(output, scale):
+    model = SwinXVR(lr_frames=5, output=output, scale=scale, **SMALL).eval()
+    out = model(*inputs(model, batch=2, h=9, w=17))
+    assert out.shape == (2, 1 if output == "centre" else 5, 1, 9 * scale, 17 * scale)
+
+
+def test_centre_is_the_middle_of_the_sequence():
+    torch.manual_seed(0)
+    model = SwinXVR(**SMALL).eval()
+    lr, hr = inputs(model)
+    centre = model(lr, hr)
+    model.output = "sequence"
+    torch.testing.assert_close(model(lr, hr)[:, 1:2], centre, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["bicubic", "detail"])
+def test_an_untrained_model_with_a_base_returns_the_base(base):
+    model = SwinXVR(base=base, **SMALL).eval()
+    lr, hr = inputs(model)
+    offset = torch.tensor([[-3.0, 5.0]])
+    expected = upsample(lr, 4) if base == "bicubic" else transfer_detail(lr, hr, offset)
+    torch.testing.assert_close(model(lr, hr, offset), expected[:, 1:2])
+
+
+def test_stochastic_depth_drops_branches_in_training_only():
+    torch.manual_seed(0)
+    model = SwinXVR(**{**SMALL, "drop_path": 0.9})
+    lr, hr = inputs(model)
+    a, b = model(lr, hr), model(lr, hr)
+    assert not torch.equal(a, b)
+    model.eval()
+    assert torch.equal(model(lr, hr), model(lr, hr))
+
+
+@pytest.mark.parametrize(("lr", "hr"), [
+    ((1, 4, 1, 16, 16), (1, 2, 1, 64, 64)),
+    ((1, 3, 2, 16, 16), (1, 2, 1, 64, 64)),
+    ((1, 3, 1, 16, 16), (1, 2, 1, 64, 60)),
+    ((1, 3, 1, 16, 16), (2, 2, 1, 64, 64)),
+    ((3, 1, 16, 16), (1, 2, 1, 64, 64)),
+])
+def test_wrong_shapes_are_refused_with_the_shapes(lr, hr):
+    with pytest.raises(ValueError, match=r"must be \(.*got \("):
+        SwinXVR(**SMALL)(torch.zeros(lr), torch.zeros(hr))
+
+
+@pytest.mark.parametrize("output", ["centre", "sequence"])
+def test_flops_agree_with_torchs_counter(output):
+    model = SwinXVR(output=output, **SMALL).eval()
+    lr, hr = inputs(model, h=24, w=16)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(lr, hr)
+    assert model.flops(24, 16) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_bf16_autocast_stays_close():
+    torch.manual_seed(0)
+    model = SwinXVR(**SMALL).eval()
+    lr, hr = inputs(model)
+    with torch.no_grad():
+        exact = model(lr, hr)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(lr, hr)
+    assert float((rough - exact).norm() / exact.norm()) < 1e-2
