@@ -104,6 +104,10 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--flip-rows", is_flag=True, help="Turn Shimadzu frames upside down.")
 @click.option("--frame-rate", type=float, metavar="HZ", help="Where the file does not say.")
 @click.option("--pixel-size", type=float, metavar="UM", help="Where the file does not say.")
+@click.option("--bit-depth", type=click.IntRange(1, 16), help="Significant bits, where the file "
+              "does not say (12-bit data in 16-bit TIFF).")
+@click.option("--full-scale", type=float, help="Value stored as white, for float files and "
+              "transmissions. [default: the file's maximum; 1.5]")
 @click.option("--camera", help="Name of the camera, where the file does not say.")
 @click.option("--scene", help="What the recordings show, for tables by scene.")
 @click.option("--split", type=click.Choice(["auto", "train", "validation", "test"]),
@@ -128,8 +132,8 @@ def ingest(paths: tuple[Path, ...], corpus: Path, scale: int, frame_rate: float 
 
     outcomes = run(paths, corpus, multiple_of=scale, frame_rate_hz=frame_rate,
                    pixel_size_um=pixel_size, **options)
-    print_table("Ingested", ["file", "recording", "result"],
-                [[o.source, o.video_id, o.result] for o in outcomes])
+    print_table("Ingested", ["file", "result", "recording", "split"],
+                [[o.path, o.status, o.id, o.split] for o in outcomes])
     _show_corpus(corpus)
 
 
@@ -192,8 +196,8 @@ def train(config: Path, overrides: tuple[str, ...], engine: str | None, resume: 
     same losses on any number of them. Everything goes to the run folder (run.dir): config,
     metrics.jsonl, TensorBoard events, checkpoints, sample pictures.
 
-    Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM, SIGINT or SIGUSR1 with a checkpoint
-    (start again with --resume).
+    Exit codes: 0 done, 2 bad input, 75 stopped by SIGUSR1, SIGTERM or SIGINT with a checkpoint
+    (start again with --resume). Under mpirun send SIGUSR1: it reaches every rank.
     """
     from hpc_xvr.config import load
 

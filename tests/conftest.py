@@ -26,3 +26,17 @@ def realdata():
 def reference():
     """reference("centre_small.npz") -> path of vectors of the authors' model, or skip."""
     return lambda name: _find("HPC_XVR_REFERENCE", "reference", name)
+
+
+PULSE = ROOT / "configs" / "pulse.yaml"
+
+
+@pytest.fixture(scope="session")
+def pulse_corpus(tmp_path_factory):
+    """The corpus of configs/pulse.yaml, simulated once."""
+    from hpc_xvr.config import load
+    from hpc_xvr.data.phantom import simulate_corpus
+
+    path = tmp_path_factory.mktemp("pulse") / "corpus"
+    simulate_corpus(load(PULSE).simulate, path)
+    return path

@@ -71,6 +71,18 @@ class Comm:
             raise CollectiveError(problem)
         return result  # type: ignore[return-value]
 
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; if it meets an InputError on any, all raise the first."""
+        result, problem = None, None
+        try:
+            result = action()
+        except InputError as error:
+            problem = str(error)
+        problem = next((p for p in self.gather(problem) if p is not None), None)
+        if problem is not None:
+            raise CollectiveError(problem)
+        return result  # type: ignore[return-value]
+
     # Tensors.
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -131,7 +143,7 @@ def connect(engine: Engine = "auto", device: str = "auto", timeout_s: float = 60
             raise InputError("engine horovod needs mpirun; torchrun works with --engine torch")
         mpi = None
     else:
-        mpi = _mpi(launch)
+        mpi = _mpi(launch, chosen)
         size = mpi.Get_size() if mpi else 1
         if size != launch.size:
             raise InputError(
@@ -173,10 +185,12 @@ def _device(launch: Launch, wish: str) -> torch.device:
     return torch.device("cuda", gpu_index(launch, gpus))
 
 
-def _mpi(launch: Launch) -> Any:
+def _mpi(launch: Launch, device: torch.device) -> Any:
     """COMM_WORLD, or None on one rank that no MPI launcher started."""
     if launch.size == 1 and launch.launcher not in ("Open MPI", "PALS", "PMI"):
         return None
+    if device.type == "cpu":  # waiting must not take the core that the other thread computes on
+        os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

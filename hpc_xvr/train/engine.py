@@ -43,20 +43,14 @@ class Trainer:
 
     def __init__(self, cfg: Config, comm: Comm, resume: bool = False) -> None:
         self.cfg, self.comm = cfg, comm
-        self.share = len(slots_of_rank(comm.rank, comm.size, cfg.train.global_batch))
-        self.micro = cfg.train.micro_batch or self.share
-        if self.share % self.micro:
-            raise InputError(f"train.micro_batch {self.micro} does not divide the "
-                             f"{self.share} samples of a rank (global_batch "
-                             f"{cfg.train.global_batch} on {comm.size} ranks)")
+        self.share, self.micro = comm.together(self._shares)
         threads = cfg.run.threads or cpu_threads(discover())
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs; plain float32 on CPUs
 
         comm.on_root(lambda: _make_corpus(cfg))
-        corpus = Corpus(cfg.data.corpus)
-        self.data = TrainingSamples(cfg.data.corpus, cfg.data, cfg.model.output,
-                                    cfg.train.global_batch, cfg.run.seed)
+        corpus, self.data = comm.together(lambda: (Corpus(cfg.data.corpus), TrainingSamples(
+            cfg.data.corpus, cfg.data, cfg.model.output, cfg.train.global_batch, cfg.run.seed)))
         self.validator = Validator(cfg, corpus, comm)
         state = comm.on_root(lambda: open_run(cfg, resume))
 
@@ -72,7 +66,19 @@ class Trainer:
         if comm.is_root:
             write_environment(cfg.run.dir, machine)
             self.metrics = Metrics(cfg.run.dir, self.done if resume else None)
+            if self.done:
+                self.metrics.write("event", self.done, text=f"resumed on {comm.size} ranks")
             self._announce(machine, corpus, threads)
+
+    def _shares(self) -> tuple[int, int]:
+        """Samples of this rank in a step, and of one of its micro-batches."""
+        train, ranks = self.cfg.train, self.comm.size
+        share = len(slots_of_rank(self.comm.rank, ranks, train.global_batch))
+        micro = train.micro_batch or share
+        if share % micro:
+            raise InputError(f"train.micro_batch {micro} does not divide the {share} samples of a "
+                             f"rank (global_batch {train.global_batch} on {ranks} ranks)")
+        return share, micro
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,9 +104,9 @@ class Trainer:
     def _announce(self, machine: dict[str, Any], corpus: Corpus, threads: int) -> None:
         cfg, ranks = self.cfg, machine["ranks"]
         hosts = len({r["host"] for r in ranks})
-        logger.info("%s, %d ranks on %d nodes, %s, %d threads a rank", machine["engine"],
+        logger.info("%s, %d rank(s) on %d node(s), %s, %d thread(s) a rank", machine["engine"],
                     len(ranks), hosts, ranks[0]["device"], threads)
-        logger.info("global batch %d = %d ranks x %d micro-batches x %d samples",
+        logger.info("global batch %d = %d rank(s) x %d micro-batch(es) x %d sample(s)",
                     cfg.train.global_batch, self.comm.size, self.share // self.micro, self.micro)
         parameters = sum(p.numel() for p in self.model.parameters())
         logger.info("%s: %s parameters, %.1f GFLOP a sample and step; %d training and %d "
@@ -120,7 +126,7 @@ class Trainer:
             signal.signal(number, self._ask_to_stop)
         cfg = self.cfg
         batches = iter(training_batches(self.data, self.comm.rank, self.comm.size, self.done,
-                                        cfg.train.steps - self.done, self.micro,
+                                        cfg.train.steps, self.micro,
                                         pin_memory=self.comm.device.type == "cuda"))
         self.clock.reset()
         while self.done < cfg.train.steps:

@@ -75,7 +75,7 @@ class Validator:
 
 def _spread(videos: list[Video], gap: int, count: int) -> list[tuple[Video, int]]:
     """About `count` frames that are no key frames, evenly over recordings and times."""
-    candidates = [(v, t) for v in videos for t in range(v.shape[0]) if t % gap]
+    candidates = [(v, t) for v in videos for t in range(v.shape[0] - 1) if t % gap]
     if len(candidates) <= count:
         return candidates
     return [candidates[i] for i in np.linspace(0, len(candidates) - 1, count).astype(int)]

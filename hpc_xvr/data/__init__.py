@@ -1,0 +1,1 @@
+"""From camera files or simulated experiments to a corpus, and from there to samples."""

@@ -1,0 +1,116 @@
+"""Camera files: one reader a format, one way to open them all."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc_xvr.data.cameras import hdf5, images, phantom_cine, photron, shimadzu
+from hpc_xvr.data.cameras.recording import Recording, guarded
+from hpc_xvr.errors import InputError
+
+__all__ = ["FORMATS", "SUFFIXES", "Recording", "camera_files", "open_files", "open_recording"]
+
+PHOTRON = (".mraw", ".cih", ".cihx")
+HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
+SUFFIXES = (*PHOTRON, ".cine", ".dat", *HDF5, *images.IMAGE_SUFFIXES)
+FORMATS = ("Photron .mraw with .cih or .cihx, Phantom .cine, Shimadzu HPV-X2 .dat, HDF5 (DXchange "
+           f"or any dataset: {' '.join(HDF5)}), TIFF stacks, folders of numbered .tif or .png")
+
+
+def open_recording(
+    path: Path | str,
+    *,
+    dataset: str | None = None,
+    flip_rows: bool = False,
+    own_flat: bool = True,
+    bit_depth: int | None = None,
+    full_scale: float | None = None,
+) -> Recording:
+    """Open a camera file, a folder or glob of numbered images, or the first file of such.
+
+    Args:
+        dataset: path inside an HDF5 file; also written FILE.h5::PATH.
+        flip_rows: turn the frames upside down (Shimadzu's row order differs by instrument).
+        own_flat: apply the white and dark frames that a DXchange file holds.
+        bit_depth: significant bits of TIFF, PNG and HDF5 integers, where fewer than stored.
+        full_scale: physical value of the largest stored value, for float files and transmission.
+
+    Raises:
+        InputError: missing, unknown or damaged file, or an option its format does not have.
+    """
+    with guarded(str(path)):
+        files, inner = camera_files(path)
+        if inner and dataset and inner.strip("/") != dataset.strip("/"):
+            raise InputError(f"{path}: names another dataset than {dataset}: give one")
+        recording = open_files(files, dataset=inner or dataset, own_flat=own_flat,
+                               bit_depth=bit_depth, full_scale=full_scale)
+    return recording.flipped() if flip_rows else recording
+
+
+def open_files(
+    files: Sequence[Path],
+    *,
+    dataset: str | None = None,
+    own_flat: bool = True,
+    bit_depth: int | None = None,
+    full_scale: float | None = None,
+) -> Recording:
+    """Open the file or the numbered files of one recording; arguments as open_recording."""
+    first = files[0]
+    suffix = first.suffix.lower()
+    with guarded(str(first)):
+        if dataset and suffix not in HDF5:
+            raise InputError(f"{first}: is no HDF5 file, so it has no dataset {dataset}: leave "
+                             "the dataset out")
+        if suffix in HDF5:
+            return hdf5.open_hdf5(first, dataset, own_flat, bit_depth, full_scale)
+        if suffix in images.IMAGE_SUFFIXES:
+            opener = images.open_sequence if len(files) > 1 else images.open_stack
+            return opener(files if len(files) > 1 else first, bit_depth, full_scale)
+        if suffix not in SUFFIXES:
+            raise InputError(f"{first}: unknown kind of file; readable are {FORMATS}")
+        if bit_depth is not None or full_scale is not None:
+            raise InputError(f"{first}: states its bit depth itself: leave the bit depth and the "
+                             "full scale out")
+        if suffix == ".cine":
+            return phantom_cine.open_cine(first)
+        if suffix == ".dat":
+            return shimadzu.open_shimadzu(first)
+        return photron.open_photron(first)
+
+
+def camera_files(path: Path | str) -> tuple[list[Path], str | None]:
+    """Files of one recording, and the dataset named behind `::`.
+
+    Raises:
+        InputError: nothing there, an unknown suffix, or a folder that is no numbered sequence.
+    """
+    name, _, inner = str(path).partition("::")
+    path = Path(name)
+    if path.is_dir():
+        return _sequence(path, sorted(path.iterdir())), None
+    if not path.exists():
+        matches = [Path(match) for match in sorted(glob.glob(name))]  # noqa: PTH207 - any root
+        if not matches:
+            raise InputError(f"{path}: no such file or folder")
+        return (_sequence(path, matches), None) if len(matches) > 1 else (matches, None)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path}: unknown kind of file; readable are {FORMATS}")
+    key = images.name_key(path)
+    if suffix in images.IMAGE_SUFFIXES and key and images.page_count(path) == 1:
+        alike = [file for file in path.parent.iterdir() if images.name_key(file) == key]
+        group = images.in_order(alike)
+        return (group if group[0] == path else [path]), None
+    return [path], inner or None
+
+
+def _sequence(path: Path, found: list[Path]) -> list[Path]:
+    files = [file for file in found if file.suffix.lower() in images.IMAGE_SUFFIXES]
+    groups = images.grouped(files)
+    if len(groups) != 1:
+        raise InputError(f"{path}: holds {len(groups)} sequences of numbered .tif or .png files: "
+                         "give one file or a folder with one sequence")
+    return images.in_order(groups[0])

@@ -1,0 +1,188 @@
+"""Photron .mraw with its .cih (text) or .cihx (XML) header: headerless frames of 8, 12 or 16 bit.
+
+12-bit pixels are packed, two in three bytes, most significant bits first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from hpc_xvr.data.cameras.recording import Recording, check_bytes, check_shape, guarded, positive
+from hpc_xvr.errors import InputError
+
+LARGEST_HEADER = 2**24
+XML_NAMES = {
+    "Date": "fileInfo/date",
+    "Time": "fileInfo/time",
+    "Camera Type": "deviceInfo/deviceName",
+    "Record Rate(fps)": "recordInfo/recordRate",
+    "Shutter Speed(s)": "recordInfo/shutterSpeed",
+    "Shutter Type2(nsec)": "recordInfo/shutterSpeedNsec",
+    "Total Frame": "frameInfo/totalFrame",
+    "Start Frame": "frameInfo/startFrame",
+    "Save Step": "frameInfo/skipFrame",
+    "Image Width": "imageDataInfo/resolution/width",
+    "Image Height": "imageDataInfo/resolution/height",
+    "Color Type": "imageDataInfo/colorInfo/type",
+    "Color Bit": "imageDataInfo/colorInfo/bit",
+    "EffectiveBit Depth": "imageDataInfo/effectiveBit/depth",
+    "EffectiveBit Side": "imageDataInfo/effectiveBit/side",
+    "File Format": "imageFileInfo/fileFormat",
+    "Comment Text": "basicInfo/comment",
+}
+"""Key of a .cih: where a .cihx has the same."""
+KEPT = ("Date", "Time", "Start Frame", "Save Step", "Record Rate(fps)", "Comment Text",
+        "Scale Pixel Size", "Scale Unit")
+
+
+def open_photron(path: Path) -> Recording:
+    """Open a recording by its .cih, .cihx or .mraw file.
+
+    Raises:
+        InputError: the partner file is missing, the header lacks a key or contradicts itself, or
+            the pixels are fewer than it promises.
+    """
+    header_path, pixels = _pair(path)
+    with guarded(str(header_path)):
+        header = _read_header(header_path)
+    shape = tuple(_integer(header_path, header, key)
+                  for key in ("Total Frame", "Image Height", "Image Width"))
+    check_shape(header_path, shape)
+    bits = _integer(header_path, header, "Color Bit")
+    kind, camera = header.get("Color Type", "Mono"), header.get("Camera Type", "")
+    # Raw is what newer cameras write; of a colour sensor (type ..K-C-..) it is a Bayer mosaic.
+    if kind.lower() not in ("mono", "raw") or "-C-" in camera or bits not in (8, 12, 16):
+        raise InputError(f"{header_path}: Color Type {kind}, Color Bit {bits}, camera {camera}: "
+                         "readable is monochrome with 8, 12 or 16 bit")
+    if header.get("File Format", "mraw").lower() != "mraw":
+        raise InputError(f"{header_path}: File Format is {header['File Format']}, not MRaw: give "
+                         "the exported images themselves")
+    side = header.get("EffectiveBit Side", "Lower").lower()
+    depth = _integer(header_path, header, "EffectiveBit Depth", bits)
+    if side not in ("lower", "higher") or not 1 <= depth <= 16:
+        raise InputError(f"{header_path}: EffectiveBit Depth {depth}, Side {side}: allowed are "
+                         "1 to 16 and Lower or Higher")
+    count = shape[1] * shape[2]
+    if bits == 12 and count % 2:
+        raise InputError(f"{header_path}: {shape[1]} x {shape[2]} pixels of packed 12 bit do not "
+                         "fill whole bytes: the header is damaged, copy it again")
+    check_bytes(pixels, shape[0] * count * bits // 8, shape[0])
+
+    rate = positive(header_path, "Record Rate(fps)",
+                    _number(header_path, header, "Record Rate(fps)"))
+    step = max(1, _integer(header_path, header, "Save Step", 1))
+    # A file of fewer bits than the sensor's holds the upper ones alone: nothing to shift there.
+    shift = bits - depth if side == "higher" and depth < bits else 0
+
+    def source(start: int, stop: int) -> Iterator[np.ndarray]:
+        size = count * bits // 8
+        with pixels.open("rb") as file:
+            file.seek(start * size)
+            for _ in range(start, stop):
+                data = file.read(size)
+                if bits == 12:
+                    frame = unpack_12(np.frombuffer(data, np.uint8))
+                else:
+                    frame = np.frombuffer(data, np.dtype(f"<u{bits // 8}"))
+                frame = frame.reshape(shape[1:])
+                yield frame >> shift if shift else frame
+
+    return Recording(
+        path=pixels,
+        shape=shape,
+        dtype=np.dtype(np.uint8 if bits == 8 else np.uint16),
+        bit_depth=min(bits, depth),
+        source=source,
+        camera=f"Photron {camera}".strip(),
+        frame_rate_hz=rate / step,
+        exposure_s=_exposure(header_path, header),
+        metadata={key: header[key] for key in KEPT if header.get(key)},
+    )
+
+
+def unpack_12(data: np.ndarray) -> np.ndarray:
+    """Packed 12-bit pixels, (3n,) uint8, to (2n,) uint16."""
+    triples = data.reshape(-1, 3).astype(np.uint16)
+    out = np.empty((len(triples), 2), np.uint16)
+    out[:, 0] = triples[:, 0] << 4 | triples[:, 1] >> 4
+    out[:, 1] = (triples[:, 1] & 15) << 8 | triples[:, 2]
+    return out.reshape(-1)
+
+
+def header_of(pixels: Path) -> Path | None:
+    """The .cihx or .cih beside a .mraw, however its suffix is spelled."""
+    return _beside(pixels, (".cihx", ".cih"))
+
+
+def pixels_of(header: Path) -> Path | None:
+    """The .mraw beside a header."""
+    return _beside(header, (".mraw",))
+
+
+def _pair(path: Path) -> tuple[Path, Path]:
+    if path.suffix.lower() == ".mraw":
+        header = header_of(path)
+        if header is None:
+            raise InputError(f"{path}: its header {path.stem}.cih or .cihx is missing: put it "
+                             "beside, the pixels have no meaning without it")
+        return header, path
+    pixels = pixels_of(path)
+    if pixels is None:
+        raise InputError(f"{path}: its pixel file {path.stem}.mraw is missing: put it beside")
+    return path, pixels
+
+
+def _beside(path: Path, suffixes: tuple[str, ...]) -> Path | None:
+    found = {p.suffix.lower(): p for p in sorted(path.parent.iterdir())
+             if p.stem == path.stem and p.is_file()}
+    return next((found[suffix] for suffix in suffixes if suffix in found), None)
+
+
+def _read_header(path: Path) -> dict[str, str]:
+    if path.stat().st_size > LARGEST_HEADER:
+        raise InputError(f"{path}: has {path.stat().st_size} bytes, too many for a header")
+    data = path.read_bytes()
+    if path.suffix.lower() == ".cih":
+        lines = (line.partition(":") for line in data.decode(errors="replace").splitlines())
+        return {key.strip(): value.strip() for key, colon, value in lines if colon}
+    match = re.search(rb"<cih>.*</cih>", data, re.DOTALL)
+    if match is None:
+        raise InputError(f"{path}: holds no <cih> section: not a Photron header, or damaged")
+    tree = ElementTree.fromstring(match[0].decode(errors="replace"))
+    return {key: (tree.findtext(name) or "").strip() for key, name in XML_NAMES.items()
+            if tree.find(name) is not None}
+
+
+def _number(path: Path, header: dict[str, str], key: str, default: float | None = None) -> float:
+    text = header.get(key, "")
+    if not text and default is not None:
+        return float(default)
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{path}: key {key} is {text or 'missing'}: a number is needed, copy the "
+                         "header again") from None
+
+
+def _integer(path: Path, header: dict[str, str], key: str, default: int | None = None) -> int:
+    value = _number(path, header, key, default)
+    if not value.is_integer() or not 0 <= value < 2**40:
+        raise InputError(f"{path}: key {key} is {header.get(key)}: a whole number is needed, copy "
+                         "the header again")
+    return int(value)
+
+
+def _exposure(path: Path, header: dict[str, str]) -> float | None:
+    """Seconds. The shutter speed is written 1/20000 in a .cih and 20000 in a .cihx."""
+    if header.get("Shutter Type2(nsec)"):
+        return _number(path, header, "Shutter Type2(nsec)") * 1e-9 or None
+    speed = header.get("Shutter Speed(s)", "").removeprefix("1/")
+    try:
+        return 1 / float(speed)
+    except (ValueError, ZeroDivisionError):
+        return None

@@ -1,0 +1,192 @@
+"""One opened camera file: what is known about it, and its frames, read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
+
+FrameSource = Callable[[int, int], Iterator[np.ndarray]]
+LARGEST_FRAME = 2**28
+"""Pixels; no camera comes near it, so a header that promises more is damaged."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A camera file. No file handle is kept: frames() opens the file and closes it.
+
+    `dtype` is uint8 or uint16; stored values are 0..2**bit_depth - 1, right-aligned. `full_scale`
+    is the physical value (transmission, or the file's own float unit) of the largest one.
+    `pixel_size_um` is the pixel size on the object, where the file states it.
+    """
+
+    path: Path
+    shape: tuple[int, int, int]
+    dtype: np.dtype
+    bit_depth: int
+    source: FrameSource = field(repr=False, compare=False)
+    camera: str = "unknown"
+    frame_rate_hz: float | None = None
+    pixel_size_um: float | None = None
+    exposure_s: float | None = None
+    full_scale: float = 1.0
+    metadata: dict[str, str | int | float] = field(default_factory=dict)
+
+    def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Frames start..stop-1 as stored values, (H, W) of `dtype`.
+
+        Raises:
+            InputError: a frame cannot be read, has another shape, holds NaN or infinity, or a
+                value above the bit depth. The line names the frame.
+        """
+        top = 2**self.bit_depth - 1
+        clipped = count = 0
+        for index, frame in enumerate(self.values(start, stop), start):
+            if frame.dtype.kind == "f":
+                scaled = frame * (top / self.full_scale)
+                clipped += np.count_nonzero(scaled > top + 0.5)
+                count += frame.size
+                yield np.clip(np.rint(scaled), 0, top).astype(self.dtype)
+                continue
+            if (largest := int(frame.max())) > top:
+                raise InputError(f"{self.path}: frame {index} holds the value {largest}, but "
+                                 f"{self.bit_depth} bit end at {top}: the bit depth is wrong")
+            yield frame.astype(self.dtype, copy=False)
+        if clipped > 0.001 * count:
+            logger.warning("%s: %.1f %% of the values lie above full scale %g and were cut to it; "
+                           "a larger full scale keeps them", self.path, 100 * clipped / count,
+                           self.full_scale)
+
+    def values(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Frames in the file's own unit, (H, W): integer counts, or finite floats."""
+        start, stop, _ = slice(start, stop).indices(self.shape[0])
+        with guarded(f"{self.path}: frame {start}"):
+            source = self.source(start, stop)
+        for index in range(start, stop):
+            with guarded(f"{self.path}: frame {index}"):
+                frame = next(source, None)
+            if frame is None:
+                raise InputError(f"{self.path}: ends before frame {index}, {self.shape[0]} frames "
+                                 "are promised: the file is incomplete, copy it again")
+            if frame.shape != self.shape[1:]:
+                raise InputError(f"{self.path}: frame {index} has {_size(frame.shape)} pixels, "
+                                 f"the first one {_size(self.shape[1:])}: all must be alike")
+            if frame.dtype.kind == "f" and not np.isfinite(frame).all():
+                bad = frame.size - np.count_nonzero(np.isfinite(frame))
+                raise InputError(f"{self.path}: frame {index} holds {bad} values that are NaN or "
+                                 "infinite: mend the frame or leave it out")
+            yield frame
+
+    def changed(self, change: Callable[[np.ndarray], np.ndarray], **fields: Any) -> Recording:
+        """The same recording with `change` applied to the values of every frame."""
+        return replace(
+            self,
+            source=lambda start, stop: (change(frame) for frame in self.values(start, stop)),
+            **fields,
+        )
+
+    def flipped(self) -> Recording:
+        """Rows from bottom to top."""
+        return self.changed(lambda frame: frame[::-1])
+
+    def cropped(self, height: int, width: int) -> Recording:
+        """The first `height` rows and `width` columns."""
+        return self.changed(
+            lambda frame: frame[:height, :width], shape=(self.shape[0], height, width)
+        )
+
+
+def array_recording(
+    path: Path,
+    shape: tuple[int, int, int],
+    native: np.dtype,
+    source: FrameSource,
+    bit_depth: int | None,
+    full_scale: float | None,
+    **fields: Any,
+) -> Recording:
+    """A recording from a container that states only its number type (TIFF, PNG, HDF5).
+
+    Integers keep their values; floats are scaled to 16 bit by `full_scale`, or by their largest
+    value, for which the whole file is read once. Floats below 0 become 0.
+
+    Raises:
+        InputError: numbers of another type, a bit depth that does not fit it, float data with
+            nothing but values below 0.
+    """
+    check_shape(path, shape)
+    native = np.dtype(native)
+    if native.kind == "f":
+        if bit_depth is not None:
+            raise InputError(f"{path}: holds float numbers, which have no bit depth: give their "
+                             "full scale instead")
+        floats = Recording(path, shape, np.dtype(np.uint16), 16, source, **fields)
+        if full_scale is None:
+            full_scale = max(float(frame.max()) for frame in floats.values())
+            if full_scale < 0:
+                raise InputError(f"{path}: all values are below 0: nothing to store")
+            full_scale = full_scale or 1.0
+        return replace(floats, full_scale=positive(path, "full scale", full_scale))
+    if native.kind != "u" or native.itemsize > 2:
+        raise InputError(f"{path}: holds {native} numbers; readable are uint8, uint16 and float: "
+                         "convert the file")
+    widest = 8 * native.itemsize
+    if bit_depth is not None and not 1 <= bit_depth <= widest:
+        raise InputError(f"{path}: bit depth {bit_depth} does not fit its {native} numbers: "
+                         f"give 1 to {widest}")
+    if full_scale is not None:
+        raise InputError(f"{path}: holds {native} counts: a full scale is for float numbers only")
+    return Recording(path, shape, native.newbyteorder("="), bit_depth or widest, source, **fields)
+
+
+@contextmanager
+def guarded(where: str) -> Iterator[None]:
+    """Turn whatever a file library throws at damaged input into one InputError line.
+
+    The libraries raise nearly any exception type on damaged files, hence the wide net.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{where}: no such file") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{where}: cannot be read ({reason}): the file is damaged, incomplete or "
+                         "of an unknown variant, copy or export it again") from error
+
+
+def check_shape(path: Path, shape: tuple[int, ...]) -> None:
+    """Refuse empty recordings and frames no camera can have made."""
+    if shape[0] < 1:
+        raise InputError(f"{path}: holds no frames: export it again with at least one")
+    if min(shape[1:]) < 1 or shape[1] * shape[2] > LARGEST_FRAME:
+        raise InputError(f"{path}: states frames of {_size(shape[1:])} pixels: the header is "
+                         "damaged, copy or export the file again")
+
+
+def check_bytes(path: Path, needed: int, frames: int) -> None:
+    """Refuse a file that is shorter than its header promises."""
+    have = path.stat().st_size
+    if have < needed:
+        raise InputError(f"{path}: has {have} bytes, its header promises {frames} frames in "
+                         f"{needed}: the file is incomplete, copy it again")
+
+
+def positive(path: Path, what: str, value: float) -> float:
+    """`value` if it is a finite number above 0, else InputError."""
+    if not 0 < value < float("inf"):
+        raise InputError(f"{path}: {what} is {value}: it must be a number above 0")
+    return value
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,230 @@
+"""The corpus folder on disk: names, header, manifest, attributes, lock, safe replacement."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hpc_xvr.errors import InputError
+
+if TYPE_CHECKING:
+    from hpc_xvr.data.stores import Store
+
+SCHEMA = 1
+FORMAT = "hpc_xvr corpus"
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+HEADER, MANIFEST, LOCK, SCRATCH = "corpus.json", "manifest.jsonl", ".lock", ".incoming"
+STORES = ("zarr", "hdf5")
+
+
+class VideoInfo(BaseModel):
+    """What is known about a recording (stored as attributes of its group)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    camera: str
+    frame_rate_hz: float | None = None
+    pixel_size_um: float | None = None
+    exposure_s: float | None = None
+    bit_depth: int
+    """Stored values of `frames` are 0..2**bit_depth - 1."""
+    scene: str
+    split: Literal["train", "validation", "test"]
+    source: str
+    """Name of the camera file, or "simulated"."""
+    sha256: str
+    """Of the bytes of `frames` (C order, little endian), then those of `lr` where there is one."""
+    full_scale: float = 1.0
+    """Physical value (transmission) of the largest value that can be stored."""
+    lr_times: list[float] | None = None
+    """Time of each LR frame, in HR frames from the first one."""
+    lr_bit_depth: int | None = None
+    """Bit depth of `lr`; None: that of `frames`."""
+    metadata: dict[str, Any] = {}
+
+
+def read_header(path: Path) -> str:
+    """Store of the corpus at `path`, after checking format and schema version."""
+    try:
+        header = json.loads((path / HEADER).read_text())
+        if header["format"] != FORMAT:
+            raise KeyError
+        schema, store = header["schema"], header["store"]
+    except OSError as error:
+        raise InputError(f"corpus {path}: no corpus there ({error.strerror}: {HEADER}); make one "
+                         "with `hpc-xvr ingest` or `hpc-xvr simulate`") from None
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"corpus {path}: its {HEADER} is not that of a corpus; restore it or "
+                         "make the corpus anew") from None
+    if schema != SCHEMA or store not in STORES:
+        raise InputError(f"corpus {path}: schema version {schema}, store {store}; this program "
+                         f"reads version {SCHEMA}, zarr or hdf5: update hpc-xvr or ingest again")
+    return store
+
+
+def read_entries(path: Path, store: Store) -> tuple[dict[str, dict[str, Any]], bool]:
+    """Manifest entries by id, and whether the manifest file says just that.
+
+    The folder decides which videos there are: lines of removed videos are dropped, videos that
+    a killed writer finished without a line are read from their own attributes.
+    """
+    complete = True
+    lines: dict[str, dict[str, Any]] = {}
+    try:
+        text = (path / MANIFEST).read_text()
+    except FileNotFoundError:
+        text = ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"corpus {path}: {MANIFEST} cannot be read ({error}); delete it, it is "
+                         "rebuilt when the corpus is next written to") from None
+    for line in text.splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+            lines[entry["id"]] = entry
+        except (ValueError, KeyError, TypeError):
+            complete = False
+        complete = complete and line.endswith("\n")
+    folder = path / "videos"
+    names: list[str] = []
+    with (disk_errors(path, "read"), contextlib.suppress(FileNotFoundError),
+          os.scandir(folder) as files):
+        names = [f.name for f in files if f.is_dir() != bool(store.suffix)]
+    ids = sorted(name.removesuffix(store.suffix) for name in names
+                 if ID.fullmatch(name) and name.endswith(store.suffix))
+    entries = {}
+    for id in ids:
+        entries[id] = lines.get(id) or {
+            "id": id, **describe_clip(store, path, folder / (id + store.suffix))}
+    return entries, complete and lines.keys() == entries.keys()
+
+
+def describe_clip(store: Store, corpus: Path, path: Path) -> dict[str, Any]:
+    """Manifest entry (without id) of a stored clip."""
+    try:
+        attributes, arrays = store.describe(path)
+        known = {key: value for key, value in attributes.items() if key in VideoInfo.model_fields}
+        info = VideoInfo.model_validate(known)
+        shape, dtype = arrays["frames"]
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"corpus {corpus}, video {path.name}: its attributes cannot be read "
+                         f"({reason}); restore {path} or remove it") from None
+    lr_shape = list(arrays["lr"][0]) if "lr" in arrays else None
+    return {"shape": list(shape), "dtype": dtype, "lr_shape": lr_shape,
+            "attributes": info.model_dump(mode="json")}
+
+
+class WriterLock:
+    """A file with the writer's host and process; the kernel's lock on it ends with the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        while True:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT)
+            alone = True
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                alone = False
+            except OSError:  # a file system without locks: the names in the file decide
+                alone = None
+            # Its last owner may have removed the file between our open and our lock.
+            if not path.exists() or os.fstat(self._file).st_ino != path.stat().st_ino:
+                os.close(self._file)
+                continue
+            break
+        holder = os.read(self._file, 200).decode().split()
+        if alone is False or (len(holder) == 2 and self._lives(*holder, alone)):
+            os.close(self._file)
+            name = " on ".join(reversed(holder[:2])) or "unknown"
+            raise InputError(f"corpus {path.parent}: is being written by process {name}; wait for "
+                             f"it, or delete {path} if it no longer runs")
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+
+    @staticmethod
+    def _lives(host: str, process: str, alone: bool | None) -> bool:
+        if host != socket.gethostname():
+            return True
+        if alone:
+            return False
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    def release(self) -> None:
+        """Let the next writer in."""
+        self._path.unlink(missing_ok=True)
+        os.close(self._file)
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Put a finished file or folder in its place so that it survives a crash right after."""
+    inside = [Path(folder) / name for folder, folders, files in os.walk(temporary)
+              for name in (*folders, *files)]
+    for path in (*inside, temporary):
+        _fsync(path)
+    temporary.replace(final)
+    _fsync(final.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, what: str = "write") -> Iterator[None]:
+    """What the disk refuses is the user's to mend: OSError becomes a one-line InputError."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).splitlines()[0]
+        raise InputError(f"corpus {path}: cannot {what} {error.filename or path} ({reason}); "
+                         f"{_free(path)} are free there: check space, quota and permissions"
+                         ) from None
+
+
+def _free(path: Path) -> str:
+    for folder in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB"
+    return "unknown GB"
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all it holds."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def manifest_line(entry: dict[str, Any]) -> str:
+    """One video as a line of the manifest."""
+    return json.dumps(entry, separators=(",", ":")) + "\n"
+
+
+def explain(error: Exception) -> str:
+    """An exception's message as one line; the first problem of a validation error."""
+    if isinstance(error, ValidationError):
+        problem = error.errors()[0]
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    return str(error).splitlines()[0]

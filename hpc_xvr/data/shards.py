@@ -1,0 +1,145 @@
+"""Who reads what: the frames of an epoch are dealt to the slots of the global batch.
+
+Slot g of step k is the same sample however many ranks there are; a rank serves a range of slots.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from hpc_xvr.errors import InputError
+
+Piece = tuple[int, int, int]
+_TOLERANCE = 0.02
+# Tags keep these random streams apart from each other and from the samples' [seed, step, slot].
+_DEAL, _SHUFFLE = 1, 2
+
+
+def centres(frames: int, lr_frames: int) -> range:
+    """Frames of a clip that can be a training centre: the others of its window must exist.
+
+    At least one frame lies on each side, as a key frame before and one after are needed.
+    """
+    half = max(1, lr_frames // 2)
+    return range(half, max(half, frames - half))
+
+
+def slots_of_rank(rank: int, world: int, global_batch: int) -> range:
+    """Slots that a rank serves.
+
+    Raises:
+        InputError: the global batch cannot be shared evenly.
+    """
+    if global_batch % world:
+        near = max(1, round(global_batch / world)) * world
+        raise InputError(f"train.global_batch {global_batch} cannot be shared by {world} ranks: "
+                         f"each would get {global_batch / world:g} samples; choose a multiple of "
+                         f"{world}, such as {near}")
+    share = global_batch // world
+    return range(rank * share, (rank + 1) * share)
+
+
+class Slots:
+    """The plan of one run; step k depends on (seed, k) alone.
+
+    Each epoch every centre frame belongs to exactly one slot, and each slot's frames come in
+    their own random order. Slots differ in length by at most 2 % or one frame: the longer ones
+    drop (others each epoch) what exceeds `steps_per_epoch`, the shorter ones start over.
+
+    Args:
+        frames: frames of each training video.
+        lr_frames: low-resolution frames of a sample.
+        global_batch: number of slots.
+        seed: of the whole plan.
+
+    Raises:
+        InputError: no video is long enough.
+    """
+
+    def __init__(self, frames: Sequence[int], lr_frames: int, global_batch: int, seed: int) -> None:
+        self._ranges = [centres(n, lr_frames) for n in frames]
+        self._counts = np.array([len(r) for r in self._ranges], dtype=np.int64)
+        self._slots = global_batch
+        self._seed = seed
+        total = int(self._counts.sum())
+        if total == 0:
+            raise InputError(f"data.lr_frames {lr_frames} needs training videos of at least "
+                             f"{max(3, lr_frames)} frames; the longest of {len(frames)} has "
+                             f"{max(frames, default=0)}: lower it or add longer videos")
+        self.steps_per_epoch = math.ceil(total / global_batch)
+        self._streams: dict[int, list[np.ndarray]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_streams": {}}
+
+    def pick(self, step: int, slot: int) -> tuple[int, int]:
+        """(index of the video, centre frame) of a slot; steps count from 0 over all epochs."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        if epoch not in self._streams:
+            while len(self._streams) >= 2:
+                del self._streams[min(self._streams)]
+            self._streams[epoch] = self._shuffled(epoch)
+        stream = self._streams[epoch][slot]
+        video, t = stream[k % len(stream)]
+        return int(video), int(t)
+
+    def deal(self, epoch: int) -> list[list[Piece]]:
+        """Pieces (video index, first centre, last centre + 1) of each slot in an epoch."""
+        rng = np.random.default_rng([self._seed, epoch, 0, _DEAL])
+        shuffled = rng.permutation(len(self._counts))
+        shuffled = shuffled[self._counts[shuffled] > 0]
+        slots, loads = self._whole_videos(shuffled)
+        spread = max(loads) - min(loads)
+        if spread > 1 and spread > _TOLERANCE * sum(loads) / self._slots:
+            slots = self._cut_line(shuffled)
+        return slots
+
+    def _whole_videos(self, shuffled: np.ndarray) -> tuple[list[list[Piece]], list[int]]:
+        slots: list[list[Piece]] = [[] for _ in range(self._slots)]
+        loads = [(0, slot) for slot in range(self._slots)]
+        for video in shuffled[np.argsort(-self._counts[shuffled], kind="stable")]:
+            load, slot = loads[0]
+            slots[slot].append(self._piece(video, 0, self._counts[video]))
+            heapq.heapreplace(loads, (load + int(self._counts[video]), slot))
+        return slots, [load for load, _ in loads]
+
+    def _cut_line(self, shuffled: np.ndarray) -> list[list[Piece]]:
+        """All videos laid end to end, cut in equal parts."""
+        ends = np.cumsum(self._counts[shuffled])
+        total = int(ends[-1])
+        slots: list[list[Piece]] = []
+        for slot in range(self._slots):
+            position, stop = slot * total // self._slots, (slot + 1) * total // self._slots
+            pieces = []
+            while position < stop:
+                i = int(np.searchsorted(ends, position, side="right"))
+                begin = int(ends[i]) - int(self._counts[shuffled[i]])
+                until = min(stop, int(ends[i]))
+                pieces.append(self._piece(shuffled[i], position - begin, until - begin))
+                position = until
+            slots.append(pieces)
+        return slots
+
+    def _piece(self, video: int, start: int, stop: int) -> Piece:
+        first = self._ranges[video].start
+        return int(video), first + int(start), first + int(stop)
+
+    def _shuffled(self, epoch: int) -> list[np.ndarray]:
+        """For each slot its (video, centre) pairs in the order of the epoch: arrays (n, 2)."""
+        streams = []
+        for slot, pieces in enumerate(self.deal(epoch)):
+            video, start, stop = np.array(pieces, np.int32).reshape(-1, 3).T
+            count = stop - start
+            row_of_piece = np.cumsum(count) - count
+            rows = np.arange(count.sum(), dtype=np.int32)
+            t = rows + np.repeat(start - row_of_piece.astype(np.int32), count)
+            order = np.random.default_rng([self._seed, epoch, slot, _SHUFFLE]).permutation(rows)
+            streams.append(np.stack([np.repeat(video, count)[order], t[order]], axis=1))
+        filled = [stream for stream in streams if len(stream)]
+        # Fewer frames than slots: the empty slots borrow, so that a step is always whole.
+        return [stream if len(stream) else filled[slot % len(filled)]
+                for slot, stream in enumerate(streams)]

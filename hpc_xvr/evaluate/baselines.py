@@ -1,0 +1,76 @@
+"""Reconstruction without learning: what a trained network is measured against.
+
+Each method takes a batched sample and gives its centre frame. Shapes: B batch, N low-resolution
+frames, h w low-resolution grid, H = scale*h, W = scale*w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hpc_xvr.errors import InputError
+from hpc_xvr.model.bases import interpolate_keys, key_weights, transfer_detail, upsample
+
+Sample = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A method with the line that tables and help texts show for it."""
+
+    description: str
+    method: Callable[[Sample], Tensor]
+
+    def __call__(self, sample: Sample) -> Tensor:
+        """lr (B, N, 1, h, w), hr (B, 2, 1, H, W), hr_offset (B, 2) -> (B, 1, 1, H, W)."""
+        return self.method(sample)
+
+
+def find_baseline(name: str) -> Baseline:
+    """The baseline of that name.
+
+    Raises:
+        InputError: there is none; names those there are.
+    """
+    if name not in BASELINES:
+        raise InputError(f"unknown method {name!r}: choose from {', '.join(BASELINES)}")
+    return BASELINES[name]
+
+
+def _centre(sample: Sample) -> Tensor:
+    lr = sample["lr"]
+    middle = lr.shape[1] // 2
+    return lr[:, middle : middle + 1]
+
+
+def _bicubic(sample: Sample) -> Tensor:
+    scale = sample["hr"].shape[-1] // sample["lr"].shape[-1]
+    return upsample(_centre(sample), scale)
+
+
+def _nearest_hr(sample: Sample) -> Tensor:
+    before, after = sample["hr_offset"].abs().unbind(1)  # B
+    hr = sample["hr"]
+    later = (after < before).view(-1, 1, 1, 1, 1)
+    return hr[:, 1:].where(later, hr[:, :1])
+
+
+def _linear_hr(sample: Sample) -> Tensor:
+    return interpolate_keys(sample["hr"], key_weights(sample["hr_offset"], frames=1))
+
+
+def _detail(sample: Sample) -> Tensor:
+    return transfer_detail(_centre(sample), sample["hr"], sample["hr_offset"])
+
+
+BASELINES: dict[str, Baseline] = {
+    "bicubic": Baseline("bicubic interpolation of the low-resolution frame", _bicubic),
+    "nearest_hr": Baseline(
+        "the key frame that is nearer in time (the earlier one half-way)", _nearest_hr
+    ),
+    "linear_hr": Baseline("the two key frames interpolated linearly in time", _linear_hr),
+    "detail": Baseline("bicubic plus the key frames' fine detail interpolated in time", _detail),
+}

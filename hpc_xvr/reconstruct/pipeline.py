@@ -1,0 +1,286 @@
+"""A fast coarse stream and a few sharp key frames in, sharp frames at the fast rate out.
+
+Shapes: T low-resolution frames, h w their grid, H = scale*h, W = scale*w; N frames of a window.
+Times are counted in low-resolution frames: key frame k of a camera lies at frame k * gap.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hpc_xvr.config import Data
+from hpc_xvr.data.batches import key_frames
+from hpc_xvr.data.cameras import Recording
+from hpc_xvr.data.corpus import Video
+from hpc_xvr.data.degrade import bin_down, poisson
+from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
+
+Method = Callable[[dict[str, Tensor]], Tensor]
+"""Batched sample without target -> (B, N_out, 1, H, W)."""
+
+
+class Stream(Sequence):
+    """Frames made one by one when they are asked for: `read(t)` -> (h, w) float32 in [0, 1]."""
+
+    def __init__(self, shape: tuple[int, int, int], read: Callable[[int], np.ndarray]):
+        self.shape = shape
+        self._read = read
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, t: int) -> np.ndarray:
+        if not 0 <= t < len(self):
+            raise IndexError(f"frame {t} of {len(self)}")
+        return self._read(t)
+
+
+class KeyFrames(Mapping):
+    """Time -> key frame (H, W) float32 in [0, 1], read when it is asked for."""
+
+    def __init__(self, times: Sequence[int], shape: tuple[int, int],
+                 read: Callable[[int], np.ndarray]):
+        self.shape = shape
+        self._times = dict.fromkeys(times)
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._times)
+
+    def __getitem__(self, t: int) -> np.ndarray:
+        if t not in self._times:
+            raise KeyError(t)
+        return self._read(t)
+
+
+class Window(NamedTuple):
+    """One pass of a method: its centre frame and the frames that are kept from its output."""
+
+    centre: int
+    keep: range
+
+
+def windows(t0: int, t1: int, lr_frames: int, n_out: int) -> list[Window]:
+    """Windows that give each frame between two key frames exactly once.
+
+    Centre output: one window a frame. Sequence output: as few as possible, side by side; the
+    last one is moved back into the gap, so that its frames lie between the key frames it is
+    given, and only what is new in it is kept. A gap shorter than a window gets one in its middle.
+    """
+    half = lr_frames // 2
+    if n_out == 1:
+        return [Window(t, range(t, t + 1)) for t in range(t0 + 1, t1)]
+    if t1 - t0 - 1 < lr_frames:
+        return [Window((t0 + t1) // 2, range(t0 + 1, t1))] if t1 - t0 > 1 else []
+    return [Window(min(start + half, t1 - 1 - half), range(start, min(start + lr_frames, t1)))
+            for start in range(t0 + 1, t1, lr_frames)]
+
+
+def reconstruct(method: Method, lr: Sequence[np.ndarray], keys: Mapping[int, np.ndarray], *,
+                lr_frames: int, n_out: int, device: str | torch.device = "cpu",
+                precision: str = "float32", only: Collection[int] | None = None,
+                ) -> Iterator[tuple[int, np.ndarray]]:
+    """Sharp frames in order of time, from the first key frame to the last.
+
+    Args:
+        method: a model in eval mode or a baseline. Between two key frames it gets the same `hr`
+            tensor object at each call.
+        lr: T frames (h, w) in [0, 1]; read one by one, those of a window are held.
+        keys: time -> (H, W) in [0, 1]; two are held at a time.
+        lr_frames: N, odd; windows that stick out of the stream repeat its first or last frame.
+        n_out: frames the method gives: 1 (centre) or lr_frames (sequence: one pass per N frames).
+        precision: float32, bf16 (autocast) or float64.
+        only: give these times and skip the windows that hold none of them.
+
+    Yields:
+        (t, frame (H, W) float32 clipped to [0, 1]); key frames are passed through.
+
+    Raises:
+        InputError: a wrong size or time, or numbers from the method that are not finite.
+    """
+    times = sorted(keys)
+    if lr_frames % 2 == 0 or n_out not in (1, lr_frames):
+        raise ValueError(f"lr_frames {lr_frames} must be odd and n_out {n_out} 1 or lr_frames")
+    if len(times) < 2 or times[0] < 0 or times[-1] >= len(lr):
+        raise InputError(f"key frames at {times[:1]}..{times[-1:]} of a stream of {len(lr)} "
+                         "frames: at least two are needed, all of them within the stream")
+    return _reconstruct(method, lr, keys, times, lr_frames, n_out, torch.device(device),
+                        precision, only)
+
+
+def _reconstruct(method: Method, lr: Sequence[np.ndarray], keys: Mapping[int, np.ndarray],
+                 times: list[int], lr_frames: int, n_out: int, device: torch.device,
+                 precision: str, only: Collection[int] | None) -> Iterator[tuple[int, np.ndarray]]:
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    half = lr_frames // 2
+    held: dict[int, Tensor] = {}  # low-resolution frames of the last window
+    sharp: dict[int, np.ndarray] = {}  # key frames of the last gap
+
+    def to_device(frame: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(frame)).to(device, dtype)
+
+    def key(t: int) -> np.ndarray:
+        if t not in sharp:
+            sharp[t] = np.clip(np.asarray(keys[t], np.float32), 0, 1)
+        return sharp[t]
+
+    for t0, t1 in pairwise(times):
+        sharp = {t0: sharp[t0]} if t0 in sharp else {}
+        if only is None or t0 in only:
+            yield t0, key(t0)
+        plan = [w for w in windows(t0, t1, lr_frames, n_out)
+                if only is None or any(t in only for t in w.keep)]
+        if not plan:
+            continue
+        hr = torch.stack([to_device(key(t)) for t in (t0, t1)])[None, :, None]  # 1, 2, 1, H, W
+        for centre, keep in plan:
+            index = [min(max(t, 0), len(lr) - 1) for t in range(centre - half, centre + half + 1)]
+            held = {t: held[t] if t in held else to_device(lr[t]) for t in dict.fromkeys(index)}
+            sample = {
+                "lr": torch.stack([held[t] for t in index])[None, :, None],
+                "hr": hr,
+                "hr_offset": hr.new_tensor([[t0 - centre, t1 - centre]]),
+            }
+            out = _run(method, sample, n_out, precision)  # n_out, H, W
+            first = centre if n_out == 1 else centre - half
+            for t in keep:
+                if only is None or t in only:
+                    frame = out[t - first]
+                    if not np.isfinite(frame).all():
+                        raise InputError(f"frame {t}: the method gave numbers that are not "
+                                         "finite; its weights are unusable, take an earlier "
+                                         "checkpoint, or run with precision float32")
+                    yield t, np.clip(frame, 0, 1)
+    if only is None or times[-1] in only:
+        yield times[-1], key(times[-1])
+
+
+def _run(method: Method, sample: dict[str, Tensor], n_out: int, precision: str) -> np.ndarray:
+    """One pass. The modes are left again before a frame is yielded to foreign code."""
+    hr = sample["hr"]
+    cast = (torch.autocast(hr.device.type, dtype=torch.bfloat16) if precision == "bf16"
+            else nullcontext())
+    with torch.inference_mode(), cast:
+        out = method(sample)
+    if out.shape != (1, n_out, 1, *hr.shape[-2:]):
+        raise ValueError(f"the method gave {tuple(out.shape)} for lr {tuple(sample['lr'].shape)} "
+                         f"and hr {tuple(hr.shape)}; expected {(1, n_out, 1, *hr.shape[-2:])}")
+    return out[0, :, 0].float().cpu().numpy()
+
+
+def recording_streams(video: Video, gap: int, data: Data, photons: float | None = None,
+                      seed: int = 0) -> tuple[Stream, KeyFrames]:
+    """What the two cameras would have seen of a recording whose every sharp frame is known.
+
+    Low-resolution frames are binned from the sharp ones, with Poisson noise of `photons` at full
+    scale where given (drawn from seed, recording and frame: the same whoever asks, in any order),
+    or taken from the recording's own stream (`data.lr_source: recorded`). Key frames: every
+    `gap`-th frame and the last one.
+    """
+    frames, height, width = video.shape
+    if frames < 2:
+        raise InputError(f"recording {video.id}: has {frames} frame; two key frames are needed")
+    if height % data.scale or width % data.scale:
+        raise InputError(f"recording {video.id}: {height}x{width} pixels cannot be divided by "
+                         f"data.scale {data.scale}; ingest it with --crop, which cuts it "
+                         f"to {height - height % data.scale}x{width - width % data.scale}")
+    grid = (height // data.scale, width // data.scale)
+    if data.lr_source == "recorded":
+        lr = _recorded_stream(video, grid, photons)
+    else:
+        name = zlib.crc32(video.id.encode())
+
+        def binned(t: int) -> np.ndarray:
+            frame = bin_down(video.intensity(t), data.scale)
+            if photons is None:
+                return frame
+            return poisson(frame, photons, np.random.default_rng([seed, name, t]))
+
+        lr = Stream((frames, *grid), binned)
+    times = sorted({k for t in range(frames) for k in key_frames(t, gap, frames)})
+    return lr, KeyFrames(times, (height, width), video.intensity)
+
+
+def _recorded_stream(video: Video, grid: tuple[int, int], photons: float | None) -> Stream:
+    if video.lr_shape is None:
+        raise InputError(f"recording {video.id}: has no low-resolution stream of its own; set "
+                         "data.lr_source to binned or leave it out")
+    if tuple(video.lr_shape[1:]) != grid:
+        raise InputError(f"recording {video.id}: its low-resolution frames are "
+                         f"{video.lr_shape[1]}x{video.lr_shape[2]}, data.scale needs "
+                         f"{grid[0]}x{grid[1]}; register the two cameras and ingest again")
+    if photons is not None:
+        raise InputError("photons: noise is only put on binned low-resolution frames, a recorded "
+                         "stream has its own; leave photons out, or set data.lr_source to binned")
+    lr_times = np.asarray(video.info.lr_times, float)
+    nearest = [int(np.abs(lr_times - t).argmin()) for t in range(video.shape[0])]
+    return Stream((video.shape[0], *grid), lambda t: video.lr_intensity(nearest[t]))
+
+
+def streams_from_files(lr_recording: Recording, hr_recording: Recording, gap: int, scale: int,
+                       ) -> tuple[Stream, KeyFrames]:
+    """The streams of two registered camera files; sharp frame k was taken at fast frame k * gap.
+
+    Raises:
+        InputError: the sizes do not belong together, or there are too few or too many key frames.
+    """
+    lr_name, hr_name = lr_recording.path, hr_recording.path
+    lr_count, h, w = lr_recording.shape
+    hr_count, height, width = hr_recording.shape
+    if height % scale or width % scale:
+        raise InputError(f"{hr_name}: {height}x{width} pixels cannot be divided by scale {scale}; "
+                         f"crop to {height - height % scale}x{width - width % scale}")
+    if (height, width) != (scale * h, scale * w):
+        raise InputError(f"{hr_name} is {height}x{width} pixels and {lr_name} {h}x{w}: scale "
+                         f"{scale} needs {scale * h}x{scale * w} for it; register the fast camera "
+                         f"to {height // scale}x{width // scale} first, or give the right scale")
+    if gap < 1:
+        raise InputError(f"gap {gap}: must be 1 or more fast frames from key frame to key frame")
+    if hr_count < 2:
+        raise InputError(f"{hr_name}: has {hr_count} frame, at least 2 key frames are needed "
+                         "(one before and one after the frames that are reconstructed)")
+    last = (hr_count - 1) * gap
+    if last >= lr_count:
+        fitting = (lr_count - 1) // (hr_count - 1)
+        advice = (f"give a gap of at most {fitting}, or a longer fast recording" if fitting
+                  else "are the two files swapped?")
+        raise InputError(f"{hr_name}: with gap {gap} its last frame lies at fast frame {last}, but "
+                         f"{lr_name} ends at frame {lr_count - 1}; {advice}")
+    if last < lr_count - 1:
+        logger.info("%s: frames %d to %d come after the last key frame and are left out",
+                    lr_name, last + 1, lr_count - 1)
+
+    sharp = _InTurn(hr_recording)
+    keys = KeyFrames(range(0, last + 1, gap), (height, width), lambda t: sharp(t // gap))
+    return Stream(lr_recording.shape, _InTurn(lr_recording)), keys
+
+
+class _InTurn:
+    """Reads frames of a camera file by number; one after the other without opening it again."""
+
+    _SKIPPED = 4  # frames that are read and dropped before opening anew is cheaper
+
+    def __init__(self, recording: Recording):
+        self._recording = recording
+        self._frames: Iterator[np.ndarray] = iter(())
+        self._next: int | None = None
+
+    def __call__(self, t: int) -> np.ndarray:
+        if self._next is None or not self._next <= t <= self._next + self._SKIPPED:
+            self._frames, self._next = self._recording.frames(t), t
+        for _ in range(t - self._next):
+            next(self._frames)
+        self._next = t + 1
+        return next(self._frames).astype(np.float32) / (2**self._recording.bit_depth - 1)

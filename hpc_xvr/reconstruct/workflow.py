@@ -1,0 +1,107 @@
+"""`hpc-xvr reconstruct`: a run's model on two camera files, or on a recording of a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hpc_xvr.config import Config
+from hpc_xvr.data.cameras import open_recording
+from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.dist.launch import cpu_threads, discover
+from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger, track
+from hpc_xvr.reconstruct.pipeline import (
+    KeyFrames,
+    Stream,
+    reconstruct,
+    recording_streams,
+    streams_from_files,
+)
+from hpc_xvr.reconstruct.weights import as_method, model_of_run
+from hpc_xvr.reconstruct.writers import Calibration, check_movie, write_movie, write_sequence
+
+MOVIE_FPS = 8
+
+
+def reconstruct_run(
+    run: Path,
+    device: torch.device,
+    *,
+    out: Path,
+    lr: Path | None = None,
+    hr: Path | None = None,
+    gap: int | None = None,
+    corpus: Path | None = None,
+    video: str | None = None,
+    movie: Path | None = None,
+) -> Path:
+    """Reconstruct every frame from the first key frame to the last and write `out`.
+
+    Either `lr` and `hr` (camera files) or `video` (a recording of `corpus`, degraded to what the
+    two cameras would have seen). `movie` shows low resolution and result side by side, and the
+    truth where it is known.
+
+    Raises:
+        InputError: no trained run, unreadable or unfitting files, an unwritable result.
+    """
+    if (video is None) == (lr is None or hr is None) or (lr is None) != (hr is None):
+        raise InputError("reconstruct from --lr and --hr (two camera files), or from --video "
+                         "(a recording of the corpus)")
+    use_threads()
+    model, config, step = model_of_run(run)
+    gap = gap or config.data.hr_gap
+    fast, keys, calibration, truth = (
+        _from_corpus(config, corpus or config.data.corpus, video, gap) if video
+        else _from_files(config, lr, hr, gap)
+    )
+    precision = "bf16" if config.train.precision == "bf16" else "float32"
+    method, n_out = as_method(model.to(device))
+    first, last = min(keys), max(keys)
+    count = last - first + 1
+    logger.info("%s at step %d: frames %d to %d of %dx%d pixels", run, step, first, last,
+                *keys.shape)
+    frames = reconstruct(method, fast, keys, lr_frames=config.data.lr_frames, n_out=n_out,
+                         device=device, precision=precision)
+    shown: list[tuple[np.ndarray, ...]] = []
+
+    def results() -> Iterator[np.ndarray]:
+        stride = -(-count // 60)
+        for t, frame in track(frames, "reconstructing", total=count):
+            if movie and (t - first) % stride == 0:
+                shown.append((fast[t], frame, *([truth(t)] if truth else [])))
+            yield frame
+
+    if movie:
+        check_movie(movie)
+    write_sequence(out, results(), count, calibration, first_frame=first)
+    logger.info("written: %s (%d frames)", out, count)
+    if movie:
+        labels = ["fast camera", "reconstruction", *(["truth"] if truth else [])]
+        write_movie(movie, shown, MOVIE_FPS, labels)
+        logger.info("written: %s", movie)
+    return out
+
+
+def use_threads() -> None:
+    """Give torch the cores of this rank."""
+    torch.set_num_threads(cpu_threads(discover()))
+
+
+def _from_corpus(config: Config, corpus: Path, name: str, gap: int):
+    video = Corpus(corpus)[name]
+    fast, keys = recording_streams(video, gap, config.data, seed=config.run.seed)
+    info = video.info
+    return fast, keys, Calibration(info.frame_rate_hz, info.pixel_size_um, info.full_scale), \
+        video.intensity
+
+
+def _from_files(config: Config, lr: Path, hr: Path, gap: int
+                ) -> tuple[Stream, KeyFrames, Calibration, None]:
+    fast, sharp = open_recording(lr), open_recording(hr)
+    streams = streams_from_files(fast, sharp, gap, config.data.scale)
+    return *streams, Calibration(fast.frame_rate_hz, sharp.pixel_size_um), None

