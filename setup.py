@@ -21,6 +21,7 @@ setup(
     entry_points={"console_scripts": ["hpc-xvr = hpc_xvr.cli:main"]},
     install_requires=[
         "click>=8.1",
+        "google-crc32c>=1.5",
         "h5py>=3.10",
         "jinja2>=3.1",
         "matplotlib>=3.8",

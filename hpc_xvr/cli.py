@@ -227,7 +227,7 @@ def train(config: Path, overrides: tuple[str, ...], engine: str | None, resume: 
 @click.option("--photons", type=float, help="Photons per pixel at full scale on the fast camera. "
               "[default: no noise]")
 @click.option("--method", "methods", multiple=True, help="Compare with this method: bicubic, "
-              "nearest_hr, linear_hr, detail. May be given many times. [default: all]")
+              "nearest_hr, linear_hr, detail, adaptive. May be given many times. [default: all]")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/evaluation.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @engine

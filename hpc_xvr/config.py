@@ -118,8 +118,9 @@ class Model(Section):
     """Which network."""
     output: Literal["centre", "sequence"] = "centre"
     """Frames that come out: the centre one, or one for each low-resolution frame."""
-    base: Literal["none", "bicubic", "detail"] = "none"
-    """Picture the network adds its output to: none as published, bicubic, or detail transfer."""
+    base: Literal["none", "bicubic", "detail", "adaptive"] = "none"
+    """Picture the network adds its output to: none as published, bicubic interpolation, detail
+    transfer, or detail transfer where the scene has not moved, corrected by the network."""
     embed_dim: Positive = 192
     """Channels of the transformer (EDVR: of all features)."""
     depths: Annotated[list[Positive], Field(min_length=1)] = [2, 2, 18, 2]
@@ -218,7 +219,7 @@ class Dist(Section):
 class Evaluate(Section):
     split: Split = "test"
     """Recordings that are evaluated."""
-    methods: list[str] = ["bicubic", "nearest_hr", "linear_hr", "detail"]
+    methods: list[str] = ["bicubic", "nearest_hr", "linear_hr", "detail", "adaptive"]
     """Methods compared with the trained model."""
     gap: Positive | None = None
     """Frames from key frame to key frame. Default: data.hr_gap."""

@@ -243,9 +243,10 @@ def _as_raised(batches: Iterator[Sample]) -> Iterator[Sample]:
         return
     except InputError as error:
         line = str(error).rstrip().splitlines()[-1]
-        # Frames that refer to the loader in a cycle would keep its workers until some later
-        # garbage collection, which cannot end them in an orderly way.
+        # Tracebacks would keep the loader's workers until some later garbage collection, which
+        # cannot end them in an orderly way.
         traceback.clear_frames(error.__traceback__)
+    del batches
     raise InputError(line.partition("InputError: ")[2] or line)
 
 

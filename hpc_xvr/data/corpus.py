@@ -310,8 +310,9 @@ class CorpusWriter:
         for name, kind in [("frames", dtype)] + ([("lr", lr.dtype)] if lr is not None else []):
             if kind.name not in ("uint8", "uint16"):
                 raise InputError(f"{where}: {name} are {kind}; uint8 and uint16 can be stored")
-        if len(shape) != 3 or min(shape) < 1:
-            raise InputError(f"{where}: shape {shape} is not (frames, height, width)")
+        for size in [shape] + ([lr.shape] if lr is not None else []):
+            if len(size) != 3 or min(size) < 1:
+                raise InputError(f"{where}: shape {size} is not (frames, height, width)")
         try:
             checked = VideoInfo(sha256="", **info)
         except (ValidationError, TypeError) as error:

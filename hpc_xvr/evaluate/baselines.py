@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hpc_xvr.errors import InputError
-from hpc_xvr.model.bases import interpolate_keys, key_weights, transfer_detail, upsample
+from hpc_xvr.model.bases import (
+    interpolate_keys,
+    key_weights,
+    transfer_detail,
+    transfer_matching_detail,
+    upsample,
+)
 
 Sample = dict[str, Tensor]
 
@@ -66,6 +72,10 @@ def _detail(sample: Sample) -> Tensor:
     return transfer_detail(_centre(sample), sample["hr"], sample["hr_offset"])
 
 
+def _adaptive(sample: Sample) -> Tensor:
+    return transfer_matching_detail(_centre(sample), sample["hr"], sample["hr_offset"])
+
+
 BASELINES: dict[str, Baseline] = {
     "bicubic": Baseline("bicubic interpolation of the low-resolution frame", _bicubic),
     "nearest_hr": Baseline(
@@ -73,4 +83,7 @@ BASELINES: dict[str, Baseline] = {
     ),
     "linear_hr": Baseline("the two key frames interpolated linearly in time", _linear_hr),
     "detail": Baseline("bicubic plus the key frames' fine detail interpolated in time", _detail),
+    "adaptive": Baseline(
+        "the same, without the detail of places that have moved since", _adaptive
+    ),
 }

@@ -34,6 +34,7 @@ TITLES = {
     "nearest_hr": "nearest key frame",
     "linear_hr": "linear between key frames",
     "detail": "detail transfer",
+    "adaptive": "detail transfer where still",
 }
 """Baselines as they are called in pictures and on the report's page."""
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpc_xvr.model.attention import biased_attention
+
 
 @dataclass(frozen=True)
 class Group:
@@ -172,7 +174,7 @@ class WindowAttention(nn.Module):
                 batch * group.count, group.tokens, 3, self.heads, dim // self.heads
             )
             q, k, v = part.permute(2, 0, 3, 1, 4)  # each B*n, A, N, C/A
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(group).to(q.dtype))
+            y = biased_attention(q, k, v, self.bias(group))
             mixed.append(y.transpose(1, 2).reshape(batch, stop - start, dim))
             start = stop
         return self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1))

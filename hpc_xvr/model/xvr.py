@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_xvr.model.bases import transfer_detail, upsample
+from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsample
 from hpc_xvr.model.swin import SwinStage, conv2d, grid
 
 Output = Literal["centre", "sequence"]
-Base = Literal["none", "bicubic", "detail"]
+Base = Literal["none", "bicubic", "detail", "adaptive"]
 
 
 class SwinXVR(nn.Module):
@@ -28,8 +28,9 @@ class SwinXVR(nn.Module):
         output: "centre" reconstructs the middle frame, "sequence" all N. The weights of the two
             have the same shapes, so the attribute may be changed on a built model.
         base: picture that the network's output is added to: "none" as published, "bicubic"
-            interpolation, or "detail" (bicubic plus the key frames' detail). With a base the last
-            convolution starts at zero, so that training starts from the base.
+            interpolation, "detail" (bicubic plus the key frames' detail), or "adaptive" (only the
+            detail that still fits, which the network corrects pixel by pixel). With a base the
+            last convolution starts at zero, so that training starts from the base.
         scale: H / h, 2 or 4.
         embed_dim, depths, heads, window, mlp_ratio, drop_path: transformer width, blocks of each
             stage, attention heads, window side, MLP width / embed_dim, stochastic depth rate.
@@ -82,6 +83,10 @@ class SwinXVR(nn.Module):
         if base != "none":
             nn.init.zeros_(self.last_conv.weight)
             nn.init.zeros_(self.last_conv.bias)
+        if base == "adaptive":
+            self.gate_conv = nn.Conv2d(embed_dim, 2, 3, padding=1)  # one map a key frame
+            nn.init.zeros_(self.gate_conv.weight)
+            nn.init.zeros_(self.gate_conv.bias)
 
     @property
     def n_out(self) -> int:
@@ -95,7 +100,7 @@ class SwinXVR(nn.Module):
             lr: (B, N, 1, h, w) consecutive low-resolution frames in [0, 1].
             hr: (B, 2, 1, H, W) the key frames before and after the centre frame.
             hr_offset: (B, 2) signed distance of the key frames from the centre in low-resolution
-                frames; only base "detail" uses it (None: equal weights).
+                frames; only bases "detail" and "adaptive" use it (None: equal weights).
 
         Returns:
             (B, 1, 1, H, W) or (B, N, 1, H, W).
@@ -117,6 +122,9 @@ class SwinXVR(nn.Module):
             out = out + upsample(lr[:, keep], self.scale)
         elif self.base == "detail":
             out = out + transfer_detail(lr, hr, hr_offset)[:, keep]
+        elif self.base == "adaptive":
+            gate = conv2d(self.gate_conv, y).movedim(-1, 2)  # B, n_out, 2, h, w
+            out = out + transfer_matching_detail(lr[:, keep], hr, hr_offset, gate)
         return out
 
     def lr_features(self, lr: Tensor) -> Tensor:
@@ -169,6 +177,8 @@ class SwinXVR(nn.Module):
             total += (self.n_out if last else frames) * _conv_flops(stage.conv, pixels)
         total += self.n_out * _conv_flops(self.body_conv, pixels)
         total += self.n_out * _conv_flops(self.head_conv, pixels)
+        if self.base == "adaptive":
+            total += self.n_out * _conv_flops(self.gate_conv, pixels)
         for i, conv in enumerate(self.up_convs):
             total += self.n_out * _conv_flops(conv, pixels * 4**i)
         return total + self.n_out * _conv_flops(self.last_conv, pixels * self.scale**2)

@@ -175,6 +175,7 @@ def bad_inputs():
                                   {k: v for k, v in INFO.items() if k != "scene"}, None),
         "bit_depth 12 does not fit uint8": ("v", good, a, "uint8", INFO, None),
         "not \\(frames, height, width\\)": ("v", good, (4, 10), c, INFO, None),
+        "shape \\(5, 6\\) is not": ("v", good, a, c, {**INFO, "lr_times": [0.0] * 5}, lr[0]),
         "2 low-resolution frames, but 0 lr_times": ("v", good, a, c, INFO, lr),
     }
 

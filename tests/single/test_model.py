@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpc_xvr.model.bases import transfer_detail, upsample
+from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsample
 from hpc_xvr.model.swin import WindowAttention, grid, relative_position
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.model.xvr import SwinXVR
@@ -186,13 +186,37 @@ def test_centre_is_the_middle_of_the_sequence():
     torch.testing.assert_close(model(lr, hr)[:, 1:2], centre, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", ["bicubic", "detail"])
+BASES = {"bicubic": lambda lr, hr, offset: upsample(lr, 4), "detail": transfer_detail,
+         "adaptive": transfer_matching_detail}
+
+
+@pytest.mark.parametrize("base", BASES)
 def test_an_untrained_model_with_a_base_returns_the_base(base):
     model = SwinXVR(base=base, **SMALL).eval()
     lr, hr = inputs(model)
     offset = torch.tensor([[-3.0, 5.0]])
-    expected = upsample(lr, 4) if base == "bicubic" else transfer_detail(lr, hr, offset)
+    expected = BASES[base](lr, hr, offset)
     torch.testing.assert_close(model(lr, hr, offset), expected[:, 1:2])
+    model.output = "sequence"
+    torch.testing.assert_close(model(lr, hr, offset), expected)
+
+
+def test_adaptive_transfer_takes_detail_from_the_key_frame_that_fits_and_leaves_moved_places_out():
+    g = torch.Generator().manual_seed(0)
+    detail = torch.rand(1, 1, 1, 64, 64, generator=g) * 0.2 - 0.1
+    still = 0.5 + detail
+    moved = still.clone()
+    moved[..., :32, :] = 1 - moved[..., :32, :] * 0.2  # another scene in the upper half
+    lr = F.avg_pool2d(still[0], 4)[None]
+    offset = torch.tensor([[-10.0, 10.0]])
+    exact = transfer_matching_detail(lr, torch.cat((still, still), 1), offset)
+    torch.testing.assert_close(exact, still, atol=1e-5, rtol=0)
+    one_moved = transfer_matching_detail(lr, torch.cat((still, moved), 1), offset)
+    torch.testing.assert_close(one_moved, still, atol=0.02, rtol=0)
+    both_moved = transfer_matching_detail(lr, torch.cat((moved, moved), 1), offset)
+    top = (..., slice(0, 24), slice(None))
+    torch.testing.assert_close(both_moved[top], upsample(lr, 4)[top], atol=0.01, rtol=0)
+    assert float((transfer_detail(lr, torch.cat((still, moved), 1), offset) - still).abs().max()) > 0.05
 
 
 def test_stochastic_depth_drops_branches_in_training_only():
