@@ -72,7 +72,7 @@ def transfer_matching_detail(
     scale = hr.shape[-1] // lr.shape[-1]
     share = motion_weights(lr, hr, _weights_in_time(lr, hr_offset))
     if gate is not None:
-        share = (share.clamp(min=1e-4) * gate.to(share.dtype).exp()).clamp(max=1.5)
+        share = (share * gate.to(share.dtype).exp()).clamp(max=1.5)
     share = F.interpolate(share.flatten(0, 1), scale_factor=scale, mode="bilinear")
     detail = _detail(hr, scale).squeeze(2)[:, None]  # B, 1, 2, H, W
     return upsample(lr, scale) + (share.unflatten(0, lr.shape[:2]) * detail).sum(2, keepdim=True)

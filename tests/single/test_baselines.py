@@ -93,7 +93,7 @@ def test_detail_restores_a_scene_that_stands_still():
 
 
 def test_every_method_can_be_found_and_explained():
-    assert list(BASELINES) == ["bicubic", "nearest_hr", "linear_hr", "detail"]
+    assert list(BASELINES) == ["bicubic", "nearest_hr", "linear_hr", "detail", "adaptive"]
     for name, baseline in BASELINES.items():
         assert find_baseline(name) is baseline
         assert 10 < len(baseline.description) < 80 and "\n" not in baseline.description
