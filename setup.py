@@ -45,6 +45,13 @@ setup(
     ],
     extras_require={
         "horovod": ["horovod>=0.28.1"],
-        "test": ["hypothesis", "import-linter>=2", "pyMRAW>=0.32", "pytest>=8", "pytest-timeout", "ruff>=0.6"],
+        "test": [
+            "hypothesis",
+            "import-linter>=2",
+            "pyMRAW>=0.32",
+            "pytest>=8",
+            "pytest-timeout",
+            "ruff>=0.6",
+        ],
     },
 )

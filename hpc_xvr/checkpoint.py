@@ -53,8 +53,14 @@ def save(state: dict[str, Any], path: Path) -> None:
     assert bytes(data[-22:-18]) == b"PK\5\6", "torch no longer ends its files with a ZIP record"
     body = data[:-2]
     comment = _MARK + hashlib.sha256(body).hexdigest().encode()
-    write_atomic(path, lambda file: (file.write(body), file.write(struct.pack("<H", len(comment))),
-                                     file.write(comment)))
+    write_atomic(
+        path,
+        lambda file: (
+            file.write(body),
+            file.write(struct.pack("<H", len(comment))),
+            file.write(comment),
+        ),
+    )
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -70,7 +76,7 @@ def load(path: Path) -> dict[str, Any]:
     body, comment = data[: -_COMMENT - 2], data[-_COMMENT:]
     if not comment.startswith(_MARK):
         raise CorruptCheckpoint(f"checkpoint {path}: truncated, or not written by hpc_xvr")
-    if hashlib.sha256(body).hexdigest().encode() != comment[len(_MARK):]:
+    if hashlib.sha256(body).hexdigest().encode() != comment[len(_MARK) :]:
         raise CorruptCheckpoint(f"checkpoint {path}: contents do not match their checksum")
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

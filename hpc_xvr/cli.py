@@ -21,13 +21,17 @@ UNFINISHED = 75  # "not done yet, start me again": what job scripts requeue on
 _comm: Comm | None = None  # set by the commands that talk to other ranks
 
 settings = click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE",
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
     help="Override a config value, such as train.steps=100. May be given many times.",
 )
 a_config = click.argument("config", type=click.Path(path_type=Path))
 a_run = click.argument("run", type=click.Path(path_type=Path))
 engine = click.option(
-    "--engine", type=click.Choice(["auto", "serial", "horovod", "torch"]),
+    "--engine",
+    type=click.Choice(["auto", "serial", "horovod", "torch"]),
     help="How ranks talk (config key dist.engine).",
 )
 
@@ -64,10 +68,13 @@ def cli() -> None:
     """
 
 
-@cli.command(cls=Examples, examples="""
+@cli.command(
+    cls=Examples,
+    examples="""
     hpc-xvr simulate configs/quickstart.yaml
     hpc-xvr simulate configs/quickstart.yaml --set simulate.videos=6 --set data.corpus=runs/six
-""")
+""",
+)
 @a_config
 @settings
 def simulate(config: Path, overrides: tuple[str, ...]) -> None:
@@ -81,42 +88,79 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
 
     cfg = load(config, overrides)
     if cfg.simulate is None:
-        raise InputError(f"{config}: has no section 'simulate'; add one, such as "
-                         "'simulate: {videos: 24, size: [48, 128, 128]}'")
+        raise InputError(
+            f"{config}: has no section 'simulate'; add one, such as "
+            "'simulate: {videos: 24, size: [48, 128, 128]}'"
+        )
     simulate_corpus(cfg.simulate, cfg.data.corpus)
     _show_corpus(cfg.data.corpus)
 
 
-@cli.command(cls=Examples, examples="""
+@cli.command(
+    cls=Examples,
+    examples="""
     hpc-xvr ingest run12.cihx --corpus corpus
     hpc-xvr ingest shots/*.cine --corpus corpus --scene keyhole
     hpc-xvr ingest frames/ --corpus corpus --frame-rate 1e6 --pixel-size 1.9
     hpc-xvr ingest scan.h5 --corpus corpus --flat flat.tif --dark dark.tif
-""")
+""",
+)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--corpus", required=True, type=click.Path(path_type=Path),
-              help="Folder of the corpus: made if missing, added to if there.")
-@click.option("--store", type=click.Choice(["zarr", "hdf5"]), default="zarr", show_default=True,
-              help="File format of a new corpus.")
+@click.option(
+    "--corpus",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the corpus: made if missing, added to if there.",
+)
+@click.option(
+    "--store",
+    type=click.Choice(["zarr", "hdf5"]),
+    default="zarr",
+    show_default=True,
+    help="File format of a new corpus.",
+)
 @click.option("--flat", type=click.Path(path_type=Path), help="Beam without sample.")
 @click.option("--dark", type=click.Path(path_type=Path), help="Camera without beam.")
 @click.option("--dataset", help="Dataset inside HDF5 files, such as /exchange/data.")
 @click.option("--flip-rows", is_flag=True, help="Turn Shimadzu frames upside down.")
 @click.option("--frame-rate", type=float, metavar="HZ", help="Where the file does not say.")
 @click.option("--pixel-size", type=float, metavar="UM", help="Where the file does not say.")
-@click.option("--bit-depth", type=click.IntRange(1, 16), help="Significant bits, where the file "
-              "does not say (12-bit data in 16-bit TIFF).")
-@click.option("--full-scale", type=float, help="Value stored as white, for float files and "
-              "transmissions. [default: the file's maximum; 1.5]")
+@click.option(
+    "--bit-depth",
+    type=click.IntRange(1, 16),
+    help="Significant bits, where the file does not say (12-bit data in 16-bit TIFF).",
+)
+@click.option(
+    "--full-scale",
+    type=float,
+    help="Value stored as white, for float files and "
+    "transmissions. [default: the file's maximum; 1.5]",
+)
 @click.option("--camera", help="Name of the camera, where the file does not say.")
 @click.option("--scene", help="What the recordings show, for tables by scene.")
-@click.option("--split", type=click.Choice(["auto", "train", "validation", "test"]),
-              default="auto", show_default=True, help="auto: 80/10/10 by recording.")
-@click.option("--scale", type=int, default=4, show_default=True,
-              help="Frame height and width must be multiples of this.")
+@click.option(
+    "--split",
+    type=click.Choice(["auto", "train", "validation", "test"]),
+    default="auto",
+    show_default=True,
+    help="auto: 80/10/10 by recording.",
+)
+@click.option(
+    "--scale",
+    type=int,
+    default=4,
+    show_default=True,
+    help="Frame height and width must be multiples of this.",
+)
 @click.option("--crop", is_flag=True, help="Cut rows and columns that are too many for --scale.")
-def ingest(paths: tuple[Path, ...], corpus: Path, scale: int, frame_rate: float | None,
-           pixel_size: float | None, **options: Any) -> None:
+def ingest(
+    paths: tuple[Path, ...],
+    corpus: Path,
+    scale: int,
+    frame_rate: float | None,
+    pixel_size: float | None,
+    **options: Any,
+) -> None:
     """Turn camera files PATHS into recordings of a corpus.
 
     \b
@@ -130,17 +174,29 @@ def ingest(paths: tuple[Path, ...], corpus: Path, scale: int, frame_rate: float 
     from hpc_xvr.data.ingest import ingest as run
     from hpc_xvr.log import print_table
 
-    outcomes = run(paths, corpus, multiple_of=scale, frame_rate_hz=frame_rate,
-                   pixel_size_um=pixel_size, **options)
-    print_table("Ingested", ["file", "result", "recording", "split"],
-                [[o.path, o.status, o.id, o.split] for o in outcomes])
+    outcomes = run(
+        paths,
+        corpus,
+        multiple_of=scale,
+        frame_rate_hz=frame_rate,
+        pixel_size_um=pixel_size,
+        **options,
+    )
+    print_table(
+        "Ingested",
+        ["file", "result", "recording", "split"],
+        [[o.path, o.status, o.id, o.split] for o in outcomes],
+    )
     _show_corpus(corpus)
 
 
-@cli.command(cls=Examples, examples="""
+@cli.command(
+    cls=Examples,
+    examples="""
     hpc-xvr inspect corpus
     hpc-xvr inspect corpus --verify
-""")
+""",
+)
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Read every recording and check its checksum.")
 def inspect(corpus: Path, verify: bool) -> None:
@@ -149,15 +205,19 @@ def inspect(corpus: Path, verify: bool) -> None:
     if not verify:
         return
     from hpc_xvr.data.corpus import Corpus
-    from hpc_xvr.log import track
+    from hpc_xvr.log import logger, track
 
     opened = Corpus(corpus)
     results = list(track(opened.verify(), "verifying", total=len(opened.videos)))
     bad = [(name, problem) for name, problem in results if problem]
+    for name, problem in bad:
+        logger.warning("%s: %s", name, problem)
     if bad:
-        raise InputError(f"{corpus}: {len(bad)} of {len(results)} recordings are damaged: "
-                         + "; ".join(f"{name}: {problem}" for name, problem in bad)
-                         + ". Ingest them again from the camera files")
+        raise InputError(
+            f"{corpus}: {len(bad)} of {len(results)} recordings do not match their "
+            f"checksums: {', '.join(name for name, _ in bad)}; delete their folders "
+            "under videos/ and ingest them again from the camera files"
+        )
     click.echo(f"{len(results)} recordings verified: all intact")
 
 
@@ -169,26 +229,45 @@ def _show_corpus(corpus: Path) -> None:
         return "-" if value is None else f"{value / unit:g}"
 
     videos = Corpus(corpus).videos
-    rows = [[v.id, v.info.split, "x".join(map(str, v.shape)), v.info.bit_depth,
-             cell(v.info.frame_rate_hz, 1e3), cell(v.info.pixel_size_um),
-             "-" if v.lr_shape is None else "x".join(map(str, v.lr_shape)), v.info.camera]
-            for v in videos]
+    rows = [
+        [
+            v.id,
+            v.info.split,
+            "x".join(map(str, v.shape)),
+            v.info.bit_depth,
+            cell(v.info.frame_rate_hz, 1e3),
+            cell(v.info.pixel_size_um),
+            "-" if v.lr_shape is None else "x".join(map(str, v.lr_shape)),
+            v.info.camera,
+        ]
+        for v in videos
+    ]
     splits = {s: sum(v.info.split == s for v in videos) for s in ("train", "validation", "test")}
-    print_table(f"{corpus}: {len(videos)} recordings, {sum(v.shape[0] for v in videos)} frames ("
-                + ", ".join(f"{n} {s}" for s, n in splits.items()) + ")",
-                ["recording", "split", "frames", "bits", "kHz", "um", "lr stream", "camera"], rows)
+    print_table(
+        f"{corpus}: {len(videos)} recordings, {sum(v.shape[0] for v in videos)} frames ("
+        + ", ".join(f"{n} {s}" for s, n in splits.items())
+        + ")",
+        ["recording", "split", "frames", "bits", "kHz", "um", "lr stream", "camera"],
+        rows,
+    )
 
 
-@cli.command(cls=Examples, examples="""
+@cli.command(
+    cls=Examples,
+    examples="""
     mpirun -n 2 hpc-xvr train configs/pulse.yaml
     mpirun -n 4 hpc-xvr train configs/published.yaml --set data.corpus=corpus --resume
     hpc-xvr train configs/quickstart.yaml --set run.dir=runs/mine --set train.steps=100
-""")
+""",
+)
 @a_config
 @settings
 @engine
-@click.option("--resume", is_flag=True,
-              help="Go on from the run folder's newest valid checkpoint, or start if none.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the run folder's newest valid checkpoint, or start if none.",
+)
 def train(config: Path, overrides: tuple[str, ...], engine: str | None, resume: bool) -> None:
     """Train the model of CONFIG; start it with mpirun for more than one rank.
 
@@ -213,21 +292,38 @@ def train(config: Path, overrides: tuple[str, ...], engine: str | None, resume: 
         _leave(UNFINISHED)
 
 
-@cli.command(cls=Examples, examples="""
+@cli.command(
+    cls=Examples,
+    examples="""
     hpc-xvr evaluate runs/quickstart
     mpirun -n 2 hpc-xvr evaluate runs/quickstart --gap 8 --photons 1000
     hpc-xvr evaluate runs/quickstart --corpus other --split train
-""")
+""",
+)
 @a_run
 @click.option("--corpus", type=click.Path(path_type=Path), help="Default: the run's own.")
-@click.option("--split", type=click.Choice(["train", "validation", "test"]),
-              help="Recordings to evaluate. [default: test]")
-@click.option("--gap", type=click.IntRange(2), help="Frames from key frame to key frame. "
-              "[default: the run's data.hr_gap]")
-@click.option("--photons", type=float, help="Photons per pixel at full scale on the fast camera. "
-              "[default: no noise]")
-@click.option("--method", "methods", multiple=True, help="Compare with this method: bicubic, "
-              "nearest_hr, linear_hr, detail, adaptive. May be given many times. [default: all]")
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    help="Recordings to evaluate. [default: test]",
+)
+@click.option(
+    "--gap",
+    type=click.IntRange(2),
+    help="Frames from key frame to key frame. [default: the run's data.hr_gap]",
+)
+@click.option(
+    "--photons",
+    type=float,
+    help="Photons per pixel at full scale on the fast camera. [default: no noise]",
+)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    help="Compare with this method: bicubic, "
+    "nearest_hr, linear_hr, detail, adaptive. May be given many times. [default: all]",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/evaluation.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @engine
@@ -245,22 +341,33 @@ def evaluate(run: Path, engine: str | None, device: str, **options: Any) -> None
     comm.close()
 
 
-@cli.command(cls=Examples, examples="""
+@cli.command(
+    cls=Examples,
+    examples="""
     hpc-xvr reconstruct runs/quickstart --video sim-0001-spray --out spray.tif
     hpc-xvr reconstruct runs/mine --lr fast.tif --hr slow.tif --gap 20 --out movie.h5
     hpc-xvr reconstruct runs/mine --lr fast.dat --hr slow.cihx --gap 8 --out m.tif --movie m.gif
-""")
+""",
+)
 @a_run
 @click.option("--lr", type=click.Path(path_type=Path), help="File of the fast camera.")
 @click.option("--hr", type=click.Path(path_type=Path), help="File of the slow, sharp camera.")
-@click.option("--gap", type=click.IntRange(1), help="Fast frames from one sharp frame to the "
-              "next. [default: the run's data.hr_gap]")
+@click.option(
+    "--gap",
+    type=click.IntRange(1),
+    help="Fast frames from one sharp frame to the next. [default: the run's data.hr_gap]",
+)
 @click.option("--corpus", type=click.Path(path_type=Path), help="Default: the run's own.")
 @click.option("--video", help="Reconstruct this recording of the corpus instead of two files.")
-@click.option("--out", required=True, type=click.Path(path_type=Path),
-              help="Result: .tif (16-bit stack) or .h5 (DXchange).")
-@click.option("--movie", type=click.Path(path_type=Path),
-              help="Side-by-side animation: .gif or .webp.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Result: .tif (16-bit stack) or .h5 (DXchange).",
+)
+@click.option(
+    "--movie", type=click.Path(path_type=Path), help="Side-by-side animation: .gif or .webp."
+)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 def reconstruct(run: Path, device: str, **options: Any) -> None:
     """Make the fast sharp movie with the model of RUN.
@@ -344,5 +451,3 @@ def _fail(message: str, code: int, collective: bool = False) -> None:
     if _comm is not None and _comm.size > 1 and not collective:
         _comm.abort(code)
     _leave(code)
-
-

@@ -48,7 +48,11 @@ class Simulate(Section):
     size: tuple[Positive, Positive, Positive] = (48, 128, 128)
     """Frames, height and width (pixels) of the high-resolution camera's recordings."""
     scenes: Annotated[list[Scene], Field(min_length=1)] = [
-        "keyhole", "spray", "bubbles", "crack", "tissue",
+        "keyhole",
+        "spray",
+        "bubbles",
+        "crack",
+        "tissue",
     ]
     """Scenes, dealt to the recordings in turn."""
     splits: dict[Split, Fraction] = {"train": 0.75, "validation": 0.125, "test": 0.125}
@@ -68,8 +72,9 @@ class Simulate(Section):
         if abs(total - 1) > 1e-6:
             raise ValueError(f"splits must add up to 1, they add up to {total:g}")
         if self.size[1] % self.scale or self.size[2] % self.scale:
-            raise ValueError(f"height and width of size {self.size} must be multiples of "
-                             f"scale {self.scale}")
+            raise ValueError(
+                f"height and width of size {self.size} must be multiples of scale {self.scale}"
+            )
         return self
 
 
@@ -85,11 +90,11 @@ class Data(Section):
     patch: Positive = 96
     """Side of a training crop in high-resolution pixels."""
     hr_gap: Positive = 20
-    """Training: each key frame lies 1 to hr_gap frames from the centre. Test: a key every hr_gap."""
+    """Training: key frames lie 1 to hr_gap frames from the centre. Test: one every hr_gap."""
     lr_interval: Positive = 3
     """Training: frames between two low-resolution frames of a sample are drawn from 1..this."""
     lr_source: Literal["binned", "recorded"] = "binned"
-    """binned: simulate the fast camera from the high-resolution frames. recorded: its own stream."""
+    """binned: simulate the fast camera from the sharp frames. recorded: its own stream."""
     noise: Literal["poisson", "none"] = "poisson"
     """Photon noise put on binned low-resolution frames in training."""
     photons_log10: tuple[float, float] = (1.0, 7.0)
@@ -141,8 +146,10 @@ class Model(Section):
         if self.embed_dim % self.heads:
             raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of heads {self.heads}")
         if self.name != "swin_xvr" and len(self.depths) != 2:
-            raise ValueError(f"depths of {self.name} are two numbers, extraction and "
-                             f"reconstruction blocks (published: [5, 40]), got {self.depths}")
+            raise ValueError(
+                f"depths of {self.name} are two numbers, extraction and "
+                f"reconstruction blocks (published: [5, 40]), got {self.depths}"
+            )
         if self.name != "swin_xvr" and self.output == "sequence":
             raise ValueError(f"output of {self.name} is the centre frame only")
         return self
@@ -188,8 +195,10 @@ class Train(Section):
     @model_validator(mode="after")
     def _fits(self) -> Train:
         if self.micro_batch and self.global_batch % self.micro_batch:
-            raise ValueError(f"global_batch {self.global_batch} must be a multiple of "
-                             f"micro_batch {self.micro_batch}")
+            raise ValueError(
+                f"global_batch {self.global_batch} must be a multiple of "
+                f"micro_batch {self.micro_batch}"
+            )
         return self
 
 
@@ -244,8 +253,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits(self) -> Config:
         if self.simulate and self.simulate.lr_stream and self.simulate.scale != self.data.scale:
-            raise ValueError(f"simulate.scale {self.simulate.scale} and data.scale "
-                             f"{self.data.scale} must be equal")
+            raise ValueError(
+                f"simulate.scale {self.simulate.scale} and data.scale "
+                f"{self.data.scale} must be equal"
+            )
         return self
 
 
@@ -261,8 +272,10 @@ def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign or not key.strip():
-            raise InputError(f"--set {text}: write it as --set section.key=value, for example "
-                             "--set train.steps=100")
+            raise InputError(
+                f"--set {text}: write it as --set section.key=value, for example "
+                "--set train.steps=100"
+            )
         try:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -305,7 +318,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise InputError(f"config {path}: must be sections with keys, such as 'train: {{steps: 10}}'")
+        raise InputError(
+            f"config {path}: must be sections with keys, such as 'train: {{steps: 10}}'"
+        )
     return tree
 
 
@@ -322,17 +337,23 @@ def _explain(error: ValidationError, source: str, overrides: dict[str, str]) -> 
     problem = error.errors()[0]
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
-    source = next((text for name, text in overrides.items()
-                   if key == name or key.startswith(name + ".") or name.startswith(key + ".")),
-                  source)
+    source = next(
+        (
+            text
+            for name, text in overrides.items()
+            if key == name or key.startswith(name + ".") or name.startswith(key + ".")
+        ),
+        source,
+    )
     if problem["type"] == "extra_forbidden":
         section = _section(location[:-1])
         valid = sorted(section.model_fields) if section else []
         close = difflib.get_close_matches(location[-1], valid, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         where = ".".join(location[:-1]) or "the config"
-        return (f"{source}: unknown key {key}{hint} Keys of {where}: {', '.join(valid)}"
-                .replace("? Keys", "? Keys").replace(f"{key} Keys", f"{key}. Keys"))
+        return f"{source}: unknown key {key}{hint} Keys of {where}: {', '.join(valid)}".replace(
+            "? Keys", "? Keys"
+        ).replace(f"{key} Keys", f"{key}. Keys")
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     shown = "" if isinstance(problem["input"], (dict, BaseModel)) else f", got {problem['input']!r}"
     return f"{source}: {key + ': ' if key else ''}{message}{shown}"

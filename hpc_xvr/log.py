@@ -75,8 +75,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     rows = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(columns):
-        numeric = all(row[i].replace(".", "").replace("-", "").isdigit() or row[i] in ("", "-")
-                      for row in rows)
+        numeric = all(
+            row[i].replace(".", "").replace("-", "").isdigit() or row[i] in ("", "-")
+            for row in rows
+        )
         table.add_column(name, justify="right" if numeric and rows else "left")
     for row in rows:
         table.add_row(*row)

@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
 cd "$xvr_root"
-ruff check .
+ruff check -q . && ruff format -q --check .
 lint-imports --no-cache
 python -m pytest tests/single "$@"
 mpirun -n 2 --oversubscribe python -m pytest tests/parallel "$@"

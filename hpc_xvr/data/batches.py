@@ -47,20 +47,30 @@ class TrainingSamples(Dataset):
             low-resolution stream that `data.lr_source` asks for.
     """
 
-    def __init__(self, corpus_path: Path | str, data: config.Data, output: Output,
-                 global_batch: int, seed: int) -> None:
+    def __init__(
+        self,
+        corpus_path: Path | str,
+        data: config.Data,
+        output: Output,
+        global_batch: int,
+        seed: int,
+    ) -> None:
         corpus = Corpus(corpus_path)
         self.videos = corpus.split("train")
         if not self.videos:
-            raise InputError(f"corpus {corpus.path}: none of its {len(corpus)} videos is in the "
-                             "train split; ingest or simulate some with split train")
+            raise InputError(
+                f"corpus {corpus.path}: none of its {len(corpus)} videos is in the "
+                "train split; ingest or simulate some with split train"
+            )
         for video in self.videos:
             height, width = video.shape[1:]
             if min(height, width) < data.patch:
                 fits = min(height, width) // data.scale * data.scale
-                raise InputError(f"corpus {corpus.path}, video {video.id}: its frames of {height}x"
-                                 f"{width} are smaller than data.patch {data.patch}; set "
-                                 f"data.patch to {fits} or less, or ingest it into another split")
+                raise InputError(
+                    f"corpus {corpus.path}, video {video.id}: its frames of {height}x"
+                    f"{width} are smaller than data.patch {data.patch}; set "
+                    f"data.patch to {fits} or less, or ingest it into another split"
+                )
             if data.lr_source == "recorded":
                 _check_recorded(video, data.scale)
         self.data = data
@@ -84,19 +94,38 @@ class TrainingSamples(Dataset):
         after = int(rng.integers(1, min(data.hr_gap, frames - 1 - t), endpoint=True))
         # The two cameras' pixels line up only at multiples of scale.
         grid = data.scale if data.lr_source == "recorded" else 1
-        y, x = (grid * int(rng.integers(0, (side - patch) // grid, endpoint=True))
-                for side in (height, width))
+        y, x = (
+            grid * int(rng.integers(0, (side - patch) // grid, endpoint=True))
+            for side in (height, width)
+        )
         flips = rng.integers(0, 2, 3) if data.augment else np.zeros(3, int)
         photons = 10 ** rng.uniform(*data.photons_log10) if data.noise == "poisson" else None
 
         return _sample(
-            video, data, self.output, lr_times=[t + interval * k for k in range(-half, half + 1)],
-            keys=(t - before, t + after), t=t, interval=interval, y=slice(y, y + patch),
-            x=slice(x, x + patch), flips=flips, photons=photons, rng=rng)
+            video,
+            data,
+            self.output,
+            lr_times=[t + interval * k for k in range(-half, half + 1)],
+            keys=(t - before, t + after),
+            t=t,
+            interval=interval,
+            y=slice(y, y + patch),
+            x=slice(x, x + patch),
+            flips=flips,
+            photons=photons,
+            rng=rng,
+        )
 
 
-def training_batches(dataset: TrainingSamples, rank: int, world: int, start_step: int, steps: int,
-                     micro_batch: int | None = None, pin_memory: bool = False) -> DataLoader:
+def training_batches(
+    dataset: TrainingSamples,
+    rank: int,
+    world: int,
+    start_step: int,
+    steps: int,
+    micro_batch: int | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
     """Loader of one rank's share of steps start_step .. steps - 1, to iterate once.
 
     Yields share / micro_batch micro-batches for each step, in order (all of the share at once
@@ -109,23 +138,36 @@ def training_batches(dataset: TrainingSamples, rank: int, world: int, start_step
     slots = slots_of_rank(rank, world, dataset.global_batch)
     micro_batch = micro_batch or len(slots)
     if len(slots) % micro_batch:
-        raise InputError(f"train.micro_batch {micro_batch} does not divide a rank's share of "
-                         f"{len(slots)} samples (train.global_batch {dataset.global_batch} over "
-                         f"{world} ranks); choose a divisor of {len(slots)}")
+        raise InputError(
+            f"train.micro_batch {micro_batch} does not divide a rank's share of "
+            f"{len(slots)} samples (train.global_batch {dataset.global_batch} over "
+            f"{world} ranks); choose a divisor of {len(slots)}"
+        )
     options: dict[str, Any] = {}
     if dataset.data.workers:
         # A plain fork would copy MPI's, CUDA's and tensorstore's threads and locks half-way.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        options = {"num_workers": dataset.data.workers, "multiprocessing_context": context,
-                   "worker_init_fn": _start_worker}
+        options = {
+            "num_workers": dataset.data.workers,
+            "multiprocessing_context": context,
+            "worker_init_fn": _start_worker,
+        }
     plan = _Plan(slots, start_step, steps, micro_batch)
     return _Loader(dataset, batch_sampler=plan, pin_memory=pin_memory, **options)
 
 
-def window_sample(video: Video, t: int, keys: tuple[int, int], data: config.Data, output: Output,
-                  photons: float | None = None, rng: np.random.Generator | None = None,
-                  y: slice = _WHOLE, x: slice = _WHOLE) -> Sample:
+def window_sample(
+    video: Video,
+    t: int,
+    keys: tuple[int, int],
+    data: config.Data,
+    output: Output,
+    photons: float | None = None,
+    rng: np.random.Generator | None = None,
+    y: slice = _WHOLE,
+    x: slice = _WHOLE,
+) -> Sample:
     """The sample for evaluating frame t: consecutive LR frames around it, HR at two key frames.
 
     LR frames beyond the clip repeat its first or last one. The crop (`y`, `x` in HR pixels) is
@@ -141,8 +183,20 @@ def window_sample(video: Video, t: int, keys: tuple[int, int], data: config.Data
         _check_recorded(video, data.scale)
     y, x = _trimmed(y, height, data.scale), _trimmed(x, width, data.scale)
     lr_times = [min(max(t + k, 0), frames - 1) for k in range(-half, half + 1)]
-    return _sample(video, data, output, lr_times=lr_times, keys=keys, t=t, interval=1, y=y, x=x,
-                   flips=np.zeros(3, int), photons=photons, rng=rng)
+    return _sample(
+        video,
+        data,
+        output,
+        lr_times=lr_times,
+        keys=keys,
+        t=t,
+        interval=1,
+        y=y,
+        x=x,
+        flips=np.zeros(3, int),
+        photons=photons,
+        rng=rng,
+    )
 
 
 def key_frames(t: int, gap: int, frames: int) -> tuple[int, int]:
@@ -156,9 +210,21 @@ def key_frames(t: int, gap: int, frames: int) -> tuple[int, int]:
     return first, min(first + gap, frames - 1)
 
 
-def _sample(video: Video, data: config.Data, output: Output, *, lr_times: Sequence[int],
-            keys: tuple[int, int], t: int, interval: int, y: slice, x: slice, flips: np.ndarray,
-            photons: float | None, rng: np.random.Generator | None) -> Sample:
+def _sample(
+    video: Video,
+    data: config.Data,
+    output: Output,
+    *,
+    lr_times: Sequence[int],
+    keys: tuple[int, int],
+    t: int,
+    interval: int,
+    y: slice,
+    x: slice,
+    flips: np.ndarray,
+    photons: float | None,
+    rng: np.random.Generator | None,
+) -> Sample:
     targets = [t] if output == "centre" else list(lr_times)
     recorded = data.lr_source == "recorded"
     wanted = sorted({*keys, *targets, *(() if recorded else lr_times)})
@@ -198,13 +264,17 @@ def _trimmed(part: slice, side: int, scale: int) -> slice:
 
 def _check_recorded(video: Video, scale: int) -> None:
     if video.lr_shape is None:
-        raise InputError(f"video {video.path}: has no recorded low-resolution stream, which "
-                         "data.lr_source recorded needs; set it to binned or leave the video out")
+        raise InputError(
+            f"video {video.path}: has no recorded low-resolution stream, which "
+            "data.lr_source recorded needs; set it to binned or leave the video out"
+        )
     expected = (video.shape[1] // scale, video.shape[2] // scale)
     if video.lr_shape[1:] != expected:
-        raise InputError(f"video {video.path}: its low-resolution frames are {video.lr_shape[1:]}, "
-                         f"with data.scale {scale} they must be {expected}; register the two "
-                         "cameras when ingesting, or set data.lr_source to binned")
+        raise InputError(
+            f"video {video.path}: its low-resolution frames are {video.lr_shape[1:]}, "
+            f"with data.scale {scale} they must be {expected}; register the two "
+            "cameras when ingesting, or set data.lr_source to binned"
+        )
 
 
 class _Plan:

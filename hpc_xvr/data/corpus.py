@@ -56,20 +56,23 @@ _OPEN_ARRAYS = 256
 class Video:
     """A handle on one recording; cheap, picklable; arrays are opened on the first read."""
 
-    def __init__(self, corpus: Path, path: Path, id: str, entry: dict[str, Any],
-                 arrays: _OpenArrays) -> None:
+    def __init__(
+        self, corpus: Path, path: Path, id: str, entry: dict[str, Any], arrays: _OpenArrays
+    ) -> None:
         self.id = id
         self.path = path
         self.info = VideoInfo.model_validate(entry["attributes"])
         self.shape: tuple[int, int, int] = tuple(entry["shape"])
         self.dtype = np.dtype(entry["dtype"])
         self.lr_shape: tuple[int, int, int] | None = (
-            tuple(entry["lr_shape"]) if entry["lr_shape"] else None)
+            tuple(entry["lr_shape"]) if entry["lr_shape"] else None
+        )
         self._corpus = corpus
         self._arrays = arrays
 
-    def read(self, t: int | Sequence[int], y: slice = slice(None),
-             x: slice = slice(None)) -> np.ndarray:
+    def read(
+        self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
+    ) -> np.ndarray:
         """Stored values of a crop: (h, w), or (n, h, w) for a sequence of n frame numbers.
 
         Raises:
@@ -77,27 +80,33 @@ class Video:
         """
         return self._read("frames", self.shape, t, y, x)
 
-    def read_lr(self, t: int | Sequence[int], y: slice = slice(None),
-                x: slice = slice(None)) -> np.ndarray:
+    def read_lr(
+        self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
+    ) -> np.ndarray:
         """The same for the low-resolution camera's frames."""
         if self.lr_shape is None:
-            raise InputError(f"corpus {self._corpus}, video {self.id}: has no recorded "
-                             "low-resolution stream; set data.lr_source to binned")
+            raise InputError(
+                f"corpus {self._corpus}, video {self.id}: has no recorded "
+                "low-resolution stream; set data.lr_source to binned"
+            )
         return self._read("lr", self.lr_shape, t, y, x)
 
-    def intensity(self, t: int | Sequence[int], y: slice = slice(None),
-                  x: slice = slice(None)) -> np.ndarray:
+    def intensity(
+        self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
+    ) -> np.ndarray:
         """Crop(s) as float32 in [0, 1]: stored value / (2**bit_depth - 1)."""
         return self.read(t, y, x) * np.float32(1 / (2**self.info.bit_depth - 1))
 
-    def lr_intensity(self, t: int | Sequence[int], y: slice = slice(None),
-                     x: slice = slice(None)) -> np.ndarray:
+    def lr_intensity(
+        self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
+    ) -> np.ndarray:
         """The same for the low-resolution camera's frames."""
         depth = self.info.lr_bit_depth or self.info.bit_depth
         return self.read_lr(t, y, x) * np.float32(1 / (2**depth - 1))
 
-    def _read(self, name: str, shape: tuple[int, int, int], t: int | Sequence[int],
-              y: slice, x: slice) -> np.ndarray:
+    def _read(
+        self, name: str, shape: tuple[int, int, int], t: int | Sequence[int], y: slice, x: slice
+    ) -> np.ndarray:
         frames = [t] if isinstance(t, (int, np.integer)) else list(t)
         if any(not 0 <= i < shape[0] for i in frames):
             raise IndexError(f"video {self.id}: {name} {frames} outside 0..{shape[0] - 1}")
@@ -108,7 +117,8 @@ class Video:
             raise InputError(
                 f"corpus {self._corpus}, video {self.id}: {name} {frames} cannot be read: a chunk "
                 f"does not match its checksum or is gone; restore {self.path} or remove it from "
-                f"the corpus ({error})") from None
+                f"the corpus ({error})"
+            ) from None
         return crops[0] if isinstance(t, (int, np.integer)) else crops
 
 
@@ -157,8 +167,10 @@ class Corpus:
     def __getitem__(self, id: str) -> Video:
         if id not in self._by_id:
             some = ", ".join(list(self._by_id)[:5]) or "none"
-            raise InputError(f"corpus {self.path}: no video {id}; there are {len(self.videos)}: "
-                             f"{some}{', ...' if len(self.videos) > 5 else ''}")
+            raise InputError(
+                f"corpus {self.path}: no video {id}; there are {len(self.videos)}: "
+                f"{some}{', ...' if len(self.videos) > 5 else ''}"
+            )
         return self._by_id[id]
 
     def __len__(self) -> int:
@@ -210,10 +222,14 @@ class CorpusWriter:
         self._known: dict[str, dict[str, Any]] = {}
         with disk_errors(self.path):
             self._made = not self.path.exists()
-            if not self._made and not (self.path / HEADER).exists() and (
-                    not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir())):
-                raise InputError(f"corpus {self.path}: holds something that is no corpus; choose "
-                                 "a new folder")
+            if (
+                not self._made
+                and not (self.path / HEADER).exists()
+                and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir()))
+            ):
+                raise InputError(
+                    f"corpus {self.path}: holds something that is no corpus; choose a new folder"
+                )
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = WriterLock(self.path / LOCK)
         try:
@@ -232,8 +248,10 @@ class CorpusWriter:
             self._write(HEADER, json.dumps(header) + "\n")
         found = read_header(self.path)
         if found != store:
-            raise InputError(f"corpus {self.path}: is stored as {found}, not {store}; write to a "
-                             f"new folder or ask for {found}")
+            raise InputError(
+                f"corpus {self.path}: is stored as {found}, not {store}; write to a "
+                f"new folder or ask for {found}"
+            )
         self.store = found
         self._format = STORES[found]()
         (self.path / "videos").mkdir(exist_ok=True)
@@ -255,9 +273,15 @@ class CorpusWriter:
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
-    def add(self, id: str, frames: Iterable[np.ndarray], shape: tuple[int, int, int],
-            dtype: np.dtype | type | str, info: dict[str, Any],
-            lr: np.ndarray | None = None) -> Video:
+    def add(
+        self,
+        id: str,
+        frames: Iterable[np.ndarray],
+        shape: tuple[int, int, int],
+        dtype: np.dtype | type | str,
+        info: dict[str, Any],
+        lr: np.ndarray | None = None,
+    ) -> Video:
         """Write one recording: `frames` yields `shape[0]` arrays (H, W) of integers.
 
         Args:
@@ -272,8 +296,10 @@ class CorpusWriter:
         where = f"corpus {self.path}, video {id}"
         dtype = np.dtype(dtype)
         if not ID.fullmatch(id):
-            raise InputError(f"{where}: an id is made of letters, digits, '_', '.' and '-', and "
-                             "starts with a letter or digit")
+            raise InputError(
+                f"{where}: an id is made of letters, digits, '_', '.' and '-', and "
+                "starts with a letter or digit"
+            )
         if id in self._known:
             raise InputError(f"{where}: is there already; choose another id")
         self._check(where, shape, dtype, info, lr)
@@ -292,9 +318,13 @@ class CorpusWriter:
             clip.finish({"schema": SCHEMA, **full.model_dump(mode="json")})
             commit(temporary, final)
             undo.pop_all()
-        entry = {"id": id, "shape": list(shape), "dtype": dtype.name,
-                 "lr_shape": None if lr is None else list(lr.shape),
-                 "attributes": full.model_dump(mode="json")}
+        entry = {
+            "id": id,
+            "shape": list(shape),
+            "dtype": dtype.name,
+            "lr_shape": None if lr is None else list(lr.shape),
+            "attributes": full.model_dump(mode="json"),
+        }
         self._known[id] = entry
         with disk_errors(self.path):
             self._format.index(self.path, self._scratch, sorted(self._known))
@@ -305,8 +335,13 @@ class CorpusWriter:
         return _videos(self.path, self.store, {id: entry})[0]
 
     @staticmethod
-    def _check(where: str, shape: tuple[int, int, int], dtype: np.dtype, info: dict[str, Any],
-               lr: np.ndarray | None) -> None:
+    def _check(
+        where: str,
+        shape: tuple[int, int, int],
+        dtype: np.dtype,
+        info: dict[str, Any],
+        lr: np.ndarray | None,
+    ) -> None:
         for name, kind in [("frames", dtype)] + ([("lr", lr.dtype)] if lr is not None else []):
             if kind.name not in ("uint8", "uint16"):
                 raise InputError(f"{where}: {name} are {kind}; uint8 and uint16 can be stored")
@@ -317,23 +352,36 @@ class CorpusWriter:
             checked = VideoInfo(sha256="", **info)
         except (ValidationError, TypeError) as error:
             raise InputError(f"{where}: {explain(error)}") from None
-        for name, depth, kind in [("bit_depth", checked.bit_depth, dtype),
-                                  ("lr_bit_depth", checked.lr_bit_depth or 1,
-                                   np.dtype("u2") if lr is None else lr.dtype)]:
+        for name, depth, kind in [
+            ("bit_depth", checked.bit_depth, dtype),
+            ("lr_bit_depth", checked.lr_bit_depth or 1, np.dtype("u2") if lr is None else lr.dtype),
+        ]:
             if not 1 <= depth <= 8 * kind.itemsize:
-                raise InputError(f"{where}: {name} {depth} does not fit {kind}, which holds 1 to "
-                                 f"{8 * kind.itemsize} bits")
+                raise InputError(
+                    f"{where}: {name} {depth} does not fit {kind}, which holds 1 to "
+                    f"{8 * kind.itemsize} bits"
+                )
         if (0 if lr is None else len(lr)) != len(checked.lr_times or []):
-            raise InputError(f"{where}: {0 if lr is None else len(lr)} low-resolution frames, but "
-                             f"{len(checked.lr_times or [])} lr_times; give one time for each")
+            raise InputError(
+                f"{where}: {0 if lr is None else len(lr)} low-resolution frames, but "
+                f"{len(checked.lr_times or [])} lr_times; give one time for each"
+            )
 
     def _write(self, name: str, text: str) -> None:
         (self._scratch / name).write_text(text)
         commit(self._scratch / name, self.path / name)
 
 
-def _fill(where: str, clip: Clip, digest: Any, name: str, frames: Iterable[np.ndarray],
-          shape: tuple[int, int, int], dtype: np.dtype, bit_depth: int) -> None:
+def _fill(
+    where: str,
+    clip: Clip,
+    digest: Any,
+    name: str,
+    frames: Iterable[np.ndarray],
+    shape: tuple[int, int, int],
+    dtype: np.dtype,
+    bit_depth: int,
+) -> None:
     clip.start(name, shape, dtype)
     count = 0
     for count, frame in enumerate(_readable(where, name, frames), 1):
@@ -345,11 +393,15 @@ def _fill(where: str, clip: Clip, digest: Any, name: str, frames: Iterable[np.nd
         if frame.dtype.kind == "f" and not np.isfinite(frame).all():
             raise InputError(f"{here} has NaN or infinite values; mend or leave out that frame")
         if frame.dtype.kind not in "ui":
-            raise InputError(f"{here} is {frame.dtype}; scale it to 0..{2**bit_depth - 1} and "
-                             f"convert it to {dtype}")
+            raise InputError(
+                f"{here} is {frame.dtype}; scale it to 0..{2**bit_depth - 1} and "
+                f"convert it to {dtype}"
+            )
         if frame.min() < 0 or frame.max() >= 2**bit_depth:
-            raise InputError(f"{here} holds values {frame.min()}..{frame.max()}, a bit depth of "
-                             f"{bit_depth} allows 0..{2**bit_depth - 1}")
+            raise InputError(
+                f"{here} holds values {frame.min()}..{frame.max()}, a bit depth of "
+                f"{bit_depth} allows 0..{2**bit_depth - 1}"
+            )
         frame = np.ascontiguousarray(frame, dtype)
         digest.update(_bytes(frame))
         clip.append(frame)
@@ -372,15 +424,17 @@ def _videos(root: Path, store: str, entries: dict[str, dict[str, Any]]) -> list[
     arrays = _OpenArrays(STORES[store]())
     suffix = STORES[store].suffix
     try:
-        return [Video(root, root / "videos" / (id + suffix), id, entries[id], arrays)
-                for id in sorted(entries)]
+        return [
+            Video(root, root / "videos" / (id + suffix), id, entries[id], arrays)
+            for id in sorted(entries)
+        ]
     except (ValidationError, KeyError, TypeError) as error:
-        raise InputError(f"corpus {root}: {MANIFEST} is damaged ({explain(error)}); delete it, "
-                         "it is rebuilt when the corpus is next written to") from None
+        raise InputError(
+            f"corpus {root}: {MANIFEST} is damaged ({explain(error)}); delete it, "
+            "it is rebuilt when the corpus is next written to"
+        ) from None
 
 
 def _quietly(action: Any) -> None:
     with contextlib.suppress(Exception):
         action()
-
-

@@ -13,8 +13,10 @@ def bin_down(frames: np.ndarray, scale: int) -> np.ndarray:
     """
     height, width = frames.shape[-2:]
     if height % scale or width % scale:
-        raise ValueError(f"frames of {height}x{width} cannot be binned by {scale}: height and "
-                         "width must be multiples of it")
+        raise ValueError(
+            f"frames of {height}x{width} cannot be binned by {scale}: height and "
+            "width must be multiples of it"
+        )
     frames = np.asarray(frames, np.float32)
     # Sums of slices are five times as fast as a mean over two axes of small boxes.
     rows = sum(frames[..., i::scale, :] for i in range(scale))

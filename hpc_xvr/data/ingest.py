@@ -112,15 +112,25 @@ def ingest(
     sources = find_recordings(paths, dataset)
     light = _field(flat)
     shade = _field(dark)
-    options = {"dataset": dataset, "flat": flat and str(flat), "dark": dark and str(dark),
-               "flip_rows": flip_rows, "bit_depth": bit_depth, "full_scale": full_scale,
-               "crop": multiple_of if crop else 0}
+    options = {
+        "dataset": dataset,
+        "flat": flat and str(flat),
+        "dark": dark and str(dark),
+        "flip_rows": flip_rows,
+        "bit_depth": bit_depth,
+        "full_scale": full_scale,
+        "crop": multiple_of if crop else 0,
+    }
 
     def prepare(source: Source) -> Recording:
         # A full scale is the transmission's where a flat field is given, else the file's own.
-        recording = open_files(source.files, dataset=source.dataset, own_flat=flat is None,
-                               bit_depth=bit_depth,
-                               full_scale=full_scale if light is None else None)
+        recording = open_files(
+            source.files,
+            dataset=source.dataset,
+            own_flat=flat is None,
+            bit_depth=bit_depth,
+            full_scale=full_scale if light is None else None,
+        )
         if light is not None:
             recording = transmission(recording, light, shade, full_scale)
         recording = recording.flipped() if flip_rows else recording
@@ -131,12 +141,19 @@ def ingest(
         videos = Corpus(writer.path).videos
         for source in sources:
             fingerprint = _fingerprint(source, options)
-            known = next((video for video in videos
-                          if video.info.metadata.get("fingerprint") == fingerprint), None)
+            known = next(
+                (
+                    video
+                    for video in videos
+                    if video.info.metadata.get("fingerprint") == fingerprint
+                ),
+                None,
+            )
             if known is not None:
                 logger.info("%s: already there as %s", source.files[0], known.id)
-                outcomes.append(Outcome(source.files[0], "already there", known.id,
-                                        known.info.split))
+                outcomes.append(
+                    Outcome(source.files[0], "already there", known.id, known.info.split)
+                )
                 continue
             recording = prepare(source)
             folder = str(source.files[0].parent.resolve())
@@ -151,8 +168,11 @@ def ingest(
                 "split": chosen,
                 "source": source.name,
                 "full_scale": recording.full_scale,
-                "metadata": {**recording.metadata, "source_folder": folder,
-                             "fingerprint": fingerprint},
+                "metadata": {
+                    **recording.metadata,
+                    "source_folder": folder,
+                    "fingerprint": fingerprint,
+                },
             }
             if source.dataset:
                 info["metadata"]["dataset"] = source.dataset
@@ -172,8 +192,9 @@ def find_recordings(paths: Sequence[Path | str], dataset: str | None = None) -> 
     """
     paths = [match for path in paths for match in _matches(path)]
     if not paths:
-        raise InputError(f"no files to ingest: give camera files or folders; readable are "
-                         f"{FORMATS}")
+        raise InputError(
+            f"no files to ingest: give camera files or folders; readable are {FORMATS}"
+        )
     found: list[Source] = []
     loose: list[Path] = []
     for path in paths:
@@ -184,8 +205,11 @@ def find_recordings(paths: Sequence[Path | str], dataset: str | None = None) -> 
                 if not inside:
                     raise InputError(f"{folder}: holds no recordings; readable are {FORMATS}")
                 found += [Source(files, dataset) for files in _group(inside)]
-            elif len(paths) > 1 and folder.suffix.lower() in images.IMAGE_SUFFIXES \
-                    and folder.is_file():
+            elif (
+                len(paths) > 1
+                and folder.suffix.lower() in images.IMAGE_SUFFIXES
+                and folder.is_file()
+            ):
                 loose.append(folder)
             else:
                 files, inner = camera_files(path)
@@ -204,10 +228,14 @@ def _matches(path: Path | str) -> list[Path | str]:
 def _inside(folder: Path) -> list[Path]:
     """Camera files under a folder; hidden ones and those of a corpus are none."""
     corpora = {header.parent for header in folder.rglob(HEADER)}
-    return sorted(file for file in folder.rglob("*")
-                  if file.suffix.lower() in SUFFIXES and file.is_file()
-                  and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-                  and not corpora & set(file.parents))
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and not corpora & set(file.parents)
+    )
 
 
 def _group(files: list[Path]) -> Iterator[tuple[Path, ...]]:
@@ -247,13 +275,16 @@ def _fitted(recording: Recording, multiple_of: int, crop: bool) -> Recording:
         return recording
     if min(fit) == 0 or not crop:
         how = "" if min(fit) == 0 else f": pass --crop to cut them to {fit[0]} x {fit[1]}"
-        raise InputError(f"{recording.path}: frames of {height} x {width} pixels are no multiples "
-                         f"of {multiple_of}{how}")
+        raise InputError(
+            f"{recording.path}: frames of {height} x {width} pixels are no multiples "
+            f"of {multiple_of}{how}"
+        )
     return recording.cropped(*fit)
 
 
-def _add(writer: CorpusWriter, recording: Recording, id: str, info: dict[str, Any],
-         videos: list[Video]) -> Outcome:
+def _add(
+    writer: CorpusWriter, recording: Recording, id: str, info: dict[str, Any], videos: list[Video]
+) -> Outcome:
     by_hash = {video.info.sha256: video for video in videos if video.lr_shape is None}
     with progress_bar(recording.path.name, recording.shape[0], "frames") as advance:
         frames = _watched(recording, by_hash, advance)
@@ -261,17 +292,28 @@ def _add(writer: CorpusWriter, recording: Recording, id: str, info: dict[str, An
             video = writer.add(id, frames, recording.shape, recording.dtype, info)
         except _Duplicate as found:
             video = found.video
-            logger.warning("%s: holds the same frames as %s (from %s): skipped", recording.path,
-                           video.id, video.info.source)
+            logger.warning(
+                "%s: holds the same frames as %s (from %s): skipped",
+                recording.path,
+                video.id,
+                video.info.source,
+            )
             return Outcome(recording.path, "duplicate", video.id, video.info.split)
     videos.append(video)
-    logger.info("%s: added as %s (%s, %s frames of %s x %s, %s bit)", recording.path, video.id,
-                video.info.split, *video.shape, video.info.bit_depth)
+    logger.info(
+        "%s: added as %s (%s, %s frames of %s x %s, %s bit)",
+        recording.path,
+        video.id,
+        video.info.split,
+        *video.shape,
+        video.info.bit_depth,
+    )
     return Outcome(recording.path, "added", video.id, video.info.split)
 
 
-def _watched(recording: Recording, by_hash: dict[str, Video],
-             advance: Callable[[], None]) -> Iterator[np.ndarray]:
+def _watched(
+    recording: Recording, by_hash: dict[str, Video], advance: Callable[[], None]
+) -> Iterator[np.ndarray]:
     """The frames; before the last one is handed on, the whole is compared with the corpus."""
     digest = hashlib.sha256()
     largest = 0
@@ -280,12 +322,19 @@ def _watched(recording: Recording, by_hash: dict[str, Video],
         largest = max(largest, int(frame.max()))
         if index == recording.shape[0] - 1:
             video = by_hash.get(digest.hexdigest())
-            if video is not None and video.shape == recording.shape \
-                    and video.dtype == recording.dtype:
+            if (
+                video is not None
+                and video.shape == recording.shape
+                and video.dtype == recording.dtype
+            ):
                 raise _Duplicate(video)
             if recording.bit_depth == 16 and recording.full_scale == 1 and largest < 2**14:
-                logger.warning("%s: stored as 16 bit, but no value exceeds %d: if the camera has "
-                               "fewer bits, state its bit depth", recording.path, largest)
+                logger.warning(
+                    "%s: stored as 16 bit, but no value exceeds %d: if the camera has "
+                    "fewer bits, state its bit depth",
+                    recording.path,
+                    largest,
+                )
         advance()
         yield frame
 
@@ -319,7 +368,8 @@ def _id(source: Source, videos: Sequence[Video]) -> str:
 def _fingerprint(source: Source, options: dict[str, Any]) -> str:
     """The same for the same files, unchanged, ingested with the same options."""
     with guarded(str(source.files[0])):
-        state = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns)
-                 for file in source.files]
+        state = [
+            (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in source.files
+        ]
     told = json.dumps([state, {**options, "dataset": source.dataset}])
     return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -61,14 +61,20 @@ def read_header(path: Path) -> str:
             raise KeyError
         schema, store = header["schema"], header["store"]
     except OSError as error:
-        raise InputError(f"corpus {path}: no corpus there ({error.strerror}: {HEADER}); make one "
-                         "with `hpc-xvr ingest` or `hpc-xvr simulate`") from None
+        raise InputError(
+            f"corpus {path}: no corpus there ({error.strerror}: {HEADER}); make one "
+            "with `hpc-xvr ingest` or `hpc-xvr simulate`"
+        ) from None
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"corpus {path}: its {HEADER} is not that of a corpus; restore it or "
-                         "make the corpus anew") from None
+        raise InputError(
+            f"corpus {path}: its {HEADER} is not that of a corpus; restore it or "
+            "make the corpus anew"
+        ) from None
     if schema != SCHEMA or store not in STORES:
-        raise InputError(f"corpus {path}: schema version {schema}, store {store}; this program "
-                         f"reads version {SCHEMA}, zarr or hdf5: update hpc-xvr or ingest again")
+        raise InputError(
+            f"corpus {path}: schema version {schema}, store {store}; this program "
+            f"reads version {SCHEMA}, zarr or hdf5: update hpc-xvr or ingest again"
+        )
     return store
 
 
@@ -85,8 +91,10 @@ def read_entries(path: Path, store: Store) -> tuple[dict[str, dict[str, Any]], b
     except FileNotFoundError:
         text = ""
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"corpus {path}: {MANIFEST} cannot be read ({error}); delete it, it is "
-                         "rebuilt when the corpus is next written to") from None
+        raise InputError(
+            f"corpus {path}: {MANIFEST} cannot be read ({error}); delete it, it is "
+            "rebuilt when the corpus is next written to"
+        ) from None
     for line in text.splitlines(keepends=True):
         try:
             entry = json.loads(line)
@@ -96,15 +104,23 @@ def read_entries(path: Path, store: Store) -> tuple[dict[str, dict[str, Any]], b
         complete = complete and line.endswith("\n")
     folder = path / "videos"
     names: list[str] = []
-    with (disk_errors(path, "read"), contextlib.suppress(FileNotFoundError),
-          os.scandir(folder) as files):
+    with (
+        disk_errors(path, "read"),
+        contextlib.suppress(FileNotFoundError),
+        os.scandir(folder) as files,
+    ):
         names = [f.name for f in files if f.is_dir() != bool(store.suffix)]
-    ids = sorted(name.removesuffix(store.suffix) for name in names
-                 if ID.fullmatch(name) and name.endswith(store.suffix))
+    ids = sorted(
+        name.removesuffix(store.suffix)
+        for name in names
+        if ID.fullmatch(name) and name.endswith(store.suffix)
+    )
     entries = {}
     for id in ids:
         entries[id] = lines.get(id) or {
-            "id": id, **describe_clip(store, path, folder / (id + store.suffix))}
+            "id": id,
+            **describe_clip(store, path, folder / (id + store.suffix)),
+        }
     return entries, complete and lines.keys() == entries.keys()
 
 
@@ -117,11 +133,17 @@ def describe_clip(store: Store, corpus: Path, path: Path) -> dict[str, Any]:
         shape, dtype = arrays["frames"]
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"corpus {corpus}, video {path.name}: its attributes cannot be read "
-                         f"({reason}); restore {path} or remove it") from None
+        raise InputError(
+            f"corpus {corpus}, video {path.name}: its attributes cannot be read "
+            f"({reason}); restore {path} or remove it"
+        ) from None
     lr_shape = list(arrays["lr"][0]) if "lr" in arrays else None
-    return {"shape": list(shape), "dtype": dtype, "lr_shape": lr_shape,
-            "attributes": info.model_dump(mode="json")}
+    return {
+        "shape": list(shape),
+        "dtype": dtype,
+        "lr_shape": lr_shape,
+        "attributes": info.model_dump(mode="json"),
+    }
 
 
 class WriterLock:
@@ -147,8 +169,10 @@ class WriterLock:
         if alone is False or (len(holder) == 2 and self._lives(*holder, alone)):
             os.close(self._file)
             name = " on ".join(reversed(holder[:2])) or "unknown"
-            raise InputError(f"corpus {path.parent}: is being written by process {name}; wait for "
-                             f"it, or delete {path} if it no longer runs")
+            raise InputError(
+                f"corpus {path.parent}: is being written by process {name}; wait for "
+                f"it, or delete {path} if it no longer runs"
+            )
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
 
@@ -174,8 +198,11 @@ class WriterLock:
 
 def commit(temporary: Path, final: Path) -> None:
     """Put a finished file or folder in its place so that it survives a crash right after."""
-    inside = [Path(folder) / name for folder, folders, files in os.walk(temporary)
-              for name in (*folders, *files)]
+    inside = [
+        Path(folder) / name
+        for folder, folders, files in os.walk(temporary)
+        for name in (*folders, *files)
+    ]
     for path in (*inside, temporary):
         _fsync(path)
     temporary.replace(final)
@@ -197,9 +224,10 @@ def disk_errors(path: Path, what: str = "write") -> Iterator[None]:
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).splitlines()[0]
-        raise InputError(f"corpus {path}: cannot {what} {error.filename or path} ({reason}); "
-                         f"{_free(path)} are free there: check space, quota and permissions"
-                         ) from None
+        raise InputError(
+            f"corpus {path}: cannot {what} {error.filename or path} ({reason}); "
+            f"{_free(path)} are free there: check space, quota and permissions"
+        ) from None
 
 
 def _free(path: Path) -> str:

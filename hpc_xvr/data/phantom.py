@@ -80,13 +80,15 @@ class Beamline:
         y0, x0 = rng.uniform(-0.3, 0.3, 2)
         y_size, x_size = rng.uniform(2.0, 3.0), rng.uniform(2.5, 4.0)
         self.beam = np.float32(self.open_beam) * np.exp(
-            -(((y[:, None] - y0) / y_size) ** 2 + ((x - x0) / x_size) ** 2) / 2)
+            -(((y[:, None] - y0) / y_size) ** 2 + ((x - x0) / x_size) ** 2) / 2
+        )
 
     def state(self, t: float) -> np.ndarray:
         """Intensity (H, W), 1 = full scale, at one instant (frames)."""
         thickness = self.scene.thickness(t)
-        return self.beam * propagate(transmit(thickness, self.attenuation), thickness,
-                                     self.strength)
+        return self.beam * propagate(
+            transmit(thickness, self.attenuation), thickness, self.strength
+        )
 
     def exposed(self, t: int) -> np.ndarray:
         """Mean intensity over the exposure of frame t."""
@@ -104,8 +106,13 @@ class Beamline:
             before = now
 
 
-def simulate_video(scene: str, size: tuple[int, int, int] = (48, 128, 128), seed: int = 0,
-                   scale: int = 4, lr_stream: bool = True) -> SimulatedVideo:
+def simulate_video(
+    scene: str,
+    size: tuple[int, int, int] = (48, 128, 128),
+    seed: int = 0,
+    scale: int = 4,
+    lr_stream: bool = True,
+) -> SimulatedVideo:
     """Simulate one experiment of `size` (T, H, W); the same seed gives the same bits.
 
     The high-resolution frames do not depend on lr_stream.
@@ -117,34 +124,63 @@ def simulate_video(scene: str, size: tuple[int, int, int] = (48, 128, 128), seed
         raise InputError(f"scene {scene!r}: choose one of {', '.join(SCENES)}")
     frames, height, width = size
     if min(size) < 1 or height % scale or width % scale:
-        raise InputError(f"size {tuple(size)}: height and width must be positive multiples of "
-                         f"scale {scale}")
+        raise InputError(
+            f"size {tuple(size)}: height and width must be positive multiples of scale {scale}"
+        )
     streams = [np.random.default_rng([seed, list(SCENES).index(scene), i]) for i in range(4)]
     sample = SCENES[scene]((height, width), frames, streams[0])
     line = Beamline(sample, streams[1])
     draw = streams[2].uniform
-    hr_camera = Camera((height, width), 1, blur=draw(0.7, 1.0), photons=draw(9e3, 2e4),
-                       read_noise=0.0015, fixed_pattern=0.002, bit_depth=HR_BITS, rng=streams[2])
+    hr_camera = Camera(
+        (height, width),
+        1,
+        blur=draw(0.7, 1.0),
+        photons=draw(9e3, 2e4),
+        read_noise=0.0015,
+        fixed_pattern=0.002,
+        bit_depth=HR_BITS,
+        rng=streams[2],
+    )
     draw = streams[3].uniform
-    lr_camera = Camera((height // scale, width // scale), scale, blur=draw(0.25, 0.35),
-                       photons=draw(5e3, 1.2e4), read_noise=0.002, fixed_pattern=0.002,
-                       bit_depth=LR_BITS, rng=streams[3])
+    lr_camera = Camera(
+        (height // scale, width // scale),
+        scale,
+        blur=draw(0.25, 0.35),
+        photons=draw(5e3, 1.2e4),
+        read_noise=0.002,
+        fixed_pattern=0.002,
+        bit_depth=LR_BITS,
+        rng=streams[3],
+    )
     hr = np.empty(size, np.uint16)
     lr = np.empty((frames, *lr_camera.shape), np.uint16) if lr_stream else None
     for t, light in enumerate(line.frames()):
         hr[t] = hr_camera.record(light)
         if lr is not None:
             lr[t] = lr_camera.record(light)
-    metadata = {"seed": seed, "material": sample.material, "energy_kev": round(line.energy, 2),
-                "distance_m": round(sample.distance, 3)}
+    metadata = {
+        "seed": seed,
+        "material": sample.material,
+        "energy_kev": round(line.energy, 2),
+        "distance_m": round(sample.distance, 3),
+    }
     if lr_stream:
-        metadata |= {"lr_camera": LR_CAMERA, "lr_bit_depth": LR_BITS, "lr_scale": scale,
-                     "lr_pixel_size_um": round(scale * sample.pixel * 1e6, 3)}
+        metadata |= {
+            "lr_camera": LR_CAMERA,
+            "lr_bit_depth": LR_BITS,
+            "lr_scale": scale,
+            "lr_pixel_size_um": round(scale * sample.pixel * 1e6, 3),
+        }
     return SimulatedVideo(
-        scene=scene, frames=hr, lr=lr, frame_rate_hz=round(sample.frame_rate),
+        scene=scene,
+        frames=hr,
+        lr=lr,
+        frame_rate_hz=round(sample.frame_rate),
         pixel_size_um=round(sample.pixel * 1e6, 3),
-        exposure_s=line.exposure / sample.frame_rate, full_scale=1 / line.open_beam,
-        metadata=metadata)
+        exposure_s=line.exposure / sample.frame_rate,
+        full_scale=1 / line.open_beam,
+        metadata=metadata,
+    )
 
 
 def simulate_corpus(simulate: config.Simulate, path: Path, workers: int | None = None) -> None:
@@ -166,15 +202,24 @@ def simulate_corpus(simulate: config.Simulate, path: Path, workers: int | None =
     _sweep(path)
     beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.building")
     try:
-        with (CorpusWriter(beside, simulate.store) as writer,
-              progress_bar("simulating", len(plan), "recordings") as advance):
+        with (
+            CorpusWriter(beside, simulate.store) as writer,
+            progress_bar("simulating", len(plan), "recordings") as advance,
+        ):
             for (id, _, split), video in _simulated(simulate, plan, workers):
-                writer.add(id, video.frames, video.frames.shape, video.frames.dtype,
-                           _info(video, split), video.lr)
+                writer.add(
+                    id,
+                    video.frames,
+                    video.frames.shape,
+                    video.frames.dtype,
+                    _info(video, split),
+                    video.lr,
+                )
                 advance()
         if path.exists():
-            raise InputError(f"corpus {path}: another process made it meanwhile; use that one or "
-                             "remove it")
+            raise InputError(
+                f"corpus {path}: another process made it meanwhile; use that one or remove it"
+            )
         with disk_errors(path):
             beside.rename(path)
     finally:
@@ -209,19 +254,24 @@ def _plan(simulate: config.Simulate) -> list[tuple[str, str, str]]:
     return [(f"sim-{i:04d}-{scenes[i]}", scenes[i], split[i]) for i in range(n)]
 
 
-def _simulated(simulate: config.Simulate, plan: list[tuple[str, str, str]], workers: int
-               ) -> Iterator[tuple[tuple[str, str, str], SimulatedVideo]]:
+def _simulated(
+    simulate: config.Simulate, plan: list[tuple[str, str, str]], workers: int
+) -> Iterator[tuple[tuple[str, str, str], SimulatedVideo]]:
     """The planned recordings in order; at most two per worker are held in memory."""
-    jobs = [(scene, simulate.size, simulate.seed * 1_000_003 + i, simulate.scale,
-             simulate.lr_stream) for i, (_, scene, _) in enumerate(plan)]
+    jobs = [
+        (scene, simulate.size, simulate.seed * 1_000_003 + i, simulate.scale, simulate.lr_stream)
+        for i, (_, scene, _) in enumerate(plan)
+    ]
     workers = min(workers, len(jobs))
     if workers <= 1:
         for item, job in zip(plan, jobs, strict=True):
             yield item, simulate_video(*job)
         return
     waiting: deque[Future[SimulatedVideo]] = deque()
-    with (_single_threaded(),
-          ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool):
+    with (
+        _single_threaded(),
+        ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool,
+    ):
         try:
             for i, item in enumerate(plan):
                 while len(waiting) < 2 * workers and i + len(waiting) < len(jobs):
@@ -259,13 +309,27 @@ def _single_threaded() -> Iterator[None]:
 
 
 def _info(video: SimulatedVideo, split: str) -> dict[str, object]:
-    lr = {} if video.lr is None else {
-        "lr_times": [float(t) for t in range(len(video.lr))], "lr_bit_depth": video.lr_bit_depth}
-    return {"camera": video.camera, "frame_rate_hz": video.frame_rate_hz,
-            "pixel_size_um": video.pixel_size_um, "exposure_s": video.exposure_s,
-            "bit_depth": video.bit_depth, "scene": video.scene, "split": split,
-            "source": "simulated", "full_scale": video.full_scale, "metadata": video.metadata,
-            **lr}
+    lr = (
+        {}
+        if video.lr is None
+        else {
+            "lr_times": [float(t) for t in range(len(video.lr))],
+            "lr_bit_depth": video.lr_bit_depth,
+        }
+    )
+    return {
+        "camera": video.camera,
+        "frame_rate_hz": video.frame_rate_hz,
+        "pixel_size_um": video.pixel_size_um,
+        "exposure_s": video.exposure_s,
+        "bit_depth": video.bit_depth,
+        "scene": video.scene,
+        "split": split,
+        "source": "simulated",
+        "full_scale": video.full_scale,
+        "metadata": video.metadata,
+        **lr,
+    }
 
 
 def _sweep(path: Path) -> None:

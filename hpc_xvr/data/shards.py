@@ -36,9 +36,11 @@ def slots_of_rank(rank: int, world: int, global_batch: int) -> range:
     """
     if global_batch % world:
         near = max(1, round(global_batch / world)) * world
-        raise InputError(f"train.global_batch {global_batch} cannot be shared by {world} ranks: "
-                         f"each would get {global_batch / world:g} samples; choose a multiple of "
-                         f"{world}, such as {near}")
+        raise InputError(
+            f"train.global_batch {global_batch} cannot be shared by {world} ranks: "
+            f"each would get {global_batch / world:g} samples; choose a multiple of "
+            f"{world}, such as {near}"
+        )
     share = global_batch // world
     return range(rank * share, (rank + 1) * share)
 
@@ -67,9 +69,11 @@ class Slots:
         self._seed = seed
         total = int(self._counts.sum())
         if total == 0:
-            raise InputError(f"data.lr_frames {lr_frames} needs training videos of at least "
-                             f"{max(3, lr_frames)} frames; the longest of {len(frames)} has "
-                             f"{max(frames, default=0)}: lower it or add longer videos")
+            raise InputError(
+                f"data.lr_frames {lr_frames} needs training videos of at least "
+                f"{max(3, lr_frames)} frames; the longest of {len(frames)} has "
+                f"{max(frames, default=0)}: lower it or add longer videos"
+            )
         self.steps_per_epoch = math.ceil(total / global_batch)
         self._streams: dict[int, list[np.ndarray]] = {}
 
@@ -141,5 +145,7 @@ class Slots:
             streams.append(np.stack([np.repeat(video, count)[order], t[order]], axis=1))
         filled = [stream for stream in streams if len(stream)]
         # Fewer frames than slots: the empty slots borrow, so that a step is always whole.
-        return [stream if len(stream) else filled[slot % len(filled)]
-                for slot, stream in enumerate(streams)]
+        return [
+            stream if len(stream) else filled[slot % len(filled)]
+            for slot, stream in enumerate(streams)
+        ]

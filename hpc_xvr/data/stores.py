@@ -81,11 +81,13 @@ class ZarrStore:
         import tensorstore
 
         if self._context is None:
-            self._context = tensorstore.Context({
-                "cache_pool": {"total_bytes_limit": READ_CACHE_BYTES},
-                "file_io_concurrency": {"limit": 1},
-                "data_copy_concurrency": {"limit": 1},
-            })
+            self._context = tensorstore.Context(
+                {
+                    "cache_pool": {"total_bytes_limit": READ_CACHE_BYTES},
+                    "file_io_concurrency": {"limit": 1},
+                    "data_copy_concurrency": {"limit": 1},
+                }
+            )
         spec = {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": str((path / name).absolute())},
@@ -137,9 +139,16 @@ class _ZarrClip:
         self._counts = (math.ceil(shape[1] / self._chunk[0]), math.ceil(shape[2] / self._chunk[1]))
         self._dtype = dtype.newbyteorder("<")
         shard = (shape[0], self._counts[0] * self._chunk[0], self._counts[1] * self._chunk[1])
-        zarr.create_array(store=str(self._path / name), shape=shape, dtype=dtype, fill_value=0,
-                          chunks=(1, *self._chunk), shards=shard, filters=None,
-                          compressors=Crc32cCodec())
+        zarr.create_array(
+            store=str(self._path / name),
+            shape=shape,
+            dtype=dtype,
+            fill_value=0,
+            chunks=(1, *self._chunk),
+            shards=shard,
+            filters=None,
+            compressors=Crc32cCodec(),
+        )
         self._padded = np.zeros(shard[1:], self._dtype)
         self._shape = shape
         self._entries: list[tuple[int, int]] = []
@@ -218,8 +227,11 @@ class Hdf5Store:
 
         with h5py.File(path, "r") as file:
             attributes = {key: _plain(value) for key, value in file.attrs.items()}
-            arrays = {name: (file[name].shape, file[name].dtype.name)
-                      for name in ("frames", "lr") if name in file}
+            arrays = {
+                name: (file[name].shape, file[name].dtype.name)
+                for name in ("frames", "lr")
+                if name in file
+            }
         attributes["metadata"] = json.loads(attributes["metadata"])
         return attributes, arrays
 
@@ -251,7 +263,8 @@ class _Hdf5Clip:
     def start(self, name: str, shape: tuple[int, int, int], dtype: np.dtype) -> None:
         chunks = (1, chunk_side(shape[1]), chunk_side(shape[2]))
         self._array = self._file.create_dataset(
-            name, shape, dtype.newbyteorder("<"), chunks=chunks, fletcher32=True)
+            name, shape, dtype.newbyteorder("<"), chunks=chunks, fletcher32=True
+        )
         self._next = 0
 
     def append(self, frame: np.ndarray) -> None:

@@ -83,7 +83,5 @@ BASELINES: dict[str, Baseline] = {
     ),
     "linear_hr": Baseline("the two key frames interpolated linearly in time", _linear_hr),
     "detail": Baseline("bicubic plus the key frames' fine detail interpolated in time", _detail),
-    "adaptive": Baseline(
-        "the same, without the detail of places that have moved since", _adaptive
-    ),
+    "adaptive": Baseline("the same, without the detail of places that have moved since", _adaptive),
 }

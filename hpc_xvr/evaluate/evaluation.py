@@ -73,23 +73,37 @@ class Evaluation:
 
     def means(self) -> list[Row]:
         """One row a method: every recording counts the same; frames and keys are totals."""
-        return [mean_row([row for row in self.rows if row.method == name])
-                for name in self.methods()]
+        return [
+            mean_row([row for row in self.rows if row.method == name]) for name in self.methods()
+        ]
 
     def best(self, names: Iterable[str]) -> str:
         """The name of highest mean PSNR."""
         names = set(names)
-        return max((row for row in self.means() if row.method in names),
-                   key=lambda row: row.psnr).method
+        return max(
+            (row for row in self.means() if row.method in names), key=lambda row: row.psnr
+        ).method
 
     def show(self) -> None:
         """Print the means as a table."""
         columns = ["method", "PSNR dB", "SSIM", "AAD", "frames", "key frames left out", "ms/frame"]
         print_table(
             f"{self.settings.get('recordings', '')} recordings, a key frame every "
-            f"{self.settings.get('gap', '?')} frames".strip(), columns,
-            [(row.method, f"{row.psnr:.2f}", f"{row.ssim:.4f}", f"{row.aad:.3f}", row.frames,
-              row.keys, f"{1000 * row.seconds_per_frame:.1f}") for row in self.means()])
+            f"{self.settings.get('gap', '?')} frames".strip(),
+            columns,
+            [
+                (
+                    row.method,
+                    f"{row.psnr:.2f}",
+                    f"{row.ssim:.4f}",
+                    f"{row.aad:.3f}",
+                    row.frames,
+                    row.keys,
+                    f"{1000 * row.seconds_per_frame:.1f}",
+                )
+                for row in self.means()
+            ],
+        )
 
     def save(self, folder: Path | str) -> None:
         """Write evaluation.json and evaluation.csv into `folder` (made if missing).
@@ -100,36 +114,58 @@ class Evaluation:
             InputError: the disk refuses.
         """
         folder = Path(folder)
-        tree = {"settings": self.settings, "means": [_finite(asdict(row)) for row in self.means()],
-                "rows": [_finite(asdict(row)) for row in self.rows]}
+        tree = {
+            "settings": self.settings,
+            "means": [_finite(asdict(row)) for row in self.means()],
+            "rows": [_finite(asdict(row)) for row in self.rows],
+        }
         document = json.dumps(tree, indent=1, allow_nan=False) + "\n"
         write_atomic(folder / "evaluation.json", lambda file: file.write(document.encode()))
         text = io.StringIO(newline="")
         table = csv.DictWriter(text, [field.name for field in fields(Row)])
         table.writeheader()
         table.writerows(asdict(row) for row in [*self.rows, *self.means()])
-        write_atomic(folder / "evaluation.csv",
-                     lambda file: file.write(text.getvalue().encode()))
+        write_atomic(folder / "evaluation.csv", lambda file: file.write(text.getvalue().encode()))
 
 
 def _finite(row: dict[str, object]) -> dict[str, object]:
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
 
 
 def mean_row(rows: Sequence[Row]) -> Row:
     """Mean over recordings of one method."""
+
     def mean(name: str) -> float:
         return float(np.mean([getattr(row, name) for row in rows]))
 
-    return Row(rows[0].method, "mean", sum(row.frames for row in rows),
-               sum(row.keys for row in rows), mean("psnr"), mean("ssim"), mean("aad"),
-               mean("seconds_per_frame"))
+    return Row(
+        rows[0].method,
+        "mean",
+        sum(row.frames for row in rows),
+        sum(row.keys for row in rows),
+        mean("psnr"),
+        mean("ssim"),
+        mean("aad"),
+        mean("seconds_per_frame"),
+    )
 
 
-def evaluate(methods: Methods, videos: Sequence[Video], *, data: Data, gap: int,
-             photons: float | None = None, seed: int = 0, device: str | torch.device = "cpu",
-             precision: str = "float32", rank: int = 0, world: int = 1) -> Evaluation:
+def evaluate(
+    methods: Methods,
+    videos: Sequence[Video],
+    *,
+    data: Data,
+    gap: int,
+    photons: float | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "float32",
+    rank: int = 0,
+    world: int = 1,
+) -> Evaluation:
     """Score each method on each frame between the key frames of each recording.
 
     All methods see the same low-resolution frames (same noise). Of `world` ranks each scores
@@ -140,17 +176,27 @@ def evaluate(methods: Methods, videos: Sequence[Video], *, data: Data, gap: int,
         InputError: no recordings, or one without a frame between two key frames.
     """
     if not videos:
-        raise InputError("evaluate: there are no recordings in this split; see evaluate.split and "
-                         "the splits in the corpus' manifest")
+        raise InputError(
+            "evaluate: there are no recordings in this split; see evaluate.split and "
+            "the splits in the corpus' manifest"
+        )
     own = list(videos)[rank::world]
     total = sum(video.shape[0] for video in own)
     rows = []
     with progress_bar("evaluate", total, "frames") as advance:
         for video in own:
             rows += _score(methods, video, data, gap, photons, seed, device, precision, advance)
-    settings = {"gap": gap, "photons": photons, "seed": seed, "precision": precision,
-                "lr_frames": data.lr_frames, "scale": data.scale, "lr_source": data.lr_source,
-                "recordings": len(videos), "device": str(device)}
+    settings = {
+        "gap": gap,
+        "photons": photons,
+        "seed": seed,
+        "precision": precision,
+        "lr_frames": data.lr_frames,
+        "scale": data.scale,
+        "lr_source": data.lr_source,
+        "recordings": len(videos),
+        "device": str(device),
+    }
     return Evaluation(rows, settings)
 
 
@@ -162,13 +208,24 @@ def merge(parts: Iterable[Sequence[Row]]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.recording, order[row.method]))
 
 
-def _score(methods: Methods, video: Video, data: Data, gap: int, photons: float | None, seed: int,
-           device: str | torch.device, precision: str, advance) -> list[Row]:
+def _score(
+    methods: Methods,
+    video: Video,
+    data: Data,
+    gap: int,
+    photons: float | None,
+    seed: int,
+    device: str | torch.device,
+    precision: str,
+    advance,
+) -> list[Row]:
     lr_stream, key_stream = recording_streams(video, gap, data, photons, seed)
     lr, keys = list(lr_stream), dict(key_stream)  # once, not once a method
     if len(keys) == len(lr):
-        raise InputError(f"recording {video.id}: all its {len(lr)} frames are key frames at gap "
-                         f"{gap}; set evaluate.gap to 2 or more")
+        raise InputError(
+            f"recording {video.id}: all its {len(lr)} frames are key frames at gap "
+            f"{gap}; set evaluate.gap to 2 or more"
+        )
     options = {"lr_frames": data.lr_frames, "device": device, "precision": precision}
     scores: dict[str, list[tuple[float, float, float]]] = {name: [] for name in methods}
     seconds = dict.fromkeys(methods, 0.0)
@@ -184,18 +241,37 @@ def _score(methods: Methods, video: Video, data: Data, gap: int, photons: float 
             found, frame = next(run)
             seconds[name] += time.perf_counter() - start
             assert found == t
-            scores[name].append((metrics.psnr(frame, truth), metrics.ssim(frame, truth),
-                                 metrics.aad(frame, truth)))
+            scores[name].append(
+                (metrics.psnr(frame, truth), metrics.ssim(frame, truth), metrics.aad(frame, truth))
+            )
         advance()
     advance(len(keys))
-    return [Row(name, video.id, len(between), len(keys),
-                *(float(np.mean(column)) for column in zip(*scores[name], strict=True)),
-                seconds[name] / len(between)) for name in methods]
+    return [
+        Row(
+            name,
+            video.id,
+            len(between),
+            len(keys),
+            *(float(np.mean(column)) for column in zip(*scores[name], strict=True)),
+            seconds[name] / len(between),
+        )
+        for name in methods
+    ]
 
 
-def side_by_side(path: Path | str, video: Video, methods: Methods, t: int, *, data: Data, gap: int,
-                 photons: float | None = None, seed: int = 0,
-                 device: str | torch.device = "cpu", precision: str = "float32") -> Path:
+def side_by_side(
+    path: Path | str,
+    video: Video,
+    methods: Methods,
+    t: int,
+    *,
+    data: Data,
+    gap: int,
+    photons: float | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    precision: str = "float32",
+) -> Path:
     """Picture of frame `t`: the fast camera's view, each method, the truth; details; errors.
 
     First row whole frames with PSNR, second row the region that the methods find hardest, third
@@ -206,16 +282,28 @@ def side_by_side(path: Path | str, video: Video, methods: Methods, t: int, *, da
     """
     lr, keys = recording_streams(video, gap, data, photons, seed)
     if t in keys or not 0 <= t < len(lr):
-        raise InputError(f"frame {t} of {video.id}: is a key frame or outside 0..{len(lr) - 1}; "
-                         f"choose one between key frames ({', '.join(map(str, keys))})")
+        raise InputError(
+            f"frame {t} of {video.id}: is a key frame or outside 0..{len(lr) - 1}; "
+            f"choose one between key frames ({', '.join(map(str, keys))})"
+        )
     truth = video.intensity(t)
     around = {key: keys[key] for key in key_frames(t, gap, len(lr))}
     coarse = upsample(torch.from_numpy(np.ascontiguousarray(lr[t]))[None, None, None], data.scale)
     panels = {"fast camera, bicubic": np.clip(coarse[0, 0, 0].numpy(), 0, 1)}
     for name, (method, n_out) in methods.items():
-        panels[TITLES.get(name, name)] = next(frame for _, frame in reconstruct(
-            method, lr, around, lr_frames=data.lr_frames, n_out=n_out, device=device,
-            precision=precision, only={t}))
+        panels[TITLES.get(name, name)] = next(
+            frame
+            for _, frame in reconstruct(
+                method,
+                lr,
+                around,
+                lr_frames=data.lr_frames,
+                n_out=n_out,
+                device=device,
+                precision=precision,
+                only={t},
+            )
+        )
     title = f"{video.id}, frame {t}: key frames {min(around)} and {max(around)}"
     if photons is not None:
         title += f", {photons:g} photons a pixel"
@@ -239,8 +327,9 @@ def _worst_region(error: np.ndarray) -> tuple[int, int, int]:
 def _figure(panels: dict[str, np.ndarray], truth: np.ndarray, title: str) -> Figure:
     errors = {name: 255 * np.abs(frame - truth) for name, frame in panels.items()}
     # Each method's error weighs the same, or the blur of the coarsest would decide alone.
-    y, x, side = _worst_region(sum(error / max(float(error.mean()), 1e-6)
-                                   for error in errors.values()))
+    y, x, side = _worst_region(
+        sum(error / max(float(error.mean()), 1e-6) for error in errors.values())
+    )
     low, high = np.percentile(truth, (0.2, 99.8))
     grey = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6), "interpolation": "nearest"}
     top = max(float(np.percentile(np.stack(list(errors.values())), 99.5)), 1.0)
@@ -256,8 +345,11 @@ def _figure(panels: dict[str, np.ndarray], truth: np.ndarray, title: str) -> Fig
         zoom = np.s_[y : y + side, x : x + side]
         for i, (name, frame) in enumerate([*panels.items(), ("truth", truth)]):
             axes[0, i].imshow(frame, **grey)
-            axes[0, i].add_patch(Rectangle((x - 0.5, y - 0.5), side, side, fill=False,
-                                           edgecolor="#e8590c", linewidth=1.2))
+            axes[0, i].add_patch(
+                Rectangle(
+                    (x - 0.5, y - 0.5), side, side, fill=False, edgecolor="#e8590c", linewidth=1.2
+                )
+            )
             score = "" if name == "truth" else f"\n{metrics.psnr(frame, truth):.2f} dB"
             axes[0, i].set_title(name + score)
             axes[1, i].imshow(frame[zoom], **grey)
@@ -267,8 +359,9 @@ def _figure(panels: dict[str, np.ndarray], truth: np.ndarray, title: str) -> Fig
             if name == "truth":
                 axes[2, i].axis("off")
             else:
-                shown = axes[2, i].imshow(errors[name], cmap="magma", vmin=0, vmax=top,
-                                          interpolation="nearest")
+                shown = axes[2, i].imshow(
+                    errors[name], cmap="magma", vmin=0, vmax=top, interpolation="nearest"
+                )
         for row, label in zip(axes[:, 0], ("frame", "zoom", "absolute error"), strict=True):
             row.set_ylabel(label)
         for spine in (spine for cell in axes[1] for spine in cell.spines.values()):

@@ -47,25 +47,34 @@ def write_report(run_dir: Path | str) -> Path:
     lines, unreadable = _metrics(run / "metrics.jsonl")
     evaluation = _json(run / "evaluation" / "evaluation.json")
     if not settings and not lines and not evaluation:
-        raise InputError(f"{run}: holds no run (no config.yaml, metrics.jsonl or evaluation/"
-                         "evaluation.json); give the folder named in run.dir")
-    train, validation, events = (_of_kind(lines, kind)
-                                 for kind in ("train", "validation", "event"))
+        raise InputError(
+            f"{run}: holds no run (no config.yaml, metrics.jsonl or evaluation/"
+            "evaluation.json); give the folder named in run.dir"
+        )
+    train, validation, events = (_of_kind(lines, kind) for kind in ("train", "validation", "event"))
     pictures = Pictures(run)
     samples = _natural(run.glob("samples/*.png"))
     comparison = _comparison(evaluation, settings) if evaluation else None
     page = _template().render(
-        name=run.resolve().name, folder=str(run), version=__version__,
+        name=run.resolve().name,
+        folder=str(run),
+        version=__version__,
         written=datetime.now().strftime("%d %B %Y, %H:%M"),
-        headline=_headline(comparison, validation), comparison=comparison,
-        progress=_progress(train, validation, settings), events=events, unreadable=unreadable,
+        headline=_headline(comparison, validation),
+        comparison=comparison,
+        progress=_progress(train, validation, settings),
+        events=events,
+        unreadable=unreadable,
         curves=_curves(train, validation, events),
         movies=pictures.take(_movies(run / "reconstruction"), 2),
         comparisons=pictures.take(_natural(run.glob("evaluation/*.png")), 4),
         samples=pictures.take(dict.fromkeys([*samples[:1], *samples[-1:]]), 2),
         left_out=pictures.left_out,
-        settings={section: _shown(config.flat(values)) for section, values in settings.items()
-                  if isinstance(values, dict)},
+        settings={
+            section: _shown(config.flat(values))
+            for section, values in settings.items()
+            if isinstance(values, dict)
+        },
         environment=_environment(_json(run / "environment.json") or {}),
     )
     path = run / "report.html"
@@ -79,8 +88,10 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise InputError(f"{path}: is not valid YAML; take it from the run's checkpoint or remove "
-                         "it to report without settings") from None
+        raise InputError(
+            f"{path}: is not valid YAML; take it from the run's checkpoint or remove "
+            "it to report without settings"
+        ) from None
     return tree if isinstance(tree, dict) else {}
 
 
@@ -101,8 +112,9 @@ def _environment(tree: dict[str, Any]) -> dict[str, str]:
         if key == "earlier":
             key, value = "earlier starts", len(value)
         elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
-            kinds = Counter(tuple(f"{k} {v}" for k, v in entry.items() if k != "host")
-                            for entry in value)
+            kinds = Counter(
+                tuple(f"{k} {v}" for k, v in entry.items() if k != "host") for entry in value
+            )
             hosts = list(dict.fromkeys(str(e["host"]) for e in value if "host" in e))
             facts["hosts"] = f"{len(hosts)}: {', '.join(hosts[:8])}{' ...' * (len(hosts) > 8)}"
             value = [f"{count} with {', '.join(kind)}" for kind, count in kinds.items()]
@@ -111,8 +123,14 @@ def _environment(tree: dict[str, Any]) -> dict[str, str]:
 
 
 def _shown(facts: dict[str, Any]) -> dict[str, str]:
-    return {key: "\u2013" if value is None else ", ".join(map(str, value))
-            if isinstance(value, list) else str(value) for key, value in facts.items()}
+    return {
+        key: "\u2013"
+        if value is None
+        else ", ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+        for key, value in facts.items()
+    }
 
 
 def _metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -155,67 +173,109 @@ def _comparison(evaluation: dict[str, Any], settings: dict[str, Any]) -> dict[st
     trained = model if model in names else next(iter(learned), None)
     psnr = {row["method"]: _number(row["psnr"]) for row in means}
     # As they are shown: what looks the same is the same.
-    best = {"psnr": round(max(psnr.values()), 2), "ssim": round(max(r["ssim"] for r in means), 4),
-            "aad": round(min(row["aad"] for row in means), 3)}
+    best = {
+        "psnr": round(max(psnr.values()), 2),
+        "ssim": round(max(r["ssim"] for r in means), 4),
+        "aad": round(min(row["aad"] for row in means), 3),
+    }
     low, high = min(psnr.values()), max(v for v in [*psnr.values(), 0] if math.isfinite(v))
-    rows = [{
-        "name": TITLES.get(row["method"], row["method"]), "trained": row["method"] == trained,
-        "psnr": _number(row["psnr"]), "ssim": row["ssim"], "aad": row["aad"],
-        "gain": _number(row["psnr"]) - psnr["bicubic"] if "bicubic" in psnr else None,
-        "ms": 1000 * row["seconds_per_frame"],
-        "bar": 100 * min((_number(row["psnr"]) - low + 0.5) / (high - low + 0.5), 1.0),
-        "best": {key for (key, value), digits in zip(best.items(), (2, 4, 3), strict=True)
-                 if round(_number(row[key]), digits) == value},
-    } for row in sorted(means, key=lambda row: psnr[row["method"]])]
+    rows = [
+        {
+            "name": TITLES.get(row["method"], row["method"]),
+            "trained": row["method"] == trained,
+            "psnr": _number(row["psnr"]),
+            "ssim": row["ssim"],
+            "aad": row["aad"],
+            "gain": _number(row["psnr"]) - psnr["bicubic"] if "bicubic" in psnr else None,
+            "ms": 1000 * row["seconds_per_frame"],
+            "bar": 100 * min((_number(row["psnr"]) - low + 0.5) / (high - low + 0.5), 1.0),
+            "best": {
+                key
+                for (key, value), digits in zip(best.items(), (2, 4, 3), strict=True)
+                if round(_number(row[key]), digits) == value
+            },
+        }
+        for row in sorted(means, key=lambda row: psnr[row["method"]])
+    ]
     recordings: dict[str, dict[str, float]] = {}
     for row in evaluation["rows"]:
         recordings.setdefault(row["recording"], {})[row["method"]] = round(_number(row["psnr"]), 2)
-    return {"rows": rows, "names": names, "titles": [TITLES.get(n, n) for n in names],
-            "recordings": recordings, "psnr": psnr, "trained": trained,
-            "frames": means[0]["frames"], "keys": means[0]["keys"],
-            "settings": {"gap": None, "photons": None, "device": None,
-                         **evaluation.get("settings", {})},
-            "trained_row": next((row for row in rows if row["trained"]), None)}
+    return {
+        "rows": rows,
+        "names": names,
+        "titles": [TITLES.get(n, n) for n in names],
+        "recordings": recordings,
+        "psnr": psnr,
+        "trained": trained,
+        "frames": means[0]["frames"],
+        "keys": means[0]["keys"],
+        "settings": {
+            "gap": None,
+            "photons": None,
+            "device": None,
+            **evaluation.get("settings", {}),
+        },
+        "trained_row": next((row for row in rows if row["trained"]), None),
+    }
 
 
-def _headline(comparison: dict[str, Any] | None, validation: list[dict[str, Any]],
-              ) -> dict[str, Any] | None:
+def _headline(
+    comparison: dict[str, Any] | None,
+    validation: list[dict[str, Any]],
+) -> dict[str, Any] | None:
     """The number people ask for first, and what it is better or worse than."""
     if comparison and comparison["trained_row"]:
         psnr = comparison["psnr"]
         own = psnr[comparison["trained"]]
-        gains = [(own - psnr[name], TITLES[name]) for name in ("bicubic", "detail")
-                 if name in psnr]
-        return {"psnr": own, "gains": gains, "ssim": comparison["trained_row"]["ssim"],
-                "ms": comparison["trained_row"]["ms"], "source": "evaluation"}
+        gains = [(own - psnr[name], TITLES[name]) for name in ("bicubic", "detail") if name in psnr]
+        return {
+            "psnr": own,
+            "gains": gains,
+            "ssim": comparison["trained_row"]["ssim"],
+            "ms": comparison["trained_row"]["ms"],
+            "source": "evaluation",
+        }
     scored = [line for line in validation if isinstance(line.get("psnr"), (int, float))]
     if not scored:
         return None
     last = scored[-1]
-    return {"psnr": last["psnr"], "ssim": last.get("ssim"), "ms": None, "source": "validation",
-            "gains": [(last["psnr"] - last[f"psnr_{name}"], TITLES[name])
-                      for name in ("bicubic", "detail") if f"psnr_{name}" in last]}
+    return {
+        "psnr": last["psnr"],
+        "ssim": last.get("ssim"),
+        "ms": None,
+        "source": "validation",
+        "gains": [
+            (last["psnr"] - last[f"psnr_{name}"], TITLES[name])
+            for name in ("bicubic", "detail")
+            if f"psnr_{name}" in last
+        ],
+    }
 
 
-def _progress(train: list[dict[str, Any]], validation: list[dict[str, Any]],
-              settings: dict[str, Any]) -> dict[str, Any]:
+def _progress(
+    train: list[dict[str, Any]], validation: list[dict[str, Any]], settings: dict[str, Any]
+) -> dict[str, Any]:
     rates = [line["samples_per_s"] for line in train if line.get("samples_per_s")]
     waits = [line["data_wait"] for line in train if line.get("data_wait") is not None]
-    return {"step": max((line["step"] for line in [*train, *validation]), default=None),
-            "steps": (settings.get("train") or {}).get("steps"),
-            "samples_per_s": float(np.median(rates)) if rates else None,
-            "data_wait": float(np.median(waits)) if waits else None}
+    return {
+        "step": max((line["step"] for line in [*train, *validation]), default=None),
+        "steps": (settings.get("train") or {}).get("steps"),
+        "samples_per_s": float(np.median(rates)) if rates else None,
+        "data_wait": float(np.median(waits)) if waits else None,
+    }
 
 
-def _curves(train: list[dict[str, Any]], validation: list[dict[str, Any]],
-            events: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _curves(
+    train: list[dict[str, Any]], validation: list[dict[str, Any]], events: list[dict[str, Any]]
+) -> list[tuple[str, str]]:
     """(what it shows, data URI) of each curve there are numbers for."""
     resumes = [line["step"] for line in events if "resume" in str(line.get("text", ""))]
     curves = []
     loss = _series(train, "loss")
     if len(loss[0]) > 1:
-        curves.append(("Training loss", _chart("L1 loss", [(*loss, BLUE, "loss")], resumes,
-                                               log=True)))
+        curves.append(
+            ("Training loss", _chart("L1 loss", [(*loss, BLUE, "loss")], resumes, log=True))
+        )
     psnr = _series(validation, "psnr")
     if len(psnr[0]):
         lines = [(*psnr, BLUE, "model")]
@@ -226,15 +286,19 @@ def _curves(train: list[dict[str, Any]], validation: list[dict[str, Any]],
         curves.append(("Validation", _chart("PSNR (dB)", lines, resumes, marks=True)))
     rate = _series(train, "samples_per_s")
     if len(rate[0]) > 1:
-        curves.append(("Throughput", _chart("samples / s", [(*rate, BLUE, "throughput")], resumes,
-                                            zero=True)))
+        curves.append(
+            ("Throughput", _chart("samples / s", [(*rate, BLUE, "throughput")], resumes, zero=True))
+        )
     return curves
 
 
 def _series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values; long series are averaged in bins of equally many points."""
-    pairs = [(line["step"], line[key]) for line in lines
-             if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])]
+    pairs = [
+        (line["step"], line[key])
+        for line in lines
+        if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])
+    ]
     if not pairs:
         return np.empty(0), np.empty(0)
     values = np.asarray(pairs, float)
@@ -242,21 +306,48 @@ def _series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarr
     return tuple(np.array([part.mean(0) for part in bins]).T)
 
 
-def _chart(label: str, lines: list[tuple], resumes: list[int], *, log: bool = False,
-           zero: bool = False, marks: bool = False) -> str:
-    style = {"font.family": "DejaVu Sans", "font.size": 9, "axes.spines.top": False,
-             "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": "#343a40",
-             "xtick.color": "#495057", "ytick.color": "#495057", "svg.hashsalt": "hpc_xvr"}
+def _chart(
+    label: str,
+    lines: list[tuple],
+    resumes: list[int],
+    *,
+    log: bool = False,
+    zero: bool = False,
+    marks: bool = False,
+) -> str:
+    style = {
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": "#343a40",
+        "xtick.color": "#495057",
+        "ytick.color": "#495057",
+        "svg.hashsalt": "hpc_xvr",
+    }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.0, 2.5), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
         for steps, values, colour, name in lines:
-            axes.plot(steps, values, color=colour, linewidth=1.4, label=name,
-                      marker="o" if marks and len(steps) <= 60 else None, markersize=3)
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                linewidth=1.4,
+                label=name,
+                marker="o" if marks and len(steps) <= 60 else None,
+                markersize=3,
+            )
         for i, step in enumerate(resumes):
-            axes.axvline(step, color=ORANGE, linewidth=0.9, linestyle=(0, (3, 2)),
-                         label=None if i else "resumed")
+            axes.axvline(
+                step,
+                color=ORANGE,
+                linewidth=0.9,
+                linestyle=(0, (3, 2)),
+                label=None if i else "resumed",
+            )
         if log:
             axes.set_yscale("log")
         if zero:
@@ -277,8 +368,13 @@ def _uri(kind: str, data: bytes) -> str:
 
 
 def _natural(paths: Iterable[Path]) -> list[Path]:
-    return sorted(paths, key=lambda path: [(int(part), "") if part.isdigit() else (-1, part)
-                                           for part in re.split(r"(\d+)", path.name)])
+    return sorted(
+        paths,
+        key=lambda path: [
+            (int(part), "") if part.isdigit() else (-1, part)
+            for part in re.split(r"(\d+)", path.name)
+        ],
+    )
 
 
 def _movies(folder: Path) -> list[Path]:
@@ -336,10 +432,13 @@ def _smaller(data: bytes) -> bytes:
 def _template() -> jinja2.Template:
     # Not PackageLoader: it wants the package to be importable as a plain folder of its own.
     source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined,
-                                     trim_blocks=True, lstrip_blocks=True)
-    environment.filters["signed"] = lambda value, digits=2: (
-        f"{value:+.{digits}f}".replace("-", "\u2212"))
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["signed"] = lambda value, digits=2: f"{value:+.{digits}f}".replace(
+        "-", "\u2212"
+    )
     environment.filters["fixed"] = lambda value, digits=2: (
-        f"{value:.{digits}f}" if math.isfinite(value) else "exact")
+        f"{value:.{digits}f}" if math.isfinite(value) else "exact"
+    )
     return environment.from_string(source)

@@ -35,35 +35,62 @@ def evaluate_run(
     use_threads()
     model, config, step = model_of_run(run)
     model.to(comm.device)
-    chosen: Methods = {name: (find_baseline(name), 1)
-                       for name in methods or config.evaluate.methods}
+    chosen: Methods = {
+        name: (find_baseline(name), 1) for name in methods or config.evaluate.methods
+    }
     chosen[config.model.name] = as_method(model)
     split = split or config.evaluate.split
     where = corpus or config.data.corpus
     videos = Corpus(where).split(split)
     if not videos:
-        raise InputError(f"{where}: has no recordings in the split {split}; choose another with "
-                         "--split, or ingest recordings with --split " + split)
+        raise InputError(
+            f"{where}: has no recordings in the split {split}; choose another with "
+            "--split, or ingest recordings with --split " + split
+        )
     gap = gap or config.evaluate.gap or config.data.hr_gap
     photons = photons if photons is not None else config.evaluate.photons
     precision = "bf16" if config.train.precision == "bf16" else "float32"
-    options = {"data": config.data, "gap": gap, "photons": photons, "seed": config.run.seed,
-               "device": comm.device, "precision": precision}
+    options = {
+        "data": config.data,
+        "gap": gap,
+        "photons": photons,
+        "seed": config.run.seed,
+        "device": comm.device,
+        "precision": precision,
+    }
 
-    comm.on_root(lambda: logger.info("%s at step %d: %d recordings of %s, a key frame every %d "
-                                     "frames", run, step, len(videos), where, gap))
+    comm.on_root(
+        lambda: logger.info(
+            "%s at step %d: %d recordings of %s, a key frame every %d frames",
+            run,
+            step,
+            len(videos),
+            where,
+            gap,
+        )
+    )
     part = evaluate(chosen, videos, rank=comm.rank, world=comm.size, **options)
-    whole = Evaluation(merge(comm.gather(part.rows)),
-                       {**part.settings, "model": config.model.name, "step": step,
-                        "split": split, "corpus": str(where)})
+    whole = Evaluation(
+        merge(comm.gather(part.rows)),
+        {
+            **part.settings,
+            "model": config.model.name,
+            "step": step,
+            "split": split,
+            "corpus": str(where),
+        },
+    )
     folder = out or run / "evaluation"
 
     def write() -> None:
         whole.save(folder)
         for video in videos[:3]:
             t = min(gap // 2, video.shape[0] - 2)
-            shown = {name: chosen[name] for name in chosen
-                     if name in ("linear_hr", "detail", config.model.name)}
+            shown = {
+                name: chosen[name]
+                for name in chosen
+                if name in ("linear_hr", "detail", config.model.name)
+            }
             side_by_side(folder / f"{video.id}.png", video, shown, t, **options)
 
     comm.on_root(write)

@@ -59,8 +59,9 @@ def load_xfusion(
         model.load_state_dict(state)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise ValueError(f"weights do not fit {type(model).__name__}: {' '.join(lines[1:])}"
-                         ) from None
+        raise ValueError(
+            f"weights do not fit {type(model).__name__}: {' '.join(lines[1:])}"
+        ) from None
     return model.eval()
 
 
@@ -70,8 +71,9 @@ def _read(path: str | Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"weights {path}: no such file") from None
     except Exception as error:  # whatever torch meets in a file that is no checkpoint
-        raise ValueError(f"weights {path}: no readable checkpoint of tensors "
-                         f"({str(error).splitlines()[0]})") from None
+        raise ValueError(
+            f"weights {path}: no readable checkpoint of tensors ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -79,8 +81,9 @@ def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not all(hasattr(v, "shape") for v in state.values()):
-        raise ValueError("weights must map names to arrays, or hold such a map under 'params' or "
-                         "'params_ema'")
+        raise ValueError(
+            "weights must map names to arrays, or hold such a map under 'params' or 'params_ema'"
+        )
     return {
         name.removeprefix("module."): torch.as_tensor(value)
         for name, value in state.items()
@@ -114,8 +117,10 @@ def _infer_swin(state: dict[str, Tensor], output: Any, heads: int | None) -> Swi
 
 
 def _depths(state: dict[str, Tensor]) -> tuple[int, ...]:
-    found = [re.match(r"layers\.(\d+)\.residual_group\.blocks\.(\d+)\.norm1\.weight", name)
-             for name in state]
+    found = [
+        re.match(r"layers\.(\d+)\.residual_group\.blocks\.(\d+)\.norm1\.weight", name)
+        for name in state
+    ]
     blocks = [(int(m[1]), int(m[2])) for m in found if m]
     return tuple(sum(stage == s for s, _ in blocks) for stage in range(1 + max(blocks)[0]))
 

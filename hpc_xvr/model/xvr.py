@@ -153,8 +153,9 @@ class SwinXVR(nn.Module):
             raise ValueError(f"lr must be (B, {self.lr_frames}, 1, h, w), got {tuple(lr.shape)}")
         expected = (b, 2, 1, self.scale * h, self.scale * w)
         if tuple(hr.shape) != expected:
-            raise ValueError(f"hr must be {expected} for lr {tuple(lr.shape)}, "
-                             f"got {tuple(hr.shape)}")
+            raise ValueError(
+                f"hr must be {expected} for lr {tuple(lr.shape)}, got {tuple(hr.shape)}"
+            )
 
     def flops(self, h: int, w: int) -> int:
         """Floating-point operations of one sample's forward pass (2 per multiply-add).

@@ -47,8 +47,9 @@ class Stream(Sequence):
 class KeyFrames(Mapping):
     """Time -> key frame (H, W) float32 in [0, 1], read when it is asked for."""
 
-    def __init__(self, times: Sequence[int], shape: tuple[int, int],
-                 read: Callable[[int], np.ndarray]):
+    def __init__(
+        self, times: Sequence[int], shape: tuple[int, int], read: Callable[[int], np.ndarray]
+    ):
         self.shape = shape
         self._times = dict.fromkeys(times)
         self._read = read
@@ -84,14 +85,23 @@ def windows(t0: int, t1: int, lr_frames: int, n_out: int) -> list[Window]:
         return [Window(t, range(t, t + 1)) for t in range(t0 + 1, t1)]
     if t1 - t0 - 1 < lr_frames:
         return [Window((t0 + t1) // 2, range(t0 + 1, t1))] if t1 - t0 > 1 else []
-    return [Window(min(start + half, t1 - 1 - half), range(start, min(start + lr_frames, t1)))
-            for start in range(t0 + 1, t1, lr_frames)]
+    return [
+        Window(min(start + half, t1 - 1 - half), range(start, min(start + lr_frames, t1)))
+        for start in range(t0 + 1, t1, lr_frames)
+    ]
 
 
-def reconstruct(method: Method, lr: Sequence[np.ndarray], keys: Mapping[int, np.ndarray], *,
-                lr_frames: int, n_out: int, device: str | torch.device = "cpu",
-                precision: str = "float32", only: Collection[int] | None = None,
-                ) -> Iterator[tuple[int, np.ndarray]]:
+def reconstruct(
+    method: Method,
+    lr: Sequence[np.ndarray],
+    keys: Mapping[int, np.ndarray],
+    *,
+    lr_frames: int,
+    n_out: int,
+    device: str | torch.device = "cpu",
+    precision: str = "float32",
+    only: Collection[int] | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
     """Sharp frames in order of time, from the first key frame to the last.
 
     Args:
@@ -114,15 +124,26 @@ def reconstruct(method: Method, lr: Sequence[np.ndarray], keys: Mapping[int, np.
     if lr_frames % 2 == 0 or n_out not in (1, lr_frames):
         raise ValueError(f"lr_frames {lr_frames} must be odd and n_out {n_out} 1 or lr_frames")
     if len(times) < 2 or times[0] < 0 or times[-1] >= len(lr):
-        raise InputError(f"key frames at {times[:1]}..{times[-1:]} of a stream of {len(lr)} "
-                         "frames: at least two are needed, all of them within the stream")
-    return _reconstruct(method, lr, keys, times, lr_frames, n_out, torch.device(device),
-                        precision, only)
+        raise InputError(
+            f"key frames at {times[:1]}..{times[-1:]} of a stream of {len(lr)} "
+            "frames: at least two are needed, all of them within the stream"
+        )
+    return _reconstruct(
+        method, lr, keys, times, lr_frames, n_out, torch.device(device), precision, only
+    )
 
 
-def _reconstruct(method: Method, lr: Sequence[np.ndarray], keys: Mapping[int, np.ndarray],
-                 times: list[int], lr_frames: int, n_out: int, device: torch.device,
-                 precision: str, only: Collection[int] | None) -> Iterator[tuple[int, np.ndarray]]:
+def _reconstruct(
+    method: Method,
+    lr: Sequence[np.ndarray],
+    keys: Mapping[int, np.ndarray],
+    times: list[int],
+    lr_frames: int,
+    n_out: int,
+    device: torch.device,
+    precision: str,
+    only: Collection[int] | None,
+) -> Iterator[tuple[int, np.ndarray]]:
     dtype = torch.float64 if precision == "float64" else torch.float32
     half = lr_frames // 2
     held: dict[int, Tensor] = {}  # low-resolution frames of the last window
@@ -140,8 +161,11 @@ def _reconstruct(method: Method, lr: Sequence[np.ndarray], keys: Mapping[int, np
         sharp = {t0: sharp[t0]} if t0 in sharp else {}
         if only is None or t0 in only:
             yield t0, key(t0)
-        plan = [w for w in windows(t0, t1, lr_frames, n_out)
-                if only is None or any(t in only for t in w.keep)]
+        plan = [
+            w
+            for w in windows(t0, t1, lr_frames, n_out)
+            if only is None or any(t in only for t in w.keep)
+        ]
         if not plan:
             continue
         hr = torch.stack([to_device(key(t)) for t in (t0, t1)])[None, :, None]  # 1, 2, 1, H, W
@@ -159,9 +183,11 @@ def _reconstruct(method: Method, lr: Sequence[np.ndarray], keys: Mapping[int, np
                 if only is None or t in only:
                     frame = out[t - first]
                     if not np.isfinite(frame).all():
-                        raise InputError(f"frame {t}: the method gave numbers that are not "
-                                         "finite; its weights are unusable, take an earlier "
-                                         "checkpoint, or run with precision float32")
+                        raise InputError(
+                            f"frame {t}: the method gave numbers that are not "
+                            "finite; its weights are unusable, take an earlier "
+                            "checkpoint, or run with precision float32"
+                        )
                     yield t, np.clip(frame, 0, 1)
     if only is None or times[-1] in only:
         yield times[-1], key(times[-1])
@@ -170,18 +196,24 @@ def _reconstruct(method: Method, lr: Sequence[np.ndarray], keys: Mapping[int, np
 def _run(method: Method, sample: dict[str, Tensor], n_out: int, precision: str) -> np.ndarray:
     """One pass. The modes are left again before a frame is yielded to foreign code."""
     hr = sample["hr"]
-    cast = (torch.autocast(hr.device.type, dtype=torch.bfloat16) if precision == "bf16"
-            else nullcontext())
+    cast = (
+        torch.autocast(hr.device.type, dtype=torch.bfloat16)
+        if precision == "bf16"
+        else nullcontext()
+    )
     with torch.inference_mode(), cast:
         out = method(sample)
     if out.shape != (1, n_out, 1, *hr.shape[-2:]):
-        raise ValueError(f"the method gave {tuple(out.shape)} for lr {tuple(sample['lr'].shape)} "
-                         f"and hr {tuple(hr.shape)}; expected {(1, n_out, 1, *hr.shape[-2:])}")
+        raise ValueError(
+            f"the method gave {tuple(out.shape)} for lr {tuple(sample['lr'].shape)} "
+            f"and hr {tuple(hr.shape)}; expected {(1, n_out, 1, *hr.shape[-2:])}"
+        )
     return out[0, :, 0].float().cpu().numpy()
 
 
-def recording_streams(video: Video, gap: int, data: Data, photons: float | None = None,
-                      seed: int = 0) -> tuple[Stream, KeyFrames]:
+def recording_streams(
+    video: Video, gap: int, data: Data, photons: float | None = None, seed: int = 0
+) -> tuple[Stream, KeyFrames]:
     """What the two cameras would have seen of a recording whose every sharp frame is known.
 
     Low-resolution frames are binned from the sharp ones, with Poisson noise of `photons` at full
@@ -193,9 +225,11 @@ def recording_streams(video: Video, gap: int, data: Data, photons: float | None 
     if frames < 2:
         raise InputError(f"recording {video.id}: has {frames} frame; two key frames are needed")
     if height % data.scale or width % data.scale:
-        raise InputError(f"recording {video.id}: {height}x{width} pixels cannot be divided by "
-                         f"data.scale {data.scale}; ingest it with --crop, which cuts it "
-                         f"to {height - height % data.scale}x{width - width % data.scale}")
+        raise InputError(
+            f"recording {video.id}: {height}x{width} pixels cannot be divided by "
+            f"data.scale {data.scale}; ingest it with --crop, which cuts it "
+            f"to {height - height % data.scale}x{width - width % data.scale}"
+        )
     grid = (height // data.scale, width // data.scale)
     if data.lr_source == "recorded":
         lr = _recorded_stream(video, grid, photons)
@@ -215,22 +249,32 @@ def recording_streams(video: Video, gap: int, data: Data, photons: float | None 
 
 def _recorded_stream(video: Video, grid: tuple[int, int], photons: float | None) -> Stream:
     if video.lr_shape is None:
-        raise InputError(f"recording {video.id}: has no low-resolution stream of its own; set "
-                         "data.lr_source to binned or leave it out")
+        raise InputError(
+            f"recording {video.id}: has no low-resolution stream of its own; set "
+            "data.lr_source to binned or leave it out"
+        )
     if tuple(video.lr_shape[1:]) != grid:
-        raise InputError(f"recording {video.id}: its low-resolution frames are "
-                         f"{video.lr_shape[1]}x{video.lr_shape[2]}, data.scale needs "
-                         f"{grid[0]}x{grid[1]}; register the two cameras and ingest again")
+        raise InputError(
+            f"recording {video.id}: its low-resolution frames are "
+            f"{video.lr_shape[1]}x{video.lr_shape[2]}, data.scale needs "
+            f"{grid[0]}x{grid[1]}; register the two cameras and ingest again"
+        )
     if photons is not None:
-        raise InputError("photons: noise is only put on binned low-resolution frames, a recorded "
-                         "stream has its own; leave photons out, or set data.lr_source to binned")
+        raise InputError(
+            "photons: noise is only put on binned low-resolution frames, a recorded "
+            "stream has its own; leave photons out, or set data.lr_source to binned"
+        )
     lr_times = np.asarray(video.info.lr_times, float)
     nearest = [int(np.abs(lr_times - t).argmin()) for t in range(video.shape[0])]
     return Stream((video.shape[0], *grid), lambda t: video.lr_intensity(nearest[t]))
 
 
-def streams_from_files(lr_recording: Recording, hr_recording: Recording, gap: int, scale: int,
-                       ) -> tuple[Stream, KeyFrames]:
+def streams_from_files(
+    lr_recording: Recording,
+    hr_recording: Recording,
+    gap: int,
+    scale: int,
+) -> tuple[Stream, KeyFrames]:
     """The streams of two registered camera files; sharp frame k was taken at fast frame k * gap.
 
     Raises:
@@ -240,27 +284,42 @@ def streams_from_files(lr_recording: Recording, hr_recording: Recording, gap: in
     lr_count, h, w = lr_recording.shape
     hr_count, height, width = hr_recording.shape
     if height % scale or width % scale:
-        raise InputError(f"{hr_name}: {height}x{width} pixels cannot be divided by scale {scale}; "
-                         f"crop to {height - height % scale}x{width - width % scale}")
+        raise InputError(
+            f"{hr_name}: {height}x{width} pixels cannot be divided by scale {scale}; "
+            f"crop to {height - height % scale}x{width - width % scale}"
+        )
     if (height, width) != (scale * h, scale * w):
-        raise InputError(f"{hr_name} is {height}x{width} pixels and {lr_name} {h}x{w}: scale "
-                         f"{scale} needs {scale * h}x{scale * w} for it; register the fast camera "
-                         f"to {height // scale}x{width // scale} first, or give the right scale")
+        raise InputError(
+            f"{hr_name} is {height}x{width} pixels and {lr_name} {h}x{w}: scale "
+            f"{scale} needs {scale * h}x{scale * w} for it; register the fast camera "
+            f"to {height // scale}x{width // scale} first, or give the right scale"
+        )
     if gap < 1:
         raise InputError(f"gap {gap}: must be 1 or more fast frames from key frame to key frame")
     if hr_count < 2:
-        raise InputError(f"{hr_name}: has {hr_count} frame, at least 2 key frames are needed "
-                         "(one before and one after the frames that are reconstructed)")
+        raise InputError(
+            f"{hr_name}: has {hr_count} frame, at least 2 key frames are needed "
+            "(one before and one after the frames that are reconstructed)"
+        )
     last = (hr_count - 1) * gap
     if last >= lr_count:
         fitting = (lr_count - 1) // (hr_count - 1)
-        advice = (f"give a gap of at most {fitting}, or a longer fast recording" if fitting
-                  else "are the two files swapped?")
-        raise InputError(f"{hr_name}: with gap {gap} its last frame lies at fast frame {last}, but "
-                         f"{lr_name} ends at frame {lr_count - 1}; {advice}")
+        advice = (
+            f"give a gap of at most {fitting}, or a longer fast recording"
+            if fitting
+            else "are the two files swapped?"
+        )
+        raise InputError(
+            f"{hr_name}: with gap {gap} its last frame lies at fast frame {last}, but "
+            f"{lr_name} ends at frame {lr_count - 1}; {advice}"
+        )
     if last < lr_count - 1:
-        logger.info("%s: frames %d to %d come after the last key frame and are left out",
-                    lr_name, last + 1, lr_count - 1)
+        logger.info(
+            "%s: frames %d to %d come after the last key frame and are left out",
+            lr_name,
+            last + 1,
+            lr_count - 1,
+        )
 
     sharp = _InTurn(hr_recording)
     keys = KeyFrames(range(0, last + 1, gap), (height, width), lambda t: sharp(t // gap))

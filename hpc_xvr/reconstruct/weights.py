@@ -53,8 +53,9 @@ def model_of_run(run: Path) -> tuple[nn.Module, Config, int]:
         InputError: no run folder, or none of its checkpoints is valid.
     """
     if not (run / "config.yaml").exists():
-        raise InputError(f"{run}: no run folder (it has no config.yaml); "
-                         "make one with hpc-xvr train")
+        raise InputError(
+            f"{run}: no run folder (it has no config.yaml); make one with hpc-xvr train"
+        )
     config = load(run / "config.yaml")
     for path, state in checkpoint.newest_valid(run / "checkpoints"):
         if isinstance(state, checkpoint.CorruptCheckpoint):
@@ -63,8 +64,9 @@ def model_of_run(run: Path) -> tuple[nn.Module, Config, int]:
         model = build_model(config)
         load_weights(model, state, path)
         return model.eval(), config, state["step"]
-    raise InputError(f"{run}: has no valid checkpoint yet; let hpc-xvr train write one "
-                     "(checkpoint.every)")
+    raise InputError(
+        f"{run}: has no valid checkpoint yet; let hpc-xvr train write one (checkpoint.every)"
+    )
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
@@ -76,8 +78,10 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
     weights = state.get("ema") or state["model"]
     problem = mismatch(model.state_dict(), weights)
     if problem:
-        raise InputError(f"checkpoint {path} is of another architecture: {problem}; use the "
-                         "model section of the config it was trained with")
+        raise InputError(
+            f"checkpoint {path} is of another architecture: {problem}; use the "
+            "model section of the config it was trained with"
+        )
     model.load_state_dict(weights)
 
 
@@ -87,8 +91,9 @@ def mismatch(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
         if name not in theirs:
             return f"it lacks {name} {tuple(value.shape)}"
         if theirs[name].shape != value.shape:
-            return (f"{name} is {tuple(theirs[name].shape)} there, "
-                    f"{tuple(value.shape)} in this model")
+            return (
+                f"{name} is {tuple(theirs[name].shape)} there, {tuple(value.shape)} in this model"
+            )
     extra = next((name for name in theirs if name not in ours), None)
     return f"it has {extra}, which this model lacks" if extra else None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -50,23 +49,34 @@ def reconstruct_run(
         InputError: no trained run, unreadable or unfitting files, an unwritable result.
     """
     if (video is None) == (lr is None or hr is None) or (lr is None) != (hr is None):
-        raise InputError("reconstruct from --lr and --hr (two camera files), or from --video "
-                         "(a recording of the corpus)")
+        raise InputError(
+            "reconstruct from --lr and --hr (two camera files), or from --video "
+            "(a recording of the corpus)"
+        )
     use_threads()
     model, config, step = model_of_run(run)
     gap = gap or config.data.hr_gap
     fast, keys, calibration, truth = (
-        _from_corpus(config, corpus or config.data.corpus, video, gap) if video
+        _from_corpus(config, corpus or config.data.corpus, video, gap)
+        if video
         else _from_files(config, lr, hr, gap)
     )
     precision = "bf16" if config.train.precision == "bf16" else "float32"
     method, n_out = as_method(model.to(device))
     first, last = min(keys), max(keys)
     count = last - first + 1
-    logger.info("%s at step %d: frames %d to %d of %dx%d pixels", run, step, first, last,
-                *keys.shape)
-    frames = reconstruct(method, fast, keys, lr_frames=config.data.lr_frames, n_out=n_out,
-                         device=device, precision=precision)
+    logger.info(
+        "%s at step %d: frames %d to %d of %dx%d pixels", run, step, first, last, *keys.shape
+    )
+    frames = reconstruct(
+        method,
+        fast,
+        keys,
+        lr_frames=config.data.lr_frames,
+        n_out=n_out,
+        device=device,
+        precision=precision,
+    )
     shown: list[tuple[np.ndarray, ...]] = []
 
     def results() -> Iterator[np.ndarray]:
@@ -96,12 +106,17 @@ def _from_corpus(config: Config, corpus: Path, name: str, gap: int):
     video = Corpus(corpus)[name]
     fast, keys = recording_streams(video, gap, config.data, seed=config.run.seed)
     info = video.info
-    return fast, keys, Calibration(info.frame_rate_hz, info.pixel_size_um, info.full_scale), \
-        video.intensity
+    return (
+        fast,
+        keys,
+        Calibration(info.frame_rate_hz, info.pixel_size_um, info.full_scale),
+        video.intensity,
+    )
 
 
-def _from_files(config: Config, lr: Path, hr: Path, gap: int
-                ) -> tuple[Stream, KeyFrames, Calibration, None]:
+def _from_files(
+    config: Config, lr: Path, hr: Path, gap: int
+) -> tuple[Stream, KeyFrames, Calibration, None]:
     fast, sharp = open_recording(lr), open_recording(hr)
     streams = streams_from_files(fast, sharp, gap, config.data.scale)
     return *streams, Calibration(fast.frame_rate_hz, sharp.pixel_size_um), None

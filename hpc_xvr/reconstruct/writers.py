@@ -58,8 +58,13 @@ class Calibration:
     """Physical value (for example transmission) of intensity 1, stored as 65535."""
 
 
-def write_sequence(path: Path | str, frames: Iterable[np.ndarray], count: int,
-                   calibration: Calibration = Calibration(), first_frame: int = 0) -> Path:
+def write_sequence(
+    path: Path | str,
+    frames: Iterable[np.ndarray],
+    count: int,
+    calibration: Calibration = Calibration(),
+    first_frame: int = 0,
+) -> Path:
     """Write `count` frames (H, W) in [0, 1] as 16-bit numbers, one frame in memory at a time.
 
     `.tif`, `.tiff`: one stack that ImageJ opens with its scale and frame rate (BigTIFF beyond
@@ -73,8 +78,10 @@ def write_sequence(path: Path | str, frames: Iterable[np.ndarray], count: int,
     path = Path(path)
     writer = SEQUENCE_WRITERS.get(path.suffix.lower())
     if writer is None:
-        raise InputError(f"{path}: unknown format {path.suffix or '(no suffix)'}; end the name in "
-                         f"one of {', '.join(SEQUENCE_WRITERS)}")
+        raise InputError(
+            f"{path}: unknown format {path.suffix or '(no suffix)'}; end the name in "
+            f"one of {', '.join(SEQUENCE_WRITERS)}"
+        )
     frames = iter(frames)
     with written_whole(path) as beside:
         first = next(frames, None)
@@ -83,22 +90,34 @@ def write_sequence(path: Path | str, frames: Iterable[np.ndarray], count: int,
         shape = (count, *first.shape)
         free, needed = shutil.disk_usage(path.parent).free, 2 * int(np.prod(shape))
         if needed > free:
-            raise InputError(f"{path}: needs {needed / 1e9:.2f} GB, {path.parent} has "
-                             f"{free / 1e9:.2f} GB left; write elsewhere")
-        writer(beside, _sixteen_bit(chain([first], frames), shape, path), shape, calibration,
-               first_frame)
+            raise InputError(
+                f"{path}: needs {needed / 1e9:.2f} GB, {path.parent} has "
+                f"{free / 1e9:.2f} GB left; write elsewhere"
+            )
+        writer(
+            beside,
+            _sixteen_bit(chain([first], frames), shape, path),
+            shape,
+            calibration,
+            first_frame,
+        )
     return path
 
 
-def _sixteen_bit(frames: Iterable[np.ndarray], shape: tuple[int, int, int], path: Path,
-                 ) -> Iterator[np.ndarray]:
+def _sixteen_bit(
+    frames: Iterable[np.ndarray],
+    shape: tuple[int, int, int],
+    path: Path,
+) -> Iterator[np.ndarray]:
     done = 0
     for i, frame in enumerate(frames):
         if i >= shape[0]:
             raise InputError(f"{path}: more than the {shape[0]} frames that were announced")
         if frame.shape != shape[1:]:
-            raise InputError(f"{path}: frame {i} is {frame.shape}, the first one {shape[1:]}; all "
-                             "frames must have one size")
+            raise InputError(
+                f"{path}: frame {i} is {frame.shape}, the first one {shape[1:]}; all "
+                "frames must have one size"
+            )
         if not np.isfinite(frame).all():
             raise InputError(f"{path}: frame {i} holds values that are not finite")
         yield np.rint(np.clip(frame, 0, 1) * FULL).astype(np.uint16)
@@ -107,11 +126,20 @@ def _sixteen_bit(frames: Iterable[np.ndarray], shape: tuple[int, int, int], path
         raise InputError(f"{path}: {done} frames came, {shape[0]} were announced")
 
 
-def _write_tiff(path: Path, frames: Iterator[np.ndarray], shape: tuple[int, int, int],
-                calibration: Calibration, first_frame: int) -> None:
+def _write_tiff(
+    path: Path,
+    frames: Iterator[np.ndarray],
+    shape: tuple[int, int, int],
+    calibration: Calibration,
+    first_frame: int,
+) -> None:
     big = 2 * int(np.prod(shape)) > TIFF_LIMIT
-    metadata: dict[str, object] = {"axes": "TYX", "Info": (  # shown by ImageJ's Show Info
-        f"first frame: {first_frame}\nvalue of {FULL}: {calibration.full_scale:g}")}
+    metadata: dict[str, object] = {
+        "axes": "TYX",
+        "Info": (  # shown by ImageJ's Show Info
+            f"first frame: {first_frame}\nvalue of {FULL}: {calibration.full_scale:g}"
+        ),
+    }
     scale: dict[str, object] = {}
     if calibration.frame_rate_hz:
         metadata |= {"fps": calibration.frame_rate_hz, "finterval": 1 / calibration.frame_rate_hz}
@@ -120,12 +148,23 @@ def _write_tiff(path: Path, frames: Iterator[np.ndarray], shape: tuple[int, int,
         metadata["unit"] = "um"
         scale["resolution"] = (1 / calibration.pixel_size_um, 1 / calibration.pixel_size_um)
     with tifffile.TiffWriter(path, bigtiff=big, imagej=not big) as file:
-        file.write(frames, shape=shape, dtype=np.uint16, photometric="minisblack",
-                   metadata=metadata, **scale)
+        file.write(
+            frames,
+            shape=shape,
+            dtype=np.uint16,
+            photometric="minisblack",
+            metadata=metadata,
+            **scale,
+        )
 
 
-def _write_hdf5(path: Path, frames: Iterator[np.ndarray], shape: tuple[int, int, int],
-                calibration: Calibration, first_frame: int) -> None:
+def _write_hdf5(
+    path: Path,
+    frames: Iterator[np.ndarray],
+    shape: tuple[int, int, int],
+    calibration: Calibration,
+    first_frame: int,
+) -> None:
     with h5py.File(path, "w") as file:
         file["implements"] = "exchange"
         data = file.create_dataset("exchange/data", shape, np.uint16, chunks=(1, *shape[1:]))
@@ -142,12 +181,16 @@ def _write_hdf5(path: Path, frames: Iterator[np.ndarray], shape: tuple[int, int,
 
 
 SEQUENCE_WRITERS: dict[str, Callable] = {
-    ".tif": _write_tiff, ".tiff": _write_tiff, ".h5": _write_hdf5, ".hdf5": _write_hdf5,
+    ".tif": _write_tiff,
+    ".tiff": _write_tiff,
+    ".h5": _write_hdf5,
+    ".hdf5": _write_hdf5,
 }
 
 
-def write_movie(path: Path | str, frames: Iterable[Sequence[np.ndarray]], fps: float,
-                labels: Sequence[str]) -> Path:
+def write_movie(
+    path: Path | str, frames: Iterable[Sequence[np.ndarray]], fps: float, labels: Sequence[str]
+) -> Path:
     """A small picture for people: the panels of each frame side by side (wide ones stacked).
 
     `.gif` and `.webp` move, `.png` shows up to six frames as a strip. `frames` gives one array
@@ -160,22 +203,33 @@ def write_movie(path: Path | str, frames: Iterable[Sequence[np.ndarray]], fps: f
     path = Path(path)
     check_movie(path)
     kind = path.suffix.lower()
-    shown, stride = _thinned(frames, STRIP_FRAMES if kind == ".png" else MOVIE_FRAMES, labels,
-                             MOVIE_WIDTH[kind])
+    shown, stride = _thinned(
+        frames, STRIP_FRAMES if kind == ".png" else MOVIE_FRAMES, labels, MOVIE_WIDTH[kind]
+    )
     if not shown:
         raise InputError(f"{path}: there are no frames to show")
-    low, high = np.percentile(np.stack([panel for _, panels in shown for panel in panels[1:]]
-                                       or [shown[0][1][0]]), (0.2, 99.8))
+    low, high = np.percentile(
+        np.stack([panel for _, panels in shown for panel in panels[1:]] or [shown[0][1][0]]),
+        (0.2, 99.8),
+    )
     greys = GIF_GREYS if kind == ".gif" else 256
-    sheets = [_sheet(panels, labels, f"frame {i}", low, max(high - low, 1e-6), greys)
-              for i, panels in shown]
+    sheets = [
+        _sheet(panels, labels, f"frame {i}", low, max(high - low, 1e-6), greys)
+        for i, panels in shown
+    ]
     with written_whole(path) as beside:
         if kind == ".png":
             _strip(sheets).save(beside)
         else:
             options = {"quality": 75, "method": 4} if kind == ".webp" else {"optimize": True}
-            sheets[0].save(beside, save_all=True, append_images=sheets[1:], loop=0,
-                           duration=max(round(1000 * stride / fps), 20), **options)
+            sheets[0].save(
+                beside,
+                save_all=True,
+                append_images=sheets[1:],
+                loop=0,
+                duration=max(round(1000 * stride / fps), 20),
+                **options,
+            )
     return path
 
 
@@ -186,8 +240,10 @@ def check_movie(path: Path) -> None:
         InputError: unknown suffix or missing folder.
     """
     if path.suffix.lower() not in (".gif", ".webp", ".png"):
-        raise InputError(f"{path}: unknown movie format {path.suffix or '(no suffix)'}; end the "
-                         "name in .gif, .webp or .png")
+        raise InputError(
+            f"{path}: unknown movie format {path.suffix or '(no suffix)'}; end the "
+            "name in .gif, .webp or .png"
+        )
     _check_folder(path)
 
 
@@ -196,8 +252,9 @@ def _check_folder(path: Path) -> None:
         raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
 
 
-def _thinned(frames: Iterable[Sequence[np.ndarray]], limit: int, labels: Sequence[str],
-             width: int) -> tuple[list[tuple[int, list[np.ndarray]]], int]:
+def _thinned(
+    frames: Iterable[Sequence[np.ndarray]], limit: int, labels: Sequence[str], width: int
+) -> tuple[list[tuple[int, list[np.ndarray]]], int]:
     """Every stride-th frame, at most `limit`, already reduced to the size of their panels."""
     kept: list[tuple[int, list[np.ndarray]]] = []
     stride = 1
@@ -230,15 +287,22 @@ def _stacked(height: int, width: int) -> bool:
     return width > 2 * height
 
 
-def _sheet(panels: Sequence[np.ndarray], labels: Sequence[str], note: str, low: float,
-           span: float, greys: int) -> Image.Image:
+def _sheet(
+    panels: Sequence[np.ndarray],
+    labels: Sequence[str],
+    note: str,
+    low: float,
+    span: float,
+    greys: int,
+) -> Image.Image:
     height, width = panels[0].shape
     band, line = 22, 4
     font = ImageFont.load_default(size=13)
     stacked = _stacked(height, width)
     columns, rows = (1, len(panels)) if stacked else (len(panels), 1)
-    sheet = Image.new("L", (columns * (width + line) - line,
-                            rows * (height + band + line) - line), 255)
+    sheet = Image.new(
+        "L", (columns * (width + line) - line, rows * (height + band + line) - line), 255
+    )
     draw = ImageDraw.Draw(sheet)
     for i, (panel, label) in enumerate(zip(panels, labels, strict=True)):
         x, y = (0, i * (height + band + line)) if stacked else (i * (width + line), 0)

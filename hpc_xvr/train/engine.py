@@ -49,8 +49,18 @@ class Trainer:
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs; plain float32 on CPUs
 
         comm.on_root(lambda: _make_corpus(cfg))
-        corpus, self.data = comm.together(lambda: (Corpus(cfg.data.corpus), TrainingSamples(
-            cfg.data.corpus, cfg.data, cfg.model.output, cfg.train.global_batch, cfg.run.seed)))
+        corpus, self.data = comm.together(
+            lambda: (
+                Corpus(cfg.data.corpus),
+                TrainingSamples(
+                    cfg.data.corpus,
+                    cfg.data,
+                    cfg.model.output,
+                    cfg.train.global_batch,
+                    cfg.run.seed,
+                ),
+            )
+        )
         self.validator = Validator(cfg, corpus, comm)
         state = comm.on_root(lambda: open_run(cfg, resume))
 
@@ -76,8 +86,10 @@ class Trainer:
         share = len(slots_of_rank(self.comm.rank, ranks, train.global_batch))
         micro = train.micro_batch or share
         if share % micro:
-            raise InputError(f"train.micro_batch {micro} does not divide the {share} samples of a "
-                             f"rank (global_batch {train.global_batch} on {ranks} ranks)")
+            raise InputError(
+                f"train.micro_batch {micro} does not divide the {share} samples of a "
+                f"rank (global_batch {train.global_batch} on {ranks} ranks)"
+            )
         return share, micro
 
     @property
@@ -96,23 +108,41 @@ class Trainer:
         self.average = MovingAverage(self.model, cfg.optim.ema) if cfg.optim.ema else None
         if self.average and state.get("ema"):
             self.average.load(state["ema"])
-        self.net, self.optimizer = comm.wrap(self.model, adam(self.model.parameters(), cfg.optim),
-                                             self.share // self.micro)
+        self.net, self.optimizer = comm.wrap(
+            self.model, adam(self.model.parameters(), cfg.optim), self.share // self.micro
+        )
         if "optimizer" in state:  # after wrapping: Horovod makes an optimizer of its own
             self.optimizer.load_state_dict(state["optimizer"])
 
     def _announce(self, machine: dict[str, Any], corpus: Corpus, threads: int) -> None:
         cfg, ranks = self.cfg, machine["ranks"]
         hosts = len({r["host"] for r in ranks})
-        logger.info("%s, %d rank(s) on %d node(s), %s, %d thread(s) a rank", machine["engine"],
-                    len(ranks), hosts, ranks[0]["device"], threads)
-        logger.info("global batch %d = %d rank(s) x %d micro-batch(es) x %d sample(s)",
-                    cfg.train.global_batch, self.comm.size, self.share // self.micro, self.micro)
+        logger.info(
+            "%s, %d rank(s) on %d node(s), %s, %d thread(s) a rank",
+            machine["engine"],
+            len(ranks),
+            hosts,
+            ranks[0]["device"],
+            threads,
+        )
+        logger.info(
+            "global batch %d = %d rank(s) x %d micro-batch(es) x %d sample(s)",
+            cfg.train.global_batch,
+            self.comm.size,
+            self.share // self.micro,
+            self.micro,
+        )
         parameters = sum(p.numel() for p in self.model.parameters())
-        logger.info("%s: %s parameters, %.1f GFLOP a sample and step; %d training and %d "
-                    "validation recordings, %d steps an epoch", cfg.model.name, f"{parameters:,}",
-                    self.flops_per_sample / 1e9, len(corpus.split("train")),
-                    len(corpus.split("validation")), self.data.slots.steps_per_epoch)
+        logger.info(
+            "%s: %s parameters, %.1f GFLOP a sample and step; %d training and %d "
+            "validation recordings, %d steps an epoch",
+            cfg.model.name,
+            f"{parameters:,}",
+            self.flops_per_sample / 1e9,
+            len(corpus.split("train")),
+            len(corpus.split("validation")),
+            self.data.slots.steps_per_epoch,
+        )
 
     @property
     def flops_per_sample(self) -> int:
@@ -125,9 +155,17 @@ class Trainer:
         for number in STOP_SIGNALS:
             signal.signal(number, self._ask_to_stop)
         cfg = self.cfg
-        batches = iter(training_batches(self.data, self.comm.rank, self.comm.size, self.done,
-                                        cfg.train.steps, self.micro,
-                                        pin_memory=self.comm.device.type == "cuda"))
+        batches = iter(
+            training_batches(
+                self.data,
+                self.comm.rank,
+                self.comm.size,
+                self.done,
+                cfg.train.steps,
+                self.micro,
+                pin_memory=self.comm.device.type == "cuda",
+            )
+        )
         self.clock.reset()
         while self.done < cfg.train.steps:
             self.train_step(self.done, self._wait_for(batches))
@@ -152,14 +190,16 @@ class Trainer:
         # Stochastic depth is the only randomness left here: sampling draws its own.
         torch.manual_seed(hash((self.cfg.run.seed, step, self.comm.rank)) % 2**63)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg.optim, step, self.cfg.train.steps,
-                                        self.cfg.train.global_batch)
+            group["lr"] = learning_rate(
+                self.cfg.optim, step, self.cfg.train.steps, self.cfg.train.global_batch
+            )
         self.optimizer.zero_grad()
         for part, batch in enumerate(micro_batches, 1):
             batch = {k: v.to(device, self.dtype, non_blocking=True) for k, v in batch.items()}
             with self.comm.accumulate(self.net, last=part == parts):
-                with torch.autocast(device.type, torch.bfloat16,
-                                    enabled=self.cfg.train.precision == "bf16"):
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16"
+                ):
                     output = self.net(batch["lr"], batch["hr"], batch["hr_offset"])
                 loss = l1(output, batch["target"]) / parts
                 loss.backward()
@@ -173,8 +213,9 @@ class Trainer:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.norm = torch.nn.utils.get_total_norm(gradients)
         if self.cfg.optim.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(),
-                                                 self.cfg.optim.clip_norm, self.norm)
+            torch.nn.utils.clip_grads_with_norm_(
+                self.model.parameters(), self.cfg.optim.clip_norm, self.norm
+            )
         skip = (~torch.isfinite(self.norm)).float()
         self.optimizer.found_inf = skip  # fused Adam leaves everything as it is where this is 1
         self.comm.step(self.optimizer)
@@ -198,30 +239,47 @@ class Trainer:
             return
         bad = int(self._bad)
         if bad and self.comm.is_root:
-            logger.warning("step %d: gradient is not finite; step skipped on all ranks "
-                           "(%d in a row)", self.done, bad)
+            logger.warning(
+                "step %d: gradient is not finite; step skipped on all ranks (%d in a row)",
+                self.done,
+                bad,
+            )
         if bad >= limit:
-            raise InputError(f"step {self.done}: {bad} steps in a row without finite gradients; "
-                             "lower optim.lr, set optim.clip_norm, or check the corpus with "
-                             "hpc-xvr inspect --verify")
+            raise InputError(
+                f"step {self.done}: {bad} steps in a row without finite gradients; "
+                "lower optim.lr, set optim.clip_norm, or check the corpus with "
+                "hpc-xvr inspect --verify"
+            )
 
     def _log(self) -> None:
         """Mean loss of all ranks since the last report, and where the time went."""
         steps = self.clock.steps
         loss = self.comm.all_reduce(self._loss.double()) / self.comm.size / steps
         self._loss.zero_()
-        speed = self.clock.report(steps * self.cfg.train.global_batch, self.flops_per_sample,
-                                  self.comm.size)
+        speed = self.clock.report(
+            steps * self.cfg.train.global_batch, self.flops_per_sample, self.comm.size
+        )
         if not self.metrics:
             return
-        values = {"loss": float(loss), "grad_norm": float(self.norm),
-                  "lr": self.optimizer.param_groups[0]["lr"],
-                  "epoch": self.done / self.data.slots.steps_per_epoch, **speed}
+        values = {
+            "loss": float(loss),
+            "grad_norm": float(self.norm),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "epoch": self.done / self.data.slots.steps_per_epoch,
+            **speed,
+        }
         self.metrics.write("train", self.done, **values)
         left = int((self.cfg.train.steps - self.done) * speed["step_s"])
-        logger.info("step %d/%d  loss %.5f  lr %.2e  %.1f samples/s  data wait %.1f %%  "
-                    "left %d:%02d", self.done, self.cfg.train.steps, values["loss"], values["lr"],
-                    speed["samples_per_s"], 100 * speed["data_wait"], *divmod(left, 60))
+        logger.info(
+            "step %d/%d  loss %.5f  lr %.2e  %.1f samples/s  data wait %.1f %%  left %d:%02d",
+            self.done,
+            self.cfg.train.steps,
+            values["loss"],
+            values["lr"],
+            speed["samples_per_s"],
+            100 * speed["data_wait"],
+            *divmod(left, 60),
+        )
 
     def _validate(self) -> None:
         if not self.validator.count:
@@ -230,8 +288,9 @@ class Trainer:
 
         def predict(sample: dict[str, Tensor]) -> Tensor:
             parts = [sample[k].to(self.comm.device, self.dtype) for k in ("lr", "hr", "hr_offset")]
-            with torch.autocast(self.comm.device.type, torch.bfloat16,
-                                enabled=self.cfg.train.precision == "bf16"):
+            with torch.autocast(
+                self.comm.device.type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16"
+            ):
                 return functional_call(self.model, weights, tuple(parts))
 
         self.model.eval()
@@ -240,9 +299,15 @@ class Trainer:
         self.model.train()
         if self.metrics:
             self.metrics.write("validation", self.done, **scores)
-            logger.info("step %d: validation PSNR %.2f dB, SSIM %.4f (bicubic %.2f dB, detail "
-                        "transfer %.2f dB)", self.done, scores["psnr"], scores["ssim"],
-                        scores["psnr_bicubic"], scores["psnr_detail"])
+            logger.info(
+                "step %d: validation PSNR %.2f dB, SSIM %.4f (bicubic %.2f dB, detail "
+                "transfer %.2f dB)",
+                self.done,
+                scores["psnr"],
+                scores["ssim"],
+                scores["psnr_bicubic"],
+                scores["psnr_detail"],
+            )
         self.clock.reset()
 
     def save(self) -> None:
@@ -250,16 +315,19 @@ class Trainer:
         if not self.comm.is_root:
             return
         folder = self.cfg.run.dir / "checkpoints"
-        checkpoint.save({
-            "format": "hpc_xvr checkpoint 1",
-            "step": self.done,
-            "model": self.model.state_dict(),
-            "ema": dict(self.average.mean) if self.average else None,
-            "optimizer": self.optimizer.state_dict(),
-            "config": self.cfg.model_dump(mode="json"),
-            "rng": torch.get_rng_state(),
-            "versions": {"torch": str(torch.__version__)},
-        }, checkpoint.path_of(folder, self.done))
+        checkpoint.save(
+            {
+                "format": "hpc_xvr checkpoint 1",
+                "step": self.done,
+                "model": self.model.state_dict(),
+                "ema": dict(self.average.mean) if self.average else None,
+                "optimizer": self.optimizer.state_dict(),
+                "config": self.cfg.model_dump(mode="json"),
+                "rng": torch.get_rng_state(),
+                "versions": {"torch": str(torch.__version__)},
+            },
+            checkpoint.path_of(folder, self.done),
+        )
         checkpoint.prune(folder, self.cfg.checkpoint.keep)
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:

@@ -34,8 +34,11 @@ class Metrics:
 
         self._path = folder / "metrics.jsonl"
         if resumed_step is not None and self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines(keepends=True)
-                    if _step_of(line) <= resumed_step]
+            kept = [
+                line
+                for line in self._path.read_text().splitlines(keepends=True)
+                if _step_of(line) <= resumed_step
+            ]
             write_atomic(self._path, lambda file: file.write("".join(kept).encode()))
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step)
@@ -107,8 +110,11 @@ def peak_tflops(device: torch.device) -> float | None:
 
 def environment(comm: Comm, threads: int) -> dict[str, Any]:
     """Versions, revision, hosts and devices of a run; every rank calls it."""
-    device = torch.cuda.get_device_name(comm.device) if comm.device.type == "cuda" \
+    device = (
+        torch.cuda.get_device_name(comm.device)
+        if comm.device.type == "cuda"
         else platform.processor() or platform.machine()
+    )
     ranks = comm.gather({"host": socket.gethostname(), "device": device, "threads": threads})
     packages = ("torch", "numpy", "mpi4py", "horovod", "zarr", "tensorstore", "h5py")
     return {
@@ -133,8 +139,13 @@ def _version(package: str) -> str | None:
 def _git_revision() -> str | None:
     here = Path(__file__).resolve().parent
     try:
-        out = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"],
-                             capture_output=True, text=True, timeout=10, check=True)
+        out = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip()

@@ -16,8 +16,9 @@ PUBLISHED_BATCH = 10
 def adam(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.Optimizer:
     """Fused Adam, or AdamW where there is weight decay."""
     kind = torch.optim.AdamW if optim.weight_decay else torch.optim.Adam
-    return kind(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay,
-                fused=True)
+    return kind(
+        parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True
+    )
 
 
 def learning_rate(optim: Optim, step: int, steps: int, global_batch: int) -> float:

@@ -13,9 +13,19 @@ from hpc_xvr.log import logger
 
 # What the weights depend on; everything else may change between two parts of a run.
 ARCHITECTURE = ("model.", "data.lr_frames", "data.scale")
-FREE_TO_CHANGE = ("run.", "dist.", "checkpoint.", "validation.", "evaluate.", "simulate.",
-                  "data.workers", "data.corpus", "train.log_every", "train.micro_batch",
-                  "train.weights")
+FREE_TO_CHANGE = (
+    "run.",
+    "dist.",
+    "checkpoint.",
+    "validation.",
+    "evaluate.",
+    "simulate.",
+    "data.workers",
+    "data.corpus",
+    "train.log_every",
+    "train.micro_batch",
+    "train.weights",
+)
 
 
 def open_run(cfg: Config, resume: bool) -> dict[str, Any] | None:
@@ -32,8 +42,10 @@ def open_run(cfg: Config, resume: bool) -> dict[str, Any] | None:
     saved = checkpoint.list_checkpoints(folder / "checkpoints")
     if not resume and (saved or (folder / "metrics.jsonl").exists()):
         newest = f" (checkpoint of step {saved[0][0]})" if saved else ""
-        raise InputError(f"run folder {folder} is already used{newest}; add --resume to continue "
-                         "it, or choose another with --set run.dir=...")
+        raise InputError(
+            f"run folder {folder} is already used{newest}; add --resume to continue "
+            "it, or choose another with --set run.dir=..."
+        )
     state = _newest(folder) if resume else None
     if state is not None:
         _compare(config.flat(state["config"]), config.flat(cfg.model_dump(mode="json")))
@@ -78,9 +90,15 @@ def _compare(then: dict[str, Any], now: dict[str, Any]) -> None:
     fixed = [k for k in changed if k.startswith(ARCHITECTURE)]
     if fixed:
         listed = "; ".join(f"{k} was {then.get(k)}, is {now.get(k)}" for k in fixed)
-        raise InputError(f"cannot resume: the checkpoint is of another architecture ({listed}); "
-                         "set these back, or start a new run with another run.dir")
+        raise InputError(
+            f"cannot resume: the checkpoint is of another architecture ({listed}); "
+            "set these back, or start a new run with another run.dir"
+        )
     for key in changed:
         if not key.startswith(FREE_TO_CHANGE):
-            logger.warning("config changed since the checkpoint: %s was %s, is %s",
-                           key, then.get(key), now.get(key))
+            logger.warning(
+                "config changed since the checkpoint: %s was %s, is %s",
+                key,
+                then.get(key),
+                now.get(key),
+            )

@@ -54,8 +54,13 @@ class Validator:
             scores.append((_psnr(outputs[-1], truth), ssim(outputs[-1], truth)))
         result = dict(zip(("psnr", "ssim"), self._mean(scores), strict=True))
         if self._references is None:
-            self._references = dict(zip(("psnr_bicubic", "psnr_detail"), self._mean(
-                [self._baselines(sample) for sample in self._mine]), strict=True))
+            self._references = dict(
+                zip(
+                    ("psnr_bicubic", "psnr_detail"),
+                    self._mean([self._baselines(sample) for sample in self._mine]),
+                    strict=True,
+                )
+            )
         if picture and outputs:
             _draw(picture, self._mine[0], outputs[0])
         return {**result, **self._references, "frames": self.count}

@@ -40,8 +40,11 @@ def pytest_internalerror(excrepr):
 def pytest_runtest_makereport(item):
     report = (yield).get_result()
     if report.failed:
-        print(f"[rank {WORLD.Get_rank()}] {item.nodeid}\n{report.longreprtext}", file=sys.__stderr__,
-              flush=True)
+        print(
+            f"[rank {WORLD.Get_rank()}] {item.nodeid}\n{report.longreprtext}",
+            file=sys.__stderr__,
+            flush=True,
+        )
         WORLD.Abort(1)
 
 
@@ -76,7 +79,15 @@ def settings(corpus, shared_folder, request):
     base = shared_folder / request.node.name.replace("/", "-")
 
     def make(name, *overrides):
-        return load(PULSE, [f"run.dir={base / name}", f"data.corpus={corpus}", "run.device=cpu",
-                            "run.threads=1", *overrides])
+        return load(
+            PULSE,
+            [
+                f"run.dir={base / name}",
+                f"data.corpus={corpus}",
+                "run.device=cpu",
+                "run.threads=1",
+                *overrides,
+            ],
+        )
 
     return make

@@ -71,8 +71,14 @@ def test_same_losses_and_weights_as_one_rank(engine, settings, precision, rtol, 
     nearly zero may move by a different fraction of the learning rate (2e-4): hence the absolute
     tolerance of 5 % of one step's length on weights, while losses agree to 2e-5.
     """
-    cfg = settings("run", f"train.precision={precision}", f"train.micro_batch={micro}",
-                   "train.steps=5", "checkpoint.every=5", "validation.every=5")
+    cfg = settings(
+        "run",
+        f"train.precision={precision}",
+        f"train.micro_batch={micro}",
+        "train.steps=5",
+        "checkpoint.every=5",
+        "validation.every=5",
+    )
     losses, state = train(cfg, engine)
     expected_losses, expected = one_rank(cfg)
     assert losses == pytest.approx(expected_losses, rel=rtol)
@@ -80,8 +86,9 @@ def test_same_losses_and_weights_as_one_rank(engine, settings, precision, rtol, 
     for part in ("model", "ema"):
         for name, value in expected[part].items():
             torch.testing.assert_close(state[part][name], value, rtol=rtol, atol=atol, msg=name)
-    moved = [float((expected["model"][n] - expected["ema"][n]).abs().max())
-             for n in expected["model"]]
+    moved = [
+        float((expected["model"][n] - expected["ema"][n]).abs().max()) for n in expected["model"]
+    ]
     assert max(moved) > 1e-4  # the runs did train
 
 

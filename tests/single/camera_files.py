@@ -36,11 +36,20 @@ def refused(path, *words: str, **options) -> str:
 
 
 def write_photron(folder: Path, frames: np.ndarray, bits: int, name="run", **keys) -> Path:
-    header = {"Camera Type": "FASTCAM SA-Z", "Record Rate(fps)": "60000",
-              "Shutter Speed(s)": "1/80000", "Total Frame": len(frames), "Save Step": 1,
-              "Image Width": frames.shape[2], "Image Height": frames.shape[1],
-              "Color Type": "Mono", "Color Bit": bits, "File Format": "MRaw",
-              "EffectiveBit Depth": 8 if bits == 8 else 12, "EffectiveBit Side": "Lower"} | keys
+    header = {
+        "Camera Type": "FASTCAM SA-Z",
+        "Record Rate(fps)": "60000",
+        "Shutter Speed(s)": "1/80000",
+        "Total Frame": len(frames),
+        "Save Step": 1,
+        "Image Width": frames.shape[2],
+        "Image Height": frames.shape[1],
+        "Color Type": "Mono",
+        "Color Bit": bits,
+        "File Format": "MRaw",
+        "EffectiveBit Depth": 8 if bits == 8 else 12,
+        "EffectiveBit Side": "Lower",
+    } | keys
     lines = [f"{key} : {value}" for key, value in header.items()]
     (folder / f"{name}.cih").write_text("\n".join(["#Camera Information Header", *lines, "", ""]))
     if bits == 12:
@@ -74,11 +83,16 @@ def section(tag: str, payload: bytes, count: int) -> bytes:
 
 def shimadzu_parts(values: np.ndarray) -> list[bytes]:
     data = (values.astype("<u2") << 6).tobytes()
-    return [b"HEAD" * 9,
-            section("30300730", b"200", 3), section("30300830", b"110", 3),
-            section("40400e40", b"2024/03/01 12:00:00", 19),
-            section("60600560", struct.pack("<I", len(values)), 4),
-            section("60600660", b"0\0", 1), section("a0a001a0", data, values.size), b"TAIL" * 5]
+    return [
+        b"HEAD" * 9,
+        section("30300730", b"200", 3),
+        section("30300830", b"110", 3),
+        section("40400e40", b"2024/03/01 12:00:00", 19),
+        section("60600560", struct.pack("<I", len(values)), 4),
+        section("60600660", b"0\0", 1),
+        section("a0a001a0", data, values.size),
+        b"TAIL" * 5,
+    ]
 
 
 def write_cine(path: Path, frames: np.ndarray, rate=1000, step=1) -> Path:
@@ -87,21 +101,29 @@ def write_cine(path: Path, frames: np.ndarray, rate=1000, step=1) -> Path:
     count, height, width = frames.shape
     setup, at = bytearray(struct.calcsize("<" + "".join(f for _, f in SETUP_FIELDS))), {}
     for name, kind in SETUP_FIELDS:
-        at[name] = (sum(struct.calcsize("<" + k) for _, k in SETUP_FIELDS[:len(at)]), kind)
-    for name, value in {"mark": b"ST", "length": len(setup), "frame_rate": rate, "real_bpp": 12,
-                        "software_version": 781, "camera_version": 73}.items():
+        at[name] = (sum(struct.calcsize("<" + k) for _, k in SETUP_FIELDS[: len(at)]), kind)
+    for name, value in {
+        "mark": b"ST",
+        "length": len(setup),
+        "frame_rate": rate,
+        "real_bpp": 12,
+        "software_version": 781,
+        "camera_version": 73,
+    }.items():
         struct.pack_into("<" + at[name][1], setup, at[name][0], value)
     ticks = [2**62 + round(k * step / rate * 2**32) for k in range(count)]
     tags = struct.pack("<IHH", 8 + 8 * count, 1002, 1) + struct.pack(f"<{count}Q", *ticks)
     tags += struct.pack("<IHH", 8 + 4 * count, 1003, 0) + struct.pack(f"<{count}I", *[4295] * count)
-    bitmap = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 16, 0, 2 * height * width,
-                         50_000, 50_000, 0, 4096)
+    bitmap = struct.pack(
+        "<IiiHHIIiiII", 40, width, height, 1, 16, 0, 2 * height * width, 50_000, 50_000, 0, 4096
+    )
     offsets = 84 + len(setup) + len(tags)
     head = struct.pack("<2s3HiIiIIIIQ", b"CI", 44, 0, 1, 0, count, 0, count, 44, 84, offsets, 2**62)
     size = 8 + 2 * height * width
     starts = [offsets + 8 * count + k * size for k in range(count)]
-    images = b"".join(struct.pack("<II", 8, size - 8) + frame[::-1].astype("<u2").tobytes()
-                      for frame in frames)
+    images = b"".join(
+        struct.pack("<II", 8, size - 8) + frame[::-1].astype("<u2").tobytes() for frame in frames
+    )
     path.write_bytes(head + bitmap + setup + tags + struct.pack(f"<{count}Q", *starts) + images)
     return path
 

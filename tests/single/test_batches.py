@@ -36,10 +36,12 @@ def write(path, lengths, *, store="zarr", lr=False, split="train"):
         for i, frames in enumerate(lengths):
             data, info, stream = stamped(frames, i), {**INFO, "split": split}, None
             if lr:  # the fast camera took two frames for each of the slow one's, 0.1 late
-                stream = np.random.default_rng(100 + i).integers(
-                    0, 2**10, (2 * frames, SIDE // 4, SIDE // 4 + 2)).astype("u2")
-                info |= {"lr_times": [0.5 * k + 0.1 for k in range(2 * frames)],
-                         "lr_bit_depth": 10}
+                stream = (
+                    np.random.default_rng(100 + i)
+                    .integers(0, 2**10, (2 * frames, SIDE // 4, SIDE // 4 + 2))
+                    .astype("u2")
+                )
+                info |= {"lr_times": [0.5 * k + 0.1 for k in range(2 * frames)], "lr_bit_depth": 10}
             writer.add(f"v{i}", data, data.shape, data.dtype, info, lr=stream)
     return path
 
@@ -67,8 +69,9 @@ def find(crop, videos, frame=None):
     raise AssertionError("the crop is in none of the videos")
 
 
-@pytest.mark.parametrize("output, lr_frames", [("centre", 3), ("sequence", 3), ("sequence", 5),
-                                               ("centre", 1)])
+@pytest.mark.parametrize(
+    "output, lr_frames", [("centre", 3), ("sequence", 3), ("sequence", 5), ("centre", 1)]
+)
 def test_frames_of_a_sample_belong_together(corpus, output, lr_frames):
     videos = [stamped(n, i) for i, n in enumerate([30, 24, 9, 41])]
     data = dataset(corpus, output, lr_frames=lr_frames)
@@ -92,13 +95,21 @@ def test_frames_of_a_sample_belong_together(corpus, output, lr_frames):
             assert before[1] < t < after[1]
             gaps |= {t - before[1], after[1] - t}
             crops = videos[v][:, y : y + 16, x : x + 16] / np.float32(65535)
-            fitting = [i for i in (1, 2, 3) if half * i <= min(t, len(crops) - 1 - t)
-                       and np.allclose(sample["lr"][:, 0], bin_down(
-                           crops[[t + i * k for k in range(-half, half + 1)]], 4), atol=1e-6)]
+            fitting = [
+                i
+                for i in (1, 2, 3)
+                if half * i <= min(t, len(crops) - 1 - t)
+                and np.allclose(
+                    sample["lr"][:, 0],
+                    bin_down(crops[[t + i * k for k in range(-half, half + 1)]], 4),
+                    atol=1e-6,
+                )
+            ]
             interval = fitting[0]
             intervals.add(interval)
             np.testing.assert_allclose(
-                sample["hr_offset"], [(before[1] - t) / interval, (after[1] - t) / interval])
+                sample["hr_offset"], [(before[1] - t) / interval, (after[1] - t) / interval]
+            )
             if output == "sequence":
                 for k, target in enumerate(sample["target"][:, 0]):
                     assert find(target, own)[1] == t + interval * (k - half)
@@ -118,9 +129,11 @@ def test_orientations_are_shared_by_all_frames(tmp_path, output, lr_source):
             a, b = plain[step, slot], turned[step, slot]
             assert torch.equal(a["hr_offset"], b["hr_offset"])
             for flips in np.ndindex(2, 2, 2):
+
                 def turn(frames, flips=flips):
                     frames = frames.flip([axis for axis in (-2, -1) if flips[axis + 2]])
                     return frames.transpose(-2, -1) if flips[2] else frames
+
                 if torch.equal(turn(a["target"]), b["target"]):
                     seen.add(flips)
                     assert torch.equal(turn(a["hr"]), b["hr"])
@@ -139,8 +152,11 @@ def test_noise_is_photon_noise_on_lr_alone(tmp_path):
     fixed = (float(np.log10(photons)),) * 2
     data = dataset(tmp_path / "c", noise="poisson", photons_log10=fixed, patch=64)
     samples = [data[step, slot] for step in range(12) for slot in range(8)]
-    assert all((s[name] == samples[0]["hr"][0, 0, 0, 0]).all()
-               for s in samples for name in ("hr", "target"))
+    assert all(
+        (s[name] == samples[0]["hr"][0, 0, 0, 0]).all()
+        for s in samples
+        for name in ("hr", "target")
+    )
     lr = torch.stack([s["lr"] for s in samples]).numpy().ravel().astype(float)
     error = np.sqrt(level / photons / lr.size)
     assert abs(lr.mean() - level) < 5 * error
@@ -149,8 +165,10 @@ def test_noise_is_photon_noise_on_lr_alone(tmp_path):
     np.testing.assert_allclose(lr * photons, np.round(lr * photons), atol=1e-4)
     assert lr.min() >= 0 and lr.max() <= 1
     spread = dataset(tmp_path / "c", noise="poisson", photons_log10=(1, 5), patch=64)
-    logs = [np.log10(level / max(spread[step, 0]["lr"].numpy().astype(float).var(), 1e-9))
-            for step in range(60)]  # one level a sample, uniform in its logarithm
+    logs = [
+        np.log10(level / max(spread[step, 0]["lr"].numpy().astype(float).var(), 1e-9))
+        for step in range(60)
+    ]  # one level a sample, uniform in its logarithm
     assert 1 < np.percentile(logs, 10) < 2 and 4 < np.percentile(logs, 90) < 5.1
     assert abs(np.median(logs) - 3) < 0.8
 
@@ -182,13 +200,16 @@ def collect(path, world, workers=0, start=0, steps=4, micro=None, seed=3):
         for i, batch in enumerate(batches):
             assert batch["lr"].shape == (micro or share, 3, 1, 4, 4)
             parts.setdefault(start + i // count, []).append(batch)
-    return {step: {name: torch.cat([part[name] for part in several]) for name in several[0]}
-            for step, several in parts.items()}
+    return {
+        step: {name: torch.cat([part[name] for part in several]) for name in several[0]}
+        for step, several in parts.items()
+    }
 
 
 def same(a, b):
     return a.keys() == b.keys() and all(
-        torch.equal(a[step][name], b[step][name]) for step in a for name in a[step])
+        torch.equal(a[step][name], b[step][name]) for step in a for name in a[step]
+    )
 
 
 def test_samples_do_not_depend_on_ranks_workers_or_resuming(corpus):
@@ -209,8 +230,9 @@ def test_recorded_stream_is_the_nearest_in_time(tmp_path):
     path = write(tmp_path / "c", [20], lr=True)
     video = Corpus(path)["v0"]
     data = Data(corpus=path, lr_source="recorded", hr_gap=5)
-    sample = window_sample(video, 7, (5, 10), data, "centre", photons=5.0,
-                           y=slice(8, 40), x=slice(16, 48))
+    sample = window_sample(
+        video, 7, (5, 10), data, "centre", photons=5.0, y=slice(8, 40), x=slice(16, 48)
+    )
     lr = video.lr_intensity(range(40))
     # Frame t is nearest to LR frame 2t - 0 at t + 0.1 (2t - 1 is at t - 0.4).
     np.testing.assert_array_equal(sample["lr"][:, 0], lr[[12, 14, 16], 2:10, 4:12])
@@ -222,8 +244,9 @@ def test_recorded_stream_is_the_nearest_in_time(tmp_path):
         _, t, y, x = find(sample["target"][0, 0], [stamped(20)])
         assert y % 4 == 0 and x % 4 == 0
         everywhere |= {y, x}
-        np.testing.assert_array_equal(sample["lr"][1, 0],
-                                      lr[2 * t, y // 4 : y // 4 + 4, x // 4 : x // 4 + 4])
+        np.testing.assert_array_equal(
+            sample["lr"][1, 0], lr[2 * t, y // 4 : y // 4 + 4, x // 4 : x // 4 + 4]
+        )
     assert len(everywhere) > 5
 
 
@@ -241,16 +264,19 @@ def test_windows_for_evaluation(corpus):
     np.testing.assert_allclose(crop["target"][0, 0], frames[7, 3:19, 5:49], atol=1e-7)
     np.testing.assert_allclose(crop["lr"][4, 0], bin_down(frames[8, 3:19, 5:49], 4), atol=1e-6)
     assert crop["hr_offset"].tolist() == [-1, 1]
-    noisy = [window_sample(video, 4, (0, 6), data, "centre", photons=10.0,
-                           rng=np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    noisy = [
+        window_sample(
+            video, 4, (0, 6), data, "centre", photons=10.0, rng=np.random.default_rng(seed)
+        )
+        for seed in (1, 1, 2)
+    ]
     assert torch.equal(noisy[0]["lr"], noisy[1]["lr"])
     assert not torch.equal(noisy[0]["lr"], noisy[2]["lr"])
     assert torch.equal(noisy[0]["hr"], noisy[2]["hr"])
 
 
 def test_key_frames():
-    assert [key_frames(t, 4, 11) for t in range(11)] == [
-        (0, 4)] * 4 + [(4, 8)] * 4 + [(8, 10)] * 3
+    assert [key_frames(t, 4, 11) for t in range(11)] == [(0, 4)] * 4 + [(4, 8)] * 4 + [(8, 10)] * 3
     assert [key_frames(t, 4, 9) for t in (7, 8)] == [(4, 8), (4, 8)]
     assert key_frames(2, 20, 5) == (0, 4)
     assert key_frames(0, 20, 1) == (0, 0)
@@ -335,8 +361,13 @@ def run(tmp_path, corpus):
 
     def start(how):
         process = subprocess.Popen(
-            [sys.executable, script, corpus, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+            [sys.executable, script, corpus, how],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
         started.append(process)
         assert process.stdout.readline() == "reading\n", process.stderr.read()
         return process, psutil.Process(process.pid).children(recursive=True)

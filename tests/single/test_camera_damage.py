@@ -39,20 +39,23 @@ def test_unknown_and_missing(tmp_path):
     refused(path, "itself", bit_depth=12)
 
 
-@pytest.mark.parametrize("keys, words", [
-    ({"Total Frame": 0}, ["no frames"]),
-    ({"Total Frame": 10**15}, ["Total Frame"]),
-    ({"Total Frame": 10**9}, ["bytes", "incomplete"]),
-    ({"Image Width": 10**9}, ["x 1000000000"]),
-    ({"Image Width": -4}, ["Image Width"]),
-    ({"Image Height": "many"}, ["Image Height is many"]),
-    ({"Color Type": "Color"}, ["Color Type Color"]),
-    ({"Color Bit": 14}, ["Color Bit 14"]),
-    ({"File Format": "Tiff"}, ["Tiff"]),
-    ({"EffectiveBit Side": "Middle"}, ["Lower or Higher"]),
-    ({"Record Rate(fps)": "nan"}, ["Record Rate(fps)"]),
-    ({"Record Rate(fps)": ""}, ["Record Rate(fps) is missing"]),
-])
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"Total Frame": 0}, ["no frames"]),
+        ({"Total Frame": 10**15}, ["Total Frame"]),
+        ({"Total Frame": 10**9}, ["bytes", "incomplete"]),
+        ({"Image Width": 10**9}, ["x 1000000000"]),
+        ({"Image Width": -4}, ["Image Width"]),
+        ({"Image Height": "many"}, ["Image Height is many"]),
+        ({"Color Type": "Color"}, ["Color Type Color"]),
+        ({"Color Bit": 14}, ["Color Bit 14"]),
+        ({"File Format": "Tiff"}, ["Tiff"]),
+        ({"EffectiveBit Side": "Middle"}, ["Lower or Higher"]),
+        ({"Record Rate(fps)": "nan"}, ["Record Rate(fps)"]),
+        ({"Record Rate(fps)": ""}, ["Record Rate(fps) is missing"]),
+    ],
+)
 def test_photron_header(tmp_path, keys, words):
     refused(write_photron(tmp_path, counts((2, 4, 4)), 16, **keys), *words)
 
@@ -61,8 +64,9 @@ def test_photron_header_without_optional_keys(tmp_path):
     values = counts((2, 4, 4))
     path = write_photron(tmp_path, values, 16)
     needed = ("Record", "Total", "Image", "Color Bit")
-    path.write_text("\n".join(line for line in path.read_text().splitlines()
-                              if line.startswith(needed)))
+    path.write_text(
+        "\n".join(line for line in path.read_text().splitlines() if line.startswith(needed))
+    )
     recording = open_recording(path)
     np.testing.assert_array_equal(stack(recording), values)
     assert (recording.bit_depth, recording.frame_rate_hz, recording.exposure_s) == (16, 6e4, None)
@@ -145,17 +149,27 @@ def samples(folder: Path) -> list[tuple[Path, Path, dict]]:
     write_cine(folder / "a.cine", small)
     white, dark = np.full((2, 8, 12), 4000, np.uint16), np.zeros((2, 8, 12), np.uint16)
     write_dxchange(folder / "dx.h5", small, white, dark)
-    write_dxchange(folder / "zip.h5", small, chunks=(1, 8, 12), compression="gzip",
-                   fletcher32=True)
+    write_dxchange(folder / "zip.h5", small, chunks=(1, 8, 12), compression="gzip", fletcher32=True)
     tifffile.imwrite(folder / "a.tif", small, photometric="minisblack", metadata=None)
     tifffile.imwrite(folder / "z.tif", small, photometric="minisblack", compression="zlib")
     (folder / "png").mkdir()
     for k, frame in enumerate(small):
         Image.fromarray(frame).save(folder / "png" / f"{k}.png")
-    names = ["lower.cih", "lower.mraw", "xml.cihx", "xml.mraw", "hpv.dat", "a.cine", "dx.h5",
-             "zip.h5", "a.tif", "z.tif"]
+    names = [
+        "lower.cih",
+        "lower.mraw",
+        "xml.cihx",
+        "xml.mraw",
+        "hpv.dat",
+        "a.cine",
+        "dx.h5",
+        "zip.h5",
+        "a.tif",
+        "z.tif",
+    ]
     return [(folder / name, folder / name, {}) for name in names] + [
-        (folder / "png" / "1.png", folder / "png", {})]
+        (folder / "png" / "1.png", folder / "png", {})
+    ]
 
 
 def damaged(data: bytes, random_: random.Random) -> bytes:
@@ -167,12 +181,14 @@ def damaged(data: bytes, random_: random.Random) -> bytes:
         return data[:at]
     if kind == "insert":
         return data[:at] + random_.randbytes(random_.randrange(1, 40)) + data[at:]
-    new = {"flip": lambda: bytes([data[at] ^ 1 << random_.randrange(8)]),
-           "zero": lambda: bytes(random_.randrange(1, 16)),
-           "ones": lambda: b"\xff" * random_.randrange(1, 9),
-           "word": lambda: struct.pack("<I", random_.choice([1, 2**16, 2**31 - 1, 2**32 - 2]))}
+    new = {
+        "flip": lambda: bytes([data[at] ^ 1 << random_.randrange(8)]),
+        "zero": lambda: bytes(random_.randrange(1, 16)),
+        "ones": lambda: b"\xff" * random_.randrange(1, 9),
+        "word": lambda: struct.pack("<I", random_.choice([1, 2**16, 2**31 - 1, 2**32 - 2])),
+    }
     piece = new[kind]()
-    return data[:at] + piece + data[at + len(piece):]
+    return data[:at] + piece + data[at + len(piece) :]
 
 
 @pytest.mark.timeout(60)

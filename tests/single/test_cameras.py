@@ -31,11 +31,21 @@ from hpc_xvr.errors import InputError
 # Real files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, shape, bit_depth, rate, exposure, camera", [
-    ("photron_pymraw/ball_12bit.cihx", (15, 384, 384), 12, 30_000, 20e-6, "FASTCAM Nova S16"),
-    ("photron_pymraw/beam.cihx", (4, 80, 1024), 12, 50_000 / 2500, 5e-6, "FASTCAM SA-Z"),
-    ("pyidi_showcase/data_showcase.cih", (75, 40, 640), 8, 15_000 / 100, 65.06e-6, "FASTCAM SA-Z"),
-])
+@pytest.mark.parametrize(
+    "name, shape, bit_depth, rate, exposure, camera",
+    [
+        ("photron_pymraw/ball_12bit.cihx", (15, 384, 384), 12, 30_000, 20e-6, "FASTCAM Nova S16"),
+        ("photron_pymraw/beam.cihx", (4, 80, 1024), 12, 50_000 / 2500, 5e-6, "FASTCAM SA-Z"),
+        (
+            "pyidi_showcase/data_showcase.cih",
+            (75, 40, 640),
+            8,
+            15_000 / 100,
+            65.06e-6,
+            "FASTCAM SA-Z",
+        ),
+    ],
+)
 def test_photron_equals_pymraw(realdata, name, shape, bit_depth, rate, exposure, camera):
     pyMRAW = pytest.importorskip("pyMRAW")
     path = realdata(name)
@@ -53,12 +63,15 @@ def test_photron_equals_pymraw(realdata, name, shape, bit_depth, rate, exposure,
     np.testing.assert_array_equal(next(by_pixels.frames(3, 4)), theirs[3])
 
 
-@pytest.mark.parametrize("name, shape, bit_depth, rate, camera", [
-    # The time stamps of cine_781 lie 10 recording intervals apart.
-    ("pims_cine/cine_781.cine", (15, 256, 256), 12, 9000, "Phantom"),
-    ("pims_cine/cine_legacy.cine", (97, 128, 128), 14, 35_087, "Phantom v7.3"),
-    ("pyidi_showcase/data_small_cine.cine", (235, 32, 256), 10, 100, "Phantom"),
-])
+@pytest.mark.parametrize(
+    "name, shape, bit_depth, rate, camera",
+    [
+        # The time stamps of cine_781 lie 10 recording intervals apart.
+        ("pims_cine/cine_781.cine", (15, 256, 256), 12, 9000, "Phantom"),
+        ("pims_cine/cine_legacy.cine", (97, 128, 128), 14, 35_087, "Phantom v7.3"),
+        ("pyidi_showcase/data_small_cine.cine", (235, 32, 256), 10, 100, "Phantom"),
+    ],
+)
 def test_cine_equals_pims(realdata, name, shape, bit_depth, rate, camera):
     import pims
 
@@ -72,9 +85,13 @@ def test_cine_equals_pims(realdata, name, shape, bit_depth, rate, camera):
     np.testing.assert_array_equal(stack(recording), np.stack([np.asarray(f) for f in cine]))
 
 
-@pytest.mark.parametrize("folder, shape, bits", [
-    ("trackpy_foam", (9, 768, 768), 8), ("aps_2bm_radiography", (10, 500, 500), 16),
-])
+@pytest.mark.parametrize(
+    "folder, shape, bits",
+    [
+        ("trackpy_foam", (9, 768, 768), 8),
+        ("aps_2bm_radiography", (10, 500, 500), 16),
+    ],
+)
 def test_numbered_tiff_equals_tifffile(realdata, folder, shape, bits):
     files = sorted(realdata(folder).glob("*.tif"))
     theirs = np.stack([tifffile.imread(file) for file in files])
@@ -121,12 +138,18 @@ def test_missing_pixels_of_the_real_cih(realdata):
 # Each format from its layout ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits, keys, bit_depth, shift", [
-    (8, {}, 8, 0), (16, {}, 12, 0), (16, {"EffectiveBit Side": "Higher"}, 12, 4),
-    (16, {"EffectiveBit Depth": 16}, 16, 0), (12, {}, 12, 0),
-    (8, {"EffectiveBit Depth": 12, "EffectiveBit Side": "Higher"}, 8, 0),
-    (12, {"EffectiveBit Depth": 10, "EffectiveBit Side": "Higher"}, 10, 2),
-])
+@pytest.mark.parametrize(
+    "bits, keys, bit_depth, shift",
+    [
+        (8, {}, 8, 0),
+        (16, {}, 12, 0),
+        (16, {"EffectiveBit Side": "Higher"}, 12, 4),
+        (16, {"EffectiveBit Depth": 16}, 16, 0),
+        (12, {}, 12, 0),
+        (8, {"EffectiveBit Depth": 12, "EffectiveBit Side": "Higher"}, 8, 0),
+        (12, {"EffectiveBit Depth": 10, "EffectiveBit Side": "Higher"}, 10, 2),
+    ],
+)
 def test_photron_bits_are_right_aligned(tmp_path, bits, keys, bit_depth, shift):
     values = counts((5, 6, 10), bit_depth)
     path = write_photron(tmp_path, values.astype(np.uint16) << shift, bits, **keys)
@@ -205,8 +228,11 @@ def test_dxchange_is_flat_corrected(tmp_path, options):
     dead[3, 4] = True
     np.testing.assert_allclose(ours[:, ~dead], ((data - 100.0) / 1000)[:, ~dead], atol=2e-5)
     assert not ours[:, dead].any() and recording.metadata["pixels_unlit"] == 1
-    assert (recording.camera, recording.exposure_s, recording.pixel_size_um) == ("Oryx", 0.002,
-                                                                                 1.17)
+    assert (recording.camera, recording.exposure_s, recording.pixel_size_um) == (
+        "Oryx",
+        0.002,
+        1.17,
+    )
     assert open_recording(path, full_scale=1.25).full_scale == 1.25
     np.testing.assert_array_equal(stack(open_recording(path, own_flat=False)), data)
 
@@ -227,7 +253,7 @@ def test_hdf5_virtual_dataset(tmp_path):
     for k in range(2):
         with h5py.File(tmp_path / f"part{k}.h5", "w") as file:
             file["data"] = values
-        layout[2 * k: 2 * k + 2] = h5py.VirtualSource(f"part{k}.h5", "data", (2, 4, 4))
+        layout[2 * k : 2 * k + 2] = h5py.VirtualSource(f"part{k}.h5", "data", (2, 4, 4))
     with h5py.File(tmp_path / "master.h5", "w") as file:
         file.create_virtual_dataset("data", layout)
     np.testing.assert_array_equal(stack(open_recording(tmp_path / "master.h5"))[2:], values)
@@ -235,9 +261,16 @@ def test_hdf5_virtual_dataset(tmp_path):
     refused(tmp_path / "master.h5", "part1.h5", "missing")
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"compression": "zlib"}, {"bigtiff": True}, {"byteorder": ">"}, {"imagej": True},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"compression": "zlib"},
+        {"bigtiff": True},
+        {"byteorder": ">"},
+        {"imagej": True},
+    ],
+)
 def test_tiff_stack(tmp_path, options):
     values = counts((4, 12, 8), 16)
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack", **options)
@@ -259,7 +292,7 @@ def test_imagej_stack_of_one_page(tmp_path):
     note = b"ImageJ=1.11a\nimages=5\n\0"
     assert len(note) <= room
     data = bytearray(path.read_bytes())
-    data[at:at + room] = note.ljust(room, b"\0")
+    data[at : at + room] = note.ljust(room, b"\0")
     path.write_bytes(data + values[1:].astype(">u2").tobytes())
     np.testing.assert_array_equal(stack(open_recording(path)), values)
     path.write_bytes(path.read_bytes()[:-5])
@@ -309,8 +342,9 @@ def test_float_frames_keep_their_full_scale(tmp_path, kind):
     write()
     recording = open_recording(path)
     assert recording.full_scale == values.max() and recording.bit_depth == 16
-    np.testing.assert_allclose(stack(recording) / 65535 * recording.full_scale, values.clip(0),
-                               atol=1.3 / 65535)
+    np.testing.assert_allclose(
+        stack(recording) / 65535 * recording.full_scale, values.clip(0), atol=1.3 / 65535
+    )
     stated = open_recording(path, full_scale=2.0)
     np.testing.assert_allclose(stack(stated) / 65535 * 2, values.clip(0), atol=2 / 65535)
     values[2, 3, 3] = np.nan

@@ -88,11 +88,13 @@ import signal, torch
 from pathlib import Path
 from hpc_xvr import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-checkpoint.save({{"step": 2, "w": torch.zeros(100_000)}}, Path({str(tmp_path)!r}) / "step-000000002.pt")
+folder = Path({str(tmp_path)!r})
+checkpoint.save({{"step": 2, "w": torch.zeros(100_000)}}, folder / "step-000000002.pt")
 """
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # noqa: E731
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          preexec_fn=limit)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, preexec_fn=limit
+    )
     assert done.returncode != 0
     assert "InputError: cannot write" in done.stderr
     assert "File too large" in done.stderr

@@ -18,29 +18,40 @@ def test_every_shipped_config_is_valid_and_survives_a_round_trip(path, tmp_path)
 
 
 def test_later_overrides_win_and_values_are_typed(tmp_path):
-    cfg = config.load(None, ["train.steps=5", "train.steps=7", "model.depths=[2, 4]",
-                             "simulate.size=[8, 16, 16]", "optim.clip_norm=0.5"])
+    cfg = config.load(
+        None,
+        [
+            "train.steps=5",
+            "train.steps=7",
+            "model.depths=[2, 4]",
+            "simulate.size=[8, 16, 16]",
+            "optim.clip_norm=0.5",
+        ],
+    )
     assert cfg.train.steps == 7
     assert cfg.model.depths == [2, 4]
     assert cfg.simulate.size == (8, 16, 16)
     assert cfg.optim.clip_norm == 0.5
 
 
-@pytest.mark.parametrize(("override", "parts"), [
-    ("train.stepz=5", ["train.stepz", "did you mean steps", "global_batch"]),
-    ("trian.steps=5", ["trian", "train", "Keys of the config"]),
-    ("train.steps=many", ["train.steps", "integer", "'many'"]),
-    ("train.steps=0", ["train.steps", "greater than 0"]),
-    ("train.precision=fp8", ["train.precision", "'float32'", "'bf16'"]),
-    ("data.lr_frames=4", ["lr_frames must be odd"]),
-    ("data.patch=30", ["patch 30", "multiple of scale 4"]),
-    ("model.embed_dim=100", ["embed_dim 100", "heads 3"]),
-    ("train.micro_batch=3", ["global_batch 10", "micro_batch 3"]),
-    ("data.photons_log10=[5,2]", ["low <= high"]),
-    ("train=3", ["train"]),
-    ("train.steps", ["section.key=value"]),
-    ("train.steps.more=3", ["train.steps"]),
-])
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.stepz=5", ["train.stepz", "did you mean steps", "global_batch"]),
+        ("trian.steps=5", ["trian", "train", "Keys of the config"]),
+        ("train.steps=many", ["train.steps", "integer", "'many'"]),
+        ("train.steps=0", ["train.steps", "greater than 0"]),
+        ("train.precision=fp8", ["train.precision", "'float32'", "'bf16'"]),
+        ("data.lr_frames=4", ["lr_frames must be odd"]),
+        ("data.patch=30", ["patch 30", "multiple of scale 4"]),
+        ("model.embed_dim=100", ["embed_dim 100", "heads 3"]),
+        ("train.micro_batch=3", ["global_batch 10", "micro_batch 3"]),
+        ("data.photons_log10=[5,2]", ["low <= high"]),
+        ("train=3", ["train"]),
+        ("train.steps", ["section.key=value"]),
+        ("train.steps.more=3", ["train.steps"]),
+    ],
+)
 def test_mistakes_say_where_what_and_what_is_allowed(override, parts):
     with pytest.raises(InputError) as problem:
         config.load(None, [override])
@@ -51,11 +62,14 @@ def test_mistakes_say_where_what_and_what_is_allowed(override, parts):
         assert part in text
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("train: [", "line 1: not valid YAML"),
-    ("- a\n- b", "sections with keys"),
-    ("train: {stepz: 1}", "unknown key train.stepz"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("train: [", "line 1: not valid YAML"),
+        ("- a\n- b", "sections with keys"),
+        ("train: {stepz: 1}", "unknown key train.stepz"),
+    ],
+)
 def test_a_bad_file_is_named(tmp_path, content, message):
     path = tmp_path / "bad.yaml"
     path.write_text(content)

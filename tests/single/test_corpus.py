@@ -24,14 +24,25 @@ from hpc_xvr.data.corpus import Corpus, CorpusWriter
 from hpc_xvr.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
-INFO = {"camera": "SA-Z", "frame_rate_hz": 5e4, "pixel_size_um": 2.0, "bit_depth": 12,
-        "scene": "keyhole", "split": "train", "source": "a.mraw", "metadata": {"lens": "10x"}}
+INFO = {
+    "camera": "SA-Z",
+    "frame_rate_hz": 5e4,
+    "pixel_size_um": 2.0,
+    "bit_depth": 12,
+    "scene": "keyhole",
+    "split": "train",
+    "source": "a.mraw",
+    "metadata": {"lens": "10x"},
+}
 stores = pytest.mark.parametrize("store", ["zarr", "hdf5"])
 
 
 def clip(seed=0, shape=(5, 140, 200), bits=12):
-    return np.random.default_rng(seed).integers(0, 2**bits, shape).astype(
-        np.uint8 if bits <= 8 else np.uint16)
+    return (
+        np.random.default_rng(seed)
+        .integers(0, 2**bits, shape)
+        .astype(np.uint8 if bits <= 8 else np.uint16)
+    )
 
 
 def make(path, store, videos=3):
@@ -44,8 +55,13 @@ def make(path, store, videos=3):
 
 def python(code, *args):
     """A child Python that runs `code` with this project's modules."""
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
-                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def frames_file(video):
@@ -59,8 +75,13 @@ def left_over(path):
 @stores
 def test_everything_comes_back(tmp_path, store):
     frames, lr = clip(1), clip(2, (9, 35, 50), bits=10)
-    info = {**INFO, "lr_times": [0.5 * i for i in range(9)], "lr_bit_depth": 10, "full_scale": 1.2,
-            "split": "test"}
+    info = {
+        **INFO,
+        "lr_times": [0.5 * i for i in range(9)],
+        "lr_bit_depth": 10,
+        "full_scale": 1.2,
+        "split": "test",
+    }
     with CorpusWriter(tmp_path / "c", store) as writer:
         writer.add("b", iter(frames), frames.shape, frames.dtype, info, lr=lr)
         small = clip(3, (2, 9, 7), bits=8)
@@ -171,8 +192,14 @@ def bad_inputs():
         "an id is made": (".v", good, a, c, INFO, None),
         "split: Input should be 'train'": ("v", good, a, c, {**INFO, "split": "x"}, None),
         "lens: Extra inputs": ("v", good, a, c, {**INFO, "lens": 1}, None),
-        "scene: Field required": ("v", good, a, c,
-                                  {k: v for k, v in INFO.items() if k != "scene"}, None),
+        "scene: Field required": (
+            "v",
+            good,
+            a,
+            c,
+            {k: v for k, v in INFO.items() if k != "scene"},
+            None,
+        ),
         "bit_depth 12 does not fit uint8": ("v", good, a, "uint8", INFO, None),
         "not \\(frames, height, width\\)": ("v", good, (4, 10), c, INFO, None),
         "shape \\(5, 6\\) is not": ("v", good, a, c, {**INFO, "lr_times": [0.0] * 5}, lr[0]),
@@ -199,8 +226,10 @@ def test_a_source_that_fails_is_not_blamed_on_the_corpus(tmp_path):
         yield np.zeros((10, 12), np.uint16)
         raise OSError(5, "Input/output error", "camera.mraw")
 
-    with (CorpusWriter(tmp_path / "c") as writer,
-          pytest.raises(InputError, match=r"frames cannot be read from their source.*camera.mraw")):
+    with (
+        CorpusWriter(tmp_path / "c") as writer,
+        pytest.raises(InputError, match=r"frames cannot be read from their source.*camera.mraw"),
+    ):
         writer.add("v", frames(), (4, 10, 12), "uint16", INFO)
     assert not (tmp_path / "c").exists()  # a corpus that got nothing is taken away again
 
@@ -306,7 +335,8 @@ def test_places_that_cannot_be_written(tmp_path):
         CorpusWriter(tmp_path)
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    child = python("""
+    child = python(
+        """
         import os, sys
         from hpc_xvr.data.corpus import CorpusWriter
         from hpc_xvr.errors import InputError
@@ -317,7 +347,9 @@ def test_places_that_cannot_be_written(tmp_path):
             CorpusWriter("c")
         except InputError as error:
             print(error)
-    """, locked)
+    """,
+        locked,
+    )
     assert "Permission denied" in child.communicate()[0]
     assert [p.name for p in tmp_path.iterdir()] != [] and list(locked.iterdir()) == []
 
@@ -325,13 +357,16 @@ def test_places_that_cannot_be_written(tmp_path):
 def test_one_writer_at_a_time(tmp_path):
     make(tmp_path / "c", "zarr", 1)
     lock = tmp_path / "c/.lock"
-    child = python("""
+    child = python(
+        """
         import sys, time
         from hpc_xvr.data.corpus import CorpusWriter
         with CorpusWriter(sys.argv[1]):
             print("writing", flush=True)
             time.sleep(60)
-    """, tmp_path / "c")
+    """,
+        tmp_path / "c",
+    )
     assert child.stdout.readline() == "writing\n"
     with pytest.raises(InputError, match=f"being written by process {child.pid} on"):
         CorpusWriter(tmp_path / "c")
@@ -349,6 +384,7 @@ def test_one_writer_at_a_time(tmp_path):
 
 def test_lock_without_kernel_locks(tmp_path, monkeypatch):
     """Some parallel file systems have no flock: the process number decides."""
+
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
@@ -411,8 +447,9 @@ def test_verify_compares_with_the_manifest(tmp_path):
     assert [problem for _, problem in Corpus(tmp_path / "c").verify()][:2] == [None, None]
     assert "attributes" in dict(Corpus(tmp_path / "c").verify())["v2"]
     manifest = tmp_path / "c/manifest.jsonl"
-    manifest.write_text(manifest.read_text().replace(Corpus(tmp_path / "c")["v0"].info.sha256,
-                                                     "0" * 64))
+    manifest.write_text(
+        manifest.read_text().replace(Corpus(tmp_path / "c")["v0"].info.sha256, "0" * 64)
+    )
     assert "sha256" in dict(Corpus(tmp_path / "c").verify())["v0"]
 
 
@@ -442,8 +479,9 @@ def test_handles_travel_and_stay_few(tmp_path, store, monkeypatch):
     for _ in range(2):
         for i, video in enumerate(opened.videos):
             assert (video.read(4) == clip(i)[4]).all()
-            files = len([f for f in Path("/proc/self/fd").iterdir()
-                         if str(tmp_path) in str(f.resolve())])
+            files = len(
+                [f for f in Path("/proc/self/fd").iterdir() if str(tmp_path) in str(f.resolve())]
+            )
             assert files <= 2 or store == "zarr"
             assert len(opened.videos[0]._arrays._arrays) <= 2
 

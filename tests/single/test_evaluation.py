@@ -22,10 +22,13 @@ DATA = Data(lr_frames=3)
 def moving_blob(frames, size, speed, seed):
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size] / size
-    texture = F.interpolate(torch.from_numpy(rng.random((1, 1, size // 2, size // 2))),
-                            scale_factor=2)[0, 0].numpy()
-    clip = [0.3 + 0.2 * texture + 0.4 * (np.hypot(y - 0.5, x - 0.2 - speed * t) < 0.15)
-            for t in range(frames)]
+    texture = F.interpolate(
+        torch.from_numpy(rng.random((1, 1, size // 2, size // 2))), scale_factor=2
+    )[0, 0].numpy()
+    clip = [
+        0.3 + 0.2 * texture + 0.4 * (np.hypot(y - 0.5, x - 0.2 - speed * t) < 0.15)
+        for t in range(frames)
+    ]
     return np.round(np.stack(clip) * 4095).astype(np.uint16)
 
 
@@ -33,11 +36,27 @@ def moving_blob(frames, size, speed, seed):
 def videos(tmp_path_factory):
     with CorpusWriter(tmp_path_factory.mktemp("corpus") / "c") as writer:
         return [
-            writer.add(f"clip{i}", clip, clip.shape, clip.dtype, {
-                "camera": "test", "bit_depth": 12, "scene": "blob", "split": "test",
-                "source": "simulated"})
-            for i, clip in enumerate([moving_blob(9, 32, 0.06, 0), moving_blob(12, 24, 0.03, 1),
-                                      moving_blob(6, 16, 0.05, 2)])]
+            writer.add(
+                f"clip{i}",
+                clip,
+                clip.shape,
+                clip.dtype,
+                {
+                    "camera": "test",
+                    "bit_depth": 12,
+                    "scene": "blob",
+                    "split": "test",
+                    "source": "simulated",
+                },
+            )
+            for i, clip in enumerate(
+                [
+                    moving_blob(9, 32, 0.06, 0),
+                    moving_blob(12, 24, 0.03, 1),
+                    moving_blob(6, 16, 0.05, 2),
+                ]
+            )
+        ]
 
 
 def shifted(sample):
@@ -47,8 +66,11 @@ def shifted(sample):
     return up + 0.01 * torch.arange(lr.shape[1]).view(1, -1, 1, 1, 1)
 
 
-METHODS = {"bicubic": (BASELINES["bicubic"], 1), "detail": (BASELINES["detail"], 1),
-           "shifted": (shifted, 3)}
+METHODS = {
+    "bicubic": (BASELINES["bicubic"], 1),
+    "detail": (BASELINES["detail"], 1),
+    "shifted": (shifted, 3),
+}
 
 
 def scores(frame, truth):
@@ -66,20 +88,27 @@ def test_numbers_equal_direct_computation(videos):
             if t % 4 == 0 or t == last:
                 continue
             coarse = torch.from_numpy(binned[t])[None, None]
-            by_hand["bicubic"].append(scores(
-                F.interpolate(coarse, scale_factor=4, mode="bicubic")[0, 0].numpy(), frames[t]))
+            by_hand["bicubic"].append(
+                scores(
+                    F.interpolate(coarse, scale_factor=4, mode="bicubic")[0, 0].numpy(), frames[t]
+                )
+            )
             # Gaps of 4 hold one window of 3, whose frames are 0, 1 and 2 from its start.
             end = min(t // 4 * 4 + 4, last)
             start = t // 4 * 4 + 1 if end - t // 4 * 4 == 4 else (t // 4 * 4 + end) // 2 - 1
             level = 0.01 * (t - start)
-            by_hand["shifted"].append(scores(
-                np.kron(binned[t], np.ones((4, 4), np.float32)) + np.float32(level), frames[t]))
+            by_hand["shifted"].append(
+                scores(
+                    np.kron(binned[t], np.ones((4, 4), np.float32)) + np.float32(level), frames[t]
+                )
+            )
         for name, values in by_hand.items():
             row = next(r for r in found.rows if (r.method, r.recording) == (name, video.id))
             assert row.frames == len(values)
             assert row.frames + row.keys == len(frames)
-            np.testing.assert_allclose((row.psnr, row.ssim, row.aad), np.mean(values, axis=0),
-                                       rtol=1e-4)
+            np.testing.assert_allclose(
+                (row.psnr, row.ssim, row.aad), np.mean(values, axis=0), rtol=1e-4
+            )
             assert 0 < row.seconds_per_frame < 5
     mean = next(row for row in found.means() if row.method == "detail")
     each = [row for row in found.rows if row.method == "detail"]
@@ -139,8 +168,13 @@ def test_files_and_table(videos, tmp_path, capsys):
 def test_a_method_that_meets_the_truth_exactly(videos, tmp_path):
     frames = np.repeat(videos[0].read(0)[None], 5, axis=0)
     with CorpusWriter(tmp_path / "still") as writer:
-        still = writer.add("still", frames, frames.shape, frames.dtype, {
-            "camera": "test", "bit_depth": 12, "scene": "blob", "split": "test", "source": "s"})
+        still = writer.add(
+            "still",
+            frames,
+            frames.shape,
+            frames.dtype,
+            {"camera": "test", "bit_depth": 12, "scene": "blob", "split": "test", "source": "s"},
+        )
     found = evaluate({"nearest_hr": (BASELINES["nearest_hr"], 1)}, [still], data=DATA, gap=4)
     assert found.rows[0].psnr == float("inf") and found.rows[0].aad == 0
     found.save(tmp_path)

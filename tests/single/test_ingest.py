@@ -33,15 +33,24 @@ def statuses(outcomes) -> list[str]:
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
 def test_real_recordings(realdata, tmp_path, store):
-    paths = [realdata("photron_pymraw/beam.cihx"), realdata("photron_pymraw/beam.mraw"),
-             realdata("pyidi_showcase"), realdata("pims_cine"), realdata("aps_2bm_radiography")]
+    paths = [
+        realdata("photron_pymraw/beam.cihx"),
+        realdata("photron_pymraw/beam.mraw"),
+        realdata("pyidi_showcase"),
+        realdata("pims_cine"),
+        realdata("aps_2bm_radiography"),
+    ]
     outcomes = ingest(paths, tmp_path / "c", store=store)
     corpus = sound(tmp_path / "c")
     assert statuses(outcomes) == ["added"] * 6  # the beam once, though its two files are given
     assert {video.id: video.shape for video in corpus.videos} == {
-        "beam": (4, 80, 1024), "cine_781": (15, 256, 256), "cine_legacy": (97, 128, 128),
-        "data_showcase": (75, 40, 640), "data_small_cine": (235, 32, 256),
-        "radiography_2BM": (10, 500, 500)}
+        "beam": (4, 80, 1024),
+        "cine_781": (15, 256, 256),
+        "cine_legacy": (97, 128, 128),
+        "data_showcase": (75, 40, 640),
+        "data_small_cine": (235, 32, 256),
+        "radiography_2BM": (10, 500, 500),
+    }
     legacy = corpus["cine_legacy"]
     recording = open_recording(realdata("pims_cine/cine_legacy.cine"))
     np.testing.assert_array_equal(whole(legacy), list(recording.frames()))
@@ -56,14 +65,22 @@ def test_real_recordings(realdata, tmp_path, store):
 def test_real_spray_with_flat_and_dark_of_another_file(realdata, tmp_path):
     frame0 = realdata("spray_xray_cc0/spray_polychromatic_Re-10600_frame0.hdf5")
     background = realdata("spray_xray_cc0/spray_polychromatic_background.hdf5")
-    options = {"flat": f"{background}::flat/Camera1", "dark": f"{background}::dark-current/Camera1",
-               "scene": "spray", "pixel_size_um": 44.0, "camera": "Camera 1"}
+    options = {
+        "flat": f"{background}::flat/Camera1",
+        "dark": f"{background}::dark-current/Camera1",
+        "scene": "spray",
+        "pixel_size_um": 44.0,
+        "camera": "Camera 1",
+    }
     outcomes = ingest([frame0], tmp_path / "c", dataset="Camera1", **options)
     video = sound(tmp_path / "c")[outcomes[0].id]
     assert video.id == "spray_polychromatic_Re-10600_frame0-Camera1"
     assert (video.info.bit_depth, video.info.full_scale) == (16, 1.5)
-    assert (video.info.scene, video.info.pixel_size_um, video.info.camera) == ("spray", 44.0,
-                                                                               "Camera 1")
+    assert (video.info.scene, video.info.pixel_size_um, video.info.camera) == (
+        "spray",
+        44.0,
+        "Camera 1",
+    )
     light = np.median(video.intensity(0)[200:300]) * video.info.full_scale
     assert 0.5 < light < 1.1
     # Another camera of the same shot: another video, in the same split.
@@ -159,7 +176,10 @@ def test_splits_fill_up_and_older_ones_stay(tmp_path):
     after = {video.id: video.info.split for video in Corpus(tmp_path / "c").videos}
     assert before.items() <= after.items()
     assert [list(after.values()).count(split) for split in ("train", "validation", "test")] == [
-        16, 2, 2]
+        16,
+        2,
+        2,
+    ]
     extra = write_photron(tmp_path, counts((2, 4, 4)), 16, "extra")
     assert ingest([extra], tmp_path / "c", split="test")[0].split == "test"
 
@@ -171,8 +191,9 @@ def test_flat_and_dark_stacks_in_counts(tmp_path):
     path = write_photron(tmp_path, raw, 12, "shot")
     flats = np.full((4, 8, 8), 2050, np.uint16) + np.array([-3, -1, 1, 3])[:, None, None]
     tifffile.imwrite(tmp_path / "flat.tif", flats.astype(np.uint16), photometric="minisblack")
-    tifffile.imwrite(tmp_path / "dark.tif", np.full((8, 8), 50, np.float32),
-                     photometric="minisblack")
+    tifffile.imwrite(
+        tmp_path / "dark.tif", np.full((8, 8), 50, np.float32), photometric="minisblack"
+    )
     ingest([path], tmp_path / "c", flat=tmp_path / "flat.tif", dark=tmp_path / "dark.tif")
     video = Corpus(tmp_path / "c")["shot"]
     ours = np.stack([video.intensity(t) for t in range(3)]) * video.info.full_scale
@@ -200,17 +221,27 @@ def test_finding_recordings_in_folders(tmp_path):
     write_photron(tmp_path, counts((2, 4, 4)), 16, "a")
     write_cine(tmp_path / "b.cine", counts((2, 4, 4)))
     (tmp_path / "notes.txt").write_text("not a film")
-    for folder, names in (("x", ["s1_9.png", "s1_10.png", "s2_1.png", "s2_2.png"]),
-                          ("y", ["0.png", "1.png"])):
+    for folder, names in (
+        ("x", ["s1_9.png", "s1_10.png", "s2_1.png", "s2_2.png"]),
+        ("y", ["0.png", "1.png"]),
+    ):
         (tmp_path / folder).mkdir()
         for name in names:
             Image.fromarray(counts((4, 4), 8)).save(tmp_path / folder / name)
     for k in range(2):
-        tifffile.imwrite(tmp_path / "x" / f"stack{k}.tif", counts((3, 4, 4), 16),
-                         photometric="minisblack")
+        tifffile.imwrite(
+            tmp_path / "x" / f"stack{k}.tif", counts((3, 4, 4), 16), photometric="minisblack"
+        )
     found = [[file.name for file in source.files] for source in find_recordings([tmp_path])]
-    assert sorted(found) == [["0.png", "1.png"], ["a.mraw"], ["b.cine"], ["s1_9.png", "s1_10.png"],
-                             ["s2_1.png", "s2_2.png"], ["stack0.tif"], ["stack1.tif"]]
+    assert sorted(found) == [
+        ["0.png", "1.png"],
+        ["a.mraw"],
+        ["b.cine"],
+        ["s1_9.png", "s1_10.png"],
+        ["s2_1.png", "s2_2.png"],
+        ["stack0.tif"],
+        ["stack1.tif"],
+    ]
     # What the shell makes of x/s1_*.png x/stack*.tif, and the same not expanded.
     listed = [*sorted((tmp_path / "x").glob("s1_*.png")), *(tmp_path / "x").glob("stack*.tif")]
     for given in (listed, [tmp_path / "x/s1_*.png", tmp_path / "x/stack*.tif"]):
@@ -226,10 +257,14 @@ def test_bad_requests(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     path = write_photron(tmp_path, counts((2, 4, 4)), 16)
     for paths, options, words in [
-        ([], {}, "no files"), ([tmp_path / "notes.txt"], {}, "unknown kind"),
-        ([tmp_path / "nowhere"], {}, "no such file"), ([path], {"frame_rate_hz": -1.0}, "-1"),
-        ([path], {"pixel_size_um": float("nan")}, "pixel size"), ([path], {"multiple_of": 0}, "0"),
-        ([path], {"flat": tmp_path / "none.tif"}, "none.tif"), ([path], {"dataset": "x"}, "HDF5"),
+        ([], {}, "no files"),
+        ([tmp_path / "notes.txt"], {}, "unknown kind"),
+        ([tmp_path / "nowhere"], {}, "no such file"),
+        ([path], {"frame_rate_hz": -1.0}, "-1"),
+        ([path], {"pixel_size_um": float("nan")}, "pixel size"),
+        ([path], {"multiple_of": 0}, "0"),
+        ([path], {"flat": tmp_path / "none.tif"}, "none.tif"),
+        ([path], {"dataset": "x"}, "HDF5"),
     ]:
         with pytest.raises(InputError, match=words) as error:
             ingest(paths, tmp_path / "c", **options)

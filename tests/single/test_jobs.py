@@ -25,16 +25,42 @@ TIMEOUT = 120
 def job(tmp_path, pulse_corpus):
     """job(engine, *arguments) -> a finished `hpc-xvr train` of the pulse config."""
 
-    def run(engine, *overrides, options=(), program=(*CLI,), run_dir=None, launcher=None,
-            environment=None):
-        sets = [f"run.dir={run_dir or tmp_path / 'run'}", f"data.corpus={pulse_corpus}",
-                "run.threads=1", "run.device=cpu", *overrides]
-        command = [*(ENGINES[engine] if launcher is None else launcher), *program, "train",
-                   str(PULSE), "--engine", engine, *options]
+    def run(
+        engine,
+        *overrides,
+        options=(),
+        program=(*CLI,),
+        run_dir=None,
+        launcher=None,
+        environment=None,
+    ):
+        sets = [
+            f"run.dir={run_dir or tmp_path / 'run'}",
+            f"data.corpus={pulse_corpus}",
+            "run.threads=1",
+            "run.device=cpu",
+            *overrides,
+        ]
+        command = [
+            *(ENGINES[engine] if launcher is None else launcher),
+            *program,
+            "train",
+            str(PULSE),
+            "--engine",
+            engine,
+            *options,
+        ]
         for text in sets:
             command += ["--set", text]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT,
-                              env={**os.environ, **(environment or {})}, errors="replace")
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            env={**os.environ, **(environment or {})},
+            errors="replace",
+        )
 
     return run
 
@@ -103,23 +129,45 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(engine, job, tmp_p
 
 
 def test_torchrun_is_a_launcher_too(job, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                "--master-port", "29731"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29731",
+    ]
     done = job("torch", launcher=launcher, program=["-m", "hpc_xvr"])
     assert done.returncode == 0, done.stderr
     assert "2 rank(s)" in done.stderr
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(("launcher", "number"), [([], signal.SIGTERM), ([], signal.SIGINT),
-                                                  (MPIRUN, signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("launcher", "number"), [([], signal.SIGTERM), ([], signal.SIGINT), (MPIRUN, signal.SIGUSR1)]
+)
 def test_a_signal_stops_the_run_in_good_order(launcher, number, tmp_path, pulse_corpus):
     """mpirun hands SIGUSR1 on to every rank; a SIGTERM it answers by killing them soon."""
-    command = [*launcher, *CLI, "train", str(PULSE), "--set", f"run.dir={tmp_path}/run", "--set",
-               f"data.corpus={pulse_corpus}", "--set", "train.steps=5000", "--set",
-               "checkpoint.every=5000", "--set", "validation.every=5000"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               errors="replace")
+    command = [
+        *launcher,
+        *CLI,
+        "train",
+        str(PULSE),
+        "--set",
+        f"run.dir={tmp_path}/run",
+        "--set",
+        f"data.corpus={pulse_corpus}",
+        "--set",
+        "train.steps=5000",
+        "--set",
+        "checkpoint.every=5000",
+        "--set",
+        "validation.every=5000",
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace"
+    )
     metrics = tmp_path / "run/metrics.jsonl"
     end = time.monotonic() + TIMEOUT
     while not (metrics.exists() and metrics.read_text()) and time.monotonic() < end:
@@ -128,7 +176,7 @@ def test_a_signal_stops_the_run_in_good_order(launcher, number, tmp_path, pulse_
     log = process.communicate(timeout=60)[1]
     assert process.returncode == 75, log
     assert "stopped by a signal" in log
-    (step, path), = list_checkpoints(tmp_path / "run/checkpoints")
+    ((step, path),) = list_checkpoints(tmp_path / "run/checkpoints")
     assert load(path)["step"] == step == max(steps_of(tmp_path / "run"))
 
 
@@ -143,13 +191,16 @@ def test_ranks_that_do_not_find_each_other_are_an_error_not_many_worlds_of_one(j
 ENGINES["auto"] = []
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    (["train.global_batch=5", "train.steps=2"], "global_batch 5"),
-    (["data.corpus=/nowhere/corpus", "simulate=null"], "/nowhere/corpus"),
-    (["train.weights=/nowhere/net.pth"], "no such file"),
-    (["data.patch=128"], "patch"),
-    (["run.dir=/proc/run"], "/proc/run"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.global_batch=5", "train.steps=2"], "global_batch 5"),
+        (["data.corpus=/nowhere/corpus", "simulate=null"], "/nowhere/corpus"),
+        (["train.weights=/nowhere/net.pth"], "no such file"),
+        (["data.patch=128"], "patch"),
+        (["run.dir=/proc/run"], "/proc/run"),
+    ],
+)
 def test_bad_input_is_one_line_from_one_rank_and_exit_code_2(overrides, message, job, tmp_path):
     done = job("torch", *overrides)
     assert done.returncode == 2, done.stderr
@@ -174,21 +225,29 @@ def test_a_used_run_folder_is_not_overwritten_and_another_architecture_not_resum
 
 def test_help_and_config_errors_need_neither_torch_nor_mpi(tmp_path):
     """As on a login node: torch, MPI and the file libraries are not there at all."""
-    block = ("import sys\nfor name in ('torch', 'mpi4py', 'horovod', 'zarr', 'tensorstore', 'h5py',"
-             " 'scipy', 'skimage', 'matplotlib', 'tifffile', 'pims'):\n    sys.modules[name] = None")
+    block = (
+        "import sys\nfor name in ('torch', 'mpi4py', 'horovod', 'zarr', 'tensorstore', 'h5py',"
+        " 'scipy', 'skimage', 'matplotlib', 'tifffile', 'pims'):\n    sys.modules[name] = None"
+    )
     for arguments in (["--help"], ["train", "--help"], ["ingest", "--help"], ["--version"]):
-        done = subprocess.run([*patched(block), *arguments], cwd=ROOT, capture_output=True,
-                              text=True)
+        done = subprocess.run(
+            [*patched(block), *arguments], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout
-    done = subprocess.run([*patched(block), "train", str(PULSE), "--set", "train.stepz=1"],
-                          cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*patched(block), "train", str(PULSE), "--set", "train.stepz=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["simulate", "ingest", "inspect", "train", "evaluate",
-                                     "reconstruct", "report"])
+@pytest.mark.parametrize(
+    "command", ["simulate", "ingest", "inspect", "train", "evaluate", "reconstruct", "report"]
+)
 def test_every_command_teaches_with_examples(command):
     done = subprocess.run([*CLI, command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0

@@ -27,8 +27,10 @@ def vectors(path):
 def inputs(model, batch=1, h=16, w=16, seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     s = model.scale
-    return (torch.rand(batch, model.lr_frames, 1, h, w, generator=g, dtype=dtype),
-            torch.rand(batch, 2, 1, s * h, s * w, generator=g, dtype=dtype))
+    return (
+        torch.rand(batch, model.lr_frames, 1, h, w, generator=g, dtype=dtype),
+        torch.rand(batch, 2, 1, s * h, s * w, generator=g, dtype=dtype),
+    )
 
 
 def test_published_configuration_has_the_published_number_of_parameters():
@@ -69,10 +71,13 @@ def test_load_xfusion_reads_wrapped_files_and_prefers_averaged_weights(reference
     assert np.abs(out[:, 0].detach().numpy() - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({"foo": torch.zeros(3)}, "weights"),
-    ({"params": [1, 2]}, "map names to arrays"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"foo": torch.zeros(3)}, "weights"),
+        ({"params": [1, 2]}, "map names to arrays"),
+    ],
+)
 def test_load_xfusion_refuses_other_things_in_one_line(content, message):
     with pytest.raises(ValueError, match=message) as problem:
         load_xfusion(content)
@@ -87,7 +92,7 @@ def test_load_xfusion_names_a_missing_file_and_a_missing_parameter(reference, tm
         load_xfusion(tmp_path / "noise.pth")
     state = vectors(reference("centre_small.npz"))[0]
     del state["conv_last.bias"]
-    with pytest.raises(ValueError, match="last_conv.bias"):
+    with pytest.raises(ValueError, match=r"last_conv\.bias"):
         load_xfusion(state)
 
 
@@ -99,10 +104,20 @@ def explicit_attention(attention, x, frames, h, w, shift):
     sx = side // 2 if shift and w > side else 0
     x = F.pad(x, (0, 0, 0, wp - w, 0, hp - h))
     region = torch.zeros(hp, wp)
-    for i, rows in enumerate((slice(0, hp - side), slice(hp - side, hp - sy or None),
-                              slice(hp - sy, hp) if sy else slice(0, 0))):
-        for j, columns in enumerate((slice(0, wp - side), slice(wp - side, wp - sx or None),
-                                     slice(wp - sx, wp) if sx else slice(0, 0))):
+    for i, rows in enumerate(
+        (
+            slice(0, hp - side),
+            slice(hp - side, hp - sy or None),
+            slice(hp - sy, hp) if sy else slice(0, 0),
+        )
+    ):
+        for j, columns in enumerate(
+            (
+                slice(0, wp - side),
+                slice(wp - side, wp - sx or None),
+                slice(wp - sx, wp) if sx else slice(0, 0),
+            )
+        ):
             region[rows, columns] = 3 * i + j
     x = torch.roll(x, (-sy, -sx), (2, 3))
 
@@ -116,7 +131,9 @@ def explicit_attention(attention, x, frames, h, w, shift):
     mask = torch.where(zone[:, :, None] == zone[:, None, :], 0.0, -math.inf)
     index = relative_position(frames, side, side, side, x.device)
     bias = attention.bias_table[index].permute(2, 0, 1)
-    q, k, v = attention.qkv(tokens).unflatten(-1, (3, heads, dim // heads)).permute(3, 0, 1, 4, 2, 5)
+    q, k, v = (
+        attention.qkv(tokens).unflatten(-1, (3, heads, dim // heads)).permute(3, 0, 1, 4, 2, 5)
+    )
     weights = (q @ k.transpose(-1, -2) * (dim // heads) ** -0.5 + bias + mask[:, None]).softmax(-1)
     y = attention.proj((weights @ v).transpose(2, 3).flatten(-2))
     y = y.reshape(y.shape[0], hp // side, wp // side, frames, side, side, dim)
@@ -134,7 +151,9 @@ def test_mask_free_windows_equal_explicit_masked_attention(size, shift):
     torch.nn.init.normal_(attention.bias_table)
     torch.nn.init.normal_(attention.qkv.bias)  # padded tokens then have keys and values
     x = torch.randn(2, frames, h, w, 12, dtype=torch.float64, requires_grad=True)
-    layout = grid(frames, h, w, 8, x.device).shifted if shift else grid(frames, h, w, 8, x.device).plain
+    layout = (
+        grid(frames, h, w, 8, x.device).shifted if shift else grid(frames, h, w, 8, x.device).plain
+    )
     tokens = x.flatten(1, 3)[:, layout.from_image]
     if layout.valid is not None:
         tokens = tokens * layout.valid
@@ -166,7 +185,8 @@ def test_gradients_equal_finite_differences_with_padding_and_shift():
                 values.append((model(lr, hr) * probe).sum())
                 parameter[i, j] -= sign * step
         assert float((values[0] - values[1]) / (2 * step)) == pytest.approx(
-            float(gradient[i, j]), rel=1e-5, abs=1e-8)
+            float(gradient[i, j]), rel=1e-5, abs=1e-8
+        )
 
 
 @pytest.mark.parametrize("output", ["centre", "sequence"])
@@ -186,8 +206,11 @@ def test_centre_is_the_middle_of_the_sequence():
     torch.testing.assert_close(model(lr, hr)[:, 1:2], centre, rtol=1e-4, atol=1e-5)
 
 
-BASES = {"bicubic": lambda lr, hr, offset: upsample(lr, 4), "detail": transfer_detail,
-         "adaptive": transfer_matching_detail}
+BASES = {
+    "bicubic": lambda lr, hr, offset: upsample(lr, 4),
+    "detail": transfer_detail,
+    "adaptive": transfer_matching_detail,
+}
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -216,7 +239,10 @@ def test_adaptive_transfer_takes_detail_from_the_key_frame_that_fits_and_leaves_
     both_moved = transfer_matching_detail(lr, torch.cat((moved, moved), 1), offset)
     top = (..., slice(0, 24), slice(None))
     torch.testing.assert_close(both_moved[top], upsample(lr, 4)[top], atol=0.01, rtol=0)
-    assert float((transfer_detail(lr, torch.cat((still, moved), 1), offset) - still).abs().max()) > 0.05
+    assert (
+        float((transfer_detail(lr, torch.cat((still, moved), 1), offset) - still).abs().max())
+        > 0.05
+    )
 
 
 def test_stochastic_depth_drops_branches_in_training_only():
@@ -229,13 +255,16 @@ def test_stochastic_depth_drops_branches_in_training_only():
     assert torch.equal(model(lr, hr), model(lr, hr))
 
 
-@pytest.mark.parametrize(("lr", "hr"), [
-    ((1, 4, 1, 16, 16), (1, 2, 1, 64, 64)),
-    ((1, 3, 2, 16, 16), (1, 2, 1, 64, 64)),
-    ((1, 3, 1, 16, 16), (1, 2, 1, 64, 60)),
-    ((1, 3, 1, 16, 16), (2, 2, 1, 64, 64)),
-    ((3, 1, 16, 16), (1, 2, 1, 64, 64)),
-])
+@pytest.mark.parametrize(
+    ("lr", "hr"),
+    [
+        ((1, 4, 1, 16, 16), (1, 2, 1, 64, 64)),
+        ((1, 3, 2, 16, 16), (1, 2, 1, 64, 64)),
+        ((1, 3, 1, 16, 16), (1, 2, 1, 64, 60)),
+        ((1, 3, 1, 16, 16), (2, 2, 1, 64, 64)),
+        ((3, 1, 16, 16), (1, 2, 1, 64, 64)),
+    ],
+)
 def test_wrong_shapes_are_refused_with_the_shapes(lr, hr):
     with pytest.raises(ValueError, match=r"must be \(.*got \("):
         SwinXVR(**SMALL)(torch.zeros(lr), torch.zeros(hr))

@@ -37,7 +37,13 @@ class Slab(Scene):
     """1 mm of aluminium."""
 
     material, pixel, frame_rate, bulk, transmission, distance = (
-        "aluminium", 2e-6, 1e5, 1e-3, 0.3, 0.2)
+        "aluminium",
+        2e-6,
+        1e5,
+        1e-3,
+        0.3,
+        0.2,
+    )
 
     def build(self, rng):
         pass
@@ -66,8 +72,10 @@ def test_attenuation_is_the_published_one_between_and_on_table_points():
     assert MATERIALS["water"].attenuation(50) == pytest.approx(22.69, rel=0.03)
 
 
-@pytest.mark.parametrize(("material", "energy", "delta"), [
-    ("titanium", 25, 1.386e-6), ("water", 10, 2.311e-6), ("aluminium", 20, 1.355e-6)])
+@pytest.mark.parametrize(
+    ("material", "energy", "delta"),
+    [("titanium", 25, 1.386e-6), ("water", 10, 2.311e-6), ("aluminium", 20, 1.355e-6)],
+)
 def test_refractive_decrement_matches_tabulated_scattering_factors(material, energy, delta):
     assert MATERIALS[material].decrement(energy) == pytest.approx(delta, rel=0.02)
 
@@ -96,8 +104,9 @@ def test_phase_contrast_is_the_transport_of_intensity_equation_for_weak_objects(
     bump = height * np.exp(-(x**2 + y**2) / (2 * size**2))
     laplacian = bump * ((x**2 + y**2) / size**4 - 2 / size**2)
     out = propagate(np.ones((64, 64), np.float32), bump.astype(np.float32), strength)
-    np.testing.assert_allclose(out - 1, strength * laplacian, atol=2e-2 * strength * height
-                               * 2 / size**2)
+    np.testing.assert_allclose(
+        out - 1, strength * laplacian, atol=2e-2 * strength * height * 2 / size**2
+    )
 
 
 def test_phase_contrast_keeps_the_light_and_stays_positive_even_where_it_is_strong():
@@ -121,8 +130,16 @@ def test_an_edge_gets_a_bright_fringe_outside_and_a_dark_one_inside():
 
 
 def test_photon_noise_is_poisson_plus_read_noise():
-    camera = Camera((200, 200), 1, blur=0.0, photons=1000, read_noise=0.004, fixed_pattern=0.0,
-                    bit_depth=12, rng=np.random.default_rng(1))
+    camera = Camera(
+        (200, 200),
+        1,
+        blur=0.0,
+        photons=1000,
+        read_noise=0.004,
+        fixed_pattern=0.0,
+        bit_depth=12,
+        rng=np.random.default_rng(1),
+    )
     for level in (0.1, 0.7):
         frame = camera.record(np.full((200, 200), level, np.float32)) / 4095
         assert frame.mean() == pytest.approx(level, rel=0.01)
@@ -130,8 +147,16 @@ def test_photon_noise_is_poisson_plus_read_noise():
 
 
 def test_a_low_resolution_pixel_covers_its_own_square_of_high_resolution_pixels():
-    camera = Camera((16, 16), 4, blur=0.0, photons=1e6, read_noise=0.0, fixed_pattern=0.0,
-                    bit_depth=10, rng=np.random.default_rng(1))
+    camera = Camera(
+        (16, 16),
+        4,
+        blur=0.0,
+        photons=1e6,
+        read_noise=0.0,
+        fixed_pattern=0.0,
+        bit_depth=10,
+        rng=np.random.default_rng(1),
+    )
     scene = np.zeros((64, 64), np.float32)
     scene[4 * 5 : 4 * 6, 4 * 9 : 4 * 10] = 0.5
     frame = camera.record(scene)
@@ -153,8 +178,11 @@ def test_both_cameras_saw_the_same_light(videos, scene):
     noise = np.sqrt(soft / 5000 + 0.003**2 + (0.003 * soft) ** 2)
     assert np.sqrt(np.mean((lr - soft) ** 2)) < 1.3 * np.sqrt(np.mean(noise**2))
     centre = (slice(None), slice(1, -1), slice(1, -1))
-    errors = {(dy, dx): np.square(np.roll(lr, (dy, dx), (1, 2)) - binned)[centre].mean()
-              for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+    errors = {
+        (dy, dx): np.square(np.roll(lr, (dy, dx), (1, 2)) - binned)[centre].mean()
+        for dy in (-1, 0, 1)
+        for dx in (-1, 0, 1)
+    }
     assert min(errors, key=errors.get) == (0, 0)
 
 
@@ -204,7 +232,8 @@ def test_neither_camera_alone_is_enough_and_detail_transfer_beats_both(videos):
         lr = torch.nn.functional.avg_pool2d(truth[None, None], 4)[None]
         pictures = upsample(lr, 4), keys.mean(1, keepdim=True), transfer_detail(lr, keys)
         bicubic, linear, detail = (
-            -10 * float(torch.log10(torch.mean((p[0, 0, 0] - truth) ** 2))) for p in pictures)
+            -10 * float(torch.log10(torch.mean((p[0, 0, 0] - truth) ** 2))) for p in pictures
+        )
         assert max(bicubic, linear, detail) < 37
         gains.append((detail - bicubic, detail - linear))
     to_bicubic, to_linear = np.mean(gains, axis=0)
@@ -238,8 +267,10 @@ def test_a_scene_may_be_asked_for_any_moment_in_any_order(scene):
 def test_powder_is_neither_lost_nor_doubled_as_it_leaves_the_bed():
     """The bed is kept as summed maps of grains at rest; drawing every grain gives the same."""
     scene = SCENES["keyhole"]((64, 96), 20, np.random.default_rng(4))
-    rest = [scene._bed(t) - scene._grains(slice(None), np.maximum(t - scene.leaves, 0))
-            for t in (0.0, 4.4, 11.2, 19.9, 60.0)]
+    rest = [
+        scene._bed(t) - scene._grains(slice(None), np.maximum(t - scene.leaves, 0))
+        for t in (0.0, 4.4, 11.2, 19.9, 60.0)
+    ]
     for other in rest[1:]:
         np.testing.assert_allclose(other, rest[0], atol=1e-2)
 
@@ -271,7 +302,8 @@ def test_corpus_holds_what_was_planned_on_any_number_of_workers(tmp_path):
     simulate_corpus(simulate, tmp_path / "two", workers=2)
     one, two = Corpus(tmp_path / "one"), Corpus(tmp_path / "two")
     assert [v.id for v in one.videos] == [
-        f"sim-{i:04d}-{s}" for i, s in enumerate((*SCENES, "keyhole"))]
+        f"sim-{i:04d}-{s}" for i, s in enumerate((*SCENES, "keyhole"))
+    ]
     assert [v.info for v in one.videos] == [v.info for v in two.videos]  # sha256 among them
     assert all(problem is None for _, problem in two.verify())
     video = one["sim-0002-bubbles"]
@@ -290,12 +322,16 @@ def test_hdf5_corpus_without_second_camera(tmp_path):
     assert all(v.lr_shape is None and v.info.lr_times is None for v in corpus.videos)
 
 
-@pytest.mark.parametrize(("videos", "counts"), [
-    (24, (18, 3, 3)), (3, (1, 1, 1)), (8, (6, 1, 1)), (100, (75, 13, 12)), (1, (1, 0, 0))])
+@pytest.mark.parametrize(
+    ("videos", "counts"),
+    [(24, (18, 3, 3)), (3, (1, 1, 1)), (8, (6, 1, 1)), (100, (75, 13, 12)), (1, (1, 0, 0))],
+)
 def test_every_split_gets_its_share_and_a_mix_of_scenes(videos, counts):
     items = phantom._plan(config.Simulate(videos=videos))
-    by_split = {name: [scene for _, scene, split in items if split == name]
-                for name in ("train", "validation", "test")}
+    by_split = {
+        name: [scene for _, scene, split in items if split == name]
+        for name in ("train", "validation", "test")
+    }
     found = tuple(len(scenes) for scenes in by_split.values())
     assert sum(found) == videos
     assert np.abs(np.subtract(found, counts)).max() <= (1 if videos == 100 else 0)
@@ -336,11 +372,13 @@ def test_killed_half_way_leaves_no_corpus_and_no_workers_and_the_next_run_cleans
     script.write_text(
         "import sys\nfrom hpc_xvr import config\nfrom hpc_xvr.data.phantom import simulate_corpus\n"
         "if __name__ == '__main__':\n"
-        "    simulate_corpus(config.Simulate(videos=400, size=(3, 32, 32)), sys.argv[1], 2)\n")
+        "    simulate_corpus(config.Simulate(videos=400, size=(3, 32, 32)), sys.argv[1], 2)\n"
+    )
     out = tmp_path / "out"
     out.mkdir()
-    process = subprocess.Popen([sys.executable, str(script), str(out / "c")],
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(out / "c")], env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     deadline = time.monotonic() + 60
     while not list(out.glob(".c.*/videos/sim-0001*")):
         assert process.poll() is None and time.monotonic() < deadline

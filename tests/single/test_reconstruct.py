@@ -28,8 +28,10 @@ SCALE = 4
 def marked_clip(frames):
     """LR and HR frames whose grey value is their time: t / 1000."""
     values = np.arange(frames, dtype=np.float32) / 1000
-    return ([np.full((2, 3), v, np.float32) for v in values],
-            [np.full((8, 12), v, np.float32) for v in values])
+    return (
+        [np.full((2, 3), v, np.float32) for v in values],
+        [np.full((8, 12), v, np.float32) for v in values],
+    )
 
 
 def keys_of(hr, gap):
@@ -60,8 +62,12 @@ class Oracle:
 
 
 @settings(max_examples=150, deadline=None)
-@given(frames=st.integers(2, 45), gap=st.integers(1, 25), n=st.sampled_from([1, 3, 5, 7]),
-       sequence=st.booleans())
+@given(
+    frames=st.integers(2, 45),
+    gap=st.integers(1, 25),
+    n=st.sampled_from([1, 3, 5, 7]),
+    sequence=st.booleans(),
+)
 def test_every_frame_comes_once_at_its_time_from_the_right_neighbours(frames, gap, n, sequence):
     lr, hr = marked_clip(frames)
     keys = keys_of(hr, gap)
@@ -87,7 +93,11 @@ def test_sequence_windows_lie_within_the_gap_and_share_it_out():
     plan = windows(20, 40, 5, 5)
     assert [w.centre for w in plan] == [23, 28, 33, 37]
     assert [list(w.keep) for w in plan] == [
-        [21, 22, 23, 24, 25], [26, 27, 28, 29, 30], [31, 32, 33, 34, 35], [36, 37, 38, 39]]
+        [21, 22, 23, 24, 25],
+        [26, 27, 28, 29, 30],
+        [31, 32, 33, 34, 35],
+        [36, 37, 38, 39],
+    ]
 
 
 def test_reading_is_lazy_and_only_skips_windows():
@@ -104,8 +114,11 @@ def test_reading_is_lazy_and_only_skips_windows():
     run = reconstruct(oracle, stream, keys_of(hr, 20), lr_frames=3, n_out=1)
     assert [next(run)[0] for _ in range(4)] == [0, 1, 2, 3]
     assert reads.count(2) == 1 and max(reads) == 4
-    some = list(reconstruct(oracle := Oracle(hr, 3), lr, keys_of(hr, 20), lr_frames=3, n_out=3,
-                            only={20, 22, 31}))
+    some = list(
+        reconstruct(
+            oracle := Oracle(hr, 3), lr, keys_of(hr, 20), lr_frames=3, n_out=3, only={20, 22, 31}
+        )
+    )
     assert [t for t, _ in some] == [20, 22, 31]
     assert len(oracle.seen) == 2
 
@@ -115,13 +128,19 @@ def test_output_is_clipped_and_modes_do_not_leak():
     states = []
 
     def wild(sample):
-        states.append((torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"),
-                       torch.get_autocast_dtype("cpu")))
+        states.append(
+            (
+                torch.is_inference_mode_enabled(),
+                torch.is_autocast_enabled("cpu"),
+                torch.get_autocast_dtype("cpu"),
+            )
+        )
         return torch.linspace(-1, 2, 96).reshape(1, 1, 1, 8, 12)
 
     for precision in ("float32", "bf16"):
-        for _, frame in reconstruct(wild, lr, keys_of(hr, 4), lr_frames=3, n_out=1,
-                                    precision=precision):
+        for _, frame in reconstruct(
+            wild, lr, keys_of(hr, 4), lr_frames=3, n_out=1, precision=precision
+        ):
             assert frame.dtype == np.float32 and frame.min() >= 0 and frame.max() <= 1
             assert not torch.is_inference_mode_enabled()
             assert not torch.is_autocast_enabled("cpu")
@@ -139,8 +158,11 @@ def test_bad_methods_and_keys_are_named():
     with pytest.raises(ValueError, match=r"\(1, 1, 1, 4, 4\).*expected \(1, 1, 1, 8, 12\)"):
         list(reconstruct(gives(torch.zeros(1, 1, 1, 4, 4)), lr, keys, lr_frames=3, n_out=1))
     with pytest.raises(InputError, match=r"frame 1: .*not finite"):
-        list(reconstruct(gives(torch.full((1, 1, 1, 8, 12), torch.nan)), lr, keys, lr_frames=3,
-                         n_out=1))
+        list(
+            reconstruct(
+                gives(torch.full((1, 1, 1, 8, 12), torch.nan)), lr, keys, lr_frames=3, n_out=1
+            )
+        )
     for bad in ({0: hr[0]}, {0: hr[0], 5: hr[4]}):
         with pytest.raises(InputError, match="at least two"):
             reconstruct(gives(None), lr, bad, lr_frames=3, n_out=1)
@@ -150,8 +172,17 @@ def test_bad_methods_and_keys_are_named():
 
 
 def info(**changes):
-    return {"camera": "test", "frame_rate_hz": 1000.0, "pixel_size_um": 2.0, "exposure_s": None,
-            "bit_depth": 12, "scene": "noise", "split": "test", "source": "simulated", **changes}
+    return {
+        "camera": "test",
+        "frame_rate_hz": 1000.0,
+        "pixel_size_um": 2.0,
+        "exposure_s": None,
+        "bit_depth": 12,
+        "scene": "noise",
+        "split": "test",
+        "source": "simulated",
+        **changes,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +192,28 @@ def corpus(tmp_path_factory):
     slow = rng.integers(0, 1024, (22, 4, 6), dtype=np.uint16)
     with CorpusWriter(tmp_path_factory.mktemp("corpus") / "c") as writer:
         plain = writer.add("plain", frames, frames.shape, frames.dtype, info())
-        twin = writer.add("twin", frames, frames.shape, frames.dtype,
-                          info(lr_times=[t / 2 - 0.1 for t in range(22)], lr_bit_depth=10), lr=slow)
+        twin = writer.add(
+            "twin",
+            frames,
+            frames.shape,
+            frames.dtype,
+            info(lr_times=[t / 2 - 0.1 for t in range(22)], lr_bit_depth=10),
+            lr=slow,
+        )
         odd = writer.add("odd", frames[:, :15], (11, 15, 24), frames.dtype, info())
         still = np.repeat(frames[:1], 3, axis=0)
-        stills = [writer.add(name, still, still.shape, still.dtype, info())
-                  for name in ("still-a", "still-b")]
-    return SimpleNamespace(plain=plain, twin=twin, odd=odd, stills=stills,
-                           frames=frames / np.float32(4095), slow=slow / np.float32(1023))
+        stills = [
+            writer.add(name, still, still.shape, still.dtype, info())
+            for name in ("still-a", "still-b")
+        ]
+    return SimpleNamespace(
+        plain=plain,
+        twin=twin,
+        odd=odd,
+        stills=stills,
+        frames=frames / np.float32(4095),
+        slow=slow / np.float32(1023),
+    )
 
 
 def test_binned_stream_and_keys(corpus):
@@ -191,9 +236,10 @@ def test_noise_depends_on_seed_recording_and_frame_only(corpus):
         np.testing.assert_array_equal(backwards[t], again[t])
         assert 0.5 < (noisy[t] - clean[t]).std() / np.sqrt(clean[t].mean() / 1e4) < 1.6
     # The same frame every time, so that only the noise can differ.
-    a, b, other = (recording_streams(video, 4, Data(), photons=1e4, seed=seed)[0]
-                   for video, seed in zip((*corpus.stills, corpus.stills[0]), (5, 5, 6),
-                                          strict=True))
+    a, b, other = (
+        recording_streams(video, 4, Data(), photons=1e4, seed=seed)[0]
+        for video, seed in zip((*corpus.stills, corpus.stills[0]), (5, 5, 6), strict=True)
+    )
     assert (a[0] != a[1]).any() and (a[0] != b[0]).any() and (a[0] != other[0]).any()
 
 
@@ -225,8 +271,9 @@ def camera(name, frames, bit_depth):
         opened.append(start)
         return iter(frames[start:stop])
 
-    return SimpleNamespace(path=name, shape=frames.shape, bit_depth=bit_depth, frames=read,
-                           opened=opened)
+    return SimpleNamespace(
+        path=name, shape=frames.shape, bit_depth=bit_depth, frames=read, opened=opened
+    )
 
 
 def test_streams_from_two_files():
@@ -245,24 +292,38 @@ def test_streams_from_two_files():
         for file in files:
             file.opened.clear()
         lr, keys = streams_from_files(*files, 5, 4)
-        out = list(reconstruct(lambda s, n=n_out: s["hr"][:, :1].expand(-1, n, -1, -1, -1), lr,
-                               keys, lr_frames=3, n_out=n_out))
+        out = list(
+            reconstruct(
+                lambda s, n=n_out: s["hr"][:, :1].expand(-1, n, -1, -1, -1),
+                lr,
+                keys,
+                lr_frames=3,
+                n_out=n_out,
+            )
+        )
         assert [t for t, _ in out] == list(range(11))
         assert [len(file.opened) for file in files] == [1, 1]
 
 
-@pytest.mark.parametrize(("fast", "sharp", "gap", "words"), [
-    ((12, 4, 5), (3, 16, 24), 5, ["16x24", "4x5", "16x20", "register"]),
-    ((12, 4, 5), (3, 18, 21), 5, ["18x21", "scale 4", "16x20"]),
-    ((12, 4, 5), (1, 16, 20), 5, ["1 frame", "at least 2"]),
-    ((12, 4, 5), (4, 16, 20), 5, ["fast frame 15", "ends at frame 11", "at most 3"]),
-    ((3, 4, 5), (9, 16, 20), 5, ["swapped"]),
-    ((12, 4, 5), (3, 16, 20), 0, ["gap 0"]),
-])
+@pytest.mark.parametrize(
+    ("fast", "sharp", "gap", "words"),
+    [
+        ((12, 4, 5), (3, 16, 24), 5, ["16x24", "4x5", "16x20", "register"]),
+        ((12, 4, 5), (3, 18, 21), 5, ["18x21", "scale 4", "16x20"]),
+        ((12, 4, 5), (1, 16, 20), 5, ["1 frame", "at least 2"]),
+        ((12, 4, 5), (4, 16, 20), 5, ["fast frame 15", "ends at frame 11", "at most 3"]),
+        ((3, 4, 5), (9, 16, 20), 5, ["swapped"]),
+        ((12, 4, 5), (3, 16, 20), 0, ["gap 0"]),
+    ],
+)
 def test_two_files_that_do_not_belong_together(fast, sharp, gap, words):
     with pytest.raises(InputError) as error:
-        streams_from_files(camera("fast", np.zeros(fast, np.uint8), 8),
-                           camera("sharp", np.zeros(sharp, np.uint8), 8), gap, 4)
+        streams_from_files(
+            camera("fast", np.zeros(fast, np.uint8), 8),
+            camera("sharp", np.zeros(sharp, np.uint8), 8),
+            gap,
+            4,
+        )
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
 
@@ -307,9 +368,14 @@ def test_hdf5_round_trip(tmp_path, movie):
     with h5py.File(path) as file:
         data = file["exchange/data"]
         np.testing.assert_allclose(data[:] / 65535, movie, atol=0.51 / 65535)
-        assert dict(data.attrs) == {"axes": "time:y:x", "first_frame": 7, "full_scale": 1.25,
-                                    "stored_full_scale": 65535, "frame_rate_hz": 2000.0,
-                                    "pixel_size_um": 2.5}
+        assert dict(data.attrs) == {
+            "axes": "time:y:x",
+            "first_frame": 7,
+            "full_scale": 1.25,
+            "stored_full_scale": 65535,
+            "frame_rate_hz": 2000.0,
+            "pixel_size_um": 2.5,
+        }
         assert file["implements"].asstr()[()] == "exchange"
 
 
@@ -324,10 +390,13 @@ def test_nothing_half_written_stays(tmp_path, movie, suffix):
     path.write_text("older result")
     with pytest.raises(RuntimeError, match="unplugged"):
         writers.write_sequence(path, failing(movie), 5)
-    for frames, count, words in ((movie[:4], 5, "4 frames came"), (movie, 4, "more than the 4"),
-                                 ([*movie[:4], movie[4, 1:]], 5, "frame 4 is"),
-                                 ([], 5, "no frames"),
-                                 ([*movie[:4], movie[4] * np.nan], 5, "frame 4 .*not finite")):
+    for frames, count, words in (
+        (movie[:4], 5, "4 frames came"),
+        (movie, 4, "more than the 4"),
+        ([*movie[:4], movie[4, 1:]], 5, "frame 4 is"),
+        ([], 5, "no frames"),
+        ([*movie[:4], movie[4] * np.nan], 5, "frame 4 .*not finite"),
+    ):
         with pytest.raises(InputError, match=words):
             writers.write_sequence(path, iter(frames), count)
     assert path.read_text() == "older result"
@@ -351,12 +420,16 @@ def test_bad_names_and_full_disks_are_refused_first(tmp_path, movie, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("suffix", "frames", "expected"), [
-    (".gif", 7, 7), (".webp", 7, 7), (".webp", 130, 33), (".png", 7, 1)])
+@pytest.mark.parametrize(
+    ("suffix", "frames", "expected"),
+    [(".gif", 7, 7), (".webp", 7, 7), (".webp", 130, 33), (".png", 7, 1)],
+)
 def test_movie(tmp_path, suffix, frames, expected):
     ramp = np.linspace(0.1, 0.9, 40, dtype=np.float32)
-    panels = [(np.full((10, 10), 0.4, np.float32), np.roll(np.tile(ramp, (40, 1)), t, axis=1))
-              for t in range(frames)]
+    panels = [
+        (np.full((10, 10), 0.4, np.float32), np.roll(np.tile(ramp, (40, 1)), t, axis=1))
+        for t in range(frames)
+    ]
     path = writers.write_movie(tmp_path / f"m{suffix}", iter(panels), 20, ["fast", "sharp"])
     with Image.open(path) as image:
         assert getattr(image, "n_frames", 1) == expected

@@ -18,8 +18,10 @@ from hpc_xvr.evaluate.report import write_report
 def noise(path, size=(60, 80), colour=True, frames=1, seed=0):
     rng = np.random.default_rng(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    images = [Image.fromarray(rng.integers(0, 256, (*size, 3)[: 3 if colour else 2], np.uint8))
-              for _ in range(frames)]
+    images = [
+        Image.fromarray(rng.integers(0, 256, (*size, 3)[: 3 if colour else 2], np.uint8))
+        for _ in range(frames)
+    ]
     images[0].save(path, **({"save_all": True, "append_images": images[1:]} if frames > 1 else {}))
 
 
@@ -34,24 +36,63 @@ def run(tmp_path):
     run.mkdir()
     tree = config.load(None, ["train.steps=400", "optim.lr=0.000321"])
     (run / "config.yaml").write_text(config.dump(tree))
-    (run / "environment.json").write_text(json.dumps(
-        {"packages": {"torch": "9.8.7"}, "git": "abc123", "driver": None, "earlier": [{}, {}],
-         "ranks": [{"host": f"n{i % 2}", "device": "H200", "threads": 8} for i in range(6)]}))
+    (run / "environment.json").write_text(
+        json.dumps(
+            {
+                "packages": {"torch": "9.8.7"},
+                "git": "abc123",
+                "driver": None,
+                "earlier": [{}, {}],
+                "ranks": [{"host": f"n{i % 2}", "device": "H200", "threads": 8} for i in range(6)],
+            }
+        )
+    )
     with (run / "metrics.jsonl").open("w") as file:
         for step in range(10, 210, 10):
-            file.write(log_line("train", step, loss=0.5 / step, lr=1e-4, grad_norm=1.0,
-                                samples_per_s=42.5, data_wait=0.031, time=1.7e9 + step))
+            file.write(
+                log_line(
+                    "train",
+                    step,
+                    loss=0.5 / step,
+                    lr=1e-4,
+                    grad_norm=1.0,
+                    samples_per_s=42.5,
+                    data_wait=0.031,
+                    time=1.7e9 + step,
+                )
+            )
         file.write('{"kind": "train", "step": 21')
         file.write("\n" + log_line("event", 150, text="resumed from step-150 <b>"))
         for step in range(160, 410, 10):
-            file.write(log_line("train", step, loss=0.4 / step, lr=1e-4, grad_norm=1.0,
-                                samples_per_s=42.5, data_wait=0.031, time=1.7e9 + step))
+            file.write(
+                log_line(
+                    "train",
+                    step,
+                    loss=0.4 / step,
+                    lr=1e-4,
+                    grad_norm=1.0,
+                    samples_per_s=42.5,
+                    data_wait=0.031,
+                    time=1.7e9 + step,
+                )
+            )
         for step in (200, 400):
-            file.write(log_line("validation", step, psnr=30 + step / 100, ssim=0.9,
-                                psnr_bicubic=29.75, psnr_detail=33.5))
+            file.write(
+                log_line(
+                    "validation",
+                    step,
+                    psnr=30 + step / 100,
+                    ssim=0.9,
+                    psnr_bicubic=29.75,
+                    psnr_detail=33.5,
+                )
+            )
     scores = {"bicubic": (30.0, 36.5), "detail": (34.0, 38.0), "swin_xvr": (36.0, 41.25)}
-    rows = [Row(name, f"clip{i}", 18, 2, psnr, 0.9 + psnr / 1000, 5 - psnr / 10, 0.0123)
-            for name, values in scores.items() for i, psnr in enumerate(values)]
+    rows = [
+        Row(name, f"clip{i}", 18, 2, psnr, 0.9 + psnr / 1000, 5 - psnr / 10, 0.0123)
+        for name, values in scores.items()
+        for i, psnr in enumerate(values)
+    ]
     Evaluation(rows, {"gap": 20, "photons": 1e4, "device": "cuda"}).save(run / "evaluation")
     noise(run / "evaluation" / "clip0_frame7.png")
     noise(run / "samples" / "step_2.png", seed=1)
@@ -73,12 +114,26 @@ def test_whole_run(run):
     page = path.read_text()
     text = text_of(page)
     # Mean 38.625 dB; bicubic 33.25, detail 36.0.
-    for words in ("38.62 dB PSNR", "+5.38 dB against bicubic", "+2.62 dB against detail transfer",
-                  "0.9386 SSIM", "12.3 ms a frame on cuda", "400 of 400 steps", "42.5 samples/s",
-                  "3.1 % waiting for data", "36 frames of 2 recordings", "10000 photons",
-                  "step 150: resumed from step-150 &lt;b&gt;", "1 line of metrics.jsonl",
-                  "0.000321", "9.8.7", "2: n0, n1", "6 with device H200, threads 8", "abc123",
-                  "earlier starts 2"):
+    for words in (
+        "38.62 dB PSNR",
+        "+5.38 dB against bicubic",
+        "+2.62 dB against detail transfer",
+        "0.9386 SSIM",
+        "12.3 ms a frame on cuda",
+        "400 of 400 steps",
+        "42.5 samples/s",
+        "3.1 % waiting for data",
+        "36 frames of 2 recordings",
+        "10000 photons",
+        "step 150: resumed from step-150 &lt;b&gt;",
+        "1 line of metrics.jsonl",
+        "0.000321",
+        "9.8.7",
+        "2: n0, n1",
+        "6 with device H200, threads 8",
+        "abc123",
+        "earlier starts 2",
+    ):
         assert words in text, words
     assert text.index("38.62 dB PSNR") < text.index("Comparison") < text.index("Settings")
     best = re.findall(r'<td class="best">([^<]+)</td>', page)
@@ -127,8 +182,10 @@ def test_run_that_was_not_evaluated(run):
 def test_evaluation_alone_and_losing_to_a_baseline(run):
     for path in (run / "metrics.jsonl", run / "config.yaml", run / "environment.json"):
         path.unlink()
-    rows = [Row(name, "clip", 18, 2, psnr, 0.9, 1.0, 0.01)
-            for name, psnr in (("detail", 36.0), ("peer", 35.5), ("nearest_hr", float("inf")))]
+    rows = [
+        Row(name, "clip", 18, 2, psnr, 0.9, 1.0, 0.01)
+        for name, psnr in (("detail", 36.0), ("peer", 35.5), ("nearest_hr", float("inf")))
+    ]
     Evaluation(rows, {"gap": 20}).save(run / "evaluation")
     page = write_report(run).read_text()
     text = text_of(page)
@@ -141,8 +198,10 @@ def test_evaluation_alone_and_losing_to_a_baseline(run):
 
 
 def test_ties_are_bold_together_and_no_gain_is_no_colour(run):
-    rows = [Row(name, "clip", 18, 2, psnr, 0.9, 1.0, 0.01)
-            for name, psnr in (("bicubic", 30.0), ("detail", 36.001), ("swin_xvr", 36.002))]
+    rows = [
+        Row(name, "clip", 18, 2, psnr, 0.9, 1.0, 0.01)
+        for name, psnr in (("bicubic", 30.0), ("detail", 36.001), ("swin_xvr", 36.002))
+    ]
     Evaluation(rows, {"gap": 20}).save(run / "evaluation")
     page = write_report(run).read_text()
     assert re.findall(r'<td class="best">([^<]+)</td>', page).count("36.00") == 4

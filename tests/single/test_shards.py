@@ -97,9 +97,15 @@ def test_seeds_and_epochs_differ():
     assert times != sorted(times)
 
 
-@pytest.mark.parametrize("frames, slots", [
-    ([100], 8), ([9], 16), ([1000, 3, 3, 3], 4), ([5] * 3, 2),
-])
+@pytest.mark.parametrize(
+    "frames, slots",
+    [
+        ([100], 8),
+        ([9], 16),
+        ([1000, 3, 3, 3], 4),
+        ([5] * 3, 2),
+    ],
+)
 def test_odd_corpora_are_shared_evenly(frames, slots):
     dealt = Slots(frames, 3, slots, 1).deal(0)
     loads = [len(frames_of(pieces)) for pieces in dealt]

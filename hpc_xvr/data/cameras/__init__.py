@@ -15,8 +15,10 @@ __all__ = ["FORMATS", "SUFFIXES", "Recording", "camera_files", "open_files", "op
 PHOTRON = (".mraw", ".cih", ".cihx")
 HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
 SUFFIXES = (*PHOTRON, ".cine", ".dat", *HDF5, *images.IMAGE_SUFFIXES)
-FORMATS = ("Photron .mraw with .cih or .cihx, Phantom .cine, Shimadzu HPV-X2 .dat, HDF5 (DXchange "
-           f"or any dataset: {' '.join(HDF5)}), TIFF stacks, folders of numbered .tif or .png")
+FORMATS = (
+    "Photron .mraw with .cih or .cihx, Phantom .cine, Shimadzu HPV-X2 .dat, HDF5 (DXchange "
+    f"or any dataset: {' '.join(HDF5)}), TIFF stacks, folders of numbered .tif or .png"
+)
 
 
 def open_recording(
@@ -44,8 +46,13 @@ def open_recording(
         files, inner = camera_files(path)
         if inner and dataset and inner.strip("/") != dataset.strip("/"):
             raise InputError(f"{path}: names another dataset than {dataset}: give one")
-        recording = open_files(files, dataset=inner or dataset, own_flat=own_flat,
-                               bit_depth=bit_depth, full_scale=full_scale)
+        recording = open_files(
+            files,
+            dataset=inner or dataset,
+            own_flat=own_flat,
+            bit_depth=bit_depth,
+            full_scale=full_scale,
+        )
     return recording.flipped() if flip_rows else recording
 
 
@@ -62,8 +69,9 @@ def open_files(
     suffix = first.suffix.lower()
     with guarded(str(first)):
         if dataset and suffix not in HDF5:
-            raise InputError(f"{first}: is no HDF5 file, so it has no dataset {dataset}: leave "
-                             "the dataset out")
+            raise InputError(
+                f"{first}: is no HDF5 file, so it has no dataset {dataset}: leave the dataset out"
+            )
         if suffix in HDF5:
             return hdf5.open_hdf5(first, dataset, own_flat, bit_depth, full_scale)
         if suffix in images.IMAGE_SUFFIXES:
@@ -72,8 +80,9 @@ def open_files(
         if suffix not in SUFFIXES:
             raise InputError(f"{first}: unknown kind of file; readable are {FORMATS}")
         if bit_depth is not None or full_scale is not None:
-            raise InputError(f"{first}: states its bit depth itself: leave the bit depth and the "
-                             "full scale out")
+            raise InputError(
+                f"{first}: states its bit depth itself: leave the bit depth and the full scale out"
+            )
         if suffix == ".cine":
             return phantom_cine.open_cine(first)
         if suffix == ".dat":
@@ -111,6 +120,8 @@ def _sequence(path: Path, found: list[Path]) -> list[Path]:
     files = [file for file in found if file.suffix.lower() in images.IMAGE_SUFFIXES]
     groups = images.grouped(files)
     if len(groups) != 1:
-        raise InputError(f"{path}: holds {len(groups)} sequences of numbered .tif or .png files: "
-                         "give one file or a folder with one sequence")
+        raise InputError(
+            f"{path}: holds {len(groups)} sequences of numbered .tif or .png files: "
+            "give one file or a folder with one sequence"
+        )
     return images.in_order(groups[0])

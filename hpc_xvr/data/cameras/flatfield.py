@@ -41,21 +41,28 @@ def transmission(
     dark = np.zeros(shape) if dark is None else dark
     for name, field in (("flat", flat), ("dark", dark)):
         if field.shape != shape:
-            raise InputError(f"{recording.path}: frames are {shape[0]} x {shape[1]} pixels, the "
-                             f"{name} field is {' x '.join(map(str, field.shape))}: give one "
-                             "taken with the same camera settings")
+            raise InputError(
+                f"{recording.path}: frames are {shape[0]} x {shape[1]} pixels, the "
+                f"{name} field is {' x '.join(map(str, field.shape))}: give one "
+                "taken with the same camera settings"
+            )
     light = flat - dark
     floor = 0.01 * float(np.percentile(light, 99))
     if floor <= 0:
-        raise InputError(f"{recording.path}: its flat field is not brighter than its dark field: "
-                         "check that the two are not swapped")
+        raise InputError(
+            f"{recording.path}: its flat field is not brighter than its dark field: "
+            "check that the two are not swapped"
+        )
     lit = light > floor
     gain = np.where(lit, 1 / np.where(lit, light, 1), 0).astype(np.float32)
     offset = dark.astype(np.float32)
     unlit = int(lit.size - np.count_nonzero(lit))
     if unlit > 0.01 * lit.size:
-        logger.warning("%s: %.1f %% of the pixels get no light in the flat field and become 0",
-                       recording.path, 100 * unlit / lit.size)
+        logger.warning(
+            "%s: %.1f %% of the pixels get no light in the flat field and become 0",
+            recording.path,
+            100 * unlit / lit.size,
+        )
     return recording.changed(
         lambda frame: (frame - offset) * gain,
         dtype=np.dtype(np.uint16),

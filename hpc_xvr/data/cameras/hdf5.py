@@ -76,7 +76,7 @@ def _recording(
         with _open(path) as file:
             dataset = file[name]
             for first in range(start, stop, block):
-                yield from [dataset[()]] if flat else dataset[first: min(first + block, stop)]
+                yield from [dataset[()]] if flat else dataset[first : min(first + block, stop)]
 
     return array_recording(path, shape, native, source, bit_depth, full_scale, **fields)
 
@@ -86,18 +86,19 @@ def _choose(path: Path, file: h5py.File, dataset: str | None) -> str:
         found = file.get(dataset.strip("/"))
         if isinstance(found, h5py.Dataset) and found.ndim in (2, 3):
             return dataset.strip("/")
-        raise InputError(f"{path}: has no 2-D or 3-D dataset {dataset}: choose from "
-                         f"{_listed(_candidates(file))}")
+        raise InputError(
+            f"{path}: has no 2-D or 3-D dataset {dataset}: choose from {_listed(_candidates(file))}"
+        )
     if isinstance(file.get(DATA), h5py.Dataset) and file[DATA].ndim in (2, 3):
         return DATA
     names = _candidates(file)
     if len(names) == 1:
         return names[0]
     if not names:
-        raise InputError(f"{path}: holds no 2-D or 3-D dataset of numbers: frames are (H, W) or "
-                         "(frames, H, W)")
-    raise InputError(f"{path}: holds several datasets, choose one with --dataset: "
-                     f"{_listed(names)}")
+        raise InputError(
+            f"{path}: holds no 2-D or 3-D dataset of numbers: frames are (H, W) or (frames, H, W)"
+        )
+    raise InputError(f"{path}: holds several datasets, choose one with --dataset: {_listed(names)}")
 
 
 def _candidates(file: h5py.File) -> list[str]:
@@ -129,24 +130,33 @@ def _check_stored(path: Path, dataset: h5py.Dataset) -> None:
     if dataset.is_virtual:
         for part in dataset.virtual_sources():
             if part.file_name != "." and not (path.parent / part.file_name).exists():
-                raise InputError(f"{path}, dataset {dataset.name}: its part {part.file_name} is "
-                                 "missing: put it beside")
+                raise InputError(
+                    f"{path}, dataset {dataset.name}: its part {part.file_name} is "
+                    "missing: put it beside"
+                )
         return
     stored = dataset.id.get_storage_size()
     if dataset.chunks:
-        wanted = math.prod(math.ceil(n / c) for n, c in zip(dataset.shape, dataset.chunks,
-                                                           strict=True))
+        wanted = math.prod(
+            math.ceil(n / c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)
+        )
         written = dataset.id.get_num_chunks()
         if written < wanted:
-            raise InputError(f"{path}, dataset {dataset.name}: only {written} of {wanted} chunks "
-                             "were written: the recording is incomplete")
+            raise InputError(
+                f"{path}, dataset {dataset.name}: only {written} of {wanted} chunks "
+                "were written: the recording is incomplete"
+            )
         chunk = dataset.dtype.itemsize * math.prod(dataset.chunks)
         if dataset.compression in (None, "gzip") and wanted * chunk > DEFLATE_LIMIT * stored:
-            raise InputError(f"{path}, dataset {dataset.name}: states {wanted * chunk} bytes but "
-                             f"stores {stored}: the file is damaged, copy it again")
+            raise InputError(
+                f"{path}, dataset {dataset.name}: states {wanted * chunk} bytes but "
+                f"stores {stored}: the file is damaged, copy it again"
+            )
     elif dataset.external is None and stored < nbytes:
-        raise InputError(f"{path}, dataset {dataset.name}: stores {stored} of {nbytes} bytes: the "
-                         "recording is incomplete")
+        raise InputError(
+            f"{path}, dataset {dataset.name}: stores {stored} of {nbytes} bytes: the "
+            "recording is incomplete"
+        )
 
 
 def _description(file: h5py.File) -> dict[str, Any]:
@@ -154,9 +164,11 @@ def _description(file: h5py.File) -> dict[str, Any]:
     maker, model = (_scalar(file, f"{DETECTOR}/{key}") for key in ("manufacturer", "model"))
     camera = " ".join(str(part) for part in (maker, model) if isinstance(part, str) and part)
     fields: dict[str, Any] = {"camera": camera} if camera else {}
-    for field, name in (("frame_rate_hz", f"{DETECTOR}/frame_rate"),
-                        ("exposure_s", f"{DETECTOR}/exposure_time"),
-                        ("pixel_size_um", RESOLUTION)):
+    for field, name in (
+        ("frame_rate_hz", f"{DETECTOR}/frame_rate"),
+        ("exposure_s", f"{DETECTOR}/exposure_time"),
+        ("pixel_size_um", RESOLUTION),
+    ):
         value = _scalar(file, name)
         if isinstance(value, float) and 0 < value < float("inf"):
             fields[field] = value

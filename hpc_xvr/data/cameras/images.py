@@ -29,21 +29,29 @@ MINISBLACK = 1
 tifffile.logger().addHandler(logging.NullHandler())
 
 
-def open_stack(path: Path, bit_depth: int | None = None, full_scale: float | None = None
-               ) -> Recording:
+def open_stack(
+    path: Path, bit_depth: int | None = None, full_scale: float | None = None
+) -> Recording:
     """Open a multi-page TIFF, an ImageJ stack or a single image as one recording.
 
     Raises:
         InputError: colour, pages cut off, another number type, a damaged file.
     """
     frames, shape, native, metadata = _header(path)
-    return array_recording(path, (frames, *shape), native,
-                           lambda start, stop: _read(path, frames, start, stop),
-                           bit_depth, full_scale, metadata=metadata)
+    return array_recording(
+        path,
+        (frames, *shape),
+        native,
+        lambda start, stop: _read(path, frames, start, stop),
+        bit_depth,
+        full_scale,
+        metadata=metadata,
+    )
 
 
-def open_sequence(files: Sequence[Path], bit_depth: int | None = None,
-                  full_scale: float | None = None) -> Recording:
+def open_sequence(
+    files: Sequence[Path], bit_depth: int | None = None, full_scale: float | None = None
+) -> Recording:
     """Open numbered single-frame files, in the given order, as one recording.
 
     Raises:
@@ -56,15 +64,24 @@ def open_sequence(files: Sequence[Path], bit_depth: int | None = None,
             with guarded(str(file)):
                 pages, this_shape, this_native, _ = _header(file)
                 if (pages, this_shape, this_native) != (1, shape, native):
-                    raise InputError(f"{file}: holds {pages} x {_size(this_shape)} {this_native} "
-                                     f"pixels, {files[0].name} 1 x {_size(shape)} {native}: all "
-                                     "files of a sequence must be alike")
+                    raise InputError(
+                        f"{file}: holds {pages} x {_size(this_shape)} {this_native} "
+                        f"pixels, {files[0].name} 1 x {_size(shape)} {native}: all "
+                        "files of a sequence must be alike"
+                    )
                 frame = next(_read(file, 1, 0, 1))
             yield frame
 
     prefix, suffix = name_key(files[0]) or ("", files[0].name)
-    return array_recording(files[0].parent / f"{prefix}*{suffix}", (len(files), *shape), native,
-                           source, bit_depth, full_scale, metadata=metadata)
+    return array_recording(
+        files[0].parent / f"{prefix}*{suffix}",
+        (len(files), *shape),
+        native,
+        source,
+        bit_depth,
+        full_scale,
+        metadata=metadata,
+    )
 
 
 def page_count(path: Path) -> int:
@@ -101,15 +118,17 @@ def in_order(group: Sequence[Path]) -> list[Path]:
         if number == before:
             raise InputError(f"{file}: number {number} occurs twice in its sequence: remove one")
         if smallest and number - before != smallest:
-            raise InputError(f"{file}: follows number {before} where others step by {smallest}: "
-                             "a frame is missing, restore it or move what is behind the gap to a "
-                             "folder of its own")
+            raise InputError(
+                f"{file}: follows number {before} where others step by {smallest}: "
+                "a frame is missing, restore it or move what is behind the gap to a "
+                "folder of its own"
+            )
     return [file for _, file in ordered]
 
 
 def _number(file: Path) -> int:
     prefix, suffix = name_key(file) or ("", "")
-    return int(file.name[len(prefix): len(file.name) - len(suffix)])
+    return int(file.name[len(prefix) : len(file.name) - len(suffix)])
 
 
 def _header(path: Path) -> tuple[int, tuple[int, int], np.dtype, dict[str, str]]:
@@ -137,11 +156,16 @@ def _tiff_header(path: Path) -> tuple[int, tuple[int, int], np.dtype, dict[str, 
             count = int(tif.imagej_metadata.get("images", 1))
             needed = page.dataoffsets[0] + count * page.nbytes
             if needed > tif.filehandle.size:
-                raise InputError(f"{path}: has {tif.filehandle.size} bytes, its header promises "
-                                 f"{count} frames in {needed}: the file is incomplete, copy it "
-                                 "again")
-        texts = {name.lower(): page.tags[name].value for name in ("Software", "DateTime")
-                 if name in page.tags}
+                raise InputError(
+                    f"{path}: has {tif.filehandle.size} bytes, its header promises "
+                    f"{count} frames in {needed}: the file is incomplete, copy it "
+                    "again"
+                )
+        texts = {
+            name.lower(): page.tags[name].value
+            for name in ("Software", "DateTime")
+            if name in page.tags
+        }
     metadata = {key: value for key, value in texts.items() if isinstance(value, str) and value}
     return count, shape, native, metadata
 
@@ -149,8 +173,12 @@ def _tiff_header(path: Path) -> tuple[int, tuple[int, int], np.dtype, dict[str, 
 def _contiguous(tif: tifffile.TiffFile) -> bool:
     """ImageJ writes stacks above 4 GB as one page followed by the other frames' bare pixels."""
     page = tif.pages[0]
-    return bool(tif.is_imagej and page.compression == 1 and page.is_contiguous
-                and isinstance(tif.imagej_metadata, dict))
+    return bool(
+        tif.is_imagej
+        and page.compression == 1
+        and page.is_contiguous
+        and isinstance(tif.imagej_metadata, dict)
+    )
 
 
 def _read_tiff(path: Path, frames: int, start: int, stop: int) -> Iterator[np.ndarray]:
@@ -176,13 +204,18 @@ def _check_page(path: Path, tif: tifffile.TiffFile, page: Any, index: int) -> No
     check_shape(path, (1, *page.shape))
     spans = list(zip(page.dataoffsets, page.databytecounts, strict=True))
     stored = sum(count for _, count in spans)
-    if not spans or any(at <= 0 or count <= 0 or at + count > tif.filehandle.size
-                        for at, count in spans):
-        raise InputError(f"{path}: frame {index} lies beyond the end of the file: it is "
-                         "incomplete, copy it again")
+    if not spans or any(
+        at <= 0 or count <= 0 or at + count > tif.filehandle.size for at, count in spans
+    ):
+        raise InputError(
+            f"{path}: frame {index} lies beyond the end of the file: it is "
+            "incomplete, copy it again"
+        )
     if page.nbytes > stored * (1 if page.compression == 1 else DENSEST):
-        raise InputError(f"{path}: frame {index} states {page.nbytes} bytes but stores {stored}: "
-                         "the file is damaged, copy it again")
+        raise InputError(
+            f"{path}: frame {index} states {page.nbytes} bytes but stores {stored}: "
+            "the file is damaged, copy it again"
+        )
 
 
 def _count_pages(path: Path) -> int:
@@ -205,8 +238,10 @@ def _count_pages(path: Path) -> int:
             if len(data) == struct.calcsize(entries):
                 end += struct.unpack(order + entries, data)[0] * entry
             if at in seen or end == at or end + width > size:
-                raise InputError(f"{path}: the chain of its pages breaks after {len(seen)}: the "
-                                 "file is incomplete or damaged, copy it again")
+                raise InputError(
+                    f"{path}: the chain of its pages breaks after {len(seen)}: the "
+                    "file is incomplete or damaged, copy it again"
+                )
             seen.add(at)
             file.seek(end)
             at = struct.unpack(order + number, file.read(width))[0]
@@ -223,9 +258,11 @@ def _png_header(path: Path) -> tuple[int, tuple[int, int], np.dtype, dict[str, s
         shape, native = image.size[::-1], np.dtype(PNG_DTYPES[image.mode])
     check_shape(path, (1, *shape))
     if shape[0] * shape[1] * native.itemsize > DENSEST * path.stat().st_size:
-        raise InputError(f"{path}: states {_size(shape)} pixels, more than its "
-                         f"{path.stat().st_size} bytes can hold: the file is damaged, copy it "
-                         "again")
+        raise InputError(
+            f"{path}: states {_size(shape)} pixels, more than its "
+            f"{path.stat().st_size} bytes can hold: the file is damaged, copy it "
+            "again"
+        )
     return 1, shape, native, {}
 
 

@@ -19,8 +19,15 @@ PACKED = {256: 10, 1024: 12}
 """Compression code of the bitmap header: bits of a packed pixel."""
 IMAGE_TIMES = 1002
 LARGEST_TEXT = 2**16
-KEPT = ("serial", "firmware_version", "software_version", "decimation", "black_level",
-        "white_level", "description")
+KEPT = (
+    "serial",
+    "firmware_version",
+    "software_version",
+    "decimation",
+    "black_level",
+    "white_level",
+    "description",
+)
 
 
 def open_cine(path: Path) -> Recording:
@@ -88,22 +95,29 @@ def _check(path: Path, file: BinaryIO) -> tuple[int, int, np.ndarray, np.ndarray
     if kind != b"CI":
         raise InputError(f"{path}: does not start with CI: not a Phantom .cine, or damaged")
     _, width, height, _, bits, packing, _ = struct.unpack(
-        "<IiiHHII", _bytes(path, file, off_bitmap, 24))
+        "<IiiHHII", _bytes(path, file, off_bitmap, 24)
+    )
     if bits not in (8, 16) or compression or packing not in (0, *PACKED):
-        raise InputError(f"{path}: {bits} bit a pixel, compression {compression}/{packing}: "
-                         "readable is uncompressed or packed monochrome")
+        raise InputError(
+            f"{path}: {bits} bit a pixel, compression {compression}/{packing}: "
+            "readable is uncompressed or packed monochrome"
+        )
     check_shape(path, (count, height, width))
     stored_bits = PACKED.get(packing, bits)
     frame_bytes = height * width * stored_bits // 8
     if count * (frame_bytes + 16) + off_images > size:
-        raise InputError(f"{path}: has {size} bytes, its header promises {count} frames of "
-                         f"{height} x {width} in {stored_bits} bit: the file is incomplete, copy "
-                         "it again")
+        raise InputError(
+            f"{path}: has {size} bytes, its header promises {count} frames of "
+            f"{height} x {width} in {stored_bits} bit: the file is incomplete, copy "
+            "it again"
+        )
     starts = np.frombuffer(_bytes(path, file, off_images, 8 * count), "<u8")
     outside = np.flatnonzero(starts > size - frame_bytes - 8)
     if len(outside):
-        raise InputError(f"{path}: frame {outside[0]} lies beyond the end of the file: it is "
-                         "incomplete or damaged, copy it again")
+        raise InputError(
+            f"{path}: frame {outside[0]} lies beyond the end of the file: it is "
+            "incomplete or damaged, copy it again"
+        )
     length = struct.unpack("<H", _bytes(path, file, off_setup + 142, 2))[0]
     times = _time_stamps(path, file, off_setup + length, off_images, count)
     return count, stored_bits, starts, times
@@ -123,28 +137,35 @@ def _time_stamps(path: Path, file: BinaryIO, at: int, end: int, count: int) -> n
                 times = (ticks - ticks[0]).astype(np.int64) / 2**32
         at += size
     if more or times is None:
-        raise InputError(f"{path}: its {count} time stamps are missing or damaged: save the cine "
-                         "again with its image times")
+        raise InputError(
+            f"{path}: its {count} time stamps are missing or damaged: save the cine "
+            "again with its image times"
+        )
     return times
 
 
 def _check_frame(path: Path, file: BinaryIO, start: int, frame_bytes: int) -> None:
     annotation = struct.unpack("<I", _bytes(path, file, int(start), 4))[0]
     if not 8 <= annotation <= LARGEST_TEXT:
-        raise InputError(f"{path}: the frame at byte {start} has a damaged header: copy the file "
-                         "again")
+        raise InputError(
+            f"{path}: the frame at byte {start} has a damaged header: copy the file again"
+        )
     stated = struct.unpack("<I", _bytes(path, file, int(start) + annotation - 4, 4))[0]
     if stated != frame_bytes:
-        raise InputError(f"{path}: the frame at byte {start} states {stated} bytes instead of "
-                         f"{frame_bytes}: the file is damaged, copy it again")
+        raise InputError(
+            f"{path}: the frame at byte {start} states {stated} bytes instead of "
+            f"{frame_bytes}: the file is damaged, copy it again"
+        )
 
 
 def _bytes(path: Path, file: BinaryIO, at: int, count: int) -> bytes:
     file.seek(at)
     data = file.read(count)
     if len(data) != count:
-        raise InputError(f"{path}: ends before byte {at + count} that its header points to: the "
-                         "file is incomplete or damaged, copy it again")
+        raise InputError(
+            f"{path}: ends before byte {at + count} that its header points to: the "
+            "file is incomplete or damaged, copy it again"
+        )
     return data
 
 

@@ -36,8 +36,16 @@ XML_NAMES = {
     "Comment Text": "basicInfo/comment",
 }
 """Key of a .cih: where a .cihx has the same."""
-KEPT = ("Date", "Time", "Start Frame", "Save Step", "Record Rate(fps)", "Comment Text",
-        "Scale Pixel Size", "Scale Unit")
+KEPT = (
+    "Date",
+    "Time",
+    "Start Frame",
+    "Save Step",
+    "Record Rate(fps)",
+    "Comment Text",
+    "Scale Pixel Size",
+    "Scale Unit",
+)
 
 
 def open_photron(path: Path) -> Recording:
@@ -50,31 +58,41 @@ def open_photron(path: Path) -> Recording:
     header_path, pixels = _pair(path)
     with guarded(str(header_path)):
         header = _read_header(header_path)
-    shape = tuple(_integer(header_path, header, key)
-                  for key in ("Total Frame", "Image Height", "Image Width"))
+    shape = tuple(
+        _integer(header_path, header, key) for key in ("Total Frame", "Image Height", "Image Width")
+    )
     check_shape(header_path, shape)
     bits = _integer(header_path, header, "Color Bit")
     kind, camera = header.get("Color Type", "Mono"), header.get("Camera Type", "")
     # Raw is what newer cameras write; of a colour sensor (type ..K-C-..) it is a Bayer mosaic.
     if kind.lower() not in ("mono", "raw") or "-C-" in camera or bits not in (8, 12, 16):
-        raise InputError(f"{header_path}: Color Type {kind}, Color Bit {bits}, camera {camera}: "
-                         "readable is monochrome with 8, 12 or 16 bit")
+        raise InputError(
+            f"{header_path}: Color Type {kind}, Color Bit {bits}, camera {camera}: "
+            "readable is monochrome with 8, 12 or 16 bit"
+        )
     if header.get("File Format", "mraw").lower() != "mraw":
-        raise InputError(f"{header_path}: File Format is {header['File Format']}, not MRaw: give "
-                         "the exported images themselves")
+        raise InputError(
+            f"{header_path}: File Format is {header['File Format']}, not MRaw: give "
+            "the exported images themselves"
+        )
     side = header.get("EffectiveBit Side", "Lower").lower()
     depth = _integer(header_path, header, "EffectiveBit Depth", bits)
     if side not in ("lower", "higher") or not 1 <= depth <= 16:
-        raise InputError(f"{header_path}: EffectiveBit Depth {depth}, Side {side}: allowed are "
-                         "1 to 16 and Lower or Higher")
+        raise InputError(
+            f"{header_path}: EffectiveBit Depth {depth}, Side {side}: allowed are "
+            "1 to 16 and Lower or Higher"
+        )
     count = shape[1] * shape[2]
     if bits == 12 and count % 2:
-        raise InputError(f"{header_path}: {shape[1]} x {shape[2]} pixels of packed 12 bit do not "
-                         "fill whole bytes: the header is damaged, copy it again")
+        raise InputError(
+            f"{header_path}: {shape[1]} x {shape[2]} pixels of packed 12 bit do not "
+            "fill whole bytes: the header is damaged, copy it again"
+        )
     check_bytes(pixels, shape[0] * count * bits // 8, shape[0])
 
-    rate = positive(header_path, "Record Rate(fps)",
-                    _number(header_path, header, "Record Rate(fps)"))
+    rate = positive(
+        header_path, "Record Rate(fps)", _number(header_path, header, "Record Rate(fps)")
+    )
     step = max(1, _integer(header_path, header, "Save Step", 1))
     # A file of fewer bits than the sensor's holds the upper ones alone: nothing to shift there.
     shift = bits - depth if side == "higher" and depth < bits else 0
@@ -128,8 +146,10 @@ def _pair(path: Path) -> tuple[Path, Path]:
     if path.suffix.lower() == ".mraw":
         header = header_of(path)
         if header is None:
-            raise InputError(f"{path}: its header {path.stem}.cih or .cihx is missing: put it "
-                             "beside, the pixels have no meaning without it")
+            raise InputError(
+                f"{path}: its header {path.stem}.cih or .cihx is missing: put it "
+                "beside, the pixels have no meaning without it"
+            )
         return header, path
     pixels = pixels_of(path)
     if pixels is None:
@@ -138,8 +158,11 @@ def _pair(path: Path) -> tuple[Path, Path]:
 
 
 def _beside(path: Path, suffixes: tuple[str, ...]) -> Path | None:
-    found = {p.suffix.lower(): p for p in sorted(path.parent.iterdir())
-             if p.stem == path.stem and p.is_file()}
+    found = {
+        p.suffix.lower(): p
+        for p in sorted(path.parent.iterdir())
+        if p.stem == path.stem and p.is_file()
+    }
     return next((found[suffix] for suffix in suffixes if suffix in found), None)
 
 
@@ -154,8 +177,11 @@ def _read_header(path: Path) -> dict[str, str]:
     if match is None:
         raise InputError(f"{path}: holds no <cih> section: not a Photron header, or damaged")
     tree = ElementTree.fromstring(match[0].decode(errors="replace"))
-    return {key: (tree.findtext(name) or "").strip() for key, name in XML_NAMES.items()
-            if tree.find(name) is not None}
+    return {
+        key: (tree.findtext(name) or "").strip()
+        for key, name in XML_NAMES.items()
+        if tree.find(name) is not None
+    }
 
 
 def _number(path: Path, header: dict[str, str], key: str, default: float | None = None) -> float:
@@ -165,15 +191,18 @@ def _number(path: Path, header: dict[str, str], key: str, default: float | None 
     try:
         return float(text)
     except ValueError:
-        raise InputError(f"{path}: key {key} is {text or 'missing'}: a number is needed, copy the "
-                         "header again") from None
+        raise InputError(
+            f"{path}: key {key} is {text or 'missing'}: a number is needed, copy the header again"
+        ) from None
 
 
 def _integer(path: Path, header: dict[str, str], key: str, default: int | None = None) -> int:
     value = _number(path, header, key, default)
     if not value.is_integer() or not 0 <= value < 2**40:
-        raise InputError(f"{path}: key {key} is {header.get(key)}: a whole number is needed, copy "
-                         "the header again")
+        raise InputError(
+            f"{path}: key {key} is {header.get(key)}: a whole number is needed, copy "
+            "the header again"
+        )
     return int(value)
 
 

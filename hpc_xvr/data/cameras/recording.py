@@ -56,13 +56,19 @@ class Recording:
                 yield np.clip(np.rint(scaled), 0, top).astype(self.dtype)
                 continue
             if (largest := int(frame.max())) > top:
-                raise InputError(f"{self.path}: frame {index} holds the value {largest}, but "
-                                 f"{self.bit_depth} bit end at {top}: the bit depth is wrong")
+                raise InputError(
+                    f"{self.path}: frame {index} holds the value {largest}, but "
+                    f"{self.bit_depth} bit end at {top}: the bit depth is wrong"
+                )
             yield frame.astype(self.dtype, copy=False)
         if clipped > 0.001 * count:
-            logger.warning("%s: %.1f %% of the values lie above full scale %g and were cut to it; "
-                           "a larger full scale keeps them", self.path, 100 * clipped / count,
-                           self.full_scale)
+            logger.warning(
+                "%s: %.1f %% of the values lie above full scale %g and were cut to it; "
+                "a larger full scale keeps them",
+                self.path,
+                100 * clipped / count,
+                self.full_scale,
+            )
 
     def values(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Frames in the file's own unit, (H, W): integer counts, or finite floats."""
@@ -73,15 +79,21 @@ class Recording:
             with guarded(f"{self.path}: frame {index}"):
                 frame = next(source, None)
             if frame is None:
-                raise InputError(f"{self.path}: ends before frame {index}, {self.shape[0]} frames "
-                                 "are promised: the file is incomplete, copy it again")
+                raise InputError(
+                    f"{self.path}: ends before frame {index}, {self.shape[0]} frames "
+                    "are promised: the file is incomplete, copy it again"
+                )
             if frame.shape != self.shape[1:]:
-                raise InputError(f"{self.path}: frame {index} has {_size(frame.shape)} pixels, "
-                                 f"the first one {_size(self.shape[1:])}: all must be alike")
+                raise InputError(
+                    f"{self.path}: frame {index} has {_size(frame.shape)} pixels, "
+                    f"the first one {_size(self.shape[1:])}: all must be alike"
+                )
             if frame.dtype.kind == "f" and not np.isfinite(frame).all():
                 bad = frame.size - np.count_nonzero(np.isfinite(frame))
-                raise InputError(f"{self.path}: frame {index} holds {bad} values that are NaN or "
-                                 "infinite: mend the frame or leave it out")
+                raise InputError(
+                    f"{self.path}: frame {index} holds {bad} values that are NaN or "
+                    "infinite: mend the frame or leave it out"
+                )
             yield frame
 
     def changed(self, change: Callable[[np.ndarray], np.ndarray], **fields: Any) -> Recording:
@@ -125,8 +137,10 @@ def array_recording(
     native = np.dtype(native)
     if native.kind == "f":
         if bit_depth is not None:
-            raise InputError(f"{path}: holds float numbers, which have no bit depth: give their "
-                             "full scale instead")
+            raise InputError(
+                f"{path}: holds float numbers, which have no bit depth: give their "
+                "full scale instead"
+            )
         floats = Recording(path, shape, np.dtype(np.uint16), 16, source, **fields)
         if full_scale is None:
             full_scale = max(float(frame.max()) for frame in floats.values())
@@ -135,12 +149,15 @@ def array_recording(
             full_scale = full_scale or 1.0
         return replace(floats, full_scale=positive(path, "full scale", full_scale))
     if native.kind != "u" or native.itemsize > 2:
-        raise InputError(f"{path}: holds {native} numbers; readable are uint8, uint16 and float: "
-                         "convert the file")
+        raise InputError(
+            f"{path}: holds {native} numbers; readable are uint8, uint16 and float: "
+            "convert the file"
+        )
     widest = 8 * native.itemsize
     if bit_depth is not None and not 1 <= bit_depth <= widest:
-        raise InputError(f"{path}: bit depth {bit_depth} does not fit its {native} numbers: "
-                         f"give 1 to {widest}")
+        raise InputError(
+            f"{path}: bit depth {bit_depth} does not fit its {native} numbers: give 1 to {widest}"
+        )
     if full_scale is not None:
         raise InputError(f"{path}: holds {native} counts: a full scale is for float numbers only")
     return Recording(path, shape, native.newbyteorder("="), bit_depth or widest, source, **fields)
@@ -160,8 +177,10 @@ def guarded(where: str) -> Iterator[None]:
         raise InputError(f"{where}: no such file") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{where}: cannot be read ({reason}): the file is damaged, incomplete or "
-                         "of an unknown variant, copy or export it again") from error
+        raise InputError(
+            f"{where}: cannot be read ({reason}): the file is damaged, incomplete or "
+            "of an unknown variant, copy or export it again"
+        ) from error
 
 
 def check_shape(path: Path, shape: tuple[int, ...]) -> None:
@@ -169,16 +188,20 @@ def check_shape(path: Path, shape: tuple[int, ...]) -> None:
     if shape[0] < 1:
         raise InputError(f"{path}: holds no frames: export it again with at least one")
     if min(shape[1:]) < 1 or shape[1] * shape[2] > LARGEST_FRAME:
-        raise InputError(f"{path}: states frames of {_size(shape[1:])} pixels: the header is "
-                         "damaged, copy or export the file again")
+        raise InputError(
+            f"{path}: states frames of {_size(shape[1:])} pixels: the header is "
+            "damaged, copy or export the file again"
+        )
 
 
 def check_bytes(path: Path, needed: int, frames: int) -> None:
     """Refuse a file that is shorter than its header promises."""
     have = path.stat().st_size
     if have < needed:
-        raise InputError(f"{path}: has {have} bytes, its header promises {frames} frames in "
-                         f"{needed}: the file is incomplete, copy it again")
+        raise InputError(
+            f"{path}: has {have} bytes, its header promises {frames} frames in "
+            f"{needed}: the file is incomplete, copy it again"
+        )
 
 
 def positive(path: Path, what: str, value: float) -> float:

@@ -39,14 +39,16 @@ def open_shimadzu(path: Path) -> Recording:
         raise InputError(f"{path}: is empty: copy it again")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         begin, samples = _image_section(path, data)
-        header = data[: min(begin, 2**20)] + data[begin + 2 * samples:][: 2**20]
+        header = data[: min(begin, 2**20)] + data[begin + 2 * samples :][: 2**20]
     frames = samples // (HEIGHT * WIDTH)
     shape = (frames, HEIGHT, WIDTH)
     check_shape(path, shape)
     stated = _payload(header, FRAMES, 4)
     if len(stated) == 4 and struct.unpack("<I", stated)[0] != frames:
-        raise InputError(f"{path}: states {struct.unpack('<I', stated)[0]} frames but holds image "
-                         f"data of {frames}: the file is damaged, export it again")
+        raise InputError(
+            f"{path}: states {struct.unpack('<I', stated)[0]} frames but holds image "
+            f"data of {frames}: the file is damaged, export it again"
+        )
 
     def source(start: int, stop: int) -> Iterator[np.ndarray]:
         with path.open("rb") as file:
@@ -80,23 +82,27 @@ def _image_section(path: Path, data: mmap.mmap) -> tuple[int, int]:
         begin = at + PAYLOAD
         if begin > len(data):
             break
-        samples = struct.unpack("<I", data[at + 6: at + 10])[0]
+        samples = struct.unpack("<I", data[at + 6 : at + 10])[0]
         if samples == 0 or samples % (HEIGHT * WIDTH):
             continue
         if begin + 2 * samples <= len(data):
             return begin, samples
         longest = max(longest, samples)
     if longest > 0:
-        raise InputError(f"{path}: has {len(data)} bytes, its header promises "
-                         f"{longest // (HEIGHT * WIDTH)} frames of {HEIGHT} x {WIDTH}: the file "
-                         "is incomplete, copy it again")
-    raise InputError(f"{path}: no section of {HEIGHT} x {WIDTH} frames found: not a Shimadzu "
-                     "HPV-X2 recording, or damaged")
+        raise InputError(
+            f"{path}: has {len(data)} bytes, its header promises "
+            f"{longest // (HEIGHT * WIDTH)} frames of {HEIGHT} x {WIDTH}: the file "
+            "is incomplete, copy it again"
+        )
+    raise InputError(
+        f"{path}: no section of {HEIGHT} x {WIDTH} frames found: not a Shimadzu "
+        "HPV-X2 recording, or damaged"
+    )
 
 
 def _payload(header: bytes, tag: bytes, length: int) -> bytes:
     at = header.find(tag)
-    return b"" if at < 0 else header[at + PAYLOAD: at + PAYLOAD + length]
+    return b"" if at < 0 else header[at + PAYLOAD : at + PAYLOAD + length]
 
 
 def _text(header: bytes, tag: bytes) -> str:

@@ -65,22 +65,38 @@ class Bubbles(Scene):
         self.event_last = rng.uniform(2, 6, n)
         # Bells in rows and columns: their product is an event's reach, on a mesh over the field.
         self.near = tuple(
-            np.exp(-(((np.arange(-_MARGIN, size + _MARGIN, _MESH) - at[:, None])
-                      / self.event_size[:, None]) ** 2) / 2)
-            for size, at in ((height, self.event_y), (width, self.event_x)))
+            np.exp(
+                -(
+                    (
+                        (np.arange(-_MARGIN, size + _MARGIN, _MESH) - at[:, None])
+                        / self.event_size[:, None]
+                    )
+                    ** 2
+                )
+                / 2
+            )
+            for size, at in ((height, self.event_y), (width, self.event_x))
+        )
         self.flow = rng.normal(0, 0.025), rng.uniform(0.02, 0.14) * rng.choice([-1, 1])
 
     def moved(self, y: np.ndarray, x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
         """Where the liquid that was at (y, x) at time 0 is at time t."""
         done = smoothstep((t - self.event_t) / self.event_last) - smoothstep(
-            -self.event_t / self.event_last)
+            -self.event_t / self.event_last
+        )
         at = (y + _MARGIN) / _MESH, (x + _MARGIN) / _MESH
         near_y, near_x = self.near
-        down, right = (map_coordinates(np.einsum("ey,ex->yx", near_y * (done * d)[:, None], near_x),
-                                       at, order=1, mode="nearest") for d in self.event_d)
+        down, right = (
+            map_coordinates(
+                np.einsum("ey,ex->yx", near_y * (done * d)[:, None], near_x),
+                at,
+                order=1,
+                mode="nearest",
+            )
+            for d in self.event_d
+        )
         drift, shear = self.flow
-        return (y + down + drift * t,
-                x + right + shear * t * (2 * y / self.shape[0] - 1))
+        return (y + down + drift * t, x + right + shear * t * (2 * y / self.shape[0] - 1))
 
     def _wall(self, t: float) -> np.ndarray:
         """Distance (H, W) from the nearest wall."""

@@ -68,8 +68,12 @@ class Crack(Scene):
         for weight, r, count in ((-0.5, 2.6, 80), (0.6, 2.0, 90), (-0.35, 5.0, 10)):
             n = rng.poisson(count * self.density)
             size = r * np.exp(0.4 * rng.standard_normal(n))
-            out += weight * self.depth / 60 * spheres(
-                shape, rng.uniform(0, shape[0], n), rng.uniform(0, shape[1], n), size)
+            out += (
+                weight
+                * self.depth
+                / 60
+                * spheres(shape, rng.uniform(0, shape[0], n), rng.uniform(0, shape[1], n), size)
+            )
         self.reference = spline_filter(out * body, output=np.float32)
 
     def thickness(self, t: float) -> np.ndarray:
@@ -77,8 +81,9 @@ class Crack(Scene):
         y = self.y if self.down else height - 1 - self.y  # H, 1: along the crack
         gone = smoothstep((t - self.jump_t) / self.jump_last)
         tip = self.notch + float(gone @ self.jump_s) + self.creep * t
-        crack = (self.foot + 0.07 * height * self.path(y) + self.rough(y)
-                 + self.lean * y).astype(np.float32)
+        crack = (self.foot + 0.07 * height * self.path(y) + self.rough(y) + self.lean * y).astype(
+            np.float32
+        )
         wide, rate = self.open
         shape = np.sqrt(np.maximum(tip - y, 0) / height)
         opening = (wide + rate * t) * shape * 1.4
@@ -88,21 +93,40 @@ class Crack(Scene):
         at = np.broadcast_arrays(self.y - grip - dy + self.pad, self.x - u_x - dx + self.pad)
         out = map_coordinates(self.reference, at, order=3, prefilter=False, mode="nearest")
         out *= 1 - 0.92 * cover(np.abs(self.x - crack) - opening / 2, 1.4) * np.minimum(opening, 1)
-        for s, slope, run, rough in zip(self.branch_s, self.branch_slope, self.branch_run,
-                                        self.branch_rough, strict=True):
+        for s, slope, run, rough in zip(
+            self.branch_s, self.branch_slope, self.branch_run, self.branch_rough, strict=True
+        ):
             self._branch(out, y, tip, s, slope, run, rough, opening)
         age = t - self.chip_t
         loose = (age > 0) & (self.chip_s < tip)
         down, side = (v[loose] * age[loose] for v in self.chip_v)
         s = self.chip_s[loose] - down
-        at_x = np.interp(s, y[:, 0] if self.down else y[::-1, 0],
-                         crack[:, 0] if self.down else crack[::-1, 0])
-        out += self.depth / 40 * spheres(self.shape, s if self.down else height - 1 - s,
-                                         at_x + self.chip_q[loose] + side, self.chip_r[loose])
+        at_x = np.interp(
+            s, y[:, 0] if self.down else y[::-1, 0], crack[:, 0] if self.down else crack[::-1, 0]
+        )
+        out += (
+            self.depth
+            / 40
+            * spheres(
+                self.shape,
+                s if self.down else height - 1 - s,
+                at_x + self.chip_q[loose] + side,
+                self.chip_r[loose],
+            )
+        )
         return np.maximum(out, 0) * np.float32(self.pixel)
 
-    def _branch(self, out: np.ndarray, y: np.ndarray, tip: float, s: float, slope: float,
-                run: float, rough: Callable[[np.ndarray], np.ndarray], opening: np.ndarray) -> None:
+    def _branch(
+        self,
+        out: np.ndarray,
+        y: np.ndarray,
+        tip: float,
+        s: float,
+        slope: float,
+        run: float,
+        rough: Callable[[np.ndarray], np.ndarray],
+        opening: np.ndarray,
+    ) -> None:
         """A side crack that leaves the main one at row s once its tip has passed."""
         length = min(0.7 * (tip - s), run)
         if length <= 1:

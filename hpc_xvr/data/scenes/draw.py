@@ -10,12 +10,18 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d
 _CHUNK = 1 << 21
 
 
-def spheres(shape: tuple[int, int], y: np.ndarray, x: np.ndarray, r: np.ndarray,
-            weight: np.ndarray | float = 1.0) -> np.ndarray:
+def spheres(
+    shape: tuple[int, int],
+    y: np.ndarray,
+    x: np.ndarray,
+    r: np.ndarray,
+    weight: np.ndarray | float = 1.0,
+) -> np.ndarray:
     """Sum of the chords 2 sqrt(r^2 - d^2) of spheres (n,) at (y, x), times weight: (H, W)."""
     height, width = shape
-    y, x, r, weight = (np.atleast_1d(a).astype(np.float32) for a in np.broadcast_arrays(
-        y, x, r, weight))
+    y, x, r, weight = (
+        np.atleast_1d(a).astype(np.float32) for a in np.broadcast_arrays(y, x, r, weight)
+    )
     seen = (r > 0.2) & (y > -r) & (y < height - 1 + r) & (x > -r) & (x < width - 1 + r)
     y, x, r, weight = y[seen], x[seen], r[seen], weight[seen]
     half = np.ceil(r + 0.75).astype(int)
@@ -30,8 +36,14 @@ def spheres(shape: tuple[int, int], y: np.ndarray, x: np.ndarray, r: np.ndarray,
     return out.astype(np.float32).reshape(shape)
 
 
-def _splat(shape: tuple[int, int], y: np.ndarray, x: np.ndarray, r: np.ndarray,
-           weight: np.ndarray, half: int) -> np.ndarray:
+def _splat(
+    shape: tuple[int, int],
+    y: np.ndarray,
+    x: np.ndarray,
+    r: np.ndarray,
+    weight: np.ndarray,
+    half: int,
+) -> np.ndarray:
     height, width = shape
     offsets = np.arange(-half, half + 1)
     near_y, near_x = np.rint(y), np.rint(x)
@@ -48,7 +60,7 @@ def _splat(shape: tuple[int, int], y: np.ndarray, x: np.ndarray, r: np.ndarray,
     chord *= (np.float32(2 / len(points) ** 2) * weight)[:, None, None]
     row = near_y.astype(int)[:, None] + offsets
     column = near_x.astype(int)[:, None] + offsets
-    ok = (((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None])
+    ok = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None]
     index = row[:, :, None] * width + column[:, None, :]
     return np.bincount(index[ok], chord[ok], minlength=height * width)
 
@@ -68,17 +80,22 @@ def smoothstep(x: np.ndarray | float) -> np.ndarray:
     return 0.5 + 0.5 * np.tanh(1.5 * np.asarray(x, np.float32))
 
 
-def noise(shape: tuple[int, ...], grain: float | tuple[float, ...],
-          rng: np.random.Generator) -> np.ndarray:
+def noise(
+    shape: tuple[int, ...], grain: float | tuple[float, ...], rng: np.random.Generator
+) -> np.ndarray:
     """Random texture of zero mean and unit variance; grain: Gaussian sigma in pixels."""
     white = rng.standard_normal(shape, dtype=np.float32)
-    smooth = (gaussian_filter1d(white, grain, mode="wrap") if len(shape) == 1
-              else gaussian_filter(white, grain, mode="wrap"))
+    smooth = (
+        gaussian_filter1d(white, grain, mode="wrap")
+        if len(shape) == 1
+        else gaussian_filter(white, grain, mode="wrap")
+    )
     return (smooth - smooth.mean()) / (smooth.std() + 1e-9)
 
 
-def wobble(rng: np.random.Generator, fast: float, slow: float, channels: int = 1,
-           waves: int = 4) -> Callable[[float], np.ndarray]:
+def wobble(
+    rng: np.random.Generator, fast: float, slow: float, channels: int = 1, waves: int = 4
+) -> Callable[[float], np.ndarray]:
     """Smooth random functions of time, unit variance: t -> (channels,).
 
     Sums of sines with periods log-uniform in fast..slow (frames).

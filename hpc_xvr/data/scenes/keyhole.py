@@ -64,8 +64,10 @@ class Keyhole(Scene):
         order = np.argsort(leaves)
         self.grain_y, self.grain_x, self.grain_r = y[order], x[order], r[order]
         self.leaves, self.flies = leaves[order], flies[order]
-        self.grain_v = rng.uniform(0.4, 2.2, count), rng.normal(-0.3 * np.sign(self.speed), 0.5,
-                                                                count)
+        self.grain_v = (
+            rng.uniform(0.4, 2.2, count),
+            rng.normal(-0.3 * np.sign(self.speed), 0.5, count),
+        )
         # Grains in the order they leave, in groups; suffix[g]: all groups from g on, as one map.
         finite = np.isfinite(self.leaves).sum()
         self.cuts = np.linspace(np.searchsorted(self.leaves, 0), finite, _GROUPS + 1).astype(int)
@@ -86,8 +88,12 @@ class Keyhole(Scene):
         way = age**2 / (age + 5)
         up, side = (v[part] for v in self.grain_v)
         size = np.where(self.flies[part], 1, 1 - smoothstep((age - 4) / 2))
-        return spheres(self.shape, self.grain_y[part] - up * way, self.grain_x[part] + side * way,
-                       self.grain_r[part] * size)
+        return spheres(
+            self.shape,
+            self.grain_y[part] - up * way,
+            self.grain_x[part] + side * way,
+            self.grain_r[part] * size,
+        )
 
     def _pores(self, rng: np.random.Generator, um: float) -> None:
         n = rng.poisson((self.frames + _LEAD) / rng.uniform(4, 8)) + 1
@@ -116,8 +122,14 @@ class Keyhole(Scene):
         out += self._bed(t)
         # The melt pool is less dense than the plate; a solid bead replaces the powder behind it.
         back = (self.x - self.laser(t)) * behind  # W
-        pool = cover(np.hypot((back - 0.8 * self.depth) / (1.6 * self.depth),
-                              (self.y - self.top) / (0.85 * self.depth)) - 1, soft=0.08)
+        pool = cover(
+            np.hypot(
+                (back - 0.8 * self.depth) / (1.6 * self.depth),
+                (self.y - self.top) / (0.85 * self.depth),
+            )
+            - 1,
+            soft=0.08,
+        )
         out -= 0.05 * self.track * pool * (self.y > self.surface)
         height = self.bead * smoothstep((back - 6) / 8)
         edge = np.maximum(self.surface - height - self.y, self.y - self.surface)
@@ -128,9 +140,12 @@ class Keyhole(Scene):
         fly = age > 0
         age = age[fly]
         up, side = (v[fly] for v in self.drop_v)
-        out += spheres(self.shape,
-                       self.top - 2 - up * age + self.drop_fall[fly] * age**2,
-                       self.laser(self.drop_t[fly]) + side * age, self.drop_r[fly])
+        out += spheres(
+            self.shape,
+            self.top - 2 - up * age + self.drop_fall[fly] * age**2,
+            self.laser(self.drop_t[fly]) + side * age,
+            self.drop_r[fly],
+        )
         return np.maximum(out, 0) * np.float32(self.pixel)
 
     def _bed(self, t: float) -> np.ndarray:
@@ -150,14 +165,18 @@ class Keyhole(Scene):
         if x0 == x1 or y0 == y1:
             return depth
         s = np.clip((self.y[y0:y1] - self.top) / depth, 0, 1)
-        axis = centre + behind * depth * (self.lean * (1 + 0.5 * b) * s**2
-                                          + 0.05 * np.sin(5 * s - 0.5 * t))
+        axis = centre + behind * depth * (
+            self.lean * (1 + 0.5 * b) * s**2 + 0.05 * np.sin(5 * s - 0.5 * t)
+        )
         bulge = np.exp(-(((s - 0.8) / 0.16) ** 2)) * (0.5 + 0.45 * c)
         size, rate = self.ripple
-        ripple = sum(m * np.sin(k * s - w * t) for m, k, w in
-                     zip(size, (9.0, 17.0), 2 * np.pi * rate / 3, strict=True))
+        ripple = sum(
+            m * np.sin(k * s - w * t)
+            for m, k, w in zip(size, (9.0, 17.0), 2 * np.pi * rate / 3, strict=True)
+        )
         half = self.half_width * np.maximum(
-            np.sqrt(1 - s**2) * (0.75 + 0.2 * d + 0.6 * np.exp(-8 * s)) + bulge + ripple * s, 0.12)
+            np.sqrt(1 - s**2) * (0.75 + 0.2 * d + 0.6 * np.exp(-8 * s)) + bulge + ripple * s, 0.12
+        )
         half = half * np.sqrt(np.clip((1.001 - s) * 12, 0, 1))
         gas = 1.5 * cylinder(self.x[x0:x1] - axis, half)
         inside = self.y[y0:y1] > self.surface[x0:x1] - 1
@@ -170,6 +189,8 @@ class Keyhole(Scene):
         age, stop = age[shed], self.pore_stop[shed]
         away, up = (v[shed] * stop * (1 - np.exp(-age / stop)) for v in self.pore_v)
         out -= spheres(
-            self.shape, self.top + self.depth * self.pore_depth[shed] - up,
+            self.shape,
+            self.top + self.depth * self.pore_depth[shed] - up,
             self.laser(self.pore_t[shed]) + behind * (self.lean * self.depth + away),
-            self.pore_r[shed] * smoothstep(age - 1))
+            self.pore_r[shed] * smoothstep(age - 1),
+        )

@@ -42,8 +42,9 @@ class Spray(Scene):
         self.sway_size = self.radius * rng.uniform(0.1, 0.3, 3)
         self.flap = wobble(rng, 15, 60)
         length = along + int(np.ceil(self.speed * (self.frames + 4)))
-        self.skin = 0.05 * (noise((length, across), (2.2, 1.5), rng)
-                            + noise((length, across), (6, 4), rng))
+        self.skin = 0.05 * (
+            noise((length, across), (2.2, 1.5), rng) + noise((length, across), (6, 4), rng)
+        )
         self._drops(rng)
         self.still = self._still(rng)
 
@@ -80,8 +81,12 @@ class Spray(Scene):
         s = self.s[:, 0]
         grown = np.minimum(np.exp(2.5 * (s / self.breakup - 1)), 1.6)  # L
         wave = np.sin(self.wave_k * s[:, None] - self.wave_w * t + self.wave_phase)
-        half = self.radius * (1 + grown * (wave @ self.wave_size) + wave @ self.ripple_size
-                              - 0.35 * np.minimum(s / self.breakup, 1.5))
+        half = self.radius * (
+            1
+            + grown * (wave @ self.wave_size)
+            + wave @ self.ripple_size
+            - 0.35 * np.minimum(s / self.breakup, 1.5)
+        )
         half = 1.9 * self.radius * np.tanh(half / (1.9 * self.radius))  # no endless swelling
         bend = np.sin(self.sway_k * s[:, None] - self.sway_w * t + self.sway_phase)
         middle = self.axis + (grown + 0.05) * (bend @ self.sway_size) + 0.6 * self.flap(t)
@@ -93,9 +98,12 @@ class Spray(Scene):
         age = age[fly]
         slow = (1 - np.exp(-self.drag[fly] * age)) / self.drag[fly]
         out = self.still + jet
-        out += spheres(self.drawn, self.from_s[fly] + self.v_s[fly] * slow,
-                       self.from_q[fly] + self.v_q[fly] * slow,
-                       self.r[fly] * np.minimum(age / 3, 1))
+        out += spheres(
+            self.drawn,
+            self.from_s[fly] + self.v_s[fly] * slow,
+            self.from_q[fly] + self.v_q[fly] * slow,
+            self.r[fly] * np.minimum(age / 3, 1),
+        )
         out *= np.float32(self.pixel)
         return out.T if self.turned else out
 
@@ -106,4 +114,5 @@ class Spray(Scene):
         first = min(int(start), len(self.skin) - along - 1)
         part = np.float32(start - first)
         return (1 - part) * self.skin[first : first + along] + part * self.skin[
-            first + 1 : first + 1 + along]
+            first + 1 : first + 1 + along
+        ]

@@ -63,9 +63,13 @@ class Tissue(Scene):
         fat = np.zeros(shape, np.float32)
         for r, count, weight in ((8.0, 40, 0.3), (4.0, 120, 0.4), (1.8, 250, 0.5)):
             n = rng.poisson(count * self.density)
-            fat += weight * spheres(shape, rng.uniform(0, shape[0], n), rng.uniform(0, shape[1], n),
-                                    r * np.exp(0.35 * rng.standard_normal(n)),
-                                    rng.choice([1.0, -0.6], n))
+            fat += weight * spheres(
+                shape,
+                rng.uniform(0, shape[0], n),
+                rng.uniform(0, shape[1], n),
+                r * np.exp(0.35 * rng.standard_normal(n)),
+                rng.choice([1.0, -0.6], n),
+            )
         fibres = noise(shape, (1.4, 12.0), rng)
         stripes = np.sin(2 * np.pi * (u / rng.uniform(3.6, 5.0) + 0.5 * noise(shape, (6, 12), rng)))
         bands = np.maximum(noise(shape, (7, 30), rng), 0)
@@ -75,8 +79,9 @@ class Tissue(Scene):
         tissue += inside * self.half * (0.022 * muscle + 0.008 * noise(shape, 1.2, rng)) + hairs
         self.reference = spline_filter(tissue, output=np.float32)
 
-    def _hairs(self, shape: tuple[int, int], v: np.ndarray, axis: np.ndarray,
-               rng: np.random.Generator) -> np.ndarray:
+    def _hairs(
+        self, shape: tuple[int, int], v: np.ndarray, axis: np.ndarray, rng: np.random.Generator
+    ) -> np.ndarray:
         """Bristles on the cuticle."""
         n = rng.poisson(14 * self.shape[1] / 128)
         at = rng.uniform(0, shape[1] - 1, n)
@@ -119,7 +124,10 @@ class Tissue(Scene):
         cell = np.mod(self.cell_u + self.cell_speed * t, self.shape[1] + 40) - 20
         at = np.clip(np.rint(cell).astype(int), 0, self.shape[1] - 1)
         row = self.axis(cell) + self.vessel + 2 * self.cell_q
-        out += 2.0 * spheres(self.shape, row + down[np.clip(np.rint(row).astype(int), 0,
-                                                            self.shape[0] - 1), at],
-                             cell, self.cell_r)
+        out += 2.0 * spheres(
+            self.shape,
+            row + down[np.clip(np.rint(row).astype(int), 0, self.shape[0] - 1), at],
+            cell,
+            self.cell_r,
+        )
         return np.maximum(out, 0) * np.float32(self.pixel)
