@@ -399,7 +399,8 @@ def _connect(engine: str, device: str, timeout_s: float = 600.0) -> Comm:
     from hpc_xvr.dist.comm import connect
     from hpc_xvr.dist.launch import discover
 
-    log.setup(discover().rank)
+    launch = discover()
+    log.setup(launch.rank, launched=launch.launcher is not None)
     _comm = connect(engine, device, timeout_s)  # type: ignore[arg-type]
     return _comm
 

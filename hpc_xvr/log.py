@@ -24,10 +24,17 @@ T = TypeVar("T")
 _rank = 0
 
 
-def setup(rank: int = 0, verbose: bool = False) -> None:
-    """Send the log to stderr: everything on rank 0, warnings with the rank's name elsewhere."""
-    global _rank
-    _rank = rank
+_launched = False
+
+
+def setup(rank: int = 0, verbose: bool = False, launched: bool = False) -> None:
+    """Send the log to stderr: everything on rank 0, warnings with the rank's name elsewhere.
+
+    `launched`: an MPI launcher started us; what looks like a terminal is then its own, and what
+    is written there mostly ends in a log file: no bars, no colours.
+    """
+    global _rank, _launched
+    _rank, _launched = rank, launched
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
@@ -39,13 +46,16 @@ def setup(rank: int = 0, verbose: bool = False) -> None:
 
 def console() -> Console:
     """Standard output for tables; 100 columns wide where it is no terminal (log files)."""
-    return Console(width=None if sys.stdout.isatty() else 100, quiet=_rank != 0)
+    plain = _launched or not sys.stdout.isatty()
+    return Console(
+        width=100 if plain else None, force_terminal=not plain, no_color=plain, quiet=_rank != 0
+    )
 
 
 @contextmanager
 def progress_bar(description: str, total: int | None, unit: str = "") -> Iterator[Any]:
     """A bar with ETA on stderr, shown only on rank 0 of a terminal. Yields advance(n=1)."""
-    show = _rank == 0 and sys.stderr.isatty()
+    show = _rank == 0 and sys.stderr.isatty() and not _launched
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

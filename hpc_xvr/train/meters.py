@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import socket
 import subprocess
@@ -108,25 +109,34 @@ def peak_tflops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
 
 
-def environment(comm: Comm, threads: int) -> dict[str, Any]:
-    """Versions, revision, hosts and devices of a run; every rank calls it."""
-    device = (
-        torch.cuda.get_device_name(comm.device)
-        if comm.device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
-    ranks = comm.gather({"host": socket.gethostname(), "device": device, "threads": threads})
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Versions, revision, device and date, for run folders and benchmark results."""
     packages = ("torch", "numpy", "mpi4py", "horovod", "zarr", "tensorstore", "h5py")
     return {
         "hpc_xvr": __version__,
         "git": _git_revision(),
         "python": sys.version.split()[0],
         "packages": {name: v for name in packages if (v := _version(name))},
-        "engine": comm.describe(),
-        "ranks": ranks,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": " ".join(sys.argv),
     }
+
+
+def environment(comm: Comm, threads: int) -> dict[str, Any]:
+    """The machine, and host and device of every rank; every rank calls it."""
+    machine = describe_machine(comm.device)
+    mine = {"host": socket.gethostname(), "device": machine["device"], "threads": threads}
+    return {**machine, "engine": comm.describe(), "ranks": comm.gather(mine)}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _version(package: str) -> str | None:
