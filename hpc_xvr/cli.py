@@ -288,8 +288,7 @@ def train(config: Path, overrides: tuple[str, ...], engine: str | None, resume: 
     finished = trainer.run()
     trainer.close()
     comm.close()
-    if not finished:
-        _leave(UNFINISHED)
+    comm.leave(0 if finished else UNFINISHED)
 
 
 @cli.command(
@@ -339,6 +338,7 @@ def evaluate(run: Path, engine: str | None, device: str, **options: Any) -> None
 
     evaluate_run(run, comm, **options)
     comm.close()
+    comm.leave(0)
 
 
 @cli.command(
@@ -451,4 +451,6 @@ def _fail(message: str, code: int, collective: bool = False) -> None:
         print(f"hpc-xvr: error: {where}{message}", file=sys.stderr, flush=True)
     if _comm is not None and _comm.size > 1 and not collective:
         _comm.abort(code)
+    if _comm is not None:
+        _comm.leave(code)
     _leave(code)

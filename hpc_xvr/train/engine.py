@@ -17,7 +17,7 @@ from hpc_xvr.config import Config
 from hpc_xvr.data.batches import TrainingSamples, training_batches
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.shards import slots_of_rank
-from hpc_xvr.dist.comm import Comm
+from hpc_xvr.dist.comm import CollectiveError, Comm
 from hpc_xvr.dist.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
@@ -43,6 +43,8 @@ class Trainer:
 
     def __init__(self, cfg: Config, comm: Comm, resume: bool = False) -> None:
         self.cfg, self.comm = cfg, comm
+        self._stop = False
+        self._handlers = {n: signal.signal(n, self._ask_to_stop) for n in STOP_SIGNALS}
         self.share, self.micro = comm.together(self._shares)
         threads = cfg.run.threads or cpu_threads(discover())
         torch.set_num_threads(threads)
@@ -69,7 +71,6 @@ class Trainer:
         self.clock = Stopwatch(comm.device)
         self._bad = torch.zeros((), device=comm.device)  # steps in a row without finite gradients
         self._loss = torch.zeros((), dtype=self.dtype, device=comm.device)
-        self._stop = False
 
         machine = environment(comm, threads)
         self.metrics: Metrics | None = None
@@ -152,8 +153,6 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the last step. False: stopped before it by a signal, with a checkpoint."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._ask_to_stop)
         cfg = self.cfg
         batches = iter(
             training_batches(
@@ -245,7 +244,7 @@ class Trainer:
                 bad,
             )
         if bad >= limit:
-            raise InputError(
+            raise CollectiveError(
                 f"step {self.done}: {bad} steps in a row without finite gradients; "
                 "lower optim.lr, set optim.clip_norm, or check the corpus with "
                 "hpc-xvr inspect --verify"
@@ -334,7 +333,9 @@ class Trainer:
         self._stop = True
 
     def close(self) -> None:
-        """Close files; safe to call twice."""
+        """Close files and give the signals back; safe to call twice."""
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
         if self.metrics:
             self.metrics.close()
             self.metrics = None
