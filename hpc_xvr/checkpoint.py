@@ -98,9 +98,15 @@ def newest_valid(folder: Path) -> Iterator[tuple[Path, dict[str, Any] | CorruptC
             yield path, problem
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints."""
-    for _, path in list_checkpoints(folder)[keep:]:
+def prune(folder: Path, keep: int, newest: int) -> None:
+    """Delete all but the last `keep` checkpoints up to step `newest`, the one just written.
+
+    Later ones are damaged: they were passed over when the run resumed.
+    """
+    found = list_checkpoints(folder)
+    doomed = [path for step, path in found if step > newest]
+    doomed += [path for step, path in found if step <= newest][keep:]
+    for path in doomed:
         path.unlink(missing_ok=True)
 
 

@@ -36,6 +36,11 @@ engine = click.option(
 )
 
 
+device_of_run = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: as the run was trained."
+)
+
+
 class Examples(click.Command):
     """A command whose help ends with examples, printed as they are typed."""
 
@@ -132,7 +137,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
 )
 @click.option(
     "--full-scale",
-    type=float,
+    type=click.FloatRange(min=0, min_open=True),
     help="Value stored as white, for float files and "
     "transmissions. [default: the file's maximum; 1.5]",
 )
@@ -256,7 +261,7 @@ def _show_corpus(corpus: Path) -> None:
     cls=Examples,
     examples="""
     mpirun -n 2 hpc-xvr train configs/pulse.yaml
-    mpirun -n 4 hpc-xvr train configs/published.yaml --set data.corpus=corpus --resume
+    mpirun -n 5 hpc-xvr train configs/published.yaml --set data.corpus=corpus --resume
     hpc-xvr train configs/quickstart.yaml --set run.dir=runs/mine --set train.steps=100
 """,
 )
@@ -313,7 +318,7 @@ def train(config: Path, overrides: tuple[str, ...], engine: str | None, resume: 
 )
 @click.option(
     "--photons",
-    type=float,
+    type=click.FloatRange(min=0, min_open=True),
     help="Photons per pixel at full scale on the fast camera. [default: no noise]",
 )
 @click.option(
@@ -324,16 +329,16 @@ def train(config: Path, overrides: tuple[str, ...], engine: str | None, resume: 
     "nearest_hr, linear_hr, detail, adaptive. May be given many times. [default: all]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/evaluation.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@device_of_run
 @engine
-def evaluate(run: Path, engine: str | None, device: str, **options: Any) -> None:
+def evaluate(run: Path, engine: str | None, device: str | None, **options: Any) -> None:
     """Compare the model of RUN with methods that need no training, on held-out recordings.
 
     Each recording is degraded to what the fast camera would see, reconstructed from it and from a
     key frame every --gap frames, and compared with the truth: PSNR (dB), SSIM and AAD on the
     8-bit scale, key frames excluded. Ranks share the recordings.
     """
-    comm = _connect(engine or "auto", device)
+    comm = _connect(engine or "auto", device or _device_of(run), timeout_s=7 * 86400)
     from hpc_xvr.evaluate.workflow import evaluate_run
 
     evaluate_run(run, comm, **options)
@@ -357,6 +362,11 @@ def evaluate(run: Path, engine: str | None, device: str, **options: Any) -> None
     type=click.IntRange(1),
     help="Fast frames from one sharp frame to the next. [default: the run's data.hr_gap]",
 )
+@click.option("--lr-dataset", help="Dataset inside an HDF5 --lr file.")
+@click.option("--hr-dataset", help="Dataset inside an HDF5 --hr file.")
+@click.option("--lr-bit-depth", type=click.IntRange(1, 16), help="As for ingest: --lr file.")
+@click.option("--hr-bit-depth", type=click.IntRange(1, 16), help="As for ingest: --hr file.")
+@click.option("--flip-rows", is_flag=True, help="As for ingest: Shimadzu --lr file.")
 @click.option("--corpus", type=click.Path(path_type=Path), help="Default: the run's own.")
 @click.option("--video", help="Reconstruct this recording of the corpus instead of two files.")
 @click.option(
@@ -368,16 +378,19 @@ def evaluate(run: Path, engine: str | None, device: str, **options: Any) -> None
 @click.option(
     "--movie", type=click.Path(path_type=Path), help="Side-by-side animation: .gif or .webp."
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
-def reconstruct(run: Path, device: str, **options: Any) -> None:
+@device_of_run
+def reconstruct(run: Path, device: str | None, **options: Any) -> None:
     """Make the fast sharp movie with the model of RUN.
 
     Either from two camera files of the same field of view (--lr and --hr, first frames at the
     same instant, one sharp frame every --gap fast ones), or from a recording of a corpus.
     """
+    from hpc_xvr.dist.launch import discover
     from hpc_xvr.reconstruct.workflow import reconstruct_run
 
-    comm = _connect("serial", device)
+    if discover().size > 1:
+        raise InputError("reconstruct is one process; start it without mpirun")
+    comm = _connect("serial", device or _device_of(run))
     reconstruct_run(run, comm.device, **options)
 
 
@@ -391,6 +404,12 @@ def report(run: Path) -> None:
     from hpc_xvr.evaluate.report import write_report
 
     click.echo(f"written: {write_report(run)}")
+
+
+def _device_of(run: Path) -> str:
+    from hpc_xvr.config import load
+
+    return load(run / "config.yaml").run.device if (run / "config.yaml").exists() else "auto"
 
 
 def _connect(engine: str, device: str, timeout_s: float = 600.0) -> Comm:
@@ -426,11 +445,19 @@ def main() -> None:
     except InputError as error:
         _fail(str(error), 2, collective=type(error).__name__ == "CollectiveError")
     except OSError as error:
+        if error.errno is None:
+            raise  # no trouble of the system's: one of our own
         from hpc_xvr.errors import explain_os_error
 
         _fail(f"{error.filename or 'input or output'}: {explain_os_error(error)}", 2)
     except Exception:
-        if _comm is None or _comm.size == 1:
+        if _comm is None:
+            from hpc_xvr.dist.launch import abort_world
+
+            traceback.print_exc()
+            abort_world(1)
+            _leave(1)
+        if _comm.size == 1:
             raise
         print(f"[rank {_comm.rank}] failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         _comm.abort(1)
@@ -438,7 +465,7 @@ def main() -> None:
 
 def _fail(message: str, code: int, collective: bool = False) -> None:
     """Print one line and end the job; ranks that fail alike leave the talking to rank 0."""
-    from hpc_xvr.dist.launch import discover
+    from hpc_xvr.dist.launch import abort_world, discover
 
     try:
         rank = discover().rank
@@ -453,4 +480,5 @@ def _fail(message: str, code: int, collective: bool = False) -> None:
         _comm.abort(code)
     if _comm is not None:
         _comm.leave(code)
+    abort_world(code)
     _leave(code)

@@ -207,7 +207,7 @@ class Validation(Section):
     """Steps between two validations (the last step is validated too)."""
     frames: Positive = 16
     """Frames of the validation split that are reconstructed, spread over its recordings."""
-    patch: Positive = 192
+    patch: Annotated[int, Field(ge=8)] = 192
     """Side of the central crop that is reconstructed (whole frame where it is smaller)."""
 
 
@@ -249,6 +249,25 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     dist: Dist = Dist()
     evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _edvr(self) -> Config:
+        if self.model.name == "swin_xvr":
+            return self
+        for key, value, multiple in (
+            ("data.scale", self.data.scale, 4),
+            ("data.patch", self.data.patch, 16),
+            ("validation.patch", self.validation.patch, 16),
+        ):
+            if value % multiple:
+                raise ValueError(
+                    f"{key} {value}: model.name {self.model.name} needs a multiple of {multiple}"
+                )
+        if self.model.base != "none":
+            raise ValueError(
+                f"model.base {self.model.base}: {self.model.name} adds its own base; set it to none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Config:

@@ -19,4 +19,4 @@ def explain_os_error(error: OSError) -> str:
         errno.ENOTDIR: "a part of the path is a file; choose another folder",
         errno.EEXIST: "a part of the path is a file; choose another folder",
     }.get(error.errno or 0)
-    return f"{error.strerror}" + (f"; {advice}" if advice else "")
+    return f"{error.strerror or error}" + (f"; {advice}" if advice else "")

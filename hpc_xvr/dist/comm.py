@@ -161,7 +161,7 @@ def connect(engine: Engine = "auto", device: str = "auto", timeout_s: float = 60
         torch.cuda.set_device(chosen)
     if launch.size == 1:
         if engine == "horovod":
-            return _horovod(chosen, mpi)
+            return _horovod(chosen, mpi, timeout_s)
         if engine == "torch":
             return _torch(chosen, launch, mpi, timeout_s)
         return Comm(device=chosen)
@@ -169,13 +169,13 @@ def connect(engine: Engine = "auto", device: str = "auto", timeout_s: float = 60
         raise InputError(f"engine serial is one rank, but {launch.launcher} started {launch.size}; "
                          "use --engine horovod or torch, or start without mpirun")
     if engine == "horovod":
-        return _horovod(chosen, mpi)
+        return _horovod(chosen, mpi, timeout_s)
     if engine == "auto" and mpi is not None:
         # All ranks must agree: an engine that only some of them can import would hang the rest.
-        if all(mpi.allgather(_horovod_installed())):
-            return _horovod(chosen, mpi)
+        if all(mpi.allgather(_horovod_usable(chosen))):
+            return _horovod(chosen, mpi, timeout_s)
         if launch.rank == 0:
-            logger.info("Horovod is not installed; using torch.distributed")
+            logger.info("Horovod is not installed for this device; using torch.distributed")
     return _torch(chosen, launch, mpi, timeout_s)
 
 
@@ -218,13 +218,21 @@ def _horovod_installed() -> bool:
     return True
 
 
-def _horovod(device: torch.device, mpi: Any) -> Comm:
+def _horovod_usable(device: torch.device) -> bool:
+    if not _horovod_installed():
+        return False
+    import horovod.torch as hvd
+
+    return device.type == "cpu" or bool(hvd.nccl_built() or hvd.cuda_built())
+
+
+def _horovod(device: torch.device, mpi: Any, timeout_s: float) -> Comm:
     if not _horovod_installed():
         raise InputError("engine horovod: Horovod is not installed for this torch; run "
                          "jobs/setup.sh, or use --engine torch")
     from hpc_xvr.dist.horovod_engine import HorovodComm
 
-    return HorovodComm(device, mpi)
+    return HorovodComm(device, mpi, timeout_s)
 
 
 def _torch(device: torch.device, launch: Launch, mpi: Any, timeout_s: float) -> Comm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import horovod
@@ -18,7 +19,7 @@ class HorovodComm(MpiComm):
 
     name = "horovod"
 
-    def __init__(self, device: torch.device, mpi: Any) -> None:
+    def __init__(self, device: torch.device, mpi: Any, timeout_s: float) -> None:
         if mpi is None:
             from mpi4py import MPI
 
@@ -27,6 +28,9 @@ class HorovodComm(MpiComm):
         if device.type == "cuda" and not (hvd.nccl_built() or hvd.cuda_built()):
             raise InputError("this Horovod was built without GPU support; run jobs/setup.sh --gpu, "
                              "or use --engine torch")
+        limit = max(1, int(timeout_s))
+        os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, limit // 4)))
+        os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(limit))
         hvd.init()
         if hvd.size() != self.size:
             raise InputError(f"MPI has {self.size} ranks but Horovod sees {hvd.size()}: it was "

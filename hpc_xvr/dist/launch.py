@@ -7,6 +7,7 @@ bind to the GPU that is current when they start.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -85,6 +86,16 @@ def _integer(environment: Mapping[str, str], name: str, launcher: str) -> int:
 
 def _optional(environment: Mapping[str, str], names: tuple[str, ...], launcher: str) -> int | None:
     return next((_integer(environment, n, launcher) for n in names if n in environment), None)
+
+
+def abort_world(code: int) -> None:
+    """End all ranks, if MPI has started and there are others; for failures before `connect` ends.
+
+    Without it this rank's exit would wait in MPI_Finalize for ranks that wait for it elsewhere.
+    """
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi and mpi.Is_initialized() and mpi.COMM_WORLD.Get_size() > 1:
+        mpi.COMM_WORLD.Abort(code)
 
 
 def cpu_threads(launch: Launch) -> int:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class TorchComm(Comm):
-    """torch.distributed for tensors and objects; MPI, where it started us, only introduces us."""
+    """torch.distributed for tensors; objects go over MPI where it started us (no time limit)."""
 
     name = "torch"
 
@@ -51,7 +51,7 @@ class TorchComm(Comm):
             with socket.socket() as probe:
                 probe.bind(("", 0))
                 port = probe.getsockname()[1]
-            name = "127.0.0.1" if launch.local_size == launch.size else socket.gethostname()
+            name = "127.0.0.1" if launch.size in (1, launch.local_size) else socket.gethostname()
             address = f"tcp://{name}:{port}"
         return self._mpi.bcast(address) if self._mpi else address
 
@@ -61,17 +61,24 @@ class TorchComm(Comm):
         return f"torch.distributed {torch.__version__} ({backend})"
 
     def broadcast(self, value: T | None) -> T:
+        if self._mpi:
+            return self._mpi.bcast(value)
         box = [value]
         td.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
+        if self._mpi:
+            return self._mpi.allgather(value)
         out: list[Any] = [None] * self.size
         td.all_gather_object(out, value)
         return out
 
     def barrier(self) -> None:
-        td.all_reduce(torch.zeros(1))
+        if self._mpi:
+            self._mpi.Barrier()
+        else:
+            td.all_reduce(torch.zeros(1))
 
     def any_lagged(self, flag: bool) -> bool:
         answer = False

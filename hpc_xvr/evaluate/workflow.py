@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.config import Config
+from hpc_xvr.data.corpus import Corpus, Video
 from hpc_xvr.dist.comm import Comm
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import find_baseline
@@ -33,20 +34,22 @@ def evaluate_run(
         InputError: no trained run, no such corpus, split or method.
     """
     use_threads()
-    model, config, step = model_of_run(run)
-    model.to(comm.device)
-    chosen: Methods = {
-        name: (find_baseline(name), 1) for name in methods or config.evaluate.methods
-    }
-    chosen[config.model.name] = as_method(model)
-    split = split or config.evaluate.split
-    where = corpus or config.data.corpus
-    videos = Corpus(where).split(split)
-    if not videos:
-        raise InputError(
-            f"{where}: has no recordings in the split {split}; choose another with "
-            "--split, or ingest recordings with --split " + split
-        )
+
+    def prepare() -> tuple[Config, int, Methods, Path, str, list[Video]]:
+        model, config, step = model_of_run(run)
+        names = methods or config.evaluate.methods
+        chosen: Methods = {name: (find_baseline(name), 1) for name in names}
+        chosen[config.model.name] = as_method(model.to(comm.device))
+        where, part = corpus or config.data.corpus, split or config.evaluate.split
+        videos = Corpus(where).split(part)
+        if not videos:
+            raise InputError(
+                f"{where}: has no recordings in the split {part}; choose another with --split, or "
+                f"ingest recordings with --split {part}"
+            )
+        return config, step, chosen, where, part, videos
+
+    config, step, chosen, where, split, videos = comm.together(prepare)
     gap = gap or config.evaluate.gap or config.data.hr_gap
     photons = photons if photons is not None else config.evaluate.photons
     precision = "bf16" if config.train.precision == "bf16" else "float32"
@@ -69,7 +72,9 @@ def evaluate_run(
             gap,
         )
     )
-    part = evaluate(chosen, videos, rank=comm.rank, world=comm.size, **options)
+    part = comm.together(
+        lambda: evaluate(chosen, videos, rank=comm.rank, world=comm.size, **options)
+    )
     whole = Evaluation(
         merge(comm.gather(part.rows)),
         {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -15,6 +16,11 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     bias = bias.to(q.dtype)
     if q.device.type == "cpu" and torch.is_grad_enabled() and bias.requires_grad:
         return _FusedOnCPU.apply(q, k, v, bias)
+    if q.device.type == "cuda":
+        # cuDNN's kernel, torch's first choice on Hopper, has given NaN gradients for masks with
+        # token counts such as 320; the flash kernel takes no mask at all.
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 

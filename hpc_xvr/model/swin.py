@@ -61,6 +61,7 @@ def _cuts(extent: int, window: int, shifted: bool) -> list[int]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is cached in inference may later be needed in training
 def grid(frames: int, height: int, width: int, window: int, device: torch.device) -> Grid:
     """Token orders of a (frames, height, width) image; cached per shape and device."""
     hp, wp = -(-height // window) * window, -(-width // window) * window
@@ -93,6 +94,7 @@ def grid(frames: int, height: int, width: int, window: int, device: torch.device
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def relative_position(
     frames: int, window: int, height: int, width: int, device: torch.device
 ) -> Tensor:

@@ -117,5 +117,11 @@ def initial_weights(model: nn.Module, path: Path) -> None:
 
 def as_method(model: nn.Module) -> tuple[Method, int]:
     """A model as what `pipeline.reconstruct` calls, and the number of frames it gives."""
-    n_out = getattr(model, "n_out", 1)
-    return lambda sample: model(sample["lr"], sample["hr"], sample["hr_offset"]), n_out
+
+    def method(sample: dict[str, torch.Tensor]) -> torch.Tensor:
+        try:
+            return model(sample["lr"], sample["hr"], sample["hr_offset"])
+        except ValueError as error:  # frames of a size the model cannot take
+            raise InputError(f"{type(model).__name__}: {error}") from None
+
+    return method, getattr(model, "n_out", 1)

@@ -15,8 +15,6 @@ from hpc_xvr.dist.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, track
 from hpc_xvr.reconstruct.pipeline import (
-    KeyFrames,
-    Stream,
     reconstruct,
     recording_streams,
     streams_from_files,
@@ -38,12 +36,18 @@ def reconstruct_run(
     corpus: Path | None = None,
     video: str | None = None,
     movie: Path | None = None,
+    lr_dataset: str | None = None,
+    hr_dataset: str | None = None,
+    lr_bit_depth: int | None = None,
+    hr_bit_depth: int | None = None,
+    flip_rows: bool = False,
 ) -> Path:
     """Reconstruct every frame from the first key frame to the last and write `out`.
 
     Either `lr` and `hr` (camera files) or `video` (a recording of `corpus`, degraded to what the
-    two cameras would have seen). `movie` shows low resolution and result side by side, and the
-    truth where it is known.
+    two cameras would have seen). Dataset, bit depth and row order of the camera files: as they
+    were ingested for training (`flip_rows` is the fast camera's). `movie` shows low resolution and
+    result side by side, and the truth where it is known.
 
     Raises:
         InputError: no trained run, unreadable or unfitting files, an unwritable result.
@@ -56,11 +60,15 @@ def reconstruct_run(
     use_threads()
     model, config, step = model_of_run(run)
     gap = gap or config.data.hr_gap
-    fast, keys, calibration, truth = (
-        _from_corpus(config, corpus or config.data.corpus, video, gap)
-        if video
-        else _from_files(config, lr, hr, gap)
-    )
+    if video:
+        fast, keys, calibration, truth = _from_corpus(
+            config, corpus or config.data.corpus, video, gap
+        )
+    else:
+        low = open_recording(lr, dataset=lr_dataset, bit_depth=lr_bit_depth, flip_rows=flip_rows)
+        sharp = open_recording(hr, dataset=hr_dataset, bit_depth=hr_bit_depth)
+        fast, keys = streams_from_files(low, sharp, gap, config.data.scale)
+        calibration, truth = Calibration(low.frame_rate_hz, sharp.pixel_size_um), None
     precision = "bf16" if config.train.precision == "bf16" else "float32"
     method, n_out = as_method(model.to(device))
     first, last = min(keys), max(keys)
@@ -112,11 +120,3 @@ def _from_corpus(config: Config, corpus: Path, name: str, gap: int):
         Calibration(info.frame_rate_hz, info.pixel_size_um, info.full_scale),
         video.intensity,
     )
-
-
-def _from_files(
-    config: Config, lr: Path, hr: Path, gap: int
-) -> tuple[Stream, KeyFrames, Calibration, None]:
-    fast, sharp = open_recording(lr), open_recording(hr)
-    streams = streams_from_files(fast, sharp, gap, config.data.scale)
-    return *streams, Calibration(fast.frame_rate_hz, sharp.pixel_size_um), None

@@ -44,7 +44,6 @@ class Trainer:
     def __init__(self, cfg: Config, comm: Comm, resume: bool = False) -> None:
         self.cfg, self.comm = cfg, comm
         self._stop = False
-        self._handlers = {n: signal.signal(n, self._ask_to_stop) for n in STOP_SIGNALS}
         self.share, self.micro = comm.together(self._shares)
         threads = cfg.run.threads or cpu_threads(discover())
         torch.set_num_threads(threads)
@@ -63,13 +62,18 @@ class Trainer:
                 ),
             )
         )
-        self.validator = Validator(cfg, corpus, comm)
+        self.validator = comm.together(lambda: Validator(cfg, corpus, comm))
+        if cfg.train.weights:  # before anything is written
+            comm.on_root(lambda: _first_weights(cfg, build_model(cfg)))
         state = comm.on_root(lambda: open_run(cfg, resume))
 
         self.done = state["step"] if state else 0  # optimizer steps behind us
         self._build(state)
         self.clock = Stopwatch(comm.device)
-        self._bad = torch.zeros((), device=comm.device)  # steps in a row without finite gradients
+        # Steps without finite gradients: in a row, the longest row, all of them.
+        self._bad, self._worst, self._skipped = torch.zeros(3, device=comm.device)
+        self._reported = 0
+        self._summed = 0  # steps whose losses are in self._loss
         self._loss = torch.zeros((), dtype=self.dtype, device=comm.device)
 
         machine = environment(comm, threads)
@@ -114,6 +118,8 @@ class Trainer:
         )
         if "optimizer" in state:  # after wrapping: Horovod makes an optimizer of its own
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:  # what the config says now
+                group.update(betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay)
 
     def _announce(self, machine: dict[str, Any], corpus: Corpus, threads: int) -> None:
         cfg, ranks = self.cfg, machine["ranks"]
@@ -153,6 +159,14 @@ class Trainer:
 
     def run(self) -> bool:
         """Train to the last step. False: stopped before it by a signal, with a checkpoint."""
+        before = {n: signal.signal(n, self._ask_to_stop) for n in STOP_SIGNALS}
+        try:
+            return self._run()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _run(self) -> bool:
         cfg = self.cfg
         batches = iter(
             training_batches(
@@ -173,11 +187,11 @@ class Trainer:
             last = self.done == cfg.train.steps
             if last or self.done % cfg.train.log_every == 0:
                 self._log()
-            if last or self.done % cfg.validation.every == 0:
-                self._validate()
             stop = self.comm.any_lagged(self._stop) and not last
             if stop or last or self.done % cfg.checkpoint.every == 0:
                 self.save()
+            if last or self.done % cfg.validation.every == 0:
+                self._validate()
             if stop:
                 logger.info("stopped by a signal after step %d; --resume continues", self.done)
                 return False
@@ -203,6 +217,7 @@ class Trainer:
                 loss = l1(output, batch["target"]) / parts
                 loss.backward()
             self._loss += loss.detach()
+        self._summed += 1
         self.comm.finish_gradients(self.optimizer)
         self._update()
 
@@ -219,6 +234,8 @@ class Trainer:
         self.optimizer.found_inf = skip  # fused Adam leaves everything as it is where this is 1
         self.comm.step(self.optimizer)
         self._bad = (self._bad + 1) * skip
+        self._worst = torch.maximum(self._worst, self._bad)
+        self._skipped = self._skipped + skip
         if self.average:
             self.average.update()
 
@@ -236,16 +253,17 @@ class Trainer:
         limit = self.cfg.train.nonfinite_limit
         if self.comm.device.type != "cpu" and self.done % min(self.cfg.train.log_every, limit):
             return
-        bad = int(self._bad)
-        if bad and self.comm.is_root:
+        skipped, worst = int(self._skipped), int(self._worst)
+        if skipped > self._reported and self.comm.is_root:
             logger.warning(
-                "step %d: gradient is not finite; step skipped on all ranks (%d in a row)",
+                "step %d: gradients were not finite; skipped on all ranks, %d steps so far",
                 self.done,
-                bad,
+                skipped,
             )
-        if bad >= limit:
+        self._reported = skipped
+        if worst >= limit:
             raise CollectiveError(
-                f"step {self.done}: {bad} steps in a row without finite gradients; "
+                f"step {self.done}: {worst} steps in a row without finite gradients; "
                 "lower optim.lr, set optim.clip_norm, or check the corpus with "
                 "hpc-xvr inspect --verify"
             )
@@ -253,8 +271,9 @@ class Trainer:
     def _log(self) -> None:
         """Mean loss of all ranks since the last report, and where the time went."""
         steps = self.clock.steps
-        loss = self.comm.all_reduce(self._loss.double()) / self.comm.size / steps
+        loss = self.comm.all_reduce(self._loss.double()) / self.comm.size / self._summed
         self._loss.zero_()
+        self._summed = 0
         speed = self.clock.report(
             steps * self.cfg.train.global_batch, self.flops_per_sample, self.comm.size
         )
@@ -327,15 +346,15 @@ class Trainer:
             },
             checkpoint.path_of(folder, self.done),
         )
-        checkpoint.prune(folder, self.cfg.checkpoint.keep)
+        checkpoint.prune(folder, self.cfg.checkpoint.keep, self.done)
 
     def _ask_to_stop(self, number: int, frame: Any) -> None:
+        if self._stop and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C means it
         self._stop = True
 
     def close(self) -> None:
-        """Close files and give the signals back; safe to call twice."""
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
+        """Close files; safe to call twice."""
         if self.metrics:
             self.metrics.close()
             self.metrics = None

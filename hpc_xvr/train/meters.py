@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import socket
@@ -42,11 +43,15 @@ class Metrics:
             ]
             write_atomic(self._path, lambda file: file.write("".join(kept).encode()))
         self._file = self._path.open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step)
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"),
+            purge_step=None if resumed_step is None else resumed_step + 1,
+        )
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One line, on disk at once."""
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        record = {name: None if _not_finite(v) else v for name, v in record.items()}
         self._file.write(json.dumps(record) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)):
@@ -56,6 +61,10 @@ class Metrics:
         """Flush everything."""
         self._file.close()
         self._board.close()
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)  # JSON knows no NaN
 
 
 def _step_of(line: str) -> float:

@@ -75,9 +75,18 @@ def test_prune_keeps_the_newest_and_leftovers_go(tmp_path):
     for step in range(5):
         checkpoint.save(state(step), checkpoint.path_of(tmp_path, step))
     (tmp_path / ".step-000000009.pt.partial").write_bytes(b"half")
-    checkpoint.prune(tmp_path, 2)
+    checkpoint.prune(tmp_path, 2, newest=4)
     checkpoint.remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000003.pt", "step-000000004.pt"]
+
+
+def test_prune_never_takes_the_checkpoint_just_written(tmp_path):
+    """A damaged checkpoint of a later step was passed over at resume; it must not count."""
+    for step in (3, 6, 7):
+        checkpoint.save(state(step), checkpoint.path_of(tmp_path, step))
+    checkpoint.path_of(tmp_path, 9).write_bytes(b"torn")
+    checkpoint.prune(tmp_path, 1, newest=7)
+    assert checkpoint.list_checkpoints(tmp_path) == [(7, checkpoint.path_of(tmp_path, 7))]
 
 
 def test_a_full_disk_is_one_line_and_older_checkpoints_stay(tmp_path):
@@ -109,23 +118,25 @@ def test_an_unwritable_folder_is_named(tmp_path):
 
 
 def test_killed_while_writing_leaves_only_whole_checkpoints(tmp_path):
-    code = f"""
-import torch
+    code = """
+import sys, torch
 from pathlib import Path
 from hpc_xvr import checkpoint
+folder = Path(sys.argv[1])
 for step in range(10_000):
-    checkpoint.save({{"step": step, "w": torch.full((300_000,), float(step))}},
-                    checkpoint.path_of(Path({str(tmp_path)!r}), step))
-    checkpoint.prune(Path({str(tmp_path)!r}), 3)
+    checkpoint.save({"step": step, "w": torch.full((300_000,), float(step))},
+                    checkpoint.path_of(folder, step))
+    checkpoint.prune(folder, 3, step)
 """
     for i in range(3):
-        writer = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-        while not checkpoint.list_checkpoints(tmp_path):
-            time.sleep(0.05)
+        folder = tmp_path / str(i)
+        writer = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT)
+        while not checkpoint.list_checkpoints(folder):
+            time.sleep(0.02)
         time.sleep(0.1 + 0.07 * i)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
-        saved = checkpoint.list_checkpoints(tmp_path)
+        saved = checkpoint.list_checkpoints(folder)
         assert saved
         for step, path in saved:
             loaded = checkpoint.load(path)

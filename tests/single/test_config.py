@@ -1,10 +1,12 @@
 """Typed configuration: what is written is what runs, and every mistake is one clear line."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from hpc_xvr import config
+from hpc_xvr.data.shards import slots_of_rank
 from hpc_xvr.errors import InputError
 
 CONFIGS = sorted(Path(__file__).resolve().parents[2].glob("configs/**/*.yaml"))
@@ -76,6 +78,28 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as problem:
         config.load(path)
     assert str(path) in str(problem.value)
+
+
+def test_every_documented_mpirun_line_shares_its_batch():
+    """`mpirun -n N hpc-xvr train configs/X.yaml` in README, help and configs must be accepted."""
+    root = CONFIGS[0].parents[1]
+    texts = [root / "README.md", root / "hpc_xvr/cli.py", root / "jobs/quickstart.sh", *CONFIGS]
+    lines = [
+        m
+        for path in texts
+        for m in re.findall(r"mpirun -n (\d+)[^\n]* train (configs/\w+\.yaml)", path.read_text())
+    ]
+    assert len(lines) >= 4
+    for ranks, name in lines:
+        slots_of_rank(0, int(ranks), config.load(root / name).train.global_batch)
+
+
+def test_edvr_is_refused_what_it_cannot_do():
+    edvr = ["model.name=edvr", "model.depths=[1,1]", "model.embed_dim=8", "model.heads=2"]
+    config.load(None, edvr)
+    for override in ("data.scale=2", "data.patch=40", "model.base=detail", "validation.patch=20"):
+        with pytest.raises(InputError, match=override.split("=")[0]):
+            config.load(None, [*edvr, override])
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hpc_xvr.model.attention import biased_attention
 from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsample
 from hpc_xvr.model.swin import WindowAttention, grid, relative_position
 from hpc_xvr.model.xfusion import load_xfusion
@@ -288,3 +289,20 @@ def test_bf16_autocast_stays_close():
         with torch.autocast("cpu", torch.bfloat16):
             rough = model(lr, hr)
     assert float((rough - exact).norm() / exact.norm()) < 1e-2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("tokens", [320, 160, 80])
+def test_fused_attention_on_a_gpu_has_the_gradients_of_the_explicit_one(tokens):
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v = torch.randn(3, 4, 3, tokens, 64, device="cuda", generator=g).unbind(0)
+    bias = torch.randn(1, 3, tokens, tokens, device="cuda", generator=g)
+    inputs = [t.requires_grad_() for t in (q, k, v, bias)]
+    explicit = ((q @ k.transpose(-1, -2)) / 8 + bias).softmax(-1) @ v
+    fused = biased_attention(q, k, v, bias)
+    torch.testing.assert_close(fused, explicit, rtol=1e-3, atol=1e-3)
+    ours = torch.autograd.grad(fused.square().sum(), inputs)
+    theirs = torch.autograd.grad(explicit.square().sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.isfinite(a).all()
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)

@@ -94,6 +94,34 @@ def test_training_reduces_the_loss(train):
     assert np.mean(losses[-10:]) < 0.4 * losses[0]
 
 
+def test_the_logged_loss_is_the_mean_of_its_steps_whatever_lies_between(train):
+    def losses(*overrides, name):
+        lines, _ = train("train.steps=8", *overrides, name=name)
+        return [line["loss"] for line in lines if line["kind"] == "train"]
+
+    each = losses(name="each")
+    fours = losses("train.log_every=4", "validation.every=3", name="fours")
+    assert fours == pytest.approx([np.mean(each[:4]), np.mean(each[4:])], rel=1e-5)
+
+
+def test_a_resumed_run_uses_the_optimizer_settings_of_its_config(train, tmp_path, pulse_corpus):
+    train("train.steps=2")
+    cfg = load(
+        PULSE,
+        [
+            f"run.dir={tmp_path}/run",
+            f"data.corpus={pulse_corpus}",
+            "run.threads=1",
+            "train.steps=3",
+            "optim.betas=[0.8, 0.95]",
+        ],
+    )
+    trainer = Trainer(cfg, Comm(), resume=True)
+    trainer.close()
+    assert trainer.done == 2
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.8, 0.95)
+
+
 def test_the_learning_rate_is_one_cosine_from_the_published_values():
     optim = Optim()
     assert learning_rate(optim, 0, 30_000, 10) == 2e-4
