@@ -108,8 +108,8 @@ class Trainer:
         model = build_model(cfg)
         if state is None:
             state = {"model": comm.on_root(lambda: _first_weights(cfg, model))}
-        model.load_state_dict(state["model"])
         self.model = model.to(comm.device, self.dtype).train()
+        self.model.load_state_dict(state["model"])
         self.average = MovingAverage(self.model, cfg.optim.ema) if cfg.optim.ema else None
         if self.average and state.get("ema"):
             self.average.load(state["ema"])

@@ -3,7 +3,6 @@
 A rank whose test fails ends the whole job: the other one would wait for it in a collective.
 """
 
-import os
 import shutil
 import sys
 import tempfile
@@ -21,8 +20,11 @@ WORLD = MPI.COMM_WORLD
 PULSE = Path(__file__).resolve().parents[2] / "configs" / "pulse.yaml"
 
 
-if WORLD.Get_rank():  # rank 0 reports; the others only when they fail
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session):
+    if WORLD.Get_rank():  # rank 0 reports; the others only when they fail
+        plugins = session.config.pluginmanager
+        plugins.unregister(plugins.get_plugin("terminalreporter"))
 
 
 def pytest_configure():
