@@ -48,6 +48,9 @@ class Examples(click.Command):
         super().__init__(*args, **kwargs)
         self.examples = examples
 
+    def get_short_help_str(self, limit: int = 45) -> str:
+        return super().get_short_help_str(max(limit, 100))  # the whole first sentence
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         lines = self.examples.strip().splitlines()
         if lines:
@@ -445,22 +448,25 @@ def main() -> None:
     except InputError as error:
         _fail(str(error), 2, collective=type(error).__name__ == "CollectiveError")
     except OSError as error:
-        if error.errno is None:
-            raise  # no trouble of the system's: one of our own
+        if error.errno is None:  # no trouble of the system's: one of our own
+            _crash()
         from hpc_xvr.errors import explain_os_error
 
         _fail(f"{error.filename or 'input or output'}: {explain_os_error(error)}", 2)
     except Exception:
-        if _comm is None:
-            from hpc_xvr.dist.launch import abort_world
+        _crash()
 
-            traceback.print_exc()
-            abort_world(1)
-            _leave(1)
-        if _comm.size == 1:
-            raise
-        print(f"[rank {_comm.rank}] failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+
+def _crash() -> None:
+    """Print the traceback being handled and end every rank."""
+    from hpc_xvr.dist.launch import abort_world
+
+    where = "" if _comm is None or _comm.size == 1 else f"[rank {_comm.rank}] failed:\n"
+    print(f"{where}{traceback.format_exc()}", file=sys.stderr, flush=True)
+    if _comm is not None and _comm.size > 1:
         _comm.abort(1)
+    abort_world(1)
+    _leave(1)
 
 
 def _fail(message: str, code: int, collective: bool = False) -> None:
