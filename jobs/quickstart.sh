@@ -30,7 +30,7 @@ from hpc_xvr.config import load
 print(load(sys.argv[1], [a for a in sys.argv[2:] if a != "--set"]).train.steps)
 PYTHON
 )
-mpirun -n 2 --oversubscribe --quiet hpc-xvr train "$config" "${engine[@]}" "$@" &
+mpirun -n 2 --oversubscribe hpc-xvr train "$config" "${engine[@]}" "$@" &
 job=$!
 reached() {
     tail -n 1 "$run/metrics.jsonl" 2>/dev/null | grep -o '"step": [0-9]*' | grep -o '[0-9]*' || echo 0
