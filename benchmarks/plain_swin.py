@@ -15,7 +15,7 @@ from hpc_xvr.model.xvr import SwinXVR
 
 
 class PlainSwinXVR(SwinXVR):
-    """SwinXVR computed the plain way; load the other's state dict into it."""
+    """SwinXVR computed the plain way, without stochastic depth; takes the other's state dict."""
 
     def forward(self, lr: Tensor, hr: Tensor, hr_offset: Tensor | None = None) -> Tensor:
         self._check(lr, hr)
@@ -70,8 +70,8 @@ def plain_block(block: SwinBlock, x: Tensor, mask: Tensor | None) -> Tensor:
     y = attention.proj(y).view(batch, hp // side, wp // side, frames, side, side, dim)
     y = y.permute(0, 3, 1, 4, 2, 5, 6).reshape(batch, frames, hp, wp, dim)
     y = torch.roll(y, (shift[0], shift[1]), (2, 3))[:, :, :h, :w]
-    x = x + block.drop_path(y)
-    return x + block.drop_path(block.fc2(F.gelu(block.fc1(block.norm2(x)))))
+    x = x + y
+    return x + block.fc2(F.gelu(block.fc1(block.norm2(x))))
 
 
 def partition(x: Tensor, side: int) -> Tensor:

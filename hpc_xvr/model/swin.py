@@ -1,17 +1,21 @@
 """Shifted-window attention over short videos, in one token layout from block to block.
 
 Shapes: B batch, D frames, h w image grid (Hp Wp after padding to window multiples), C channels,
-T = D*Hp*Wp tokens in window order, n windows of N tokens, A heads.
+T = B*D*Hp*Wp tokens in window order, n windows of N tokens, A heads.
 
-Tokens are kept in window order between blocks. Everything outside attention (LayerNorm, MLP,
-residuals) works on single tokens and does not care for their order, so a block costs at most one
-gather: from the order of the block before to its own. A window at the border of the shifted grid
-is the union of regions that must not see each other; they are simply windows of half a side here,
-which needs no mask and, as the position bias depends on relative positions only, no other table.
+Tokens are kept in window order between blocks, those of all samples in one row. Everything outside
+attention (LayerNorm, MLP, residuals) works on single tokens and does not care for their order, so
+a block costs at most one gather: from the order of the block before to its own. A window at the
+border of the shifted grid is the union of regions that must not see each other; they are simply
+windows of half a side here, which needs no mask and, as the position bias depends on relative
+positions only, no other table.
+
+The residual stream stays in float32 under autocast; matrix products run in the autocast type.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_xvr.model.attention import biased_attention
+from hpc_xvr.model.attention import Kind, window_attention
+from hpc_xvr.model.linear import linear, to_matmul_type
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,20 @@ class Group:
     width: int
     tokens: int  # frames * height * width
 
+    def rows(self, frames: slice) -> slice:
+        """Tokens of a window that belong to these frames."""
+        area = self.height * self.width
+        return slice(frames.start * area, frames.stop * area)
+
 
 @dataclass(frozen=True)
 class Layout:
     """A token order: how it splits into windows, and the gathers from and to the image."""
 
     groups: tuple[Group, ...]
-    from_image: Tensor  # T: position in (D, h, w) of each token; padding points at 0
-    to_image: Tensor  # D*h*w: token of each image position
+    from_image: Tensor  # T: position in (B, D, h, w) of each token; padding points at 0
+    to_image: Tensor  # B*D*h*w: token of each image position
+    sample: Tensor  # T: which sample of the batch a token belongs to
     valid: Tensor | None  # T, 1: 0 for padding; None where there is none
 
 
@@ -62,25 +73,35 @@ def _cuts(extent: int, window: int, shifted: bool) -> list[int]:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is cached in inference may later be needed in training
-def grid(frames: int, height: int, width: int, window: int, device: torch.device) -> Grid:
-    """Token orders of a (frames, height, width) image; cached per shape and device."""
+def grid(
+    batch: int, frames: int, height: int, width: int, window: int, device: torch.device
+) -> Grid:
+    """Token orders of `batch` (frames, height, width) images; cached per shape and device."""
     hp, wp = -(-height // window) * window, -(-width // window) * window
-    padded = torch.arange(frames * hp * wp).view(frames, hp, wp)
-    inside = padded[:, :height, :width].flatten()  # padded position of each image position
-    image = torch.full((frames * hp * wp,), -1)
+    positions = torch.arange(batch * frames * hp * wp).view(batch, frames, hp, wp)
+    inside = positions[:, :, :height, :width].flatten()  # padded position of each image position
+    image = torch.full((positions.numel(),), -1)
     image[inside] = torch.arange(inside.numel())
+    padded = inside.numel() < positions.numel()
 
     def order(shifted: bool) -> tuple[Layout, Tensor]:
-        windows: dict[tuple[int, int], list[Tensor]] = {}
-        for strip in padded.split(_cuts(hp, window, shifted), dim=1):
-            for cut in strip.split(_cuts(wp, window, shifted), dim=2):
-                windows.setdefault((cut.shape[1], cut.shape[2]), []).append(cut.flatten())
-        groups = tuple(Group(len(w), *size, w[0].numel()) for size, w in windows.items())
-        tokens = torch.cat([cut for same in windows.values() for cut in same])
+        windows: dict[tuple[int, int], list[Tensor]] = {}  # each B, D*height*width
+        for strip in positions.split(_cuts(hp, window, shifted), dim=2):
+            for cut in strip.split(_cuts(wp, window, shifted), dim=3):
+                windows.setdefault((cut.shape[2], cut.shape[3]), []).append(cut.flatten(1))
+        groups = tuple(
+            Group(batch * len(same), *size, same[0].shape[1]) for size, same in windows.items()
+        )
+        tokens = torch.cat([torch.cat(same).flatten() for same in windows.values()])
         rank = torch.argsort(tokens)  # padded position -> token
         source = image[tokens]
-        valid = None if len(inside) == len(image) else (source >= 0).float()[:, None].to(device)
-        layout = Layout(groups, source.clamp(min=0).to(device), rank[inside].to(device), valid)
+        layout = Layout(
+            groups,
+            from_image=source.clamp(min=0).to(device),
+            to_image=rank[inside].to(device),
+            sample=(tokens // (frames * hp * wp)).to(device),
+            valid=(source >= 0).float()[:, None].to(device) if padded else None,
+        )
         return layout, tokens
 
     plain, tokens_plain = order(False)
@@ -113,21 +134,21 @@ def relative_position(
 
 
 class _Gather(torch.autograd.Function):
-    """x[:, index] for a permutation, whose gradient is the gather the other way round.
+    """x[index] for a permutation of rows, whose gradient is the gather the other way round.
 
-    (Padding takes a copy of token 0 and passes no gradient back; `back` skips it.) The generic
-    backward of index_select adds into a zeroed tensor, token by token.
+    (Padding takes a copy of row 0 and passes no gradient back; `back` skips it.) The generic
+    backward of index_select adds into a zeroed tensor, row by row.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, index: Tensor, back: Tensor, valid: Tensor | None) -> Tensor:
         ctx.save_for_backward(back, valid)
-        return x.index_select(1, index)
+        return x.index_select(0, index)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         back, valid = ctx.saved_tensors
-        gradient = gradient.index_select(1, back)
+        gradient = gradient.index_select(0, back)
         if valid is not None:
             gradient = gradient * valid.to(gradient.dtype)
         return gradient, None, None, None
@@ -140,107 +161,181 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sample: Tensor, batch: int) -> Tensor:
+        """(T, C) -> (T, C), row i being of sample `sample[i]`."""
         if not self.training or self.rate == 0:
             return x
-        keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.rate
-        return x * (keep.to(x.dtype) / (1 - self.rate))
+        keep = torch.rand(batch, device=x.device) >= self.rate
+        factor = keep.to(x.dtype) / (1 - self.rate)
+        return x * factor[sample, None]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a block needs to know of the token orders: where its tokens are in the order before
+    (None: where they were), the way back, and its own layout."""
+
+    there: Tensor | None
+    back: Tensor | None
+    layout: Layout
+    batch: int
+
+
+def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, step: Step | None = None):
+    """Close a residual branch and open the next one: the sum (T, C) in the order of `step`, and
+    its LayerNorm in the type of matrix products, padding zeroed. One kernel when compiled."""
+    if branch is not None:
+        x = x + branch
+    if step is not None and step.there is not None:
+        x = _Gather.apply(x, step.there, step.back, None)
+    y = norm(x)
+    if step is not None and step.layout.valid is not None:
+        y = y * step.layout.valid.to(y.dtype)
+    return x, to_matmul_type(y)
 
 
 class WindowAttention(nn.Module):
     """Multi-head self-attention within windows, with a learned relative position bias."""
 
-    def __init__(self, dim: int, heads: int, frames: int, window: int) -> None:
+    def __init__(self, dim: int, heads: int, frames: int, window: int, kind: Kind = "auto") -> None:
         super().__init__()
-        self.heads, self.frames, self.window = heads, frames, window
+        self.heads, self.frames, self.window, self.kind = heads, frames, window, kind
         rows = (2 * frames - 1) * (2 * window - 1) ** 2
         self.bias_table = nn.Parameter(torch.empty(rows, heads))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        self._biases: dict[tuple, tuple[int, Tensor]] = {}
 
-    def bias(self, group: Group) -> Tensor:
-        """Additive bias of a window shape: (1, A, N, N)."""
-        index = relative_position(
-            self.frames, self.window, group.height, group.width, self.bias_table.device
-        )
-        return self.bias_table.t()[:, index.flatten()].view(1, self.heads, *index.shape)
+    def bias(self, group: Group, dtype: torch.dtype) -> Tensor:
+        """Additive bias of a window shape, (1, A, N, N).
 
-    def forward(self, x: Tensor, groups: tuple[Group, ...]) -> Tensor:
-        """(B, T, C) tokens in window order -> (B, T, C)."""
-        batch, _, dim = x.shape
-        qkv = self.qkv(x)  # B, T, 3C
-        mixed, start = [], 0
-        for group in groups:
-            stop = start + group.count * group.tokens
-            part = qkv[:, start:stop].reshape(
-                batch * group.count, group.tokens, 3, self.heads, dim // self.heads
-            )
-            q, k, v = part.permute(2, 0, 3, 1, 4)  # each B*n, A, N, C/A
-            y = biased_attention(q, k, v, self.bias(group))
-            mixed.append(y.transpose(1, 2).reshape(batch, stop - start, dim))
-            start = stop
-        return self.proj(mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1))
+        In training in the table's own type; without gradients in `dtype` and kept for the next
+        call until the table changes.
+        """
+        table = self.bias_table
+        index = relative_position(self.frames, self.window, group.height, group.width, table.device)
+
+        def look_up() -> Tensor:
+            return table.t()[:, index.flatten()].view(1, self.heads, *index.shape)
+
+        if torch.is_grad_enabled() or table.is_inference() or torch.compiler.is_compiling():
+            return look_up()
+        key = (group.height, group.width, dtype, table.device, table.data_ptr())
+        version, bias = self._biases.get(key, (None, None))
+        if version != table._version:
+            with torch.inference_mode(False), torch.no_grad():
+                bias = look_up().to(dtype)
+            self._biases[key] = (table._version, bias)
+        return bias
+
+    def forward(self, x: Tensor, groups: tuple[Group, ...], keep: slice | None = None) -> Tensor:
+        """(T, C) tokens in window order -> (T, C), or those of the frames `keep` only."""
+        qkv = linear(self.qkv, x)
+        biases = [self.bias(group, qkv.dtype) for group in groups]
+        rows = [group.rows(keep) for group in groups] if keep else None
+        y = window_attention(qkv, biases, [group.count for group in groups], rows, self.kind)
+        return linear(self.proj, y)
 
 
 class SwinBlock(nn.Module):
     """LayerNorm, window attention, LayerNorm, MLP, each branch with a residual."""
 
     def __init__(
-        self, dim: int, heads: int, frames: int, window: int, mlp_ratio: float, drop_path: float
+        self,
+        dim: int,
+        heads: int,
+        frames: int,
+        window: int,
+        mlp_ratio: float,
+        drop_path: float,
+        attention: Kind = "auto",
     ) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, heads, frames, window)
+        self.attn = WindowAttention(dim, heads, frames, window, attention)
         self.norm2 = nn.LayerNorm(dim)
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, groups: tuple[Group, ...], valid: Tensor | None) -> Tensor:
-        """(B, T, C) -> (B, T, C); `valid` (T, 1) zeroes padding after the first LayerNorm."""
-        y = self.norm1(x)
-        if valid is not None:
-            y = y * valid.to(y.dtype)
-        x = x + self.drop_path(self.attn(y, groups))
-        return x + self.drop_path(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+    def forward(
+        self, x: Tensor, branch: Tensor | None, step: Step, keep: slice | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (T, C) and the branch before, still to be added to them -> the same of this
+        block, in its own token order; of the frames `keep` only, where given."""
+        groups = step.layout.groups
+        x, y = add_norm(x, branch, self.norm1, step)
+        sample = step.layout.sample
+        if keep:
+            x, sample = keep_frames(x, groups, keep), keep_frames(sample, groups, keep)
+        y = self.drop_path(self.attn(y, groups, keep), sample, step.batch)
+        x, y = add_norm(x, y, self.norm2)
+        y = linear(self.fc2, F.gelu(linear(self.fc1, y)))
+        return x, self.drop_path(y, sample, step.batch)
+
+
+def keep_frames(x: Tensor, groups: tuple[Group, ...], frames: slice) -> Tensor:
+    """The tokens of these frames: (T, ...) -> (fewer, ...), in the order of their own grid."""
+    parts = x.split([group.count * group.tokens for group in groups])
+    return torch.cat(
+        [
+            part.unflatten(0, (-1, group.tokens))[:, group.rows(frames)].flatten(0, 1)
+            for part, group in zip(parts, groups, strict=True)
+        ]
+    )
 
 
 class SwinStage(nn.Module):
-    """Blocks with and without shift in turn, then a 3x3 convolution, around them a residual."""
+    """Blocks with and without shift in turn, then a 3x3 convolution, around them a residual.
+
+    As many blocks as there are stochastic depth rates in `drop_path`.
+    """
 
     def __init__(
         self,
         dim: int,
-        depth: int,
         heads: int,
         frames: int,
         window: int,
         mlp_ratio: float,
         drop_path: list[float],
+        attention: Kind = "auto",
     ) -> None:
         super().__init__()
         self.window = window
         self.blocks = nn.ModuleList(
-            SwinBlock(dim, heads, frames, window, mlp_ratio, drop_path[i]) for i in range(depth)
+            SwinBlock(dim, heads, frames, window, mlp_ratio, rate, attention) for rate in drop_path
         )
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
-    def forward(self, image: Tensor, keep: slice = slice(None)) -> Tensor:
-        """(B, D, h, w, C) -> the frames `keep` of (B, D, h, w, C)."""
-        frames, height, width = image.shape[1:4]
-        g = grid(frames, height, width, self.window, image.device)
-        layout = g.plain
-        x = _Gather.apply(image.flatten(1, 3), layout.from_image, layout.to_image, None)
+    def forward(self, image: Tensor, keep: slice | None = None) -> Tensor:
+        """(B, D, h, w, C) -> the same, or for the last stage the frames `keep` of it.
+
+        The last stage's convolution runs in float32 (see `SwinXVR.forward`).
+        """
+        batch, frames, height, width = image.shape[:4]
+        g = grid(batch, frames, height, width, self.window, image.device)
+        steps = (
+            Step(g.to_plain, g.to_shifted, g.plain, batch),
+            Step(g.to_shifted, g.to_plain, g.shifted, batch),
+        )
+        first = g.plain
+        x = _Gather.apply(image.flatten(0, 3), first.from_image, first.to_image, None)
+        branch = None
         for i, block in enumerate(self.blocks):
-            if i:
-                there, back = (g.to_shifted, g.to_plain) if i % 2 else (g.to_plain, g.to_shifted)
-                x = _Gather.apply(x, there, back, None)
-                layout = g.shifted if i % 2 else g.plain
-            x = block(x, layout.groups, layout.valid)
-        x = _Gather.apply(x, layout.to_image, layout.from_image, layout.valid)
-        x = x.view(image.shape)[:, keep]
-        return conv2d(self.conv, x) + image[:, keep]
+            step = steps[i % 2] if i else Step(None, None, first, batch)
+            # The last block of the last stage lets only those frames ask that are kept.
+            last = i == len(self.blocks) - 1
+            x, branch = block(x, branch, step, keep if last else None)
+        if keep:
+            g = grid(batch, keep.stop - keep.start, height, width, self.window, image.device)
+            image = image[:, keep]
+        layout = (g.plain, g.shifted)[(len(self.blocks) - 1) % 2]
+        x = _Gather.apply(x + branch, layout.to_image, layout.from_image, layout.valid)
+        x = x.view(image.shape)
+        with torch.autocast(x.device.type, enabled=False) if keep else nullcontext():
+            return conv2d(self.conv, x) + image
 
 
 def conv2d(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpc_xvr.model.attention import Kind
 from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsample
+from hpc_xvr.model.linear import conv_of_one_channel
 from hpc_xvr.model.swin import SwinStage, conv2d, grid
 
 Output = Literal["centre", "sequence"]
@@ -35,6 +37,8 @@ class SwinXVR(nn.Module):
         embed_dim, depths, heads, window, mlp_ratio, drop_path: transformer width, blocks of each
             stage, attention heads, window side, MLP width / embed_dim, stochastic depth rate.
         up_features: channels of the upsampling convolutions.
+        attention: how attention is computed: "auto" (fused), "fused" (torch's scaled dot-product
+            kernels), "flex" (FlexAttention) or "explicit" (the whole matrix, for checks).
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class SwinXVR(nn.Module):
         mlp_ratio: float = 2.0,
         drop_path: float = 0.2,
         up_features: int = 64,
+        attention: Kind = "auto",
     ) -> None:
         super().__init__()
         if scale not in (2, 4):
@@ -69,8 +74,8 @@ class SwinXVR(nn.Module):
         )
         rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))
         self.stages = nn.ModuleList(
-            SwinStage(embed_dim, depth, heads, frames, window, mlp_ratio, rate.tolist())
-            for depth, rate in zip(depths, rates, strict=True)
+            SwinStage(embed_dim, heads, frames, window, mlp_ratio, rate.tolist(), attention)
+            for rate in rates
         )
         self.norm = nn.LayerNorm(embed_dim)
         self.body_conv = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)
@@ -110,14 +115,17 @@ class SwinXVR(nn.Module):
         """
         self._check(lr, hr)
         x = torch.cat((self.lr_features(lr), self.hr_features(hr)), dim=1)  # B, D, h, w, C
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream
         middle = self.lr_frames // 2
-        keep = slice(middle, middle + 1) if self.output == "centre" else slice(self.lr_frames)
+        keep = slice(middle, middle + 1) if self.output == "centre" else slice(0, self.lr_frames)
         y = x
         for stage in self.stages[:-1]:
             y = stage(y)
         y = self.stages[-1](y, keep)
-        y = conv2d(self.body_conv, self.norm(y)) + x[:, keep]  # B, n_out, h, w, C
-        out = self._upscale(y)
+        # What follows the last block is 2 % of the work and half of bf16's error: float32.
+        with torch.autocast(x.device.type, enabled=False):
+            y = conv2d(self.body_conv, self.norm(y)) + x[:, keep]  # B, n_out, h, w, C
+            out = self._upscale(y)
         if self.base == "bicubic":
             out = out + upsample(lr[:, keep], self.scale)
         elif self.base == "detail":
@@ -129,23 +137,23 @@ class SwinXVR(nn.Module):
 
     def lr_features(self, lr: Tensor) -> Tensor:
         """(B, N, 1, h, w) -> (B, N, h, w, C)."""
-        return F.leaky_relu(conv2d(self.lr_conv, lr.movedim(2, -1)), 0.1)
+        y = F.leaky_relu(conv_of_one_channel(self.lr_conv, lr.flatten(0, 1)), 0.1)
+        return y.permute(0, 2, 3, 1).unflatten(0, lr.shape[:2])
 
     def hr_features(self, hr: Tensor) -> Tensor:
         """(B, 2, 1, H, W) -> (B, 2, h, w, C): convolutions, each but the first halving the grid."""
-        y = hr.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        for i, conv in enumerate(self.hr_convs):
-            y = F.leaky_relu(conv(y), 0.1)
-            if i:
-                y = F.max_pool2d(y, 3, stride=2, padding=1)
+        y = F.leaky_relu(conv_of_one_channel(self.hr_convs[0], hr.flatten(0, 1)), 0.1)
+        for conv in self.hr_convs[1:]:
+            # LeakyReLU is monotonic: after the pooling it is the same, on a quarter of the pixels.
+            y = F.leaky_relu(F.max_pool2d(conv(y), 3, stride=2, padding=1), 0.1)
         return y.permute(0, 2, 3, 1).unflatten(0, hr.shape[:2])
 
     def _upscale(self, y: Tensor) -> Tensor:
-        batch = y.shape[0]
+        """(B, n_out, h, w, C) -> (B, n_out, 1, H, W)."""
         z = F.leaky_relu(self.head_conv(y.flatten(0, 1).permute(0, 3, 1, 2)), 0.01)
         for conv in self.up_convs:
             z = F.pixel_shuffle(conv(z), 2)
-        return self.last_conv(z).unflatten(0, (batch, -1))
+        return self.last_conv(z).unflatten(0, y.shape[:2])
 
     def _check(self, lr: Tensor, hr: Tensor) -> None:
         b, n, c, h, w = lr.shape if lr.ndim == 5 else (0, 0, 0, 0, 0)
@@ -163,7 +171,7 @@ class SwinXVR(nn.Module):
         Counts convolutions, linear layers and attention products, padding included.
         """
         frames, pixels, dim = self.lr_frames + 2, h * w, self.lr_conv.out_channels
-        g = grid(frames, h, w, self.window, torch.device("cpu"))
+        g = grid(1, frames, h, w, self.window, torch.device("cpu"))
         tokens = g.plain.from_image.numel()
         total = self.lr_frames * _conv_flops(self.lr_conv, pixels)
         for i, conv in enumerate(self.hr_convs):
@@ -171,9 +179,12 @@ class SwinXVR(nn.Module):
         for s, stage in enumerate(self.stages):
             for i, block in enumerate(stage.blocks):
                 groups = (g.shifted if i % 2 else g.plain).groups
-                linear = [block.attn.qkv, block.attn.proj, block.fc1, block.fc2]
-                total += 2 * tokens * sum(layer.weight.numel() for layer in linear)
-                total += sum(4 * group.count * group.tokens**2 * dim for group in groups)
+                last = s == len(self.stages) - 1 and i == len(stage.blocks) - 1
+                share = self.n_out / frames if last else 1  # of the tokens that come out
+                linear = [block.attn.proj, block.fc1, block.fc2]
+                total += 2 * tokens * block.attn.qkv.weight.numel()
+                total += int(share * 2 * tokens * sum(layer.weight.numel() for layer in linear))
+                total += int(share * sum(4 * x.count * x.tokens**2 * dim for x in groups))
             last = s == len(self.stages) - 1
             total += (self.n_out if last else frames) * _conv_flops(stage.conv, pixels)
         total += self.n_out * _conv_flops(self.body_conv, pixels)
