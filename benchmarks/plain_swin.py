@@ -63,7 +63,7 @@ def plain_block(block: SwinBlock, x: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = attention.qkv(windows).unflatten(-1, (3, heads, dim // heads)).permute(2, 0, 3, 1, 4)
     logits = q * (dim // heads) ** -0.5 @ k.transpose(-1, -2)
     index = relative_position(frames, side, side, side, x.device)
-    logits = logits + attention.bias_table[index].permute(2, 0, 1)
+    logits = logits + attention.bias_table[index].unflatten(0, logits.shape[-2:]).permute(2, 0, 1)
     if mask is not None:
         logits = (logits.unflatten(0, (batch, -1)) + mask[None, :, None]).flatten(0, 1)
     y = (logits.softmax(-1) @ v).transpose(1, 2).reshape(windows.shape)

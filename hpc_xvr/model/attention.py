@@ -153,9 +153,9 @@ class _FusedOnCPU(torch.autograd.Function):
                 inner = torch._softmax_backward_data(inner, weights, -1, weights.dtype)
                 grad_q[i, :, rows] = (inner @ ki).mul_(scale)
                 grad_k[i] = inner.transpose(-1, -2) @ qi
-                grad_bias[:, rows] += inner.sum(0, dtype=bias.dtype)
+                grad_bias[:, rows] += inner.sum(0)
             grad_biases.append(grad_bias[None])
         return grad_qkv, None, *grad_biases
 
 
-_CHUNK = 32  # windows whose weights the backward pass holds at a time
+_CHUNK = 48  # windows whose weights the backward pass holds at a time

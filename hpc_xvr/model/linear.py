@@ -61,4 +61,11 @@ class _LinearOnCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        return grad @ weight, (grad.t() @ x).float(), grad.sum(0, dtype=torch.float32)
+        # In four parts and rows of 64, where they fit: oneDNN's product with a transposed left
+        # side is a quarter faster on shorter columns, and a bf16 sum is vectorised along rows.
+        parts = 4 if len(x) % 4 == 0 else 1
+        rows = 64 if len(x) % 64 == 0 else 1
+        tall, wide = (t.unflatten(0, (parts, -1)) for t in (grad, x))
+        grad_weight = (tall.transpose(1, 2) @ wide).sum(0, dtype=torch.float32)
+        grad_bias = grad.unflatten(0, (-1, rows)).sum(1).sum(0, dtype=torch.float32)
+        return grad @ weight, grad_weight, grad_bias

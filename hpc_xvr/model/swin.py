@@ -18,13 +18,17 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hpc_xvr.model.attention import Kind, window_attention
 from hpc_xvr.model.linear import linear, to_matmul_type
+
+Recompute = Literal["none", "mlp", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Layout:
     """A token order: how it splits into windows, and the gathers from and to the image."""
 
     groups: tuple[Group, ...]
+    relative: tuple[Tensor, ...]  # per group N*N: row of the bias table for each pair of tokens
     from_image: Tensor  # T: position in (B, D, h, w) of each token; padding points at 0
     to_image: Tensor  # B*D*h*w: token of each image position
     sample: Tensor  # T: which sample of the batch a token belongs to
@@ -97,6 +102,7 @@ def grid(
         source = image[tokens]
         layout = Layout(
             groups,
+            tuple(relative_position(frames, window, x.height, x.width, device) for x in groups),
             from_image=source.clamp(min=0).to(device),
             to_image=rank[inside].to(device),
             sample=(tokens // (frames * hp * wp)).to(device),
@@ -114,12 +120,10 @@ def grid(
     )
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def relative_position(
     frames: int, window: int, height: int, width: int, device: torch.device
 ) -> Tensor:
-    """Row of the bias table for each pair of tokens of a (frames, height, width) window: (N, N).
+    """Row of the bias table for each pair of tokens of a (frames, height, width) window: N*N.
 
     The table spans offsets of a (frames, window, window) window; smaller windows use part of it.
     """
@@ -130,7 +134,7 @@ def relative_position(
     step = at[:, :, None] - at[:, None, :]  # 3, N, N: query minus key
     side = 2 * window - 1
     index = ((step[0] + frames - 1) * side + step[1] + window - 1) * side + step[2] + window - 1
-    return index.to(device)
+    return index.flatten().to(device)
 
 
 class _Gather(torch.autograd.Function):
@@ -206,32 +210,31 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self._biases: dict[tuple, tuple[int, Tensor]] = {}
 
-    def bias(self, group: Group, dtype: torch.dtype) -> Tensor:
+    def bias(self, group: Group, relative: Tensor, dtype: torch.dtype) -> Tensor:
         """Additive bias of a window shape, (1, A, N, N).
 
         In training in the table's own type; without gradients in `dtype` and kept for the next
         call until the table changes.
         """
-        table = self.bias_table
-        index = relative_position(self.frames, self.window, group.height, group.width, table.device)
-
-        def look_up() -> Tensor:
-            return table.t()[:, index.flatten()].view(1, self.heads, *index.shape)
-
+        table, shape = self.bias_table, (1, self.heads, group.tokens, group.tokens)
         if torch.is_grad_enabled() or table.is_inference() or torch.compiler.is_compiling():
-            return look_up()
+            return table.t().index_select(1, relative).view(shape)
         key = (group.height, group.width, dtype, table.device, table.data_ptr())
         version, bias = self._biases.get(key, (None, None))
         if version != table._version:
             with torch.inference_mode(False), torch.no_grad():
-                bias = look_up().to(dtype)
+                bias = table.t().index_select(1, relative).view(shape).to(dtype)
             self._biases[key] = (table._version, bias)
         return bias
 
-    def forward(self, x: Tensor, groups: tuple[Group, ...], keep: slice | None = None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, keep: slice | None = None) -> Tensor:
         """(T, C) tokens in window order -> (T, C), or those of the frames `keep` only."""
+        groups = layout.groups
         qkv = linear(self.qkv, x)
-        biases = [self.bias(group, qkv.dtype) for group in groups]
+        biases = [
+            self.bias(group, relative, qkv.dtype)
+            for group, relative in zip(groups, layout.relative, strict=True)
+        ]
         rows = [group.rows(keep) for group in groups] if keep else None
         y = window_attention(qkv, biases, [group.count for group in groups], rows, self.kind)
         return linear(self.proj, y)
@@ -258,21 +261,28 @@ class SwinBlock(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.drop_path = DropPath(drop_path)
+        self.add_norm = add_norm  # `speed.compile_model` puts a compiled one here
+        self.recompute: Recompute = "none"
 
     def forward(
         self, x: Tensor, branch: Tensor | None, step: Step, keep: slice | None = None
     ) -> tuple[Tensor, Tensor]:
         """Tokens (T, C) and the branch before, still to be added to them -> the same of this
         block, in its own token order; of the frames `keep` only, where given."""
-        groups = step.layout.groups
-        x, y = add_norm(x, branch, self.norm1, step)
-        sample = step.layout.sample
+        layout, sample = step.layout, step.layout.sample
+        x, y = self.add_norm(x, branch, self.norm1, step)
         if keep:
-            x, sample = keep_frames(x, groups, keep), keep_frames(sample, groups, keep)
-        y = self.drop_path(self.attn(y, groups, keep), sample, step.batch)
-        x, y = add_norm(x, y, self.norm2)
-        y = linear(self.fc2, F.gelu(linear(self.fc1, y)))
+            x, sample = (keep_frames(t, layout.groups, keep) for t in (x, sample))
+        y = self.drop_path(self.attn(y, layout, keep), sample, step.batch)
+        x, y = self.add_norm(x, y, self.norm2)
+        if self.recompute == "mlp" and torch.is_grad_enabled():
+            y = checkpoint(self._mlp, y, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y = self._mlp(y)
         return x, self.drop_path(y, sample, step.batch)
+
+    def _mlp(self, y: Tensor) -> Tensor:
+        return linear(self.fc2, F.gelu(linear(self.fc1, y)))
 
 
 def keep_frames(x: Tensor, groups: tuple[Group, ...], frames: slice) -> Tensor:
@@ -327,7 +337,11 @@ class SwinStage(nn.Module):
             step = steps[i % 2] if i else Step(None, None, first, batch)
             # The last block of the last stage lets only those frames ask that are kept.
             last = i == len(self.blocks) - 1
-            x, branch = block(x, branch, step, keep if last else None)
+            inputs = x, branch, step, keep if last else None
+            if block.recompute == "blocks" and torch.is_grad_enabled():
+                x, branch = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x, branch = block(*inputs)
         if keep:
             g = grid(batch, keep.stop - keep.start, height, width, self.window, image.device)
             image = image[:, keep]

@@ -131,7 +131,7 @@ def explicit_attention(attention, x, frames, h, w, shift):
     zone = windows(region.expand(1, frames, hp, wp)[..., None])[0, :, :, 0]
     mask = torch.where(zone[:, :, None] == zone[:, None, :], 0.0, -math.inf)
     index = relative_position(frames, side, side, side, x.device)
-    bias = attention.bias_table[index].permute(2, 0, 1)
+    bias = attention.bias_table[index].view(*mask.shape[-2:], heads).permute(2, 0, 1)
     q, k, v = (
         attention.qkv(tokens).unflatten(-1, (3, heads, dim // heads)).permute(3, 0, 1, 4, 2, 5)
     )
@@ -157,7 +157,7 @@ def test_mask_free_windows_equal_explicit_masked_attention(size, shift):
     tokens = x.flatten(0, 3)[layout.from_image]
     if layout.valid is not None:
         tokens = tokens * layout.valid
-    out = attention(tokens, layout.groups)[layout.to_image].view(2, frames, h, w, 12)
+    out = attention(tokens, layout)[layout.to_image].view(2, frames, h, w, 12)
     expected = explicit_attention(attention, x, frames, h, w, shift)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
     names = [attention.bias_table, attention.qkv.weight, x]

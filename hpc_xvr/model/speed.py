@@ -1,0 +1,107 @@
+"""How a model is run: precision, compilation, recomputation; what this machine can do of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+from torch import nn
+
+from hpc_xvr.errors import InputError
+from hpc_xvr.model.linear import cpu_has_bf16
+from hpc_xvr.model.swin import Recompute, SwinBlock, add_norm
+
+Precision = Literal["auto", "float32", "bf16", "float64"]
+Compile = Literal["none", "parts", "blocks"]
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> str:
+    """The precision to run in: `auto` is bf16 where the device multiplies it itself.
+
+    Raises:
+        InputError: bf16 on a device that would only emulate it.
+    """
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = torch.cuda.get_device_name(device)
+    else:
+        able, name = cpu_has_bf16(), "this CPU"
+    if precision == "bf16" and not able:
+        raise InputError(
+            f"train.precision bf16: {name} has no bf16 arithmetic; set it to float32, or to auto"
+        )
+    if precision == "auto":
+        return "bf16" if able else "float32"
+    return precision
+
+
+def compile_model(model: nn.Module, kind: Compile, device: torch.device) -> None:
+    """Compile parts of a model in place with torch.compile.
+
+    parts: only the kernels that close a residual branch and normalise; the least to compile, and
+    fastest on CPUs. blocks: each transformer block; all blocks share two compiled forms.
+
+    Raises:
+        InputError: a model without such blocks, or no compiler on this machine.
+    """
+    if kind == "none":
+        return
+    blocks = [module for module in model.modules() if isinstance(module, SwinBlock)]
+    if not blocks:
+        raise InputError(f"train.compile {kind}: only swin_xvr can be compiled; set it to none")
+    _check_compiler(f"train.compile {kind}", "set it to none", device)
+    compiled = torch.compile(add_norm) if kind == "parts" else None
+    for block in blocks:
+        if compiled:
+            block.add_norm = compiled
+        else:
+            block.compile()
+
+
+def recompute_activations(model: nn.Module, kind: Recompute) -> None:
+    """Keep fewer activations for the backward pass and compute them a second time there.
+
+    mlp: those of the MLPs, over a quarter of them for 5 % of the time. blocks: all but the
+    residual stream.
+
+    Raises:
+        InputError: a model without transformer blocks.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, SwinBlock)]
+    if kind != "none" and not blocks:
+        raise InputError(f"train.recompute {kind}: only swin_xvr has it; set it to none")
+    for block in blocks:
+        block.recompute = kind
+
+
+def check_attention(kind: str, device: torch.device, training: bool) -> None:
+    """Refuse a kind of attention that cannot work here.
+
+    Raises:
+        InputError: FlexAttention without a compiler, or in training on a CPU.
+    """
+    if kind != "flex":
+        return
+    if training and device.type == "cpu":
+        raise InputError(
+            "model.attention flex: FlexAttention has no backward pass on CPUs; set it to auto"
+        )
+    _check_compiler("model.attention flex", "set it to auto", device)
+
+
+def _check_compiler(setting: str, otherwise: str, device: torch.device) -> None:
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise InputError(f"{setting}: needs Triton on GPUs; pip install triton, or {otherwise}")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        raise InputError(
+            f"{setting}: found no C++ compiler; install g++ or load your site's compiler module, "
+            f"set CXX to it, or {otherwise}"
+        ) from None
