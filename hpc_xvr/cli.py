@@ -266,6 +266,7 @@ def _show_corpus(corpus: Path) -> None:
     mpirun -n 2 hpc-xvr train configs/pulse.yaml
     mpirun -n 5 hpc-xvr train configs/published.yaml --set data.corpus=corpus --resume
     hpc-xvr train configs/quickstart.yaml --set run.dir=runs/mine --set train.steps=100
+    hpc-xvr train configs/published.yaml --find-batch
 """,
 )
 @a_config
@@ -276,7 +277,14 @@ def _show_corpus(corpus: Path) -> None:
     is_flag=True,
     help="Go on from the run folder's newest valid checkpoint, or start if none.",
 )
-def train(config: Path, overrides: tuple[str, ...], engine: str | None, resume: bool) -> None:
+@click.option(
+    "--find-batch",
+    is_flag=True,
+    help="Train nothing: measure speed and memory of micro-batches, one process.",
+)
+def train(
+    config: Path, overrides: tuple[str, ...], engine: str | None, resume: bool, find_batch: bool
+) -> None:
     """Train the model of CONFIG; start it with mpirun for more than one rank.
 
     The global batch is fixed by the config and shared by the ranks, so the same run gives the
@@ -290,6 +298,11 @@ def train(config: Path, overrides: tuple[str, ...], engine: str | None, resume: 
 
     cfg = load(config, overrides)
     comm = _connect(engine or cfg.dist.engine, cfg.run.device, cfg.dist.timeout_s)
+    if find_batch:
+        from hpc_xvr.train.find_batch import find_batch as measure
+
+        measure(cfg, comm)
+        return
     from hpc_xvr.train.engine import Trainer
 
     trainer = Trainer(cfg, comm, resume)
@@ -418,8 +431,11 @@ def _device_of(run: Path) -> str:
 def _connect(engine: str, device: str, timeout_s: float = 600.0) -> Comm:
     global _comm
     from hpc_xvr import log
+    from hpc_xvr.dist.launch import discover, keep_freed_memory
+
+    if device != "cuda":
+        keep_freed_memory()
     from hpc_xvr.dist.comm import connect
-    from hpc_xvr.dist.launch import discover
 
     launch = discover()
     log.setup(launch.rank, launched=launch.launcher is not None)

@@ -140,6 +140,9 @@ class Model(Section):
     """Stochastic depth of the last block; earlier ones rise to it linearly from 0."""
     up_features: Positive = 64
     """Channels of the upsampling convolutions."""
+    attention: Literal["auto", "fused", "flex", "explicit"] = "auto"
+    """How attention is computed. auto: the fastest measured, which is fused (torch's kernels);
+    flex: FlexAttention, to be compared on GPUs; explicit: the whole matrix, for checks."""
 
     @model_validator(mode="after")
     def _fits(self) -> Model:
@@ -183,8 +186,18 @@ class Train(Section):
     """Samples of a step over all ranks: fixed, whatever the number of ranks."""
     micro_batch: Positive | None = None
     """Samples of one forward pass of a rank; the rest of its share is accumulated. Default: all."""
-    precision: Literal["float32", "bf16", "float64"] = "float32"
-    """bf16: autocast with float32 weights and reductions. float64: for checks."""
+    precision: Literal["auto", "float32", "bf16", "float64"] = "float32"
+    """bf16: autocast with float32 weights, residuals and reductions. auto: bf16 where the device
+    has it, else float32. float64: for checks."""
+    tf32: bool = True
+    """Let GPUs multiply float32 numbers as TF32 (10 bits of mantissa)."""
+    compile: Literal["none", "parts", "blocks"] = "none"
+    """torch.compile for the kernels between matrix products (parts) or for whole transformer
+    blocks (blocks). Needs a C++ compiler on CPUs, Triton on GPUs, and a minute at the start."""
+    recompute: Literal["none", "mlp", "blocks"] = "none"
+    """Activation checkpointing: keep fewer activations and compute them again in the backward
+    pass; those of the MLPs, or all of each transformer block. `hpc-xvr train --find-batch` tells
+    what fits."""
     log_every: Positive = 100
     """Steps between two lines of metrics."""
     nonfinite_limit: Positive = 10

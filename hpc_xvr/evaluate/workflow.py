@@ -11,7 +11,7 @@ from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import find_baseline
 from hpc_xvr.evaluate.evaluation import Evaluation, Methods, evaluate, merge, side_by_side
 from hpc_xvr.log import logger
-from hpc_xvr.reconstruct.weights import as_method, model_of_run
+from hpc_xvr.reconstruct.weights import as_method, model_of_run, prepare
 from hpc_xvr.reconstruct.workflow import use_threads
 
 
@@ -35,10 +35,11 @@ def evaluate_run(
     """
     use_threads()
 
-    def prepare() -> tuple[Config, int, Methods, Path, str, list[Video]]:
+    def load() -> tuple[Config, int, str, Methods, Path, str, list[Video]]:
         model, config, step = model_of_run(run)
         names = methods or config.evaluate.methods
         chosen: Methods = {name: (find_baseline(name), 1) for name in names}
+        precision = prepare(model, config, comm.device)
         chosen[config.model.name] = as_method(model.to(comm.device))
         where, part = corpus or config.data.corpus, split or config.evaluate.split
         videos = Corpus(where).split(part)
@@ -47,12 +48,11 @@ def evaluate_run(
                 f"{where}: has no recordings in the split {part}; choose another with --split, or "
                 f"ingest recordings with --split {part}"
             )
-        return config, step, chosen, where, part, videos
+        return config, step, precision, chosen, where, part, videos
 
-    config, step, chosen, where, split, videos = comm.together(prepare)
+    config, step, precision, chosen, where, split, videos = comm.together(load)
     gap = gap or config.evaluate.gap or config.data.hr_gap
     photons = photons if photons is not None else config.evaluate.photons
-    precision = "bf16" if config.train.precision == "bf16" else "float32"
     options = {
         "data": config.data,
         "gap": gap,

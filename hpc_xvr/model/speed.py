@@ -51,6 +51,7 @@ def compile_model(model: nn.Module, kind: Compile, device: torch.device) -> None
     if not blocks:
         raise InputError(f"train.compile {kind}: only swin_xvr can be compiled; set it to none")
     _check_compiler(f"train.compile {kind}", "set it to none", device)
+    torch._dynamo.config.recompile_limit = 64  # training and validation, crops and whole frames
     compiled = torch.compile(add_norm) if kind == "parts" else None
     for block in blocks:
         if compiled:

@@ -98,7 +98,13 @@ class SwinXVR(nn.Module):
         """Frames that come out."""
         return 1 if self.output == "centre" else self.lr_frames
 
-    def forward(self, lr: Tensor, hr: Tensor, hr_offset: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        lr: Tensor,
+        hr: Tensor,
+        hr_offset: Tensor | None = None,
+        hr_features: Tensor | None = None,
+    ) -> Tensor:
         """Reconstruct.
 
         Args:
@@ -106,6 +112,8 @@ class SwinXVR(nn.Module):
             hr: (B, 2, 1, H, W) the key frames before and after the centre frame.
             hr_offset: (B, 2) signed distance of the key frames from the centre in low-resolution
                 frames; only bases "detail" and "adaptive" use it (None: equal weights).
+            hr_features: what the method of that name made of `hr` before, for the next windows
+                between the same key frames.
 
         Returns:
             (B, 1, 1, H, W) or (B, N, 1, H, W).
@@ -114,7 +122,9 @@ class SwinXVR(nn.Module):
             ValueError: shapes that do not fit.
         """
         self._check(lr, hr)
-        x = torch.cat((self.lr_features(lr), self.hr_features(hr)), dim=1)  # B, D, h, w, C
+        if hr_features is None:
+            hr_features = self.hr_features(hr)
+        x = torch.cat((self.lr_features(lr), hr_features), dim=1)  # B, D, h, w, C
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream
         middle = self.lr_frames // 2
         keep = slice(middle, middle + 1) if self.output == "centre" else slice(0, self.lr_frames)

@@ -12,6 +12,7 @@ from hpc_xvr import checkpoint
 from hpc_xvr.config import Config, load
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
+from hpc_xvr.model import speed
 from hpc_xvr.model.edvr import EDVR, EDVRSTF
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.model.xvr import SwinXVR
@@ -34,6 +35,7 @@ def build_model(config: Config) -> nn.Module:
             mlp_ratio=m.mlp_ratio,
             drop_path=m.drop_path,
             up_features=m.up_features,
+            attention=m.attention,
         )
     kind = EDVR if m.name == "edvr" else EDVRSTF
     return kind(
@@ -44,6 +46,23 @@ def build_model(config: Config) -> nn.Module:
         reconstruct_blocks=m.depths[1],
         up_features=m.up_features,
     )
+
+
+def prepare(model: nn.Module, config: Config, device: torch.device, training: bool = False) -> str:
+    """Set a model up to run on `device` as the config says; returns the precision to run it in.
+
+    Raises:
+        InputError: settings that this device, model or machine cannot do.
+    """
+    train = config.train
+    precision = speed.resolve_precision(train.precision, device)
+    speed.check_attention(config.model.attention, device, training)
+    torch.set_float32_matmul_precision("high" if train.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = train.tf32
+    if training:
+        speed.recompute_activations(model, train.recompute)
+    speed.compile_model(model, train.compile, device)
+    return precision
 
 
 def model_of_run(run: Path) -> tuple[nn.Module, Config, int]:
@@ -118,9 +137,16 @@ def initial_weights(model: nn.Module, path: Path) -> None:
 def as_method(model: nn.Module) -> tuple[Method, int]:
     """A model as what `pipeline.reconstruct` calls, and the number of frames it gives."""
 
+    known: dict[str, torch.Tensor] = {}  # features of the last pair of key frames
+
     def method(sample: dict[str, torch.Tensor]) -> torch.Tensor:
+        hr = sample["hr"]
         try:
-            return model(sample["lr"], sample["hr"], sample["hr_offset"])
+            if not isinstance(model, SwinXVR):
+                return model(sample["lr"], hr, sample["hr_offset"])
+            if known.get("hr") is not hr:
+                known.update(hr=hr, features=model.hr_features(hr))
+            return model(sample["lr"], hr, sample["hr_offset"], known["features"])
         except ValueError as error:  # frames of a size the model cannot take
             raise InputError(f"{type(model).__name__}: {error}") from None
 

@@ -19,7 +19,7 @@ from hpc_xvr.reconstruct.pipeline import (
     recording_streams,
     streams_from_files,
 )
-from hpc_xvr.reconstruct.weights import as_method, model_of_run
+from hpc_xvr.reconstruct.weights import as_method, model_of_run, prepare
 from hpc_xvr.reconstruct.writers import Calibration, check_movie, write_movie, write_sequence
 
 MOVIE_FPS = 8
@@ -69,7 +69,7 @@ def reconstruct_run(
         sharp = open_recording(hr, dataset=hr_dataset, bit_depth=hr_bit_depth)
         fast, keys = streams_from_files(low, sharp, gap, config.data.scale)
         calibration, truth = Calibration(low.frame_rate_hz, sharp.pixel_size_um), None
-    precision = "bf16" if config.train.precision == "bf16" else "float32"
+    precision = prepare(model, config, device)
     method, n_out = as_method(model.to(device))
     first, last = min(keys), max(keys)
     count = last - first + 1

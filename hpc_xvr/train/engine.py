@@ -21,7 +21,7 @@ from hpc_xvr.dist.comm import CollectiveError, Comm
 from hpc_xvr.dist.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
-from hpc_xvr.reconstruct.weights import build_model, initial_weights
+from hpc_xvr.reconstruct.weights import build_model, initial_weights, prepare
 from hpc_xvr.train.meters import Metrics, Stopwatch, environment
 from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import MovingAverage, adam, learning_rate
@@ -47,7 +47,6 @@ class Trainer:
         self.share, self.micro = comm.together(self._shares)
         threads = cfg.run.threads or cpu_threads(discover())
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision("high")  # TF32 on GPUs; plain float32 on CPUs
 
         comm.on_root(lambda: _make_corpus(cfg))
         corpus, self.data = comm.together(
@@ -63,6 +62,7 @@ class Trainer:
             )
         )
         self.validator = comm.together(lambda: Validator(cfg, corpus, comm))
+        self.model, self.precision = comm.together(self._new_model)
         if cfg.train.weights:  # before anything is written
             comm.on_root(lambda: _first_weights(cfg, build_model(cfg)))
         state = comm.on_root(lambda: open_run(cfg, resume))
@@ -97,6 +97,12 @@ class Trainer:
             )
         return share, micro
 
+    def _new_model(self) -> tuple[nn.Module, str]:
+        """The model with fresh weights, set up as the config says, and its precision."""
+        torch.manual_seed(self.cfg.run.seed)
+        model = build_model(self.cfg)
+        return model, prepare(model, self.cfg, self.comm.device, training=True)
+
     @property
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.cfg.train.precision == "float64" else torch.float32
@@ -104,11 +110,9 @@ class Trainer:
     def _build(self, state: dict[str, Any] | None) -> None:
         """Model, optimizer and averaged weights: rank 0's fresh ones, or the checkpoint's."""
         cfg, comm = self.cfg, self.comm
-        torch.manual_seed(cfg.run.seed)
-        model = build_model(cfg)
         if state is None:
-            state = {"model": comm.on_root(lambda: _first_weights(cfg, model))}
-        self.model = model.to(comm.device, self.dtype).train()
+            state = {"model": comm.on_root(lambda: _first_weights(cfg, self.model))}
+        self.model.to(comm.device, self.dtype).train()
         self.model.load_state_dict(state["model"])
         self.average = MovingAverage(self.model, cfg.optim.ema) if cfg.optim.ema else None
         if self.average and state.get("ema"):
@@ -210,9 +214,7 @@ class Trainer:
         for part, batch in enumerate(micro_batches, 1):
             batch = {k: v.to(device, self.dtype, non_blocking=True) for k, v in batch.items()}
             with self.comm.accumulate(self.net, last=part == parts):
-                with torch.autocast(
-                    device.type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16"
-                ):
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     output = self.net(batch["lr"], batch["hr"], batch["hr_offset"])
                 loss = l1(output, batch["target"]) / parts
                 loss.backward()
@@ -307,7 +309,7 @@ class Trainer:
         def predict(sample: dict[str, Tensor]) -> Tensor:
             parts = [sample[k].to(self.comm.device, self.dtype) for k in ("lr", "hr", "hr_offset")]
             with torch.autocast(
-                self.comm.device.type, torch.bfloat16, enabled=self.cfg.train.precision == "bf16"
+                self.comm.device.type, torch.bfloat16, enabled=self.precision == "bf16"
             ):
                 return functional_call(self.model, weights, tuple(parts))
 

@@ -46,7 +46,8 @@ MODELS = {
     "published": ["model.base=none"],
     "sequence": ["model.output=sequence", "data.lr_frames=5"],
     "adaptive": ["model.base=adaptive"],
-    "bf16": ["train.precision=bf16"],
+    "bf16": ["train.precision=auto", "train.recompute=mlp"],
+    "recomputed": ["train.recompute=blocks", "model.attention=explicit"],
     "recorded": ["data.lr_source=recorded"],
     "edvr": [
         "model.name=edvr",

@@ -1,0 +1,182 @@
+"""Which micro-batch fits, and which is fastest: `hpc-xvr train --find-batch`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hpc_xvr.config import Config
+from hpc_xvr.dist.comm import Comm
+from hpc_xvr.dist.launch import cpu_threads, discover
+from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger, print_table, track
+from hpc_xvr.reconstruct.weights import build_model, prepare
+from hpc_xvr.train.objective import l1
+from hpc_xvr.train.optim import adam
+
+_LARGEST = 256
+_MARGIN = 0.9  # of the memory that is there
+_STEPS = 3  # timed, after one to warm up; the fastest counts
+_PATIENCE = 60.0  # seconds after which no larger size is tried
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One size: samples of a micro-batch, peak bytes of a step, samples/s."""
+
+    size: int
+    memory: int
+    speed: float
+
+
+def find_batch(cfg: Config, comm: Comm) -> Trial:
+    """Train on random numbers with micro-batches of 1, 2, 4, ... and show what each costs.
+
+    Ends where the next one would not fit, where two doublings have gained nothing, or after a
+    minute. Returns the smallest micro-batch within 3 % of the best speed.
+
+    Raises:
+        InputError: more than one rank, or not even one sample fits.
+    """
+    if comm.size > 1:
+        raise InputError("train --find-batch is one process; start it without mpirun")
+    torch.set_num_threads(cfg.run.threads or cpu_threads(discover()))
+    torch.manual_seed(cfg.run.seed)
+    model = build_model(cfg).to(comm.device)
+    precision = prepare(model, cfg, comm.device, training=True)
+    optimizer = adam(model.parameters(), cfg.optim)
+    room = int(_MARGIN * _free_memory(comm.device))
+    trials: list[Trial] = []
+    size, start = 1, time.perf_counter()
+    for _ in track(range(_LARGEST.bit_length()), "micro-batches"):
+        if trials and (_expected(trials, size) > room or _levelled(trials)):
+            break
+        if time.perf_counter() - start > _PATIENCE:
+            break
+        try:
+            memory, seconds = _try(model, optimizer, cfg, comm.device, precision, size)
+        except torch.OutOfMemoryError:
+            break
+        trials.append(Trial(size, memory, size / seconds))
+        size *= 2
+    if not trials:
+        raise InputError(
+            f"not even one sample of data.patch {cfg.data.patch} fits into the "
+            f"{room / 1e9:.1f} GB that are free; set train.recompute to blocks, or lower data.patch"
+        )
+    best = max(trial.speed for trial in trials)
+    chosen = next(trial for trial in trials if trial.speed > 0.97 * best)
+    _show(cfg, trials, chosen, room, precision)
+    return chosen
+
+
+def _try(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    cfg: Config,
+    device: torch.device,
+    precision: str,
+    size: int,
+) -> tuple[int, float]:
+    """Peak bytes and seconds of a training step of `size` samples."""
+    data, patch = cfg.data, cfg.data.patch
+    low = patch // data.scale
+    n_out = getattr(model, "n_out", 1)
+    lr = torch.rand(size, data.lr_frames, 1, low, low, device=device)
+    hr = torch.rand(size, 2, 1, patch, patch, device=device)
+    target = torch.rand(size, n_out, 1, patch, patch, device=device)
+    offset = torch.tensor([[-1.0, 1.0]], device=device).expand(size, 2)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = model(lr, hr, offset)
+        l1(output, target).backward()
+        optimizer.step()
+
+    _reset_peak(device)
+    step()
+    seconds = []
+    for _ in range(_STEPS):
+        start = time.perf_counter()
+        step()
+        _synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return _peak(device), min(seconds)
+
+
+def _expected(trials: list[Trial], size: int) -> float:
+    """Memory of a micro-batch, from the growth between the last two."""
+    last = trials[-1]
+    before = trials[-2] if len(trials) > 1 else Trial(0, 0, 0.0)
+    growth = (last.memory - before.memory) / (last.size - before.size)
+    return last.memory + growth * (size - last.size)
+
+
+def _levelled(trials: list[Trial]) -> bool:
+    if len(trials) < 3:
+        return False
+    before, *last = (trial.speed for trial in trials[-3:])
+    return max(last) < 1.02 * before
+
+
+def _show(cfg: Config, trials: list[Trial], chosen: Trial, room: int, precision: str) -> None:
+    print_table(
+        f"training step, {cfg.data.patch}x{cfg.data.patch} pixels, {precision}, "
+        f"recompute {cfg.train.recompute}, {room / 1e9:.1f} GB free",
+        ["micro-batch", "peak GB", "of free %", "samples/s", ""],
+        [
+            (
+                str(t.size),
+                f"{t.memory / 1e9:.2f}",
+                f"{100 * t.memory / room:.0f}",
+                f"{t.speed:.2f}",
+                "<- take this" if t is chosen else "",
+            )
+            for t in trials
+        ],
+    )
+    logger.info(
+        "use --set train.micro_batch=%d (a rank's share of train.global_batch must be a multiple "
+        "of it); about %d samples would fit",
+        chosen.size,
+        _fitting(trials, room),
+    )
+
+
+def _fitting(trials: list[Trial], room: int) -> int:
+    size = trials[-1].size
+    while size < 1024 and _expected(trials, size + 1) <= room:
+        size += 1
+    return size
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := what is in use now
+
+
+def _peak(device: torch.device) -> int:
+    """Peak bytes since the last reset: of the GPU's tensors, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
