@@ -1,8 +1,9 @@
 """Speed and memory of the model against the plain baseline, same weights, same run.
 
-    python benchmarks/model.py                 published configuration, some minutes on two cores
-    python benchmarks/model.py --quick         smaller crops, under 50 s
+    python benchmarks/model.py                  some minutes; files its result in results/
+    python benchmarks/model.py --quick          small crops, under 50 s, files nothing
     python benchmarks/model.py --json out.json
+    python benchmarks/model.py --memory-table   peak memory against batch and patch
 
 Contestants take turns (A B C A B C ...), so that a slow spell of the machine hits all alike;
 medians and the spread (largest - smallest) / median are reported. Ratios are baseline / ours.
@@ -11,29 +12,72 @@ medians and the spread (largest - smallest) / median are reported. Ratios are ba
 from __future__ import annotations
 
 import json
-import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-# glibc gives freed memory back and page faults then dominate; the same setting for everyone.
-MALLOC = {"MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_MMAP_MAX_": "0"}
+from hpc_xvr.dist.launch import keep_freed_memory
+
+keep_freed_memory()  # for all contestants, and before torch is imported
 
 import click  # noqa: E402
 import torch  # noqa: E402
 from plain_swin import PlainSwinXVR  # noqa: E402
 
 from hpc_xvr import log  # noqa: E402
+from hpc_xvr.errors import InputError  # noqa: E402
+from hpc_xvr.model import speed  # noqa: E402
 from hpc_xvr.model.xvr import SwinXVR  # noqa: E402
-from hpc_xvr.train.meters import describe_machine  # noqa: E402
+from hpc_xvr.train.meters import (  # noqa: E402
+    describe_machine,
+    peak_memory,
+    peak_tflops,
+    reset_peak_memory,
+)
+from hpc_xvr.train.optim import MovingAverage  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results"
+SMALL = {"embed_dim": 64, "depths": (2, 2), "heads": 1, "window": 4, "up_features": 32}
+
+# What the profiler calls operations, by the part of the work they belong to; first match counts.
+PARTS = {
+    "optimizer": r"adam|foreach|lerp",
+    "attention": r"attention|softmax|fmha|flash",
+    "convolution": r"conv|cudnn|implicit_gemm|xmma_fprop|wgrad|dgrad",
+    "matrix products": r"mm$|addmm|bmm|linear|gemm|cutlass|nvjet",
+    "norm": r"layer_norm",
+    "copies and gathers": r"copy|cat|index|gather|fill|zero|permute",
+    "element-wise": r"add|mul|gelu|sum|relu|sub|div|pool|elementwise|reduce|triton",
+}
 
 
-def batch(size: tuple[int, int], count: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: low-resolution sizes, samples of a training step, rounds."""
+
+    forward: tuple[int, int]
+    crop: tuple[int, int]
+    batch: int
+    rounds: int
+
+
+def sizes(quick: bool, device: torch.device) -> Sizes:
+    if quick:
+        return Sizes((24, 24), (16, 16), 1, 1)
+    if device.type == "cuda":
+        return Sizes((100, 256), (24, 24), 32, 5)
+    return Sizes((64, 104), (24, 24), 4, 3)
+
+
+def random_batch(size: tuple[int, int], count: int, device: torch.device) -> tuple:
     """lr, hr, target of random numbers."""
     g = torch.Generator().manual_seed(0)
     h, w = size
@@ -41,15 +85,24 @@ def batch(size: tuple[int, int], count: int, device: torch.device) -> tuple[torc
     return tuple(torch.rand(s, generator=g).to(device) for s in shapes)
 
 
-def build(kind: type, device: torch.device, **options: object) -> SwinXVR:
-    """A model of seed 0; both kinds get the same weights."""
+def build(
+    kind: type,
+    device: torch.device,
+    compile: speed.Compile = "none",
+    recompute: str = "none",
+    **options: Any,
+) -> SwinXVR:
+    """A model of seed 0; all kinds get the same weights."""
     torch.manual_seed(0)
-    return kind(**options).to(device)
+    model = kind(drop_path=0.0, **options).to(device)
+    speed.compile_model(model, compile, device)
+    speed.recompute_activations(model, recompute)
+    return model
 
 
 def forward(model: SwinXVR, size: tuple[int, int], bf16: bool, device: torch.device) -> Callable:
     """One inference pass of a batch of one."""
-    lr, hr, _ = batch(size, 1, device)
+    lr, hr, _ = random_batch(size, 1, device)
     model.eval()
 
     def run() -> None:
@@ -61,12 +114,13 @@ def forward(model: SwinXVR, size: tuple[int, int], bf16: bool, device: torch.dev
 
 
 def training(
-    model: SwinXVR, size: tuple[int, int], count: int, bf16: bool, fused: bool, device: torch.device
+    model: SwinXVR, size: tuple[int, int], count: int, bf16: bool, device: torch.device
 ) -> Callable:
-    """One step: forward, backward, Adam."""
-    lr, hr, target = batch(size, count, device)
+    """One step: forward, backward, Adam (torch's default one for the plain model)."""
+    lr, hr, target = random_batch(size, count, device)
     model.train()
-    optimizer = torch.optim.Adam(model.parameters(), 2e-4, **({"fused": True} if fused else {}))
+    fused = {} if isinstance(model, PlainSwinXVR) else {"fused": True}
+    optimizer = torch.optim.Adam(model.parameters(), 2e-4, **fused)
 
     def run() -> None:
         optimizer.zero_grad()
@@ -98,66 +152,294 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def show(title: str, times: dict[str, list], flops: dict[str, float]) -> dict[str, float]:
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s of a large bf16 matrix product: what this machine gives at most, here and now."""
+    a = torch.randn(4096, 4096, device=device).bfloat16()
+    times = race({"": lambda: a @ a}, 5, device)[""]
+    return 2 * 4096**3 / min(times)
+
+
+def show(
+    title: str, times: dict[str, list], flops: dict[str, float], device: torch.device
+) -> dict[str, float]:
     """Print a table, first contestant = baseline; return the medians."""
     medians = {name: statistics.median(t) for name, t in times.items()}
     first = next(iter(medians.values()))
-    log.print_table(
-        title,
-        ["contestant", "median s", "spread %", "GFLOP/s", "times faster"],
-        [
+    peak = peak_tflops(device)
+    rows = []
+    for name, m in medians.items():
+        rate = flops[name] / m / 1e12
+        rows.append(
             (
                 name,
                 f"{m:.3f}",
                 f"{100 * (max(times[name]) - min(times[name])) / m:.0f}",
-                f"{flops[name] / m / 1e9:.0f}",
+                f"{rate:.3f}",
+                f"{100 * rate / peak:.1f}" if peak else "",
                 f"{first / m:.2f}",
             )
-            for name, m in medians.items()
-        ],
-    )
+        )
+    columns = ["contestant", "median s", "spread %", "TFLOP/s", "MFU %", "times faster"]
+    log.print_table(title, columns, rows)
     return medians
 
 
-def peak_memory(kind: str, size: tuple[int, int], count: int) -> float:
-    """Bytes a training step adds to the process at its peak, in a process of its own (CPU)."""
-    command = [
-        sys.executable,
-        __file__,
-        "--memory-of",
-        kind,
-        "--size",
-        *map(str, size),
-        "--batch",
-        str(count),
-    ]
-    out = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, **MALLOC}
+def profile_parts(title: str, run: Callable, device: torch.device) -> dict[str, float]:
+    """Share of the time that each part of the work takes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    run()
+    with profile(activities=activities) as recorded:
+        run()
+        _synchronise(device)
+    shares = dict.fromkeys([*PARTS, "other"], 0.0)
+    for event in recorded.key_averages():
+        on_gpu = device.type == "cuda"
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        name = event.key.lower()
+        part = next((p for p, words in PARTS.items() if re.search(words, name)), "other")
+        shares[part] += spent
+    total = sum(shares.values())
+    shares = {part: spent / total for part, spent in shares.items()}
+    log.print_table(
+        title, ["part", "% of time"], [(p, f"{100 * s:.0f}") for p, s in shares.items()]
     )
-    return float(out.stdout)
+    return shares
 
 
-def _measure_memory(kind: str, size: tuple[int, int], count: int) -> None:
-    device = torch.device("cpu")
-    options = {"drop_path": 0.0}
-    plain = kind.startswith("plain")
-    model = build(PlainSwinXVR if plain else SwinXVR, device, **options)
-    step = training(model, size, count, not plain, not plain, device)
-    Path("/proc/self/clear_refs").write_text("5")  # peak := now; ru_maxrss would keep the parent's
-    before = _high_water()
+def memory_of_step(kind: str, size: tuple[int, int], count: int, device: torch.device) -> int:
+    """Bytes a training step adds at its peak: `plain`, or ours with recompute `kind`.
+
+    On a CPU in a process of its own, so that nothing freed before is used again.
+    """
+    if device.type == "cpu":
+        command = [sys.executable, __file__, "--memory-of", kind, "--batch", str(count)]
+        command += ["--size", *map(str, size)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(out.stdout)
+    return _memory_of_step(kind, size, count, device)
+
+
+def _memory_of_step(kind: str, size: tuple[int, int], count: int, device: torch.device) -> int:
+    plain = kind == "plain"
+    model = build(PlainSwinXVR if plain else SwinXVR, device, recompute="none" if plain else kind)
+    step = training(model, size, count, not plain, device)
+    reset_peak_memory(device)
+    before = peak_memory(device)
     step()
-    print(_high_water() - before)
+    return peak_memory(device) - before
 
 
-def _high_water() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+def memory_table(device: torch.device) -> dict[str, float]:
+    """Peak memory of a training step against batch and patch, and what recomputing saves."""
+    out = {}
+    for patch in (64, 96, 128):
+        for count in (1, 2, 4):
+            for kind in ("plain", "none", "mlp", "blocks"):
+                size = (patch // 4, patch // 4)
+                out[f"memory_gb[{patch},{count},{kind}]"] = (
+                    memory_of_step(kind, size, count, device) / 1e9
+                )
+    rows = [
+        (
+            f"{patch}x{patch}",
+            str(count),
+            *(
+                f"{out[f'memory_gb[{patch},{count},{k}]']:.2f}"
+                for k in ("plain", "none", "mlp", "blocks")
+            ),
+        )
+        for patch in (64, 96, 128)
+        for count in (1, 2, 4)
+    ]
+    log.print_table(
+        "peak GB of a training step, published configuration",
+        ["patch", "batch", "plain float32", "ours bf16", "recompute mlp", "recompute blocks"],
+        rows,
+    )
+    return out
+
+
+def bookkeeping(model: SwinXVR, device: torch.device) -> float:
+    """Seconds of what a step does besides forward and backward: gradient norm, Adam, averages."""
+    optimizer = torch.optim.Adam(model.parameters(), 2e-4, fused=True)
+    average = MovingAverage(model, 0.999)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def run() -> None:
+        torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        optimizer.step()
+        average.update()
+
+    return statistics.median(race({"": run}, 5, device)[""])
+
+
+def forward_contestants(
+    size: tuple[int, int], device: torch.device, quick: bool, **options: Any
+) -> dict[str, tuple[SwinXVR, bool]]:
+    """Name -> model, bf16?"""
+    plain, ours = build(PlainSwinXVR, device, **options), build(SwinXVR, device, **options)
+    sequence = build(SwinXVR, device, output="sequence", **options)
+    runs = {
+        "plain, float32": (plain, False),
+        "plain, bf16 autocast": (plain, True),
+        "ours, float32": (ours, False),
+        "ours, bf16": (ours, True),
+        "ours, bf16, sequence": (sequence, True),
+    }
+    if quick:
+        return runs
+    for kind in ("parts", "blocks") if device.type == "cuda" else ("parts",):
+        try:
+            compiled = build(SwinXVR, device, kind, **options)
+            in_sequence = build(SwinXVR, device, kind, output="sequence", **options)
+        except InputError as error:
+            print(f"left out: {error}")
+            continue
+        runs[f"ours, bf16, compile {kind}"] = (compiled, True)
+        runs[f"ours, bf16, compile {kind}, sequence"] = (in_sequence, True)
+    if device.type == "cuda":
+        runs["ours, bf16, flex"] = (build(SwinXVR, device, attention="flex", **options), True)
+    return runs
+
+
+def training_contestants(
+    device: torch.device, quick: bool, **options: Any
+) -> dict[str, tuple[SwinXVR, bool]]:
+    """Name -> model, bf16?"""
+    plain, ours = build(PlainSwinXVR, device, **options), build(SwinXVR, device, **options)
+    runs = {
+        "plain, float32": (plain, False),
+        "plain, bf16 autocast": (plain, True),
+        "ours, float32": (ours, False),
+        "ours, bf16": (ours, True),
+        "ours, bf16, recompute blocks": (build(SwinXVR, device, recompute="blocks"), True),
+    }
+    if not quick:
+        runs["ours, bf16, recompute mlp"] = (build(SwinXVR, device, recompute="mlp"), True)
+    if device.type == "cuda" and not quick:
+        for kind in ("parts", "blocks"):
+            runs[f"ours, bf16, compile {kind}"] = (build(SwinXVR, device, kind), True)
+        runs["ours, bf16, flex"] = (build(SwinXVR, device, attention="flex"), True)
+    return runs
+
+
+def best(medians: dict[str, float], sequence: bool) -> float:
+    """The fastest of ours in bf16 without recomputing, centre or sequence."""
+    return min(
+        seconds
+        for name, seconds in medians.items()
+        if name.startswith("ours, bf16")
+        and "recompute" not in name
+        and name.endswith("sequence") == sequence
+    )
+
+
+def measure(what: Sizes, quick: bool, device: torch.device) -> dict[str, float]:
+    """The published configuration: everything the project promises numbers for."""
+    result: dict[str, float] = {"matmul_tflops": matmul_rate(device) / 1e12}
+    contestants = forward_contestants(what.forward, device, quick)
+    flops = {name: float(model.flops(*what.forward)) for name, (model, _) in contestants.items()}
+    runs = {n: forward(m, what.forward, bf16, device) for n, (m, bf16) in contestants.items()}
+    title = "forward, LR {}x{}, batch 1, published configuration".format(*what.forward)
+    f = show(title, race(runs, what.rounds, device), flops, device)
+    plain = f["plain, float32"]
+    result |= {
+        "forward_speedup": plain / best(f, sequence=False),
+        "forward_speedup_eager": plain / f["ours, bf16"],
+        "forward_speedup_over_autocast": f["plain, bf16 autocast"] / best(f, sequence=False),
+        "sequence_speedup_per_frame": 3 * plain / best(f, sequence=True),
+        "sequence_frames_per_s": 3 / best(f, sequence=True),
+        "forward_times_floor": best(f, False)
+        / (flops["ours, bf16"] / 1e12 / result["matmul_tflops"]),
+        **{f"forward_s[{name}]": value for name, value in f.items()},
+    }
+    if not quick:
+        shares = profile_parts("parts of a bf16 forward pass", runs["ours, bf16"], device)
+        result |= {f"forward_share[{part}]": share for part, share in shares.items()}
+
+    contestants = training_contestants(device, quick)
+    step_flops = 3.0 * what.batch * contestants["ours, bf16"][0].flops(*what.crop)
+    runs = {
+        n: training(m, what.crop, what.batch, bf16, device) for n, (m, bf16) in contestants.items()
+    }
+    title = "training step, LR {}x{}, batch {}".format(*what.crop, what.batch)
+    t = show(title, race(runs, what.rounds, device), dict.fromkeys(runs, step_flops), device)
+    fast = best(t, sequence=False)
+    result |= {
+        "train_speedup": t["plain, float32"] / fast,
+        "train_speedup_over_autocast": t["plain, bf16 autocast"] / fast,
+        "train_tflops": step_flops / fast / 1e12,
+        "train_times_floor": fast / (step_flops / 1e12 / result["matmul_tflops"]),
+        "checkpointing_time_ratio": t["ours, bf16, recompute blocks"] / t["ours, bf16"],
+        "bookkeeping_share": bookkeeping(contestants["ours, bf16"][0], device) / fast,
+        **{f"train_s[{name}]": value for name, value in t.items()},
+    }
+    if peak_tflops(device):
+        result["train_mfu"] = result["train_tflops"] / peak_tflops(device)
+    if not quick:
+        shares = profile_parts("parts of a bf16 training step", runs["ours, bf16"], device)
+        result |= {f"train_share[{part}]": share for part, share in shares.items()}
+    del contestants, runs
+    return result | _memory(what, quick, device)
+
+
+def _memory(what: Sizes, quick: bool, device: torch.device) -> dict[str, float]:
+    kinds = ("plain", "none", "blocks") if quick else ("plain", "none", "mlp", "blocks")
+    memory = {kind: memory_of_step(kind, what.crop, what.batch, device) for kind in kinds}
+    log.print_table(
+        "peak memory of a training step (ours in bf16, by what is recomputed)",
+        ["contestant", "GB", "% of plain"],
+        [(k, f"{v / 1e9:.2f}", f"{100 * v / memory['plain']:.0f}") for k, v in memory.items()],
+    )
+    return {
+        "train_memory_ratio": memory["none"] / memory["plain"],
+        "checkpointing_memory_ratio": memory["blocks"] / memory["plain"],
+    }
+
+
+def measure_small(device: torch.device) -> dict[str, float]:
+    """A small configuration (that of the quickstart): where overheads count."""
+    size, crop, count, rounds = (32, 32), (16, 16), 8, 5
+    contestants = forward_contestants(size, device, True, **SMALL)
+    flops = {name: float(model.flops(*size)) for name, (model, _) in contestants.items()}
+    runs = {n: forward(m, size, bf16, device) for n, (m, bf16) in contestants.items()}
+    f = show("forward, LR 32x32, small configuration", race(runs, rounds, device), flops, device)
+    plain, ours = build(PlainSwinXVR, device, **SMALL), build(SwinXVR, device, **SMALL)
+    runs = {
+        "plain, float32": training(plain, crop, count, False, device),
+        "ours, bf16": training(ours, crop, count, True, device),
+    }
+    step_flops = dict.fromkeys(runs, 3.0 * count * ours.flops(*crop))
+    title = f"training step, LR 16x16, batch {count}, small configuration"
+    t = show(title, race(runs, rounds, device), step_flops, device)
+    return {
+        "small_forward_speedup": f["plain, float32"] / f["ours, bf16"],
+        "small_sequence_speedup_per_frame": 3 * f["plain, float32"] / f["ours, bf16, sequence"],
+        "small_train_speedup": t["plain, float32"] / t["ours, bf16"],
+    }
+
+
+def file_name(what: str, context: dict[str, Any]) -> str:
+    """Such as model-intel-xeon-processor-2-cores-torch-2.13.0.json."""
+    device = re.sub(r"\(.*?\)", "", context["device"])
+    words = f"{what} {device} torch {context['packages']['torch'].split('+')[0]}"
+    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-") + ".json"
+
+
+def ratios(result: dict[str, float]) -> Iterable[tuple[str, str]]:
+    return ((name, f"{value:.3g}") for name, value in result.items() if "[" not in name)
 
 
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+@click.option("--memory-table", "table", is_flag=True)
 @click.option("--memory-of", hidden=True)
 @click.option("--size", type=int, nargs=2, hidden=True)
 @click.option("--batch", "count", type=int, hidden=True)
@@ -165,88 +447,35 @@ def main(
     quick: bool,
     out: Path | None,
     device: str,
+    table: bool,
     memory_of: str | None,
     size: tuple[int, int],
     count: int,
 ) -> None:
-    if memory_of:
-        _measure_memory(memory_of, size, count)
-        return
-    if device == "cpu" and "MALLOC_MMAP_MAX_" not in os.environ:
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
-    log.setup()
     where = torch.device(device)
-    torch.set_float32_matmul_precision("highest")
-    big, crop, samples, rounds = (
-        ((24, 24), (24, 24), 1, 2) if quick else ((64, 104), (24, 24), 4, 3)
-    )
-
-    plain = build(PlainSwinXVR, where, drop_path=0.0)
-    ours = build(SwinXVR, where, drop_path=0.0)
-    sequence = build(SwinXVR, where, drop_path=0.0, output="sequence")
-    count_flops = {"plain": plain.flops(*big), "ours": ours.flops(*big)}
-    runs = {
-        "plain, float32": forward(plain, big, False, where),
-        "plain, bf16 autocast": forward(plain, big, True, where),
-        "ours, float32": forward(ours, big, False, where),
-        "ours, bf16": forward(ours, big, True, where),
-        "ours, bf16, sequence (3 frames)": forward(sequence, big, True, where),
-    }
-    flops = {
-        name: sequence.flops(*big) if "sequence" in name else count_flops["ours"] for name in runs
-    }
-    f = show(
-        f"forward, LR {big[0]}x{big[1]}, batch 1, published configuration",
-        race(runs, rounds, where),
-        flops,
-    )
-
-    runs = {
-        "plain, float32": training(plain, crop, samples, False, False, where),
-        "plain, bf16 autocast": training(plain, crop, samples, True, False, where),
-        "ours, float32": training(ours, crop, samples, False, True, where),
-        "ours, bf16": training(ours, crop, samples, True, True, where),
-    }
-    step_flops = 3 * samples * ours.flops(*crop)
-    t = show(
-        f"training step, LR {crop[0]}x{crop[1]}, batch {samples}",
-        race(runs, rounds, where),
-        dict.fromkeys(runs, step_flops),
-    )
-
-    result = {
-        "forward_speedup": f["plain, float32"] / f["ours, bf16"],
-        "forward_speedup_over_autocast": f["plain, bf16 autocast"] / f["ours, bf16"],
-        "sequence_speedup_per_frame": 3
-        * f["plain, float32"]
-        / f["ours, bf16, sequence (3 frames)"],
-        "train_speedup": t["plain, float32"] / t["ours, bf16"],
-        "train_speedup_over_autocast": t["plain, bf16 autocast"] / t["ours, bf16"],
-        **{f"forward_s[{name}]": value for name, value in f.items()},
-        **{f"train_s[{name}]": value for name, value in t.items()},
-    }
-    if where.type == "cpu":
-        memory = {kind: peak_memory(kind, crop, samples) for kind in ("plain", "ours")}
-        result["train_memory_ratio"] = memory["ours"] / memory["plain"]
-        log.print_table(
-            "peak memory of a training step",
-            ["contestant", "GB", "of plain %"],
-            [(k, f"{v / 1e9:.2f}", f"{100 * v / memory['plain']:.0f}") for k, v in memory.items()],
-        )
-    log.print_table(
-        "ratios, baseline / ours",
-        ["figure", "value"],
-        [(k, f"{v:.2f}") for k, v in result.items() if "[" not in k],
-    )
+    if memory_of:
+        print(_memory_of_step(memory_of, size, count, where))
+        return
+    log.setup()
+    torch.set_float32_matmul_precision("highest")  # the baseline is float32, not TF32
+    torch.backends.cudnn.allow_tf32 = False
+    what = sizes(quick, where)
+    context = describe_machine(where) | {"platform": platform.platform()}
+    if table:
+        result = memory_table(where)
+    else:
+        result = measure(what, quick, where)
+        if not quick:
+            result |= measure_small(where)
+        log.print_table("ratios are baseline / ours", ["figure", "value"], list(ratios(result)))
+        context |= {"forward_size": what.forward, "train_size": what.crop}
+        context |= {"train_batch": what.batch, "rounds": what.rounds}
+    if out is None and not quick:
+        RESULTS.mkdir(exist_ok=True)
+        out = RESULTS / file_name("memory" if table else "model", context)
     if out:
-        context = {
-            **describe_machine(where),
-            "forward_size": big,
-            "train_size": crop,
-            "train_batch": samples,
-            "platform": platform.platform(),
-        }
         out.write_text(json.dumps({**result, "context": context}, indent=1) + "\n")
+        print(f"written: {out}")
 
 
 if __name__ == "__main__":

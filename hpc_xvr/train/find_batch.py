@@ -15,6 +15,7 @@ from hpc_xvr.dist.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, print_table, track
 from hpc_xvr.reconstruct.weights import build_model, prepare
+from hpc_xvr.train.meters import peak_memory, reset_peak_memory
 from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import adam
 
@@ -98,7 +99,7 @@ def _try(
         l1(output, target).backward()
         optimizer.step()
 
-    _reset_peak(device)
+    reset_peak_memory(device)
     step()
     seconds = []
     for _ in range(_STEPS):
@@ -106,7 +107,7 @@ def _try(
         step()
         _synchronise(device)
         seconds.append(time.perf_counter() - start)
-    return _peak(device), min(seconds)
+    return peak_memory(device), min(seconds)
 
 
 def _expected(trials: list[Trial], size: int) -> float:
@@ -160,21 +161,6 @@ def _free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     lines = Path("/proc/meminfo").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := what is in use now
-
-
-def _peak(device: torch.device) -> int:
-    """Peak bytes since the last reset: of the GPU's tensors, or of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def _synchronise(device: torch.device) -> None:

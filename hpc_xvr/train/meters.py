@@ -105,9 +105,25 @@ class Stopwatch:
         if peak:
             out["mfu"] = out["tflops_per_rank"] / peak
         if self._device.type == "cuda":
-            out["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._device) / 1e9
+            out["gpu_memory_gb"] = peak_memory(self._device) / 1e9
         self.reset()
         return out
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` start from what is in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use since the last reset: by tensors on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def peak_tflops(device: torch.device) -> float | None:
