@@ -59,13 +59,24 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Step:
+    """The way into a block: where its tokens are in the order before, the way back, its layout."""
+
+    there: Tensor  # T: row in the order before of each token
+    back: Tensor
+    layout: Layout
+    batch: int
+
+
+@dataclass(frozen=True)
 class Grid:
-    """The two token orders of a block grid and the gathers between them."""
+    """The two token orders of a block grid, and the ways between them and from the image."""
 
     plain: Layout
     shifted: Layout
-    to_shifted: Tensor  # T: plain token of each shifted token
-    to_plain: Tensor  # T: shifted token of each plain token
+    first: Step  # image -> plain
+    to_shifted: Step
+    to_plain: Step
 
 
 def _cuts(extent: int, window: int, shifted: bool) -> list[int]:
@@ -112,11 +123,14 @@ def grid(
 
     plain, tokens_plain = order(False)
     shifted, tokens_shifted = order(True)
+    to_shifted = torch.argsort(tokens_plain)[tokens_shifted].to(device)
+    to_plain = torch.argsort(tokens_shifted)[tokens_plain].to(device)
     return Grid(
         plain,
         shifted,
-        to_shifted=torch.argsort(tokens_plain)[tokens_shifted].to(device),
-        to_plain=torch.argsort(tokens_shifted)[tokens_plain].to(device),
+        Step(plain.from_image, plain.to_image, plain, batch),
+        Step(to_shifted, to_plain, shifted, batch),
+        Step(to_plain, to_shifted, plain, batch),
     )
 
 
@@ -174,23 +188,12 @@ class DropPath(nn.Module):
         return x * factor[sample, None]
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a block needs to know of the token orders: where its tokens are in the order before
-    (None: where they were), the way back, and its own layout."""
-
-    there: Tensor | None
-    back: Tensor | None
-    layout: Layout
-    batch: int
-
-
 def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, step: Step | None = None):
     """Close a residual branch and open the next one: the sum (T, C) in the order of `step`, and
     its LayerNorm in the type of matrix products, padding zeroed. One kernel when compiled."""
     if branch is not None:
         x = x + branch
-    if step is not None and step.there is not None:
+    if step is not None:
         x = _Gather.apply(x, step.there, step.back, None)
     y = norm(x)
     if step is not None and step.layout.valid is not None:
@@ -267,8 +270,8 @@ class SwinBlock(nn.Module):
     def forward(
         self, x: Tensor, branch: Tensor | None, step: Step, keep: slice | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (T, C) and the branch before, still to be added to them -> the same of this
-        block, in its own token order; of the frames `keep` only, where given."""
+        """Tokens (T, C) and the branch before, still to be added to them (None: nothing is) ->
+        the same of this block, in its own token order; of the frames `keep` only, where given."""
         layout, sample = step.layout, step.layout.sample
         x, y = self.add_norm(x, branch, self.norm1, step)
         if keep:
@@ -326,15 +329,9 @@ class SwinStage(nn.Module):
         """
         batch, frames, height, width = image.shape[:4]
         g = grid(batch, frames, height, width, self.window, image.device)
-        steps = (
-            Step(g.to_plain, g.to_shifted, g.plain, batch),
-            Step(g.to_shifted, g.to_plain, g.shifted, batch),
-        )
-        first = g.plain
-        x = _Gather.apply(image.flatten(0, 3), first.from_image, first.to_image, None)
-        branch = None
+        x, branch = image.flatten(0, 3), None
         for i, block in enumerate(self.blocks):
-            step = steps[i % 2] if i else Step(None, None, first, batch)
+            step = g.first if i == 0 else g.to_shifted if i % 2 else g.to_plain
             # The last block of the last stage lets only those frames ask that are kept.
             last = i == len(self.blocks) - 1
             inputs = x, branch, step, keep if last else None
