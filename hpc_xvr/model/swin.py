@@ -191,8 +191,8 @@ class DropPath(nn.Module):
 def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, step: Step | None = None):
     """Close a residual branch and open the next one: the sum (T, C) in the order of `step`, and
     its LayerNorm in the type of matrix products, padding zeroed. One kernel when compiled."""
-    if branch is not None:
-        x = x + branch
+    if branch is not None:  # in place where nobody looks back: x is a gathered copy of its own
+        x = x + branch if torch.is_grad_enabled() else x.add_(branch)
     if step is not None:
         x = _Gather.apply(x, step.there, step.back, None)
     y = norm(x)
@@ -211,7 +211,7 @@ class WindowAttention(nn.Module):
         self.bias_table = nn.Parameter(torch.empty(rows, heads))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self._biases: dict[tuple, tuple[int, Tensor]] = {}
+        self._biases: dict[tuple, tuple[Tensor, tuple[int, int], Tensor]] = {}
 
     def bias(self, group: Group, relative: Tensor, dtype: torch.dtype) -> Tensor:
         """Additive bias of a window shape, (1, A, N, N).
@@ -222,12 +222,14 @@ class WindowAttention(nn.Module):
         table, shape = self.bias_table, (1, self.heads, group.tokens, group.tokens)
         if torch.is_grad_enabled() or table.is_inference() or torch.compiler.is_compiling():
             return table.t().index_select(1, relative).view(shape)
-        key = (group.height, group.width, dtype, table.device, table.data_ptr())
-        version, bias = self._biases.get(key, (None, None))
-        if version != table._version:
-            with torch.inference_mode(False), torch.no_grad():
-                bias = table.t().index_select(1, relative).view(shape).to(dtype)
-            self._biases[key] = (table._version, bias)
+        key = (group.height, group.width, dtype)
+        state = (table.data_ptr(), table._version)
+        kept = self._biases.get(key)
+        if kept is not None and kept[0] is table and kept[1] == state:
+            return kept[2]
+        with torch.inference_mode(False), torch.no_grad():
+            bias = table.t().index_select(1, relative).view(shape).to(dtype)
+        self._biases[key] = (table, state, bias)
         return bias
 
     def forward(self, x: Tensor, layout: Layout, keep: slice | None = None) -> Tensor:

@@ -1,5 +1,7 @@
 """The baseline that speed is measured against computes the same thing."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,8 +10,9 @@ import torch
 
 from hpc_xvr.model.xvr import SwinXVR
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from plain_swin import PlainSwinXVR
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from plain_swin import PlainSwinXVR  # noqa: E402
 
 
 @pytest.mark.parametrize("output", ["centre", "sequence"])
@@ -30,3 +33,23 @@ def test_plain_and_fast_model_agree_in_outputs_and_gradients(output, size):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_the_quick_benchmark_measures_everything_it_promises(tmp_path):
+    """Ratios of times are printed, not judged here; those of memory do not depend on the machine's
+    mood."""
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(BENCHMARKS / "model.py"), "--quick", "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    result = json.loads(out.read_text())
+    for name in (
+        "forward_speedup",
+        "sequence_speedup_per_frame",
+        "train_speedup",
+        "checkpointing_time_ratio",
+        "bookkeeping_share",
+    ):
+        assert result[name] > 0, name
+    assert result["train_memory_ratio"] < 0.5
+    assert result["checkpointing_memory_ratio"] < 0.35  # 0.2 at the size of real training
+    assert result["context"]["packages"]["torch"] and result["context"]["device"]
