@@ -7,8 +7,11 @@
 #
 # XVR_SUITE_DEVICE=cpu rehearses it on a CPU, with small sizes.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=$(mkdir -p "${1:-benchmarks/results}" && cd "${1:-benchmarks/results}" && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+out=${1:-$root/benchmarks/results}
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$root"
 device=${XVR_SUITE_DEVICE:-cuda}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -35,16 +38,16 @@ part() {  # part SECONDS TITLE COMMAND...: a part that fails does not keep the o
 quick=() small=()
 if [ "$device" = cpu ]; then quick=(--quick) small=(--set data.patch=32 --set model.depths=[2]); fi
 
-part 120 "tests of the GPU paths" python -m pytest -q tests/single -k gpu
-part 300 "model" python benchmarks/model.py --device "$device" "${quick[@]}" \
+part 90 "tests of the GPU paths" python -m pytest -q tests/single -k gpu
+part 270 "model" python benchmarks/model.py --device "$device" ${quick[@]+"${quick[@]}"} \
     --json "$out/model-$name.json"
-part 90 "micro-batch" python -m hpc_xvr train configs/published.yaml --find-batch "${small[@]}" \
+part 80 "micro-batch" python -m hpc_xvr train configs/published.yaml --find-batch ${small[@]+"${small[@]}"} \
     --set run.device="$device" --set train.precision=auto
 
 # The trainer itself: data wait, MFU and memory of whole steps, from metrics.jsonl.
 simulate=(--set simulate.videos=8 --set simulate.size=[48,256,256] --set data.corpus="$work/corpus")
-part 60 "simulate" python -m hpc_xvr simulate configs/quickstart.yaml "${simulate[@]}"
-part 120 "trainer" python -m hpc_xvr train configs/recommended.yaml "${small[@]}" \
+part 40 "simulate" python -m hpc_xvr simulate configs/quickstart.yaml "${simulate[@]}"
+part 110 "trainer" python -m hpc_xvr train configs/recommended.yaml ${small[@]+"${small[@]}"} \
     --set run.device="$device" --set run.dir="$work/run" --set data.corpus="$work/corpus" \
     --set train.steps=$([ "$device" = cpu ] && echo 4 || echo 200) --set train.log_every=2 \
     --set train.global_batch=$([ "$device" = cpu ] && echo 2 || echo 32) \

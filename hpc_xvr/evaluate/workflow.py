@@ -40,7 +40,7 @@ def evaluate_run(
         names = methods or config.evaluate.methods
         chosen: Methods = {name: (find_baseline(name), 1) for name in names}
         precision = prepare(model, config, comm.device)
-        chosen[config.model.name] = as_method(model.to(comm.device))
+        chosen[config.model.name] = as_method(model)
         where, part = corpus or config.data.corpus, split or config.evaluate.split
         videos = Corpus(where).split(part)
         if not videos:

@@ -43,7 +43,9 @@ def window_attention(
     attend = _fused if fused else _flex if kind == "flex" else _explicit
     mixed = []
     for (q, k, v), bias, asking in zip(windows.qkv(qkv), biases, windows.rows, strict=True):
-        y = attend(q[:, :, asking], k, v, bias[:, :, asking].to(q.dtype))
+        # FlexAttention adds up the bias' gradient over all windows in the bias' own type.
+        mask = bias[:, :, asking] if kind == "flex" else bias[:, :, asking].to(q.dtype)
+        y = attend(q[:, :, asking], k, v, mask)
         mixed.append(y.transpose(1, 2).flatten(0, 1).flatten(1))
     return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 

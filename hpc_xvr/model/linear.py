@@ -5,6 +5,8 @@ Shapes: T tokens, C channels in, K channels out.
 
 from __future__ import annotations
 
+import platform
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,8 +46,14 @@ def _onednn_bf16() -> bool:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices itself (AMX or AVX-512 BF16)."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether this CPU multiplies bf16 matrices itself (AVX-512 BF16, with or without AMX)."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine() in ("x86_64", "AMD64"):  # oneDNN takes bf16 on any AVX-512, and emulates
+        asks = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        if asks is not None and not asks():
+            return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _LinearOnCPU(torch.autograd.Function):

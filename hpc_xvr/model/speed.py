@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from typing import Literal
 
 import torch
 from torch import nn
 
 from hpc_xvr.errors import InputError
+from hpc_xvr.model.attention import Kind
 from hpc_xvr.model.linear import cpu_has_bf16
-from hpc_xvr.model.swin import Recompute, SwinBlock, add_norm
+from hpc_xvr.model.swin import Recompute, SwinBlock, WindowAttention, add_norm
 
 Precision = Literal["auto", "float32", "bf16", "float64"]
 Compile = Literal["none", "parts", "blocks"]
@@ -51,13 +54,20 @@ def compile_model(model: nn.Module, kind: Compile, device: torch.device) -> None
     if not blocks:
         raise InputError(f"train.compile {kind}: only swin_xvr can be compiled; set it to none")
     _check_compiler(f"train.compile {kind}", "set it to none", device)
-    torch._dynamo.config.recompile_limit = 64  # training and validation, crops and whole frames
+    allow_many_forms()
     compiled = torch.compile(add_norm) if kind == "parts" else None
     for block in blocks:
         if compiled:
             block.add_norm = compiled
         else:
             block.compile()
+
+
+def allow_many_forms() -> None:
+    """Let torch.compile make a form for every shape of window, in training and inference, and keep
+    DistributedDataParallel from cutting what is compiled into its buckets."""
+    torch._dynamo.config.cache_size_limit = 64
+    torch._dynamo.config.optimize_ddp = False
 
 
 def recompute_activations(model: nn.Module, kind: Recompute) -> None:
@@ -89,12 +99,25 @@ def check_attention(kind: str, device: torch.device, training: bool) -> None:
             "model.attention flex: FlexAttention has no backward pass on CPUs; set it to auto"
         )
     _check_compiler("model.attention flex", "set it to auto", device)
+    allow_many_forms()
+
+
+def set_attention(model: nn.Module, kind: Kind) -> None:
+    """Choose how a model computes attention."""
+    for module in model.modules():
+        if isinstance(module, WindowAttention):
+            module.kind = kind
 
 
 def _check_compiler(setting: str, otherwise: str, device: torch.device) -> None:
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             raise InputError(f"{setting}: needs Triton on GPUs; pip install triton, or {otherwise}")
+        if not any(shutil.which(c) for c in (os.environ.get("CC", ""), "gcc", "clang", "cc")):
+            raise InputError(
+                f"{setting}: Triton found no C compiler; install gcc or load your site's compiler "
+                f"module, or {otherwise}"
+            )
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler

@@ -191,8 +191,10 @@ class DropPath(nn.Module):
 def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, step: Step | None = None):
     """Close a residual branch and open the next one: the sum (T, C) in the order of `step`, and
     its LayerNorm in the type of matrix products, padding zeroed. One kernel when compiled."""
-    if branch is not None:  # in place where nobody looks back: x is a gathered copy of its own
-        x = x + branch if torch.is_grad_enabled() else x.add_(branch)
+    if branch is not None:
+        # In place where nobody looks back: x is a gathered copy of its own. A compiler does better.
+        looked_back_at = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        x = x + branch if looked_back_at else x.add_(branch)
     if step is not None:
         x = _Gather.apply(x, step.there, step.back, None)
     y = norm(x)
@@ -221,6 +223,8 @@ class WindowAttention(nn.Module):
         """
         table, shape = self.bias_table, (1, self.heads, group.tokens, group.tokens)
         if torch.is_grad_enabled() or table.is_inference() or torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
+                self._biases.clear()  # a step will follow; fused Adam leaves no trace on the table
             return table.t().index_select(1, relative).view(shape)
         key = (group.height, group.width, dtype)
         state = (table.data_ptr(), table._version)

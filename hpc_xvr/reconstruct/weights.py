@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,36 @@ def build_model(config: Config) -> nn.Module:
 
 
 def prepare(model: nn.Module, config: Config, device: torch.device, training: bool = False) -> str:
-    """Set a model up to run on `device` as the config says; returns the precision to run it in.
+    """Move a model to `device`, set up as the config says; returns the precision to run it in.
+
+    A run may be used on another machine than it was trained on: where that one cannot do what the
+    config says, inference goes on without it, with a warning.
 
     Raises:
-        InputError: settings that this device, model or machine cannot do.
+        InputError: in training, settings that this device, model or machine cannot do.
     """
     train = config.train
-    precision = speed.resolve_precision(train.precision, device)
-    speed.check_attention(config.model.attention, device, training)
+
+    def attempt(action: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except InputError as problem:
+            if training:
+                raise
+            logger.warning("%s (going on without it)", str(problem).split(";")[0])
+            return otherwise()
+
+    precision = attempt(lambda: speed.resolve_precision(train.precision, device), lambda: "float32")
+    attempt(
+        lambda: speed.check_attention(config.model.attention, device, training),
+        lambda: speed.set_attention(model, "auto"),
+    )
     torch.set_float32_matmul_precision("high" if train.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = train.tf32
     if training:
         speed.recompute_activations(model, train.recompute)
-    speed.compile_model(model, train.compile, device)
+    attempt(lambda: speed.compile_model(model, train.compile, device), lambda: None)
+    model.to(device, torch.float64 if precision == "float64" else torch.float32)
     return precision
 
 

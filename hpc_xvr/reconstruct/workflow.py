@@ -70,7 +70,7 @@ def reconstruct_run(
         fast, keys = streams_from_files(low, sharp, gap, config.data.scale)
         calibration, truth = Calibration(low.frame_rate_hz, sharp.pixel_size_um), None
     precision = prepare(model, config, device)
-    method, n_out = as_method(model.to(device))
+    method, n_out = as_method(model)
     first, last = min(keys), max(keys)
     count = last - first + 1
     logger.info(

@@ -112,7 +112,7 @@ class Trainer:
         cfg, comm = self.cfg, self.comm
         if state is None:
             state = {"model": comm.on_root(lambda: _first_weights(cfg, self.model))}
-        self.model.to(comm.device, self.dtype).train()
+        self.model.train()
         self.model.load_state_dict(state["model"])
         self.average = MovingAverage(self.model, cfg.optim.ema) if cfg.optim.ema else None
         if self.average and state.get("ema"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ def find_batch(cfg: Config, comm: Comm) -> Trial:
         raise InputError("train --find-batch is one process; start it without mpirun")
     torch.set_num_threads(cfg.run.threads or cpu_threads(discover()))
     torch.manual_seed(cfg.run.seed)
-    model = build_model(cfg).to(comm.device)
+    model = build_model(cfg)
     precision = prepare(model, cfg, comm.device, training=True)
     optimizer = adam(model.parameters(), cfg.optim)
     room = int(_MARGIN * _free_memory(comm.device))
@@ -87,10 +88,11 @@ def _try(
     data, patch = cfg.data, cfg.data.patch
     low = patch // data.scale
     n_out = getattr(model, "n_out", 1)
-    lr = torch.rand(size, data.lr_frames, 1, low, low, device=device)
-    hr = torch.rand(size, 2, 1, patch, patch, device=device)
-    target = torch.rand(size, n_out, 1, patch, patch, device=device)
-    offset = torch.tensor([[-1.0, 1.0]], device=device).expand(size, 2)
+    kind = {"device": device, "dtype": next(model.parameters()).dtype}
+    lr = torch.rand(size, data.lr_frames, 1, low, low, **kind)
+    hr = torch.rand(size, 2, 1, patch, patch, **kind)
+    target = torch.rand(size, n_out, 1, patch, patch, **kind)
+    offset = torch.tensor([[-1.0, 1.0]], **kind).expand(size, 2)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -160,7 +162,12 @@ def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    group = Path("/sys/fs/cgroup")  # the limit of a container or of a scheduler's job
+    with contextlib.suppress(OSError, ValueError):  # "max": none
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+    return free
 
 
 def _synchronise(device: torch.device) -> None:

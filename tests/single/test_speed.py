@@ -11,9 +11,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from hpc_xvr.config import load
 from hpc_xvr.dist.comm import Comm
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
 from hpc_xvr.model import speed
 from hpc_xvr.model.attention import window_attention
 from hpc_xvr.model.edvr import EDVR
+from hpc_xvr.model.swin import add_norm
 from hpc_xvr.model.xvr import SwinXVR
 from hpc_xvr.reconstruct.weights import as_method, build_model, prepare
 from hpc_xvr.train.find_batch import Trial, _expected, _fitting, _levelled, find_batch
@@ -95,7 +97,9 @@ def test_a_compiled_model_computes_the_same(kind):
     model, other = SwinXVR(**options), SwinXVR(**options)
     other.load_state_dict(model.state_dict())
     speed.compile_model(other, kind, CPU)
-    lr, hr = pair(4, 8)
+    block = other.stages[0].blocks[0]
+    assert block.add_norm is not add_norm if kind == "parts" else block._compiled_call_impl
+    lr, hr = pair(4, 8, batch=2)
     for ours, exact in zip(gradients(other, lr, hr), gradients(model, lr, hr), strict=True):
         scale = float(exact.abs().max()) + 1e-3
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4 * scale)
@@ -104,6 +108,8 @@ def test_a_compiled_model_computes_the_same(kind):
             lr, hr = pair(*size)
             with torch.inference_mode():
                 torch.testing.assert_close(other(lr, hr), model(lr, hr), rtol=1e-4, atol=1e-5)
+                with torch.autocast("cpu", torch.bfloat16):
+                    torch.testing.assert_close(other(lr, hr), model(lr, hr), rtol=0, atol=5e-3)
 
 
 @needs_compiler
@@ -159,6 +165,35 @@ def test_settings_that_cannot_work_are_refused(overrides, words):
     with pytest.raises(InputError, match=words):
         cfg = load(PULSE, overrides)
         prepare(build_model(cfg), cfg, CPU, training=True)
+
+
+def test_a_run_from_another_machine_is_used_without_what_this_one_lacks(monkeypatch, caplog):
+    """Training refuses such settings; inference warns and goes on."""
+    monkeypatch.setattr(speed, "cpu_has_bf16", lambda: False)
+
+    def no_compiler(setting, otherwise, device):
+        raise InputError(f"{setting}: found no C++ compiler; {otherwise}")
+
+    monkeypatch.setattr(speed, "_check_compiler", no_compiler)
+    monkeypatch.setattr(logger, "propagate", True)
+    settings = ["train.precision=bf16", "train.compile=parts", "model.attention=flex"]
+    cfg = load(PULSE, settings)
+    with pytest.raises(InputError, match=r"train\.precision"):
+        prepare(build_model(cfg), cfg, CPU, training=True)
+    model = build_model(cfg)
+    assert prepare(model, cfg, CPU) == "float32"
+    assert {block.attn.kind for block in model.stages[0].blocks} == {"auto"}
+    assert model.stages[0].blocks[0].add_norm is add_norm
+    for word in ("train.precision", "train.compile", "model.attention"):
+        assert word in caplog.text
+
+
+@pytest.mark.parametrize("name", ["float32", "float64"])
+def test_a_model_is_used_in_the_type_it_was_trained_in(name):
+    cfg = load(PULSE, [f"train.precision={name}"])
+    model = build_model(cfg)
+    assert prepare(model, cfg, CPU) == name
+    assert {p.dtype for p in model.parameters()} == {getattr(torch, name)}
 
 
 def test_edvr_has_no_blocks_to_compile_or_recompute():
