@@ -43,7 +43,7 @@ def compile_model(model: nn.Module, kind: Compile, device: torch.device) -> None
     """Compile parts of a model in place with torch.compile.
 
     parts: only the kernels that close a residual branch and normalise; the least to compile, and
-    fastest on CPUs. blocks: each transformer block; all blocks share two compiled forms.
+    fastest on CPUs. blocks: each transformer block; all blocks share a few compiled forms.
 
     Raises:
         InputError: a model without such blocks, or no compiler on this machine.
