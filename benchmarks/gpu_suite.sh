@@ -17,13 +17,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
-name=$(python - "$device" <<'PYTHON'
-import re, sys, torch
+name=$(cd benchmarks && python - "$device" <<'PYTHON'
+import sys, torch
 if sys.argv[1] == "cuda" and not torch.cuda.is_available():
     sys.exit("gpu_suite: torch sees no GPU here; run it on a GPU node, with jobs/setup.sh --gpu")
-device = torch.cuda.get_device_name() if sys.argv[1] == "cuda" else "cpu"
-words = f"{device} torch {torch.__version__.split('+')[0]}".lower()
-print(re.sub(r"[^a-z0-9.]+", "-", words))
+from model import describe_machine, file_name
+print(file_name("", describe_machine(torch.device(sys.argv[1]))).removesuffix(".json"))
 PYTHON
 )
 failed=0

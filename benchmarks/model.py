@@ -35,13 +35,14 @@ from plain_swin import PlainSwinXVR  # noqa: E402
 
 from hpc_xvr import log  # noqa: E402
 from hpc_xvr.errors import InputError  # noqa: E402
-from hpc_xvr.model import speed  # noqa: E402
 from hpc_xvr.model.xvr import SwinXVR  # noqa: E402
+from hpc_xvr.reconstruct import speed  # noqa: E402
 from hpc_xvr.train.meters import (  # noqa: E402
     describe_machine,
     peak_memory,
     peak_tflops,
     reset_peak_memory,
+    synchronise,
 )
 from hpc_xvr.train.optim import MovingAverage  # noqa: E402
 
@@ -147,17 +148,12 @@ def race(contestants: dict[str, Callable], rounds: int, device: torch.device) ->
             del contestants[name], times[name]
     for _ in log.track(range(rounds), "rounds"):
         for name, run in contestants.items():
-            _synchronise(device)
+            synchronise(device)
             start = time.perf_counter()
             run()
-            _synchronise(device)
+            synchronise(device)
             times[name].append(time.perf_counter() - start)
     return times
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -202,7 +198,7 @@ def profile_parts(title: str, run: Callable, device: torch.device) -> dict[str, 
     run()
     with profile(activities=activities) as recorded:
         run()
-        _synchronise(device)
+        synchronise(device)
     shares = dict.fromkeys([*PARTS, "other"], 0.0)
     on_gpu = device.type == "cuda"
     for event in recorded.key_averages():

@@ -15,6 +15,7 @@ The residual stream stays in float32 under autocast; matrix products run in the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -222,9 +223,10 @@ class WindowAttention(nn.Module):
         call until the table changes.
         """
         table, shape = self.bias_table, (1, self.heads, group.tokens, group.tokens)
-        if torch.is_grad_enabled() or table.is_inference() or torch.compiler.is_compiling():
-            if not torch.compiler.is_compiling():
-                self._biases.clear()  # a step will follow; fused Adam leaves no trace on the table
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:
+            self._biases.clear()  # a step will follow; fused Adam leaves no trace on the table
+        if torch.is_grad_enabled() or compiling or table.is_inference():
             return table.t().index_select(1, relative).view(shape)
         key = (group.height, group.width, dtype)
         state = (table.data_ptr(), table._version)
@@ -306,26 +308,12 @@ def keep_frames(x: Tensor, groups: tuple[Group, ...], frames: slice) -> Tensor:
 
 
 class SwinStage(nn.Module):
-    """Blocks with and without shift in turn, then a 3x3 convolution, around them a residual.
+    """Blocks with and without shift in turn, then a 3x3 convolution, around them a residual."""
 
-    As many blocks as there are stochastic depth rates in `drop_path`.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        frames: int,
-        window: int,
-        mlp_ratio: float,
-        drop_path: list[float],
-        attention: Kind = "auto",
-    ) -> None:
+    def __init__(self, blocks: Iterable[SwinBlock], dim: int, window: int) -> None:
         super().__init__()
         self.window = window
-        self.blocks = nn.ModuleList(
-            SwinBlock(dim, heads, frames, window, mlp_ratio, rate, attention) for rate in drop_path
-        )
+        self.blocks = nn.ModuleList(blocks)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, image: Tensor, keep: slice | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hpc_xvr.model.attention import Kind
 from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsample
 from hpc_xvr.model.linear import conv_of_one_channel
-from hpc_xvr.model.swin import SwinStage, conv2d, grid
+from hpc_xvr.model.swin import SwinBlock, SwinStage, conv2d, grid
 
 Output = Literal["centre", "sequence"]
 Base = Literal["none", "bicubic", "detail", "adaptive"]
@@ -72,10 +72,17 @@ class SwinXVR(nn.Module):
             nn.Conv2d(1 if i == 0 else embed_dim, embed_dim, 3, padding=1)
             for i in range(1 + scale // 2)  # one halving each after the first
         )
-        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))
+        rates = [r.tolist() for r in torch.linspace(0, drop_path, sum(depths)).split(list(depths))]
         self.stages = nn.ModuleList(
-            SwinStage(embed_dim, heads, frames, window, mlp_ratio, rate.tolist(), attention)
-            for rate in rates
+            SwinStage(
+                (
+                    SwinBlock(embed_dim, heads, frames, window, mlp_ratio, rate, attention)
+                    for rate in stage
+                ),
+                embed_dim,
+                window,
+            )
+            for stage in rates
         )
         self.norm = nn.LayerNorm(embed_dim)
         self.body_conv = nn.Conv2d(embed_dim, embed_dim, 3, padding=1)

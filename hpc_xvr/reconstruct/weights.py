@@ -13,10 +13,10 @@ from hpc_xvr import checkpoint
 from hpc_xvr.config import Config, load
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
-from hpc_xvr.model import speed
 from hpc_xvr.model.edvr import EDVR, EDVRSTF
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.model.xvr import SwinXVR
+from hpc_xvr.reconstruct import speed
 from hpc_xvr.reconstruct.pipeline import Method
 
 

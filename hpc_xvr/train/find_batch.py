@@ -16,7 +16,7 @@ from hpc_xvr.dist.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, print_table, track
 from hpc_xvr.reconstruct.weights import build_model, prepare
-from hpc_xvr.train.meters import peak_memory, reset_peak_memory
+from hpc_xvr.train.meters import peak_memory, reset_peak_memory, synchronise
 from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import adam
 
@@ -107,7 +107,7 @@ def _try(
     for _ in range(_STEPS):
         start = time.perf_counter()
         step()
-        _synchronise(device)
+        synchronise(device)
         seconds.append(time.perf_counter() - start)
     return peak_memory(device), min(seconds)
 
@@ -168,8 +168,3 @@ def _free_memory(device: torch.device) -> int:
         limit = int((group / "memory.max").read_text())
         free = min(free, limit - int((group / "memory.current").read_text()))
     return free
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -83,8 +83,7 @@ class Stopwatch:
 
     def reset(self) -> None:
         """Start a new report."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronise(self._device)
         self._start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     def report(self, samples: int, flops_per_sample: int, ranks: int) -> dict[str, float]:
@@ -92,8 +91,7 @@ class Stopwatch:
 
         `samples` counts all ranks'; `flops_per_sample` is forward plus backward.
         """
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronise(self._device)
         seconds = max(time.perf_counter() - self._start, 1e-9)
         out = {
             "step_s": seconds / max(self.steps, 1),
@@ -108,6 +106,12 @@ class Stopwatch:
             out["gpu_memory_gb"] = peak_memory(self._device) / 1e9
         self.reset()
         return out
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -12,11 +12,11 @@ from hpc_xvr.config import load
 from hpc_xvr.dist.comm import Comm
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
-from hpc_xvr.model import speed
 from hpc_xvr.model.attention import window_attention
 from hpc_xvr.model.edvr import EDVR
 from hpc_xvr.model.swin import add_norm
 from hpc_xvr.model.xvr import SwinXVR
+from hpc_xvr.reconstruct import speed
 from hpc_xvr.reconstruct.weights import as_method, build_model, prepare
 from hpc_xvr.train.find_batch import Trial, _expected, _fitting, _levelled, find_batch
 

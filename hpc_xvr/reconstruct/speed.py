@@ -73,8 +73,8 @@ def allow_many_forms() -> None:
 def recompute_activations(model: nn.Module, kind: Recompute) -> None:
     """Keep fewer activations for the backward pass and compute them a second time there.
 
-    mlp: those of the MLPs, over a quarter of them for 5 % of the time. blocks: all but the
-    residual stream.
+    mlp: those of the MLPs, a sixth of the memory. blocks: all but the residual stream, half of
+    it (benchmarks/NOTES.md).
 
     Raises:
         InputError: a model without transformer blocks.
