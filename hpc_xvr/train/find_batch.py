@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hpc_xvr.config import Config
-from hpc_xvr.dist.comm import Comm
+from hpc_xvr.dist.comm import CollectiveError, Comm
 from hpc_xvr.dist.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, print_table, track
@@ -45,7 +45,7 @@ def find_batch(cfg: Config, comm: Comm) -> Trial:
         InputError: more than one rank, or not even one sample fits.
     """
     if comm.size > 1:
-        raise InputError("train --find-batch is one process; start it without mpirun")
+        raise CollectiveError("train --find-batch is one process; start it without mpirun")
     torch.set_num_threads(cfg.run.threads or cpu_threads(discover()))
     torch.manual_seed(cfg.run.seed)
     model = build_model(cfg)
