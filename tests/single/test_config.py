@@ -83,7 +83,12 @@ def test_a_bad_file_is_named(tmp_path, content, message):
 def test_every_documented_mpirun_line_shares_its_batch():
     """`mpirun -n N hpc-xvr train configs/X.yaml` in README, help and configs must be accepted."""
     root = CONFIGS[0].parents[1]
-    texts = [root / "README.md", root / "hpc_xvr/cli.py", root / "jobs/quickstart.sh", *CONFIGS]
+    texts = [
+        root / "README.md",
+        *sorted((root / "hpc_xvr/cli").glob("*.py")),
+        root / "jobs/quickstart.sh",
+        *CONFIGS,
+    ]
     lines = [
         m
         for path in texts

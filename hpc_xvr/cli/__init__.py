@@ -1,0 +1,45 @@
+"""The command line: one subcommand a workflow. Heavy modules load inside the commands."""
+
+from __future__ import annotations
+
+import click
+
+from hpc_xvr import __version__
+from hpc_xvr.cli import data, results, train
+from hpc_xvr.cli.ending import run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="hpc-xvr")
+def cli() -> None:
+    """A fast blurry camera and a slow sharp one in, a fast sharp x-ray movie out.
+
+    \b
+    From camera files to a movie:
+      hpc-xvr ingest run12/*.mraw --corpus corpus     camera files -> corpus
+      hpc-xvr inspect corpus                          what is in it, is it intact
+      mpirun -n 4 hpc-xvr train my.yaml               corpus -> trained model in runs/NAME
+      mpirun -n 4 hpc-xvr evaluate runs/NAME          compare on held-out recordings
+      hpc-xvr reconstruct runs/NAME --lr fast.tif --hr slow.tif --gap 20 --out movie.tif
+      hpc-xvr report runs/NAME                        one page with curves, tables, pictures
+
+    No camera files yet? `hpc-xvr simulate configs/quickstart.yaml` makes a corpus of simulated
+    experiments. Every value of a config can be changed with --set section.key=value.
+    """
+
+
+for _command in (
+    data.simulate,
+    data.ingest,
+    data.inspect,
+    train.train,
+    results.evaluate,
+    results.reconstruct,
+    results.report,
+):
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """Run the command line; bad input is one line and exit code 2, on one rank or many."""
+    run(cli)

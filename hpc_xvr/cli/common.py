@@ -1,0 +1,75 @@
+"""What the commands share: options, help with examples, the way to the other ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from hpc_xvr.dist.comm import Comm
+
+_comm: Comm | None = None  # set by the commands that talk to other ranks
+
+settings = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a config value, such as train.steps=100. May be given many times.",
+)
+a_config = click.argument("config", type=click.Path(path_type=Path))
+a_run = click.argument("run", type=click.Path(path_type=Path))
+engine = click.option(
+    "--engine",
+    type=click.Choice(["auto", "serial", "horovod", "torch"]),
+    help="How ranks talk (config key dist.engine).",
+)
+
+
+device_of_run = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: as the run was trained."
+)
+
+
+class Examples(click.Command):
+    """A command whose help ends with examples, printed as they are typed."""
+
+    def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def get_short_help_str(self, limit: int = 45) -> str:
+        return super().get_short_help_str(max(limit, 100))  # the whole first sentence
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        lines = self.examples.strip().splitlines()
+        if lines:
+            formatter.write("\nExamples:\n" + "".join(f"  {line.strip()}\n" for line in lines))
+
+
+def configured_device(run: Path) -> str:
+    from hpc_xvr.config import load
+
+    return load(run / "config.yaml").run.device if (run / "config.yaml").exists() else "auto"
+
+
+def connect(engine: str, device: str, timeout_s: float = 600.0) -> Comm:
+    global _comm
+    from hpc_xvr import log
+    from hpc_xvr.dist.launch import discover, keep_freed_memory
+
+    if device != "cuda":
+        keep_freed_memory()
+    from hpc_xvr.dist.comm import connect as meet
+
+    launch = discover()
+    log.setup(launch.rank, launched=launch.launcher is not None)
+    _comm = meet(engine, device, timeout_s)  # type: ignore[arg-type]
+    return _comm
+
+
+def connected() -> Comm | None:
+    """The way to the other ranks, once a command has looked for them."""
+    return _comm

@@ -1,0 +1,77 @@
+"""How a command ends: exit codes, one line for bad input, no rank left behind."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+
+import click
+
+from hpc_xvr.cli.common import connected
+from hpc_xvr.errors import InputError
+
+
+def _leave(code: int) -> None:
+    """End with an exit code; every rank's buffers are written."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise SystemExit(code)
+
+
+def run(cli: click.Group) -> None:
+    """Run the command line; bad input is one line and exit code 2, on one rank or many."""
+    from hpc_xvr import log
+
+    log.setup()
+    try:
+        cli(prog_name="hpc-xvr", standalone_mode=False)
+    except click.exceptions.Abort:
+        _leave(130)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code, collective=True)
+    except InputError as error:
+        _fail(str(error), 2, collective=type(error).__name__ == "CollectiveError")
+    except OSError as error:
+        if error.errno is None:  # no trouble of the system's: one of our own
+            _crash()
+        from hpc_xvr.errors import explain_os_error
+
+        _fail(f"{error.filename or 'input or output'}: {explain_os_error(error)}", 2)
+    except Exception:
+        _crash()
+
+
+def _crash() -> None:
+    """Print the traceback being handled and end every rank."""
+    from hpc_xvr.dist.launch import abort_world
+
+    comm = connected()
+    where = "" if comm is None or comm.size == 1 else f"[rank {comm.rank}] failed:\n"
+    print(f"{where}{traceback.format_exc()}", file=sys.stderr, flush=True)
+    if comm is not None and comm.size > 1:
+        comm.abort(1)
+    abort_world(1)
+    _leave(1)
+
+
+def _fail(message: str, code: int, collective: bool = False) -> None:
+    """Print one line and end the job; ranks that fail alike leave the talking to rank 0."""
+    from hpc_xvr.dist.launch import abort_world, discover
+
+    comm = connected()
+    try:
+        rank = discover().rank
+    except InputError:
+        rank = 0
+    if rank and comm is None:
+        time.sleep(2)  # before the ranks know each other: rank 0 most likely has the same trouble
+    if rank == 0 or not collective:
+        where = f"[rank {rank}] " if rank else ""
+        print(f"hpc-xvr: error: {where}{message}", file=sys.stderr, flush=True)
+    if comm is not None and comm.size > 1 and not collective:
+        comm.abort(code)
+    if comm is not None:
+        comm.leave(code)
+    abort_world(code)
+    _leave(code)
