@@ -10,6 +10,7 @@ from hpc_xvr.cli.common import Examples, a_config, connect, settings
 from hpc_xvr.cli.common import engine as engine_option
 from hpc_xvr.log import logger
 
+
 class Duration(click.ParamType):
     """HH:MM:SS, MM:SS, or minutes; in seconds."""
 

@@ -57,11 +57,11 @@ class Stopping:
         self._steps += 1
         # The first step warms up, or compiles: it says little once there is a second one.
         self._slowest = max(self._slowest, took) if self._steps > 2 else took
-        if self._end is not None and not self.reason:
-            # A flag raised now is answered one step later; one step more may pass until we look
-            # again, and one is for a machine that has become slower.
-            if now + 3 * self._slowest + 2 * saving + _LEAVING > self._end:
-                self.reason = "as --max-time is nearly over"
+        # A flag raised now is answered one step later; one step more may pass until we look again,
+        # and one is for a machine that has become slower.
+        needed = 3 * self._slowest + 2 * saving + _LEAVING
+        if self._end is not None and now + needed > self._end:
+            self.reason = self.reason or "as --max-time is nearly over"
         return self.reason is not None
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
