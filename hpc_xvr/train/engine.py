@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +24,9 @@ from hpc_xvr.reconstruct.weights import build_model, initial_weights, prepare
 from hpc_xvr.train.meters import Metrics, Stopwatch, environment
 from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import MovingAverage, adam, learning_rate
-from hpc_xvr.train.run_folder import open_run, write_environment
+from hpc_xvr.train.run_folder import mark_done, open_run, write_environment
+from hpc_xvr.train.stopping import Stopping
 from hpc_xvr.train.validation import Validator
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Trainer:
@@ -36,14 +34,18 @@ class Trainer:
 
     Args:
         resume: continue from the newest valid checkpoint of the run folder, if there is one.
+        stopping: what may ask this rank to stop; by default the signals.
 
     Raises:
         InputError: a config that does not fit the ranks, the corpus or the run folder.
     """
 
-    def __init__(self, cfg: Config, comm: Comm, resume: bool = False) -> None:
+    def __init__(
+        self, cfg: Config, comm: Comm, resume: bool = False, stopping: Stopping | None = None
+    ) -> None:
         self.cfg, self.comm = cfg, comm
-        self._stop = False
+        self.stopping = stopping or Stopping()
+        self._slowest_save = 0.0
         self.share, self.micro = comm.together(self._shares)
         threads = cfg.run.threads or cpu_threads(discover())
         torch.set_num_threads(threads)
@@ -162,13 +164,12 @@ class Trainer:
         return 3 * self.model.flops(side, side)
 
     def run(self) -> bool:
-        """Train to the last step. False: stopped before it by a signal, with a checkpoint."""
-        before = {n: signal.signal(n, self._ask_to_stop) for n in STOP_SIGNALS}
+        """Train to the last step. False: stopped before it, with a checkpoint."""
+        self.stopping.listen()
         try:
             return self._run()
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self.stopping.unlisten()
 
     def _run(self) -> bool:
         cfg = self.cfg
@@ -184,6 +185,7 @@ class Trainer:
             )
         )
         self.clock.reset()
+        self.stopping.begin()
         while self.done < cfg.train.steps:
             self.train_step(self.done, self._wait_for(batches))
             self.done += 1
@@ -191,14 +193,16 @@ class Trainer:
             last = self.done == cfg.train.steps
             if last or self.done % cfg.train.log_every == 0:
                 self._log()
-            stop = self.comm.any_lagged(self._stop) and not last
+            stop = self.comm.any_lagged(self.stopping.asked(self._slowest_save)) and not last
             if stop or last or self.done % cfg.checkpoint.every == 0:
                 self.save()
             if last or self.done % cfg.validation.every == 0:
                 self._validate()
             if stop:
-                logger.info("stopped by a signal after step %d; --resume continues", self.done)
+                why = self.stopping.reason or "as another rank was asked to"
+                logger.info("stopped %s, after step %d; --resume continues", why, self.done)
                 return False
+        self.comm.on_root(lambda: mark_done(cfg.run.dir, self.done))
         return True
 
     def train_step(self, step: int, micro_batches: Iterator[dict[str, Tensor]]) -> None:
@@ -334,7 +338,7 @@ class Trainer:
         """Checkpoint from rank 0; the other ranks go on."""
         if not self.comm.is_root:
             return
-        folder = self.cfg.run.dir / "checkpoints"
+        folder, start = self.cfg.run.dir / "checkpoints", time.perf_counter()
         checkpoint.save(
             {
                 "format": "hpc_xvr checkpoint 1",
@@ -349,11 +353,7 @@ class Trainer:
             checkpoint.path_of(folder, self.done),
         )
         checkpoint.prune(folder, self.cfg.checkpoint.keep, self.done)
-
-    def _ask_to_stop(self, number: int, frame: Any) -> None:
-        if self._stop and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C means it
-        self._stop = True
+        self._slowest_save = max(self._slowest_save, time.perf_counter() - start)
 
     def close(self) -> None:
         """Close files; safe to call twice."""

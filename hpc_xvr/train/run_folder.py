@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,24 @@ FREE_TO_CHANGE = (
 )
 
 
+DONE = "done.json"  # there once the last step is saved and validated; job scripts look for it
+
+
+def finished(cfg: Config) -> int | None:
+    """The last step of a run that is done, None for one that is not; rank 0 calls it."""
+    try:
+        step = json.loads((cfg.run.dir / DONE).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) and step >= cfg.train.steps else None
+
+
+def mark_done(folder: Path, step: int) -> None:
+    """Say that the run has reached its last step, with nothing left to do."""
+    text = json.dumps({"step": step, "time": round(time.time(), 3)}).encode()
+    checkpoint.write_atomic(folder / DONE, lambda file: file.write(text + b"\n"))
+
+
 def open_run(cfg: Config, resume: bool) -> dict[str, Any] | None:
     """Make the run's folder, or find the state to continue from; rank 0 calls it.
 
@@ -40,7 +59,7 @@ def open_run(cfg: Config, resume: bool) -> dict[str, Any] | None:
     """
     folder = cfg.run.dir
     saved = checkpoint.list_checkpoints(folder / "checkpoints")
-    if not resume and (saved or (folder / "metrics.jsonl").exists()):
+    if not resume and (saved or any((folder / f).exists() for f in ("metrics.jsonl", DONE))):
         newest = f" (checkpoint of step {saved[0][0]})" if saved else ""
         raise InputError(
             f"run folder {folder} is already used{newest}; add --resume to continue "
@@ -52,10 +71,11 @@ def open_run(cfg: Config, resume: bool) -> dict[str, Any] | None:
     try:
         for part in ("checkpoints", "samples"):
             (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / DONE).unlink(missing_ok=True)  # more steps are asked for than were done
     except OSError as error:
         raise InputError(f"run folder {folder}: {explain_os_error(error)}") from None
-    checkpoint.remove_leftovers(folder)
-    checkpoint.remove_leftovers(folder / "checkpoints")
+    for part in (".", "checkpoints", "samples"):
+        checkpoint.remove_leftovers(folder / part)
     text = config.dump(cfg).encode()
     checkpoint.write_atomic(folder / "config.yaml", lambda file: file.write(text))
     return state
