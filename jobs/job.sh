@@ -9,10 +9,12 @@
 #                      everything that follows
 #   --site NAME        a file of jobs/sites, or a path
 #   --run DIR          train: the run folder (run.dir)
+#   --steps N          train: its last step; a done marker of fewer steps does not count
 #   --folder DIR       where the log and the record of starts go      (default: DIR/jobs, or here)
 #   --name NAME        first part of their names                      (default: the command)
 #   --venv DIR         the environment        (default: HPC_XVR_VENV, else .venv in the checkout)
-#   --ranks-per-node N (default: as the site says)
+#   --nodes N          (default: what the scheduler says)
+#   --ranks-per-node N (default: what the site says)
 #   --env KEY=VALUE    another value for a line of the site's file, or one more variable
 #   --clock SECONDS    stop in good order before the job has run that long (--max-time of train)
 #   --until-done       start again until the run is done
@@ -44,6 +46,12 @@ xvr_newest() {
     echo "$newest"
 }
 
+xvr_done() {
+    local step
+    step=$(sed -n 's/.*"step": *\([0-9]*\).*/\1/p' "$run/done.json" 2>/dev/null)
+    [ -n "$step" ] && [ "$step" -ge "$steps" ]
+}
+
 # `hpc-xvr submit --chain N` writes the jobs of a chain down in their order.
 xvr_cancel_rest() {
     local rest=()
@@ -53,15 +61,17 @@ xvr_cancel_rest() {
 }
 
 xvr_options() {
-    run="" folder="" name="" venv=${HPC_XVR_VENV:-$xvr_root/.venv} site=$xvr_default_site
+    run="" steps=0 folder="" name="" venv=${HPC_XVR_VENV:-$xvr_root/.venv} site=$xvr_default_site
     ranks_per_node="" clock="" until_done="" log="" variables=()
     while [ $# -gt 0 ]; do
         case $1 in
             --site) site=$2 ;;
             --run) run=$2 ;;
+            --steps) steps=$2 ;;
             --folder) folder=$2 ;;
             --name) name=$2 ;;
             --venv) venv=$2 ;;
+            --nodes) xvr_nodes=$2 ;;
             --ranks-per-node) ranks_per_node=$2 ;;
             --env) variables+=("$2") ;;
             --clock) clock=$2 ;;
@@ -72,9 +82,10 @@ xvr_options() {
         esac
         shift 2
     done
-    arguments=("$@")
+    arguments=("$@") training=""
     if [ $# = 0 ]; then xvr_stop 2 "no command; name a subcommand of hpc-xvr or a script"; fi
-    if [ "$1" = train ] && [ -z "$run" ]; then
+    if [ "$1" = train ] && [[ " $* " != *" --find-batch "* ]]; then training=yes; fi
+    if [ -n "$training" ] && [ -z "$run" ]; then
         xvr_stop 2 "train needs --run DIR before it: the run folder, where its done marker appears"
     fi
     [ -e "$site" ] || site=$xvr_root/jobs/sites/$site.env
@@ -136,9 +147,9 @@ xvr_line() {
     line+=(bash "$xvr_root/jobs/affinity.sh")
     case ${arguments[0]} in
         *.py) line+=(python "${arguments[@]}") ;;
-        train) line+=(hpc-xvr "${arguments[@]}" --set "run.dir=$run") ;;
         *) line+=(hpc-xvr "${arguments[@]}") ;;
     esac
+    [ -z "$training" ] || line+=(--set "run.dir=$run")
 }
 
 # Which start of this run it is, and whether to go on at all.
@@ -146,7 +157,8 @@ xvr_start() {
     local count same limit=${XVR_MAX_STARTS:-100}
     starts=$folder/$name.starts
     before=$(xvr_newest)
-    count=$(grep -c '^start' "$starts" 2>/dev/null)
+    count=$(grep -c "^start" "$starts" 2>/dev/null || true)
+    count=${count:-0}
     same=$(tac "$starts" 2>/dev/null | awk -v step="$before" '$NF != step { exit } { n++ } END { print n + 0 }')
     if tail -n 1 "$starts" 2>/dev/null | grep -q '^stopped'; then
         xvr_stop 1 "not started: an earlier job of this chain was $(tail -n 1 "$starts")"
@@ -197,7 +209,7 @@ xvr_main() {
     [ -z "$log" ] || exec >>"$folder/$name.log" 2>&1
     xvr_site
     xvr_line
-    if [ "${arguments[0]}" != train ]; then
+    if [ -z "$training" ]; then
         xvr_launch
         xvr_say "${arguments[0]} ended with exit code $code"
         exit "$code"
@@ -207,7 +219,7 @@ xvr_main() {
 
     local step
     step=$(xvr_newest)
-    if [ -f "$run/done.json" ]; then
+    if xvr_done; then
         xvr_say "done at step $step"
         xvr_cancel_rest
         exit 0
