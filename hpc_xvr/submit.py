@@ -1,7 +1,7 @@
 """Jobs for a scheduler: what a site allows, the script that is sent, and sending it.
 
-A site is a file of KEY=VALUE lines in jobs/sites, read here and by the job script itself. The script
-is the scheduler's template in jobs/ with its directives and one block filled in.
+A site is a file of KEY=VALUE lines in jobs/sites, read here and by the job script itself. The
+script is the scheduler's template in jobs/ with its directives and one block filled in.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from hpc_xvr.errors import InputError
 
 JOBS = Path(__file__).resolve().parents[1] / "jobs"
-PARALLEL = ("train", "evaluate")  # every other command is one process; scripts decide for themselves
+PARALLEL = ("train", "evaluate")  # every other command is one process; jobs/job.sh knows it too
 _LINE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 
 
@@ -89,6 +89,11 @@ def read_site(name: str) -> Site:
     Raises:
         InputError: there is no such site, or its file is not made of KEY=VALUE lines.
     """
+    if not (JOBS / "job.sh").exists():
+        raise InputError(
+            f"no job scripts in {JOBS}: hpc_xvr was installed without its checkout; get one and run "
+            "jobs/setup.sh in it"
+        )
     path = Path(name) if "/" in name else JOBS / "sites" / f"{name}.env"
     if not path.is_file():
         raise InputError(
@@ -192,8 +197,11 @@ def check(job: Job) -> None:
     gpus = site.values.get("XVR_GPUS", "").split()
     if gpus and job.per_node > len(gpus):
         raise InputError(
-            f"--ranks-per-node {job.per_node}: a node of {site.name} has {len(gpus)} GPUs, one a rank"
+            f"--ranks-per-node {job.per_node}: one rank a GPU, and a node of {site.name} has "
+            f"{len(gpus)} GPUs"
         )
+    if site.scheduler == "pbs" and (odd := re.search(r"[\s:,]", str(job.folder))):
+        raise InputError(f"{job.folder}: PBS takes no path with {odd[0]!r} in it for the output")
     if not rows or queue is None:
         return
     taking = [str(r) for r in rows if r.least <= job.nodes <= r.most and job.time <= r.longest]
@@ -268,6 +276,7 @@ def _asked(job: Job) -> list[str]:
 
 def _slurm(job: Job) -> list[str]:
     log = str(job.folder / f"{job.name}.log").replace("%", "%%")
+    log = f'"{log}"' if " " in log else log
     out = [f"--job-name={job.title}", f"--time={hours(job.time)}", *_asked(job)]
     if job.account:
         out.append(f"--account={job.account}")

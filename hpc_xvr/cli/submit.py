@@ -93,7 +93,7 @@ def _assignments(
     multiple=True,
     metavar="KEY=VALUE",
     callback=_assignments,
-    help="Another value for a line of the site's file, or a variable more. May be given many times.",
+    help="Another value for a line of the site's file, or one more variable. Many times if needed.",
 )
 @click.option(
     "--directive",
@@ -104,7 +104,12 @@ def _assignments(
 @click.option("--dry-run", is_flag=True, help="Print the script and send nothing.")
 @click.argument("job", nargs=-1, required=True, type=click.UNPROCESSED)
 def submit(
-    site: str, nodes: list[int], chain: int | None, dry_run: bool, job: tuple[str, ...], **asked: Any
+    site: str,
+    nodes: list[int],
+    chain: int | None,
+    dry_run: bool,
+    job: tuple[str, ...],
+    **asked: Any,
 ) -> None:
     """Hand JOB to a cluster's scheduler: a command of hpc-xvr, or a script, with all it takes.
 
@@ -178,7 +183,8 @@ def _inspect_training(given: dict[str, Any]) -> _Inspected:
 
     cfg = load(given["config"], given["overrides"])
     run = cfg.run.dir.resolve()
-    if not given["resume"] and (any(run.glob("checkpoints/*.pt")) or (run / "metrics.jsonl").exists()):
+    used = (run / "metrics.jsonl").exists() or any(run.glob("checkpoints/*.pt"))
+    if used and not given["resume"]:
         raise InputError(
             f"run folder {run} is already used; add --resume to continue it, or choose another "
             "with --set run.dir=..."
@@ -193,6 +199,9 @@ def _inspect_training(given: dict[str, Any]) -> _Inspected:
 
 
 def _free_name(folder: Path, stem: str, taken: int) -> str:
-    numbers = [int(p.stem.rpartition("-")[2]) for p in folder.glob(f"{stem}-*.*") if
-               p.stem.rpartition("-")[2].isdigit()]
+    numbers = [
+        int(p.stem.rpartition("-")[2])
+        for p in folder.glob(f"{stem}-*.*")
+        if p.stem.rpartition("-")[2].isdigit()
+    ]
     return f"{stem}-{max(numbers, default=0) + 1 + taken}"
