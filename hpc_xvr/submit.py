@@ -83,16 +83,19 @@ def sites() -> list[str]:
     return sorted(path.stem for path in (JOBS / "sites").glob("*.env"))
 
 
-def read_site(name: str) -> Site:
+def read_site(name: str, changes: Sequence[str] = ()) -> Site:
     """A site by its name in jobs/sites, or by the path of a file of your own.
+
+    Args:
+        changes: KEY=VALUE, which take the place of the file's lines.
 
     Raises:
         InputError: there is no such site, or its file is not made of KEY=VALUE lines.
     """
     if not (JOBS / "job.sh").exists():
         raise InputError(
-            f"no job scripts in {JOBS}: hpc_xvr was installed without its checkout; get one and run "
-            "jobs/setup.sh in it"
+            f"no job scripts in {JOBS}: hpc_xvr was installed without its checkout; get one, and "
+            "run jobs/setup.sh in it"
         )
     path = Path(name) if "/" in name else JOBS / "sites" / f"{name}.env"
     if not path.is_file():
@@ -112,6 +115,7 @@ def read_site(name: str) -> Site:
         if not match or len(words) > 1:
             raise InputError(f"{path}, line {number}: write KEY=VALUE, with quotes around spaces")
         values[match[1]] = words[0] if words else ""
+    values |= dict(text.split("=", 1) for text in changes)
     site = Site(path.stem, path.resolve(), values)
     missing = {"XVR_SCHEDULER", "XVR_RESOURCES", "XVR_RANKS_PER_NODE", "XVR_LAUNCH"} - {*values}
     if missing or site.scheduler not in ("slurm", "pbs"):
@@ -292,6 +296,24 @@ def _pbs(job: Job) -> list[str]:
     return [*out, "-j oe", f"-o {job.folder / job.name}.out", "-r y"]
 
 
+def waiting_or_running(job: Job) -> str | None:
+    """A job that was sent before for the same run and has not ended."""
+    for path in sorted(job.folder.glob("*.jobs")):
+        for number in path.read_text().split():
+            if job.site.scheduler == "slurm":
+                command = ["squeue", "-h", "-o", "%t", "-j", number]
+            else:
+                command = ["qstat", number]
+            try:
+                said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            except FileNotFoundError:
+                return None
+            words = said.split()
+            if words and (job.site.scheduler == "slurm" or words[-2] not in "CFX"):
+                return number
+    return None
+
+
 def send(job: Job, chain: int = 1) -> list[str]:
     """Write the script, hand it to the scheduler `chain` times, each job after the one before.
 
@@ -302,6 +324,11 @@ def send(job: Job, chain: int = 1) -> list[str]:
         InputError: there is no scheduler here, or it refuses; in its own words.
     """
     slurm = job.site.scheduler == "slurm"
+    if job.run and (other := waiting_or_running(job)):
+        raise InputError(
+            f"job {other} of {job.run} waits or runs; two at once would spoil the run: let it end, "
+            f"or {'scancel' if slurm else 'qdel'} {other}"
+        )
     job.folder.mkdir(parents=True, exist_ok=True)
     job.script.write_text(render(job))
     sent: list[str] = []
@@ -324,6 +351,6 @@ def send(job: Job, chain: int = 1) -> list[str]:
             words = " ".join((done.stderr or done.stdout).split())
             raise InputError(f"{command[0]} refused {job.script}: {words}{before}")
         sent.append(done.stdout.split()[0].split(";")[0])
-        if chain > 1:
+        if job.run:
             (job.folder / f"{job.name}.jobs").write_text("".join(f"{n}\n" for n in sent))
     return sent

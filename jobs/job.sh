@@ -52,11 +52,12 @@ xvr_done() {
     [ -n "$step" ] && [ "$step" -ge "$steps" ]
 }
 
-# `hpc-xvr submit --chain N` writes the jobs of a chain down in their order.
+# `hpc-xvr submit` writes down the jobs of a run in their order: those after this one.
+xvr_rest() { sed "1,/^$xvr_job\$/d" "$folder/$name.jobs" 2>/dev/null; }
+
 xvr_cancel_rest() {
-    local rest=()
-    [ -f "$folder/$name.jobs" ] || return 0
-    mapfile -t rest < <(sed "1,/^$xvr_job\$/d" "$folder/$name.jobs")
+    local rest
+    mapfile -t rest < <(xvr_rest)
     [ "${#rest[@]}" = 0 ] || xvr_cancel "${rest[@]}" || true
 }
 
@@ -95,6 +96,20 @@ xvr_options() {
     name=${name:-$(basename "${1%.py}")}
 }
 
+# Modules as a login shell has them; their scripts do not like `set -u`.
+xvr_modules() {
+    local file code=0
+    set +u
+    for file in /etc/profile.d/lmod.sh /etc/profile.d/modules.sh; do
+        # shellcheck disable=SC1090
+        ! type module >/dev/null 2>&1 && [ -r "$file" ] && source "$file"
+    done
+    [ -z "${XVR_MODULE_PATHS:-}" ] || module use $XVR_MODULE_PATHS
+    module load $XVR_MODULES || code=1
+    set -u
+    return "$code"
+}
+
 # The site's lines, then those of --env, as variables here; their names in `keys`.
 xvr_site() {
     local line
@@ -107,9 +122,8 @@ xvr_site() {
         keys+=("${line%%=*}")
     done
     if [ -n "${XVR_MODULES:-}" ]; then
-        [ -z "${XVR_MODULE_PATHS:-}" ] || module use $XVR_MODULE_PATHS
-        module load $XVR_MODULES ||
-            xvr_stop 2 "module load $XVR_MODULES failed; put right what $site says, or --env XVR_MODULES="
+        xvr_modules ||
+            xvr_stop 2 "module load $XVR_MODULES failed: change $site, or say --env XVR_MODULES="
     fi
     [ -x "$venv/bin/hpc-xvr" ] ||
         xvr_stop 2 "no environment in $venv; make it on a login node: bash $xvr_root/jobs/setup.sh"
@@ -136,7 +150,7 @@ xvr_line() {
         line=${line//"{$key}"/${!key}}
     done
     read -r -a line <<<"$line"
-    line+=(env "PATH=$PATH")
+    line+=(env "PATH=$PATH" ${LD_LIBRARY_PATH:+"LD_LIBRARY_PATH=$LD_LIBRARY_PATH"})
     for key in "${keys[@]}"; do
         case $key in
             XVR_GPUS | XVR_GPU_VARIABLE) line+=("$key=${!key}") ;;
@@ -179,12 +193,7 @@ xvr_start() {
 
 # Start the launcher and wait for it. A warning goes on to it, and it hands it on to every rank.
 xvr_launch() {
-    local signalled
-    pid="" asked=""
-    if [ -n "$starts" ]; then # only train saves when it is warned
-        trap 'signalled=1; xvr_warn USR1' USR1
-        trap 'signalled=1; xvr_warn TERM' TERM
-    fi
+    [ -z "$asked" ] || xvr_stop 1 "warned before the run could start; ask for more time"
     xvr_say "$(printf '%q ' "${line[@]}")"
     "${line[@]}" &
     pid=$!
@@ -203,8 +212,12 @@ xvr_warn() {
 }
 
 xvr_main() {
-    local starts=""
+    local starts="" pid="" asked="" signalled=""
     xvr_options "$@"
+    if [ -n "$training" ]; then # nothing else saves when it is warned
+        trap 'signalled=1; xvr_warn USR1' USR1
+        trap 'signalled=1; xvr_warn TERM' TERM
+    fi
     mkdir -p "$folder" || exit 2
     [ -z "$log" ] || exec >>"$folder/$name.log" 2>&1
     xvr_site
@@ -233,8 +246,8 @@ xvr_main() {
         xvr_say "ended by SIGTERM: whoever sent it decides whether this job starts again"
     elif [ -n "$until_done" ]; then
         xvr_again || xvr_say "could not be started again; submit it with --resume to go on"
-    elif [ -f "$folder/$name.jobs" ]; then
-        xvr_say "the next job of the chain goes on, if there is one"
+    elif [ -n "$(xvr_rest)" ]; then
+        xvr_say "the next job of the chain goes on"
     else
         xvr_say "submit it with --resume to go on"
     fi

@@ -121,7 +121,7 @@ def submit(
     """
     from hpc_xvr.submit import Job, check, read_site, render, send
 
-    where = read_site(site)
+    where = read_site(site, asked["variables"])
     jobs = []
     for count in nodes:
         arguments = [text.replace("{nodes}", str(count)) for text in job]

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 
 from conftest import FOREVER, ROOT, about, ranks_of, wait_for
 
@@ -25,6 +26,12 @@ def test_a_warning_means_checkpoint_requeue_resume_and_the_same_losses(run, whol
     job = run.submit("--chain", "until-done")
     run.reaches(3)
     run.warn(job)
+    again = subprocess.run(run.command(), capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 2
+    assert "already used; add --resume" in again.stderr
+    again = subprocess.run([*run.command(), "--resume"], capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 2
+    assert f"job {job} of {run.folder} waits or runs" in again.stderr
     assert run.ends(job, "COMPLETED")["Restarts"] == "1"
     assert run.curve() == whole.curve()
     assert [r["psnr"] for r in run.metrics("validation")] == [
@@ -40,6 +47,18 @@ def test_a_warning_means_checkpoint_requeue_resume_and_the_same_losses(run, whol
     after = [r["step"] for r in run.metrics() if r["step"] <= stopped and r["time"] > asked]
     assert len(after) <= 2, (stopped, after, asked)
     assert load(list_checkpoints(run.folder / "checkpoints")[-1][1])["step"] == stopped
+
+
+def test_the_script_by_hand_evaluates_on_two_nodes(whole):
+    command = ["sbatch", "--parsable", "--wait", "--nodes=2", "--time=5"]
+    command += [f"--output={whole.folder}/by-hand.log", "jobs/slurm/train.sbatch"]
+    command += ["--env", "XVR_BIND=none", "--venv", sys.prefix, "evaluate", str(whole.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    log = (whole.folder / "by-hand.log").read_text(errors="replace")
+    assert done.returncode == 0, done.stderr + log
+    assert "evaluate ended with exit code 0" in log
+    assert "SWIN-XVR" in log or "swin" in log.lower()
+    assert list((whole.folder / "evaluation").iterdir())
 
 
 def test_a_chain_goes_on_and_what_is_left_of_it_is_cancelled(run, whole):

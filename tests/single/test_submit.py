@@ -156,6 +156,13 @@ def test_a_used_run_folder_is_refused_without_resume(dry, tmp_path):
     assert "--resume" in dry(*arguments, "--resume")
 
 
+def test_lines_of_the_sites_file_can_be_changed(dry):
+    resources = "-l select={nodes}:ncpus=8:ngpus=4:mpiprocs=4; -l place=scatter:excl"
+    got = dry("--site", "pbs", "--env", f"XVR_RESOURCES={resources}", *TRAIN, nodes="2")
+    assert "#PBS -l select=2:ncpus=8:ngpus=4:mpiprocs=4\n" in got
+    assert problems(got) == []
+
+
 def test_a_site_file_of_ones_own_is_checked(tmp_path):
     path = tmp_path / "mine.env"
     path.write_text("XVR_SCHEDULER=slurm\nmodule load python\n")
@@ -326,6 +333,20 @@ def test_the_clock_becomes_max_time_and_the_sites_lines_reach_the_ranks(job):
     assert f"--set run.dir={job.run}" in call
     assert r"AN=a\ value NCCL_DEBUG=INFO" in log
     assert "XVR_LAUNCH" not in log
+
+
+def test_modules_that_do_not_load_are_named(job):
+    code, log = job("1 75", options=["--env", "XVR_MODULES=rocm nccl"])
+    assert code == 2 and "module load rocm nccl failed" in log
+
+
+def test_a_warning_before_the_run_has_started_is_an_answer(job, tmp_path):
+    """The site's file is read before the ranks start; here it is where the warning comes."""
+    with (tmp_path / "here.env").open("a") as file:
+        file.write("WARNED=$(kill -USR1 $$)\n")
+    code, log = job("1 75", options=["--until-done"])
+    assert code == 1 and "warned before the run could start; ask for more time" in log
+    assert not (job.run / "calls").exists()
 
 
 def test_without_an_environment_it_says_how_to_make_one(job, tmp_path):
