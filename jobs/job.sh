@@ -214,9 +214,11 @@ xvr_warn() {
 xvr_main() {
     local starts="" pid="" asked="" signalled=""
     xvr_options "$@"
-    if [ -n "$training" ]; then # nothing else saves when it is warned
+    if [ -n "$training" ]; then
         trap 'signalled=1; xvr_warn USR1' USR1
         trap 'signalled=1; xvr_warn TERM' TERM
+    else
+        trap 'signalled=1; xvr_say "USR1: the time is nearly up, and there is nothing to save"' USR1
     fi
     mkdir -p "$folder" || exit 2
     [ -z "$log" ] || exec >>"$folder/$name.log" 2>&1
