@@ -6,6 +6,7 @@ script is the scheduler's template in jobs/ with its directives and one block fi
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -60,6 +61,13 @@ class Site:
     @property
     def scheduler(self) -> str:
         return self.values["XVR_SCHEDULER"]
+
+    def fill(self, argument: str, nodes: int) -> str:
+        """An argument of a job with {nodes} and {scratch} filled in."""
+        scratch = os.path.expandvars(self.values.get("XVR_SCRATCH", ""))
+        if "{scratch}" in argument and not scratch:
+            raise InputError(f"{argument}: {self.path} names no XVR_SCRATCH, a disk in each node")
+        return argument.replace("{nodes}", str(nodes)).replace("{scratch}", scratch)
 
     @property
     def queues(self) -> list[Queue]:

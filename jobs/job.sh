@@ -53,7 +53,9 @@ xvr_done() {
 }
 
 # `hpc-xvr submit` writes down the jobs of a run in their order: those after this one.
-xvr_rest() { sed "1,/^$xvr_job\$/d" "$folder/$name.jobs" 2>/dev/null; }
+xvr_rest() {
+    awk -v job="$xvr_job" 'after { print } $0 == job { after = 1 }' "$folder/$name.jobs" 2>/dev/null
+}
 
 xvr_cancel_rest() {
     local rest

@@ -54,7 +54,8 @@ def _assignments(
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     examples="""
     hpc-xvr submit --site polaris --nodes 10 --time 3:00:00 --queue prod --account MYPROJECT \\
-        --chain until-done train configs/published.yaml --set data.corpus=corpus
+        --chain until-done train configs/published.yaml --set train.global_batch=40 \\
+        --set data.corpus=corpus --set data.stage_dir={scratch}/corpus
     hpc-xvr submit --site slurm --nodes 2 --time 30 --dry-run train configs/recommended.yaml
     hpc-xvr submit --site perlmutter --nodes 1,2,4 --time 30 --account m1234 --queue debug \\
         benchmarks/scaling.py --json scaling-{nodes}.json
@@ -66,7 +67,7 @@ def _assignments(
     default="1",
     show_default=True,
     callback=_nodes,
-    help="Several, such as 1,2,4: a job for each; {nodes} in the command is filled in.",
+    help="Several, such as 1,2,4: a job for each.",
 )
 @click.option(
     "--time", required=True, metavar="HH:MM:SS", callback=_time, help="Of one job. Also minutes."
@@ -117,6 +118,8 @@ def submit(
     the time is up, and goes on where it was when it starts again; a run that fails without a new
     checkpoint is not started again. Script, log and a record of the starts are in RUN/jobs.
 
+    {nodes} in JOB becomes the number of nodes, {scratch} the site's disk in each node.
+
     What the queue or the job itself would refuse is refused here, with the reason.
     """
     from hpc_xvr.submit import Job, check, read_site, render, send
@@ -124,7 +127,7 @@ def submit(
     where = read_site(site, asked["variables"])
     jobs = []
     for count in nodes:
-        arguments = [text.replace("{nodes}", str(count)) for text in job]
+        arguments = [where.fill(text, count) for text in job]
         inspect = _inspect_script if arguments[0].endswith(".py") else _inspect_command
         folder, of_run, ranks_fit = inspect(arguments)
         made = Job(

@@ -1,24 +1,19 @@
 """Jobs on a real Slurm of two nodes; skipped, with the reason, where none answers."""
 
-import json
 import os
-import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-PULSE = ROOT / "configs" / "pulse.yaml"
-PATIENCE = 150  # seconds for anything to happen on a busy machine
+from slurm_runs import Run
 
 
 def pytest_collection_modifyitems(items):
-    problem = no_slurm()
+    ours = [item for item in items if item.path.parent == Path(__file__).parent]
+    problem = no_slurm() if ours else None
     if problem:
-        for item in items:
+        for item in ours:
             item.add_marker(pytest.mark.skip(reason=problem))
 
 
@@ -38,86 +33,6 @@ def no_slurm():
     return None
 
 
-def wait_for(what, condition):
-    """Look until `condition()` is true, and return what it said."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        if answer := condition():
-            return answer
-        time.sleep(0.1)
-    raise AssertionError(f"waited {PATIENCE} s for {what}")
-
-
-def about(job):
-    """What Slurm says of a job: {'JobState': 'RUNNING', ...}."""
-    done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
-    return dict(re.findall(r"(\S+?)=(\S*)", done.stdout))
-
-
-class Run:
-    """A training run sent by `hpc-xvr submit`."""
-
-    def __init__(self, folder, corpus):
-        self.folder, self.corpus, self.jobs = folder, corpus, []
-
-    def command(self, *options, site="slurm", overrides=()):
-        out = ["hpc-xvr", "submit", "--site", site, "--nodes", "2", "--time", "5"]
-        out += ["--env", "XVR_BIND=none", *options, "train", str(PULSE)]
-        sets = [f"run.dir={self.folder}", f"data.corpus={self.corpus}", "run.threads=1"]
-        for text in [*sets, *SMALL, *overrides]:
-            out += ["--set", text]
-        return out
-
-    def submit(self, *options, **more):
-        done = subprocess.run(
-            self.command(*options, **more), capture_output=True, text=True, cwd=self.folder.parent
-        )
-        assert done.returncode == 0, done.stderr
-        self.jobs += re.split(", |: ", done.stdout)[: done.stdout.partition(":")[0].count(",") + 1]
-        return self.jobs[-1]
-
-    @property
-    def log(self):
-        paths = sorted(self.folder.glob("jobs/*.log"))
-        return "".join(p.read_text(errors="replace") for p in paths)
-
-    def metrics(self, kind="train"):
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        records = [json.loads(line) for line in lines if line.endswith("}")]
-        return [r for r in records if r["kind"] == kind]
-
-    def curve(self):
-        return [(r["step"], r["loss"], r["grad_norm"]) for r in self.metrics()]
-
-    def reaches(self, step):
-        wait_for(
-            f"step {step} in {self.folder}\n{self.log}",
-            lambda: any(r["step"] >= step for r in self.metrics()),
-        )
-
-    def ends(self, job, *states):
-        """Wait for the job's end and check its state; what Slurm says of it."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        wait_for(f"the end of job {job}", lambda: about(job)["JobState"] in over)
-        said = about(job)
-        assert said["JobState"] in states, f"{said}\n{self.log}"
-        return said
-
-    def warn(self, job):
-        subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
-
-    def cancel(self):
-        for job in self.jobs:
-            subprocess.run(["scancel", "-Q", job])
-
-
-# Steps of some tenths of a second: long against the way of a signal through the cluster.
-SMALL = ("train.steps=12", "train.global_batch=8", "data.patch=64", "validation.frames=2")
-SMALL += ("validation.every=1000", "checkpoint.every=1000")
-FOREVER = ("train.steps=100000", "data.patch=32", "train.global_batch=4")
-
-
 @pytest.fixture
 def run(tmp_path, pulse_corpus):
     made = Run(tmp_path / "run", pulse_corpus)
@@ -135,21 +50,6 @@ def whole(tmp_path_factory, pulse_corpus):
     made.submit()
     made.ends(made.jobs[0], "COMPLETED")
     return made
-
-
-def ranks_of(folder):
-    """Processes of a run that are alive: pid -> rank."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (path / "cmdline").read_bytes().decode().split("\0")
-            environment = (path / "environ").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        rank = next((v[21:] for v in environment if v.startswith("OMPI_COMM_WORLD_RANK=")), None)
-        if f"run.dir={folder}" in line and rank is not None:
-            found[int(path.name)] = int(rank)
-    return found
 
 
 os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")

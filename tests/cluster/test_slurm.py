@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 
-from conftest import FOREVER, ROOT, about, ranks_of, wait_for
+from slurm_runs import FOREVER, ROOT, about, ranks_of, wait_for
 
 from hpc_xvr.checkpoint import list_checkpoints, load
 
@@ -69,6 +69,7 @@ def test_a_chain_goes_on_and_what_is_left_of_it_is_cancelled(run, whole):
     assert about(second)["Dependency"].startswith(f"afterany:{first}")
     run.warn(first)
     assert run.ends(first, "FAILED")["ExitCode"] == "75:0"
+    assert "the next job of the chain goes on" in run.log
     run.ends(second, "COMPLETED")
     run.ends(third, "CANCELLED")
     assert run.curve() == whole.curve()

@@ -163,6 +163,15 @@ def test_lines_of_the_sites_file_can_be_changed(dry):
     assert problems(got) == []
 
 
+def test_the_sites_scratch_disk_and_the_nodes_are_filled_in(dry, monkeypatch):
+    monkeypatch.setenv("USER", "me")
+    arguments = [*TRAIN, "--set", "data.stage_dir={scratch}/x{nodes}"]
+    got = dry("--site", "frontier", "--account", "A", *arguments, "--set", "train.global_batch=16")
+    assert "data.stage_dir=/mnt/bb/me/x1" in got
+    refused = dry("--site", "slurm", "--env", "XVR_SCRATCH=", *arguments)
+    assert "names no XVR_SCRATCH" in refused
+
+
 def test_a_site_file_of_ones_own_is_checked(tmp_path):
     path = tmp_path / "mine.env"
     path.write_text("XVR_SCHEDULER=slurm\nmodule load python\n")
@@ -319,10 +328,14 @@ def test_starts_are_limited(job):
     assert code == 1 and "this would be start 3; XVR_MAX_STARTS is 2" in log
 
 
-def test_what_is_left_of_a_chain_is_cancelled_once_the_run_is_done(job):
+@pytest.mark.parametrize("before", ["", "6\n"])
+def test_what_is_left_of_a_chain_is_cancelled_once_the_run_is_done(before, job):
     (job.run / "jobs").mkdir()
-    (job.run / "jobs/t.jobs").write_text("6\n7\n8\n9\n")
-    assert "CANCEL 8 9" in job("9 0 9")[1]
+    (job.run / "jobs/t.jobs").write_text(f"{before}7\n8\n9\n")
+    code, log = job("4 75", "9 0 9")
+    assert code == 75 and "the next job of the chain goes on" in log
+    code, log = job()
+    assert code == 0 and "CANCEL 8 9" in log
 
 
 def test_the_clock_becomes_max_time_and_the_sites_lines_reach_the_ranks(job):
