@@ -77,7 +77,7 @@ def test_a_chain_goes_on_and_what_is_left_of_it_is_cancelled(run, whole):
 
 def test_the_time_limit_is_never_reached(run):
     """Slurm itself sends the warning."""
-    job = run.submit("--time", "1", "--margin", "45", overrides=FOREVER)
+    job = run.submit("--time", "2", "--margin", "100", overrides=FOREVER)
     assert run.ends(job, "FAILED")["ExitCode"] == "75:0"
     assert "USR1: asking the ranks for a checkpoint" in run.log
     assert "submit it with --resume to go on" in run.log
