@@ -137,7 +137,7 @@ xvr_site() {
 
 # The launcher's line, one rank a GPU. Variables travel on it: not every launcher hands its own on.
 xvr_line() {
-    local per_node=${ranks_per_node:-$XVR_RANKS_PER_NODE} ranks cores binding hosts="" key
+    local per_node=${ranks_per_node:-$XVR_RANKS_PER_NODE} ranks cores binding hosts="" key launcher
     case ${arguments[0]} in
         train | evaluate | *.py) ranks=$((xvr_nodes * per_node)) ;;
         *) ranks=1 per_node=1 ;;
@@ -151,8 +151,12 @@ xvr_line() {
     for key in ranks per_node cores binding hosts; do
         line=${line//"{$key}"/${!key}}
     done
-    read -r -a line <<<"$line"
-    line+=(env "PATH=$PATH" ${LD_LIBRARY_PATH:+"LD_LIBRARY_PATH=$LD_LIBRARY_PATH"})
+    read -r -a line <<<"$line env"
+    # By its whole path Open MPI finds its own daemon on the other nodes, too.
+    launcher=${line[0]}
+    line[0]=$(command -v "$launcher") ||
+        xvr_stop 2 "no $launcher on PATH, which $site names; load the module that has it"
+    line+=("PATH=$PATH" ${LD_LIBRARY_PATH:+"LD_LIBRARY_PATH=$LD_LIBRARY_PATH"})
     for key in "${keys[@]}"; do
         case $key in
             XVR_GPUS | XVR_GPU_VARIABLE) line+=("$key=${!key}") ;;

@@ -348,6 +348,11 @@ def test_the_clock_becomes_max_time_and_the_sites_lines_reach_the_ranks(job):
     assert "XVR_LAUNCH" not in log
 
 
+def test_a_launcher_that_is_not_there_is_named(job):
+    code, log = job("1 75", options=["--env", "XVR_LAUNCH=aprun -n {ranks}"])
+    assert code == 2 and "no aprun on PATH" in log
+
+
 def test_modules_that_do_not_load_are_named(job):
     code, log = job("1 75", options=["--env", "XVR_MODULES=rocm nccl"])
     assert code == 2 and "module load rocm nccl failed" in log
