@@ -262,7 +262,10 @@ def _choices(job: Job) -> list[str]:
         options += ["--env", variable]
     if job.until_done:
         options.append("--until-done")
-    out = [f"xvr_root={shlex.quote(str(JOBS.parent))}", f"cd {shlex.quote(str(job.directory))}"]
+    out = [
+        f"xvr_root={shlex.quote(str(JOBS.parent))}",
+        f"cd {shlex.quote(str(job.directory))} || exit 2",
+    ]
     if job.site.scheduler == "pbs":
         options.append("--log")
         if job.run:

@@ -88,13 +88,16 @@ up() {
     slurmctld -c
     local name
     for name in "${nodes[@]}"; do slurmd -N "$name"; done
-    for _ in $(seq 100); do ready && break || sleep 0.1; done
+    for _ in $(seq 100); do if ready; then break; else sleep 0.1; fi; done
     ready || { echo "slurm.sh: the nodes did not come up; see $state/log" >&2; exit 1; }
     sinfo -N
 }
 
 down() {
     local file pid pids=()
+    [ -d "$state" ] || return 0
+    squeue -h -o %i 2>/dev/null | xargs -r scancel -Q # jobs would outlive their daemons
+    for _ in $(seq 100); do [ -n "$(squeue -h 2>/dev/null)" ] || break; sleep 0.1; done
     for file in "$state"/run/*.pid; do
         [ -s "$file" ] && pids+=("$(cat "$file")")
     done
