@@ -28,6 +28,8 @@ from hpc_xvr.train.run_folder import mark_done, open_run, write_environment
 from hpc_xvr.train.stopping import Stopping
 from hpc_xvr.train.validation import Validator
 
+SLOW_DISK = 50e6  # bytes/s, until a checkpoint has been written
+
 
 class Trainer:
     """Trains the model of a config on all ranks of `comm`; every rank makes one.
@@ -45,7 +47,6 @@ class Trainer:
     ) -> None:
         self.cfg, self.comm = cfg, comm
         self.stopping = stopping or Stopping()
-        self._slowest_save = 0.0
         self.share, self.micro = comm.together(self._shares)
         threads = cfg.run.threads or cpu_threads(discover())
         torch.set_num_threads(threads)
@@ -67,10 +68,18 @@ class Trainer:
         self.model, self.precision = comm.together(self._new_model)
         if cfg.train.weights:  # before anything is written
             comm.on_root(lambda: _first_weights(cfg, build_model(cfg)))
-        state = comm.on_root(lambda: open_run(cfg, resume))
+        state = comm.on_root(lambda: open_run(cfg, resume, self.model))
 
         self.done = state["step"] if state else 0  # optimizer steps behind us
+        self.best = state.get("best") if state else None  # step and PSNR of the best validation
+        self._unvalidated = bool(state and state.get("unvalidated"))
         self._build(state)
+        self.writer = checkpoint.Writer(
+            cfg.run.dir / "checkpoints",
+            cfg.checkpoint.keep,
+            cfg.checkpoint.keep_every,
+            cfg.checkpoint.failures,
+        )
         self.clock = Stopwatch(comm.device)
         # Steps without finite gradients: in a row, the longest row, all of them.
         self._bad, self._worst, self._skipped = torch.zeros(3, device=comm.device)
@@ -168,6 +177,9 @@ class Trainer:
         self.stopping.listen()
         try:
             return self._run()
+        except Exception:
+            self.writer.wait()  # what is being written may be the last good one
+            raise
         finally:
             self.stopping.unlisten()
 
@@ -184,24 +196,29 @@ class Trainer:
                 pin_memory=self.comm.device.type == "cuda",
             )
         )
+        if self._unvalidated:  # the last start was asked to stop before it could
+            self._validate()
         self.clock.reset()
         self.stopping.begin()
         while self.done < cfg.train.steps:
             self.train_step(self.done, self._wait_for(batches))
             self.done += 1
             self._check_finite()
+            self.writer.check()
             last = self.done == cfg.train.steps
             if last or self.done % cfg.train.log_every == 0:
                 self._log()
-            stop = self.comm.any_lagged(self.stopping.asked(self._slowest_save)) and not last
-            if stop or last or self.done % cfg.checkpoint.every == 0:
+            stop = self.comm.any_lagged(self.stopping.asked(self._saving_time())) and not last
+            self._unvalidated = last or self.done % cfg.validation.every == 0
+            improved = self._unvalidated and not stop and self._validate()
+            if stop or last or improved or self.done % cfg.checkpoint.every == 0:
                 self.save()
-            if last or self.done % cfg.validation.every == 0:
-                self._validate()
             if stop:
+                self.writer.finish()
                 why = self.stopping.reason or "as another rank was asked to"
                 logger.info("stopped %s, after step %d; --resume continues", why, self.done)
                 return False
+        self.writer.finish()
         self.comm.on_root(lambda: mark_done(cfg.run.dir, self.done))
         return True
 
@@ -305,9 +322,11 @@ class Trainer:
             *divmod(left, 60),
         )
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Look at the validation recordings. Was it the best so far? The same on all ranks."""
+        self._unvalidated = False
         if not self.validator.count:
-            return
+            return False
         weights = self.average.mean if self.average else dict(self.model.named_parameters())
 
         def predict(sample: dict[str, Tensor]) -> Tensor:
@@ -333,13 +352,16 @@ class Trainer:
                 scores["psnr_detail"],
             )
         self.clock.reset()
+        improved = self.best is None or scores["psnr"] > self.best["psnr"]
+        if improved:
+            self.best = {"step": self.done, "psnr": scores["psnr"]}
+        return improved
 
     def save(self) -> None:
-        """Checkpoint from rank 0; the other ranks go on."""
+        """Checkpoint from rank 0, written while the run goes on."""
         if not self.comm.is_root:
             return
-        folder, start = self.cfg.run.dir / "checkpoints", time.perf_counter()
-        checkpoint.save(
+        self.writer.save(
             {
                 "format": "hpc_xvr checkpoint 1",
                 "step": self.done,
@@ -348,12 +370,19 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "config": self.cfg.model_dump(mode="json"),
                 "rng": torch.get_rng_state(),
+                "best": self.best,
+                "unvalidated": self._unvalidated,
                 "versions": {"torch": str(torch.__version__)},
             },
-            checkpoint.path_of(folder, self.done),
+            spared=[self.best["step"]] if self.best else (),
         )
-        checkpoint.prune(folder, self.cfg.checkpoint.keep, self.done)
-        self._slowest_save = max(self._slowest_save, time.perf_counter() - start)
+
+    def _saving_time(self) -> float:
+        """Seconds a checkpoint may take: the slowest so far, or a guess from its size."""
+        if self.writer.slowest or not self.comm.is_root:
+            return self.writer.slowest
+        size = 4 * sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return size / SLOW_DISK
 
     def close(self) -> None:
         """Close files; safe to call twice."""

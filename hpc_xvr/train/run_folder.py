@@ -7,10 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from hpc_xvr import checkpoint, config
 from hpc_xvr.config import Config
 from hpc_xvr.errors import InputError, explain_os_error
 from hpc_xvr.log import logger
+from hpc_xvr.reconstruct.weights import mismatch
 
 # What the weights depend on; everything else may change between two parts of a run.
 ARCHITECTURE = ("model.", "data.lr_frames", "data.scale")
@@ -47,8 +50,10 @@ def mark_done(folder: Path, step: int) -> None:
     checkpoint.write_atomic(folder / DONE, lambda file: file.write(text + b"\n"))
 
 
-def open_run(cfg: Config, resume: bool) -> dict[str, Any] | None:
+def open_run(cfg: Config, resume: bool, model: nn.Module) -> dict[str, Any] | None:
     """Make the run's folder, or find the state to continue from; rank 0 calls it.
+
+    `model` is the one to be trained: a checkpoint must fit it.
 
     Returns:
         The newest valid checkpoint, or None for a fresh start.
@@ -68,6 +73,7 @@ def open_run(cfg: Config, resume: bool) -> dict[str, Any] | None:
     state = _newest(folder) if resume else None
     if state is not None:
         _compare(config.flat(state["config"]), config.flat(cfg.model_dump(mode="json")))
+        _check_fit(state, model)
     try:
         for part in ("checkpoints", "samples"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -95,7 +101,8 @@ def write_environment(folder: Path, environment: dict[str, Any]) -> None:
 
 
 def _newest(folder: Path) -> dict[str, Any] | None:
-    for path, state in checkpoint.newest_valid(folder / "checkpoints"):
+    needs = ("model", "optimizer", "config")
+    for path, state in checkpoint.newest_valid(folder / "checkpoints", needs):
         if isinstance(state, checkpoint.CorruptCheckpoint):
             logger.warning("skipped: %s", state)
             continue
@@ -103,6 +110,17 @@ def _newest(folder: Path) -> dict[str, Any] | None:
         return state
     logger.info("nothing to resume in %s; starting from the first step", folder)
     return None
+
+
+def _check_fit(state: dict[str, Any], model: nn.Module) -> None:
+    problem = mismatch(model.state_dict(), state["model"])
+    if not problem and state.get("ema"):
+        problem = mismatch(dict(model.named_parameters()), state["ema"])
+    if problem:
+        raise InputError(
+            f"cannot resume: the checkpoint of step {state['step']} does not fit this model: "
+            f"{problem}; set the model section as it was, or start a new run with another run.dir"
+        )
 
 
 def _compare(then: dict[str, Any], now: dict[str, Any]) -> None:
