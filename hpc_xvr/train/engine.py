@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from hpc_xvr.reconstruct.weights import build_model, initial_weights, prepare
 from hpc_xvr.train.meters import Metrics, Stopwatch, environment
 from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import MovingAverage, adam, learning_rate
-from hpc_xvr.train.run_folder import mark_done, open_run, write_environment
+from hpc_xvr.train.run_folder import lock_run, mark_done, open_run, write_environment
 from hpc_xvr.train.stopping import Stopping
 from hpc_xvr.train.validation import Validator
 
@@ -47,6 +47,7 @@ class Trainer:
     ) -> None:
         self.cfg, self.comm = cfg, comm
         self.stopping = stopping or Stopping()
+        self._lock: IO[str] | None = None
         self.share, self.micro = comm.together(self._shares)
         threads = cfg.run.threads or cpu_threads(discover())
         torch.set_num_threads(threads)
@@ -68,7 +69,7 @@ class Trainer:
         self.model, self.precision = comm.together(self._new_model)
         if cfg.train.weights:  # before anything is written
             comm.on_root(lambda: _first_weights(cfg, build_model(cfg)))
-        state = comm.on_root(lambda: open_run(cfg, resume, self.model))
+        state = comm.on_root(lambda: self._open_run(resume))
 
         self.done = state["step"] if state else 0  # optimizer steps behind us
         self.best = state.get("best") if state else None  # step and PSNR of the best validation
@@ -95,6 +96,10 @@ class Trainer:
             if self.done:
                 self.metrics.write("event", self.done, text=f"resumed on {comm.size} ranks")
             self._announce(machine, corpus, threads)
+
+    def _open_run(self, resume: bool) -> dict[str, Any] | None:
+        self._lock = lock_run(self.cfg.run.dir)
+        return open_run(self.cfg, resume, self.model)
 
     def _shares(self) -> tuple[int, int]:
         """Samples of this rank in a step, and of one of its micro-batches."""
@@ -385,7 +390,10 @@ class Trainer:
         return size / SLOW_DISK
 
     def close(self) -> None:
-        """Close files; safe to call twice."""
+        """Close files and leave the run folder; safe to call twice."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
         if self.metrics:
             self.metrics.close()
             self.metrics = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import nn
 
@@ -50,6 +52,41 @@ def mark_done(folder: Path, step: int) -> None:
     checkpoint.write_atomic(folder / DONE, lambda file: file.write(text + b"\n"))
 
 
+def lock_run(folder: Path, patience: float = 60.0) -> IO[str] | None:
+    """Keep other processes out of a run folder for as long as the returned file is open.
+
+    A killed run may take some seconds to be gone while its successor starts already: it waits.
+    None where the file system knows no locks.
+
+    Raises:
+        InputError: another process still has the folder after `patience` seconds, or the folder
+            cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise InputError(f"run folder {folder}: {explain_os_error(error)}") from None
+    end, told = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                file.close()
+                return None
+        if time.monotonic() > end:
+            raise InputError(
+                f"run folder {folder} is in use by another process; wait for it to end, or choose "
+                "another with --set run.dir=..."
+            )
+        if not told:
+            logger.info("waiting for another process to leave %s", folder)
+        told = True
+        time.sleep(0.2)
+
+
 def open_run(cfg: Config, resume: bool, model: nn.Module) -> dict[str, Any] | None:
     """Make the run's folder, or find the state to continue from; rank 0 calls it.
 
@@ -70,7 +107,7 @@ def open_run(cfg: Config, resume: bool, model: nn.Module) -> dict[str, Any] | No
             f"run folder {folder} is already used{newest}; add --resume to continue "
             "it, or choose another with --set run.dir=..."
         )
-    state = _newest(folder) if resume else None
+    state = newest_state(folder) if resume else None
     if state is not None:
         _compare(config.flat(state["config"]), config.flat(cfg.model_dump(mode="json")))
         _check_fit(state, model)
@@ -100,7 +137,7 @@ def write_environment(folder: Path, environment: dict[str, Any]) -> None:
     checkpoint.write_atomic(path, lambda file: file.write(text))
 
 
-def _newest(folder: Path) -> dict[str, Any] | None:
+def newest_state(folder: Path) -> dict[str, Any] | None:
     needs = ("model", "optimizer", "config")
     for path, state in checkpoint.newest_valid(folder / "checkpoints", needs):
         if isinstance(state, checkpoint.CorruptCheckpoint):
