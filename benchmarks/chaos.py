@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import platform
 import random
@@ -229,11 +230,9 @@ class Chaos:
         """No more room for a checkpoint: training must go on for a while, then end by itself."""
         filler = self.run / "filler"
         if self.run.is_mount():
-            free = shutil.disk_usage(self.run).free
-            with filler.open("wb") as file, contextlib.suppress(OSError):
-                for _ in range(free // 4096 + 1):
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
                     file.write(bytes(4096))
-                    file.flush()
         else:
             rank = job.rank(0)
             if rank:
@@ -359,6 +358,8 @@ def corrupt(run: Path, count: int, rng: random.Random) -> dict[str, float]:
     folder, bomb = run / "checkpoints", run / "bomb"
     (step, path), (older, _) = checkpoint.list_checkpoints(folder)[:2]
     good = path.read_bytes()
+    level = log.logger.level
+    log.logger.setLevel(logging.ERROR)  # two lines for each file
     tally = {"corrupted": 0, "corrupted_loaded": 0, "corrupted_tracebacks": 0}
     for kind, data in list(damaged_files(folder, count, rng, bomb)):
         path.write_bytes(data)
@@ -372,6 +373,7 @@ def corrupt(run: Path, count: int, rng: random.Random) -> dict[str, float]:
             print(f"{kind}: {type(error).__name__}: {error}")
             tally["corrupted_tracebacks"] += 1
     path.write_bytes(good)
+    log.logger.setLevel(level)
     tally["bombs_gone_off"] = int(bomb.exists())
     assert newest_state(run)["step"] == step
     return tally
@@ -468,9 +470,8 @@ def main(quick: bool, out: Path | None, kills: int, seed: int | None, corpus: Pa
     log.setup()
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
     result = measure(3 if quick else kills, 20 if quick else 3600, seed, corpus)
-    log.print_table(
-        "killed and started again", ["figure", "value"], [(k, str(v)) for k, v in result.items()]
-    )
+    rows = [(name, str(value)) for name, value in result.items() if "[" not in name]
+    log.print_table("killed and started again", ["figure", "value"], rows)
     context = describe_machine(torch.device("cpu")) | {"platform": platform.platform()}
     context["seed"] = seed
     if out is None and not quick:

@@ -323,7 +323,9 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             partial.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise InputError(f"cannot write {path}: {explain_os_error(error)}") from None
