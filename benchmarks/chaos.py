@@ -69,7 +69,7 @@ class Job:
             "run.device=cpu",
             f"train.steps={steps}",
             f"checkpoint.every={EVERY}",
-            "validation.every=10",
+            "validation.every=20",
             "model.drop_path=0.3",
         ):
             command += ["--set", text]
@@ -405,7 +405,7 @@ def measure(kills: int, seconds: float, seed: int, corpus: Path | None) -> dict[
         if corpus is None:
             corpus = base / "corpus"
             simulate_corpus(load(PULSE).simulate, corpus)
-        steps = 2 * EVERY * (kills + 1)
+        steps = EVERY * (kills + 8)  # a kill costs about half of what a start gains
         whole = Job(base / "whole", corpus, steps, base / "whole.log")
         whole.wait_until(lambda: False, "the undisturbed run")
         whole.end()
