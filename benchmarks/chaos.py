@@ -15,6 +15,7 @@ more than some kB a file (RLIMIT_FSIZE).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import json
@@ -82,6 +83,7 @@ class Job:
             env={**os.environ, "HPC_XVR_CHAOS": self._mark},
             start_new_session=True,
         )
+        atexit.register(lambda: self.kill(list(self.processes())))  # nothing outlives us
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
