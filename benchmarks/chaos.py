@@ -51,7 +51,7 @@ PULSE = ROOT / "configs" / "pulse.yaml"
 EVERY = 4  # steps between two checkpoints
 KINDS = ("rank", "mpirun", "all", "writing", "cut", "flipped", "full disk")
 PLAIN = ("rank", "mpirun", "all", "writing")
-PATIENCE = 120.0  # seconds until something that should have happened is a failure
+PATIENCE = 600.0  # seconds until something that should have happened is a failure
 
 
 class Job:
@@ -114,7 +114,7 @@ class Job:
                 return False
             if time.monotonic() > end:
                 self.end()
-                raise SystemExit(f"waited {PATIENCE:.0f} s for {what}\n{self.text()}")
+                raise SystemExit(f"waited {PATIENCE:.0f} s for {what}\n{self.text()[-2000:]}")
             time.sleep(0.005)
         return True
 
