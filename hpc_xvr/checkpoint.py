@@ -171,11 +171,12 @@ class Writer:
         if self._problem:
             raise self._problem
 
-    def wait(self) -> None:
-        """Wait until nothing is being written any more, whatever came of it."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until nothing is being written any more (or some seconds), whatever came of it."""
         if self._thread:
-            self._thread.join()
-            self._thread = None
+            self._thread.join(timeout)
+            if not self._thread.is_alive():
+                self._thread = None
 
     def _write(self, state: dict[str, Any], spared: set[int], arrived: Any, start: float) -> None:
         step = state["step"]

@@ -192,7 +192,7 @@ class Trainer:
         try:
             return self._run()
         except Exception:
-            self.writer.wait()  # what is being written may be the last good one
+            self.writer.wait(60)  # what is being written may be the last good one
             raise
         finally:
             self.stopping.unlisten()

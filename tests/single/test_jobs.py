@@ -76,6 +76,7 @@ import hpc_xvr.train.engine as engine
 real = engine.Trainer.train_step
 def train_step(self, step, batches):
     if step == 3:
+        self.writer.wait()
         self.comm.barrier()  # rank 0 has its checkpoint on disk
     if step == 3 and self.comm.rank == self.comm.size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
