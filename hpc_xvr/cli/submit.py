@@ -176,7 +176,8 @@ def _inspect_command(arguments: list[str]) -> _Inspected:
     given = command.make_context(f"hpc-xvr {name}", arguments[1:]).params
     if name != "train" or given["find_batch"]:
         run = given.get("run")
-        return (run / "jobs" if run else Path("runs/jobs")).resolve(), {}, lambda ranks: None
+        in_run = run is not None and not run.is_file()  # a file of hpc-xvr export
+        return (run / "jobs" if in_run else Path("runs/jobs")).resolve(), {}, lambda ranks: None
     return _inspect_training(given)
 
 

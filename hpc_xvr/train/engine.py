@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,11 @@ from hpc_xvr.reconstruct.weights import build_model, initial_weights, prepare
 from hpc_xvr.train.meters import Metrics, Stopwatch, environment
 from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import MovingAverage, adam, learning_rate
-from hpc_xvr.train.run_folder import mark_done, open_run, write_environment
+from hpc_xvr.train.run_folder import lock_run, mark_done, open_run, write_environment
 from hpc_xvr.train.stopping import Stopping
 from hpc_xvr.train.validation import Validator
+
+SLOW_DISK = 50e6  # bytes/s, until a checkpoint has been written
 
 
 class Trainer:
@@ -46,7 +49,7 @@ class Trainer:
     ) -> None:
         self.cfg, self.comm = cfg, comm
         self.stopping = stopping or Stopping()
-        self._slowest_save = 0.0
+        self._lock: IO[str] | None = None
         self.share, self.micro = comm.together(self._shares)
         threads = cfg.run.threads or cpu_threads(discover())
         torch.set_num_threads(threads)
@@ -62,12 +65,20 @@ class Trainer:
         self.model, self.precision = comm.together(self._new_model)
         if cfg.train.weights:  # before anything is written
             comm.on_root(lambda: _first_weights(cfg, build_model(cfg)))
-        state = comm.on_root(lambda: open_run(cfg, resume))
+        state = comm.on_root(lambda: self._open_run(resume))
 
         self.done = state["step"] if state else 0  # optimizer steps behind us
+        self.best = state.get("best") if state else None  # step and PSNR of the best validation
+        self._unvalidated = bool(state and state.get("unvalidated"))
         if cfg.data.stage_dir and self.done < cfg.train.steps:
             self._stage(corpus, cfg.data.stage_dir)
         self._build(state)
+        self.writer = checkpoint.Writer(
+            cfg.run.dir / "checkpoints",
+            cfg.checkpoint.keep,
+            cfg.checkpoint.keep_every,
+            cfg.checkpoint.failures,
+        )
         self.clock = Stopwatch(comm.device)
         # Steps without finite gradients: in a row, the longest row, all of them.
         self._bad, self._worst, self._skipped = torch.zeros(3, device=comm.device)
@@ -83,6 +94,10 @@ class Trainer:
             if self.done:
                 self.metrics.write("event", self.done, text=f"resumed on {comm.size} ranks")
             self._announce(machine, corpus, threads)
+
+    def _open_run(self, resume: bool) -> dict[str, Any] | None:
+        self._lock = lock_run(self.cfg.run.dir)
+        return open_run(self.cfg, resume, self.model)
 
     def _shares(self) -> tuple[int, int]:
         """Samples of this rank in a step, and of one of its micro-batches."""
@@ -176,6 +191,9 @@ class Trainer:
         self.stopping.listen()
         try:
             return self._run()
+        except Exception:
+            self.writer.wait(60)  # what is being written may be the last good one
+            raise
         finally:
             self.stopping.unlisten()
 
@@ -192,24 +210,29 @@ class Trainer:
                 pin_memory=self.comm.device.type == "cuda",
             )
         )
+        if self._unvalidated:  # the last start was asked to stop before it could
+            self._validate()
         self.clock.reset()
         self.stopping.begin()
         while self.done < cfg.train.steps:
             self.train_step(self.done, self._wait_for(batches))
             self.done += 1
             self._check_finite()
+            self.writer.check()
             last = self.done == cfg.train.steps
             if last or self.done % cfg.train.log_every == 0:
                 self._log()
-            stop = self.comm.any_lagged(self.stopping.asked(self._slowest_save)) and not last
-            if stop or last or self.done % cfg.checkpoint.every == 0:
+            stop = self.comm.any_lagged(self.stopping.asked(self._saving_time())) and not last
+            self._unvalidated = last or self.done % cfg.validation.every == 0
+            improved = self._unvalidated and not stop and self._validate()
+            if stop or last or improved or self.done % cfg.checkpoint.every == 0:
                 self.save()
-            if last or self.done % cfg.validation.every == 0:
-                self._validate()
             if stop:
+                self.writer.finish()
                 why = self.stopping.reason or "as another rank was asked to"
                 logger.info("stopped %s, after step %d; --resume continues", why, self.done)
                 return False
+        self.writer.finish()
         self.comm.on_root(lambda: mark_done(cfg.run.dir, self.done))
         return True
 
@@ -313,9 +336,11 @@ class Trainer:
             *divmod(left, 60),
         )
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Look at the validation recordings. Was it the best so far? The same on all ranks."""
+        self._unvalidated = False
         if not self.validator.count:
-            return
+            return False
         weights = self.average.mean if self.average else dict(self.model.named_parameters())
 
         def predict(sample: dict[str, Tensor]) -> Tensor:
@@ -341,13 +366,16 @@ class Trainer:
                 scores["psnr_detail"],
             )
         self.clock.reset()
+        improved = scores["psnr"] > (self.best["psnr"] if self.best else -math.inf)
+        if improved:
+            self.best = {"step": self.done, "psnr": scores["psnr"]}
+        return improved
 
     def save(self) -> None:
-        """Checkpoint from rank 0; the other ranks go on."""
+        """Checkpoint from rank 0, written while the run goes on."""
         if not self.comm.is_root:
             return
-        folder, start = self.cfg.run.dir / "checkpoints", time.perf_counter()
-        checkpoint.save(
+        self.writer.save(
             {
                 "format": "hpc_xvr checkpoint 1",
                 "step": self.done,
@@ -356,15 +384,25 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "config": self.cfg.model_dump(mode="json"),
                 "rng": torch.get_rng_state(),
+                "best": self.best,
+                "unvalidated": self._unvalidated,
                 "versions": {"torch": str(torch.__version__)},
             },
-            checkpoint.path_of(folder, self.done),
+            spared=[self.best["step"]] if self.best else (),
         )
-        checkpoint.prune(folder, self.cfg.checkpoint.keep, self.done)
-        self._slowest_save = max(self._slowest_save, time.perf_counter() - start)
+
+    def _saving_time(self) -> float:
+        """Seconds a checkpoint may take: the slowest so far, or a guess from its size."""
+        if self.writer.slowest or not self.comm.is_root:
+            return self.writer.slowest
+        size = 4 * sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return size / SLOW_DISK
 
     def close(self) -> None:
-        """Close files; safe to call twice."""
+        """Close files and leave the run folder; safe to call twice."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
         if self.metrics:
             self.metrics.close()
             self.metrics = None

@@ -27,6 +27,7 @@ class Stopping:
         self._before: dict[int, object] = {}
         self._training = False
         self._steps, self._slowest, self._last = 0, 0.0, 0.0
+        self._interrupted = False
         self.reason: str | None = None
 
     def listen(self) -> None:
@@ -65,6 +66,8 @@ class Stopping:
         return self.reason is not None
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and (self.reason or not self._training):
-            raise KeyboardInterrupt  # nothing to save yet, or the second Ctrl-C, which means it
+        if number == signal.SIGINT:
+            if self._interrupted or not self._training:
+                raise KeyboardInterrupt  # the second Ctrl-C means it; before training it may
+            self._interrupted = True
         self.reason = "by a signal"
