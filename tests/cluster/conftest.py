@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from slurm_runs import Run
+from slurm_runs import Run, about
 
 
 def pytest_collection_modifyitems(items):
@@ -42,12 +42,13 @@ def run(tmp_path, pulse_corpus):
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, pulse_corpus):
-    """The run that nothing has disturbed, on two nodes."""
+    """The run that nothing has disturbed, on two nodes; the second job was not needed."""
     made = Run(tmp_path_factory.mktemp("whole") / "a run", pulse_corpus)
     made.printed = subprocess.run(
         made.command("--dry-run"), capture_output=True, text=True, cwd=made.folder.parent
     ).stdout
-    made.submit()
+    made.submit("--chain", "2")
+    made.waits_for = about(made.jobs[1])["Dependency"]
     made.ends(made.jobs[0], "COMPLETED")
     return made
 

@@ -13,7 +13,8 @@ PATIENCE = 150  # seconds for anything to happen on a busy machine
 # Steps of some tenths of a second: long against the way of a signal through the cluster.
 SMALL = ("train.steps=12", "train.global_batch=8", "data.patch=64", "validation.frames=2")
 SMALL += ("validation.every=1000", "checkpoint.every=1000")
-FOREVER = ("train.steps=100000", "data.patch=32", "train.global_batch=4")
+FOREVER = ("train.steps=1000000", "data.patch=32", "train.global_batch=4")
+FOREVER += ("validation.every=1000000", "checkpoint.every=1000000")
 
 
 def wait_for(what, condition):

@@ -62,27 +62,24 @@ def test_the_script_by_hand_evaluates_on_two_nodes(whole):
     assert list((whole.folder / "evaluation").iterdir())
 
 
-def test_a_chain_goes_on_and_what_is_left_of_it_is_cancelled(run, whole):
-    run.submit("--chain", "3")
-    first, second, third = run.jobs
-    run.reaches(2)
-    assert about(second)["Dependency"].startswith(f"afterany:{first}")
-    run.warn(first)
-    assert run.ends(first, "FAILED")["ExitCode"] == "75:0"
-    assert "the next job of the chain goes on" in run.log
-    run.ends(second, "COMPLETED")
-    run.ends(third, "CANCELLED")
-    assert run.curve() == whole.curve()
+def test_a_chain_stops_once_the_run_is_done(whole):
+    first, second = whole.jobs
+    assert whole.waits_for.startswith(f"afterany:{first}")
+    whole.ends(second, "CANCELLED")
+    assert "start 2" not in whole.log
 
 
-def test_the_time_limit_is_never_reached(run):
+def test_the_time_limit_is_never_reached_and_the_next_job_of_the_chain_goes_on(run):
     """Slurm itself sends the warning."""
-    job = run.submit("--time", "2", "--margin", "100", overrides=FOREVER)
-    assert run.ends(job, "FAILED")["ExitCode"] == "75:0"
+    run.submit("--time", "2", "--margin", "100", "--chain", "2", overrides=FOREVER)
+    first, second = run.jobs
+    assert run.ends(first, "FAILED")["ExitCode"] == "75:0"
     assert "USR1: asking the ranks for a checkpoint" in run.log
-    assert "submit it with --resume to go on" in run.log
+    assert "the next job of the chain goes on" in run.log
     ((step, path),) = list_checkpoints(run.folder / "checkpoints")
     assert load(path)["step"] == step == run.metrics()[-1]["step"]
+    started = f"job {second}, start 2, 2 node(s), from step {step}"
+    wait_for("the second job", lambda: started in run.log)
 
 
 def test_a_cancelled_job_leaves_no_rank_behind_and_can_be_resumed(run):
