@@ -41,7 +41,7 @@ class Run:
 
     def command(self, *options, site="slurm", overrides=()):
         out = ["hpc-xvr", "submit", "--site", site, "--nodes", "2", "--time", "5"]
-        out += ["--env", "XVR_BIND=none", *options, "train", str(PULSE)]
+        out += [*options, "train", str(PULSE)]
         sets = [f"run.dir={self.folder}", f"data.corpus={self.corpus}", "run.threads=1"]
         for text in [*sets, *SMALL, *overrides]:
             out += ["--set", text]

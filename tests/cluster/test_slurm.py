@@ -53,7 +53,7 @@ def test_the_script_by_hand_evaluates_on_two_nodes(whole):
     """The warning that comes at once, 5 minutes before the end, is for others."""
     command = ["sbatch", "--parsable", "--wait", "--nodes=2", "--time=5"]
     command += [f"--output={whole.folder}/by-hand.log", "jobs/slurm/train.sbatch"]
-    command += ["--env", "XVR_BIND=none", "--venv", sys.prefix, "evaluate", str(whole.folder)]
+    command += ["--venv", sys.prefix, "evaluate", str(whole.folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     log = (whole.folder / "by-hand.log").read_text(errors="replace")
     assert done.returncode == 0, done.stderr + log
@@ -112,7 +112,6 @@ def test_scaling_is_a_job_for_each_number_of_nodes(tmp_path):
         "if world.rank == 0:\n    Path(sys.argv[1]).write_text(str(world.size))\n"
     )
     command = ["hpc-xvr", "submit", "--site", "slurm", "--nodes", "1,2", "--time", "1"]
-    command += ["--env", "XVR_BIND=none"]
     done = subprocess.run(
         [*command, str(script), "ranks-{nodes}.txt"],
         cwd=tmp_path,
