@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
 import socket
-import threading
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +18,7 @@ from hpc_xvr import config
 from hpc_xvr.data.corpus import CorpusWriter
 from hpc_xvr.data.layout import disk_errors
 from hpc_xvr.data.optics import MATERIALS, Camera, propagate, transmit
+from hpc_xvr.data.processes import cores, worker_pool
 from hpc_xvr.data.scenes import SCENES, Scene
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, progress_bar
@@ -31,7 +28,6 @@ LR_CAMERA = "Shimadzu HPV-X2 (simulated)"
 HR_BITS = 12
 LR_BITS = 10
 _STATES = 3
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -196,7 +192,7 @@ def simulate_corpus(simulate: config.Simulate, path: Path, workers: int | None =
         raise InputError(f"corpus {path}: exists; remove it or choose another folder")
     plan = _plan(simulate)
     if workers is None:
-        workers = len(os.sched_getaffinity(0))
+        workers = cores()
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
@@ -268,44 +264,11 @@ def _simulated(
             yield item, simulate_video(*job)
         return
     waiting: deque[Future[SimulatedVideo]] = deque()
-    with (
-        _single_threaded(),
-        ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool,
-    ):
-        try:
-            for i, item in enumerate(plan):
-                while len(waiting) < 2 * workers and i + len(waiting) < len(jobs):
-                    waiting.append(pool.submit(simulate_video, *jobs[i + len(waiting)]))
-                yield item, waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def _start_worker() -> None:
-    """The parent alone answers Ctrl-C; workers end when it is gone, however it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Workers started within use one thread each: the cores are shared out already."""
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
+    with worker_pool(workers) as pool:
+        for i, item in enumerate(plan):
+            while len(waiting) < 2 * workers and i + len(waiting) < len(jobs):
+                waiting.append(pool.submit(simulate_video, *jobs[i + len(waiting)]))
+            yield item, waiting.popleft().result()
 
 
 def _info(video: SimulatedVideo, split: str) -> dict[str, object]:
