@@ -33,6 +33,8 @@ NEWS = 60.0
 """Seconds between two lines about how far it is."""
 WINDOW = 8
 """Files a process may be ahead of the first one that is not finished yet."""
+WORTH = 2**26
+"""Bytes of camera files for which one more process is started, which takes a second."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def ingest(
         lr: files of a second, fast camera, one for each recording, in order.
         split: auto gives each recording to the split furthest below its share of 0.8/0.1/0.1.
         skip_bad: go on with the others after a file that cannot be used.
-        workers: processes of this rank; None: one a core.
+        workers: processes of this rank; None: one a core, fewer for little work.
         reading: fields of treatment.Reading.
 
     Raises:
@@ -87,7 +89,7 @@ def ingest(
     with contextlib.ExitStack() as stack:
         plan: Plan | None = None
 
-        def prepare() -> tuple[int, Path, str, Treatment]:
+        def prepare() -> tuple[int, int, Path, str, Treatment]:
             nonlocal plan
             told = Reading(**reading)
             told.check()
@@ -95,10 +97,10 @@ def ingest(
             treatment = told.treatment()
             writer = stack.enter_context(CorpusWriter(corpus, store=store))
             plan = Plan(writer, sources, told, split, skip_bad)
-            return plan.new, writer.path, writer.store, treatment
+            return plan.new, plan.nbytes, writer.path, writer.store, treatment
 
-        new, *task = ranks.from_first(prepare)
-        size = min(workers or cores(), -(-new // ranks.world))
+        new, nbytes, *task = ranks.from_first(prepare)
+        size = min(workers or min(cores(), 1 + nbytes // WORTH), -(-new // ranks.world))
         fatal = ""
         try:
             with crew(0 if ranks.world == 1 and size == 1 else size, *task) as ours:
