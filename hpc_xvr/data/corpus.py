@@ -115,7 +115,7 @@ class Video:
             raise IndexError(f"video {self.id}: {name} {frames} outside 0..{shape[0] - 1}")
         y, x = slice(*y.indices(shape[1])), slice(*x.indices(shape[2]))
         try:
-            crops = self._arrays.get(self.path, name).read(frames, y, x)
+            crops = self._arrays.get(self._manifest, self.id, name).read(frames, y, x)
         except DamagedData as error:
             raise InputError(
                 f"corpus {self._manifest.path}, video {self.id}: {name} {frames} cannot be read: a "
@@ -133,21 +133,22 @@ class OpenArrays:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._arrays: OrderedDict[tuple[Path, str], Array] = OrderedDict()
+        self._arrays: OrderedDict[tuple[str, str], Array] = OrderedDict()
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_store": type(self._store)(), "_arrays": OrderedDict(), "_process": -1}
 
-    def get(self, path: Path, name: str) -> Array:
+    def get(self, manifest: Manifest, id: str, name: str) -> Array:
+        """An array of a clip, opened if need be."""
         if self._process != os.getpid():
             self._arrays, self._process = OrderedDict(), os.getpid()
             self._store = type(self._store)()
-        key = (path, name)
+        key = (id, name)
         if key in self._arrays:
             self._arrays.move_to_end(key)
         else:
-            self._arrays[key] = self._store.open(path, name)
+            self._arrays[key] = self._store.open(manifest.clip(id), name)
             if len(self._arrays) > _OPEN_ARRAYS:
                 self._arrays.popitem(last=False)
         return self._arrays[key]
@@ -199,7 +200,7 @@ class Corpus:
         arrays = OpenArrays(STORES[self.store]())
         try:
             for name, shape in streams:
-                array = arrays.get(video.path, name)
+                array = arrays.get(self._manifest, video.id, name)
                 if array.shape != shape:
                     return f"{name} is {array.shape}, the manifest says {shape}"
                 for t in range(shape[0]):

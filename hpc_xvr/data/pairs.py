@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import yaml
 from pydantic import ValidationError
-from scipy.sparse import csr_array
 
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.layout import Registration, explain
@@ -183,6 +182,8 @@ def _resampled(
     Each such pixel is the mean of points spread over it, taken by linear interpolation: as many
     along a side as fast pixels fit in.
     """
+    from scipy.sparse import csr_array  # slow to import, and few recordings need it
+
     height, width = fast.shape[1:]
     grid = view[0] // scale, view[1] // scale
     points = max(1, math.ceil(scale / registration.scale - 1e-6))
