@@ -142,11 +142,12 @@ class Manifest:
         Raises:
             InputError: its line is damaged, or the file was written anew since it was opened.
         """
-        if number not in self._infos:
+        info = self._infos.get(number)
+        if info is None:
             if len(self._infos) >= _DESCRIPTIONS:
                 self._infos.clear()
-            self._infos[number] = self._read_info(number)
-        return self._infos[number]
+            info = self._infos[number] = self._read_info(number)
+        return info
 
     def _read_info(self, number: int) -> VideoInfo:
         id = self.ids[number]
