@@ -105,7 +105,21 @@ FILES = {
 }
 """What writes a recording and returns the file to damage and the path to open."""
 
-WORDS = [0, 1, 7, 255, 2**15, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1, 2**63, 2**64 - 1]
+WORDS = [
+    0,
+    1,
+    7,
+    255,
+    2**15,
+    2**16,
+    2**24,
+    2**31 - 1,
+    2**31,
+    2**32 - 2,
+    2**32 - 1,
+    2**63,
+    2**64 - 1,
+]
 NUMBERS = ["0", "-1", "1e9", "99999999999", "2147483648", "nan", "inf", "1e308", "", "0.5", "1/0"]
 near = st.integers(0, 599)
 """Most damage goes to the header, where it hurts."""
