@@ -35,6 +35,10 @@ from hpc_xvr.errors import InputError
 _OPEN_ARRAYS = 256
 
 
+class DamagedVideo(InputError):
+    """Data of a recording do not match their checksum, or are gone."""
+
+
 class Video:
     """A handle on one recording; cheap, picklable; arrays are opened on the first read."""
 
@@ -46,8 +50,8 @@ class Video:
 
     @property
     def path(self) -> Path:
-        """Folder or file of the clip."""
-        return self._manifest.clip(self.id)
+        """Folder or file of the clip; its copy where there is one (see `Corpus.read_copies`)."""
+        return self._manifest.nearest(self.id)
 
     @property
     def info(self) -> VideoInfo:
@@ -80,7 +84,7 @@ class Video:
         """Stored values of a crop: (h, w), or (n, h, w) for a sequence of n frame numbers.
 
         Raises:
-            InputError: the data do not match their checksum or cannot be read.
+            DamagedVideo: the data do not match their checksum or cannot be read.
         """
         return self._read("frames", self.shape, t, y, x)
 
@@ -118,7 +122,7 @@ class Video:
         try:
             crops = self._arrays.get(self._manifest, self.id, name).read(frames, y, x)
         except DamagedData as error:
-            raise InputError(
+            raise DamagedVideo(
                 f"corpus {self._manifest.path}, video {self.id}: {name} {frames} cannot be read: a "
                 f"chunk does not match its checksum or is gone; restore {self.path} or remove it "
                 f"from the corpus ({error})"
@@ -149,7 +153,7 @@ class OpenArrays:
         if key in self._arrays:
             self._arrays.move_to_end(key)
         else:
-            self._arrays[key] = self._store.open(manifest.clip(id), name)
+            self._arrays[key] = self._store.open(manifest.nearest(id), name)
             if len(self._arrays) > _OPEN_ARRAYS:
                 self._arrays.popitem(last=False)
         return self._arrays[key]
@@ -186,6 +190,14 @@ class Corpus:
     def split(self, name: str) -> list[Video]:
         """Videos of one split: train, validation or test."""
         return [self.videos[number] for number in self._manifest.of_split(name)]
+
+    def original(self, id: str) -> Path:
+        """Folder or file of a clip in the corpus itself."""
+        return self._manifest.clip(id)
+
+    def read_copies(self, folder: Path) -> None:
+        """From now on read the copies of clips that are in `folder`, where they are."""
+        self._manifest.copies = folder
 
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """Read everything and compare with the sha256 taken when it was written.
