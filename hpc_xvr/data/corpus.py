@@ -22,11 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_xvr.data.layout import (
-    VideoInfo,
-    frame_bytes,
-    read_header,
-)
+from hpc_xvr.data.layout import VideoInfo, checksums, frame_bytes, read_header
 from hpc_xvr.data.manifest import Manifest, describe_clip
 from hpc_xvr.data.stores import STORES, Array, DamagedData, Store
 from hpc_xvr.errors import InputError
@@ -233,4 +229,11 @@ class Corpus:
             return "the frames do not match the sha256 in the manifest"
         if VideoInfo.model_validate(stored) != video.info:
             return "the attributes stored with the frames differ from the manifest"
+        # Bytes that no reader looks at: the clip is to be just what was written.
+        known = self._manifest.files(self._manifest.find(video.id))
+        found = {} if known is None else checksums(video.path)
+        for name in sorted({*(known or {}), *found}):
+            if (known or {}).get(name) != found.get(name):
+                what = video.path if name == "." else video.path / name
+                return f"{what} is not the file that was written"
         return None

@@ -197,6 +197,21 @@ def place(temporary: Path, final: Path) -> None:
     _fsync(final.parent)
 
 
+def checksums(path: Path) -> dict[str, int]:
+    """CRC-32C of each file of a clip by its name in the clip's folder ("." is the clip itself)."""
+    from google_crc32c import extend
+
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    sums = {}
+    for file in files:
+        found = 0
+        with file.open("rb") as opened:
+            while data := opened.read(2**20):
+                found = extend(found, data)
+        sums[file.relative_to(path).as_posix()] = found
+    return sums
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -26,6 +26,7 @@ from hpc_xvr.data.layout import (
     SCRATCH,
     VideoInfo,
     WriterLock,
+    checksums,
     commit,
     disk_errors,
     explain,
@@ -174,7 +175,7 @@ def write_clip(
     """Write one recording beside the corpus that a CorpusWriter holds, from any process.
 
     It is on the disk, but becomes part of the corpus only when the writer commits the entry
-    that is returned: id, file, shape, dtype, lr_shape, attributes (plain values, small).
+    that is returned: plain values, small; what `manifest.line` says, and the clip's `file`.
 
     Args:
         frames: yields `shape[0]` arrays (H, W) of integers.
@@ -208,6 +209,7 @@ def write_clip(
         full = VideoInfo(sha256=digest.hexdigest(), **info).model_dump(mode="json")
         clip.finish({"schema": SCHEMA, **full})
         sync(temporary)
+        sums = checksums(temporary)
         undo.pop_all()
     return {
         "id": id,
@@ -216,6 +218,7 @@ def write_clip(
         "dtype": dtype.name,
         "lr_shape": None if lr is None else list(lr.shape),
         "attributes": full,
+        "files": sums,
     }
 
 
