@@ -15,7 +15,9 @@ from hpc_xvr.errors import InputError
 PER_PAGE = 48
 COLUMNS = 3
 SIDE = 150
-"""Pixels of a small frame's longer side."""
+"""Pixels of a small frame's longer side, and the 4 between two."""
+DPI, HEAD, TEXT, GAP = 100, 35, 36, 12
+"""Dots an inch; pixels for the title, the two lines over a recording, and between recordings."""
 COLOURS = {"train": "0.25", "validation": "tab:blue", "test": "tab:red"}
 
 
@@ -59,34 +61,26 @@ def _draw(videos: Sequence[Video], title: str, file: Path) -> None:
         max(strip.shape[0] for strip in strips[row * columns : (row + 1) * columns])
         for row in range(rows)
     ]
-    # Inches at 100 dots each: strips are shown one to one, under two lines of text.
-    text, head, margin = 0.36, 0.35, 0.12
-    width = columns * (slots * SIDE / 100 + margin) + margin
-    height = head + sum(side / 100 + text + margin for side in tall)
-    figure = Figure(figsize=(width, height), dpi=100)
-    figure.text(margin / width, 1 - 0.22 / height, title, size=10, weight="bold")
-    top = height - head
+    wide, high = columns * (slots * SIDE + GAP) + GAP, HEAD + sum(tall) + rows * (TEXT + GAP)
+    figure = Figure(figsize=(wide / DPI, high / DPI), dpi=DPI)
+    figure.text(GAP / wide, 1 - 22 / high, title, size=10, weight="bold")
+    page = np.ones((high, wide), np.float32)
+    top = HEAD
     for row in range(rows):
-        for column, (video, strip) in enumerate(
-            zip(videos[row * columns :], strips[row * columns : (row + 1) * columns], strict=False)
-        ):
-            left = margin + column * (slots * SIDE / 100 + margin)
-            high, wide = strip.shape[0] / 100, strip.shape[1] / 100
-            axes = figure.add_axes(
-                (left / width, (top - text - high) / height, wide / width, high / height)
-            )
-            axes.imshow(strip, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axes.set_axis_off()
+        for column in range(min(columns, len(videos) - row * columns)):
+            video, strip = (of[row * columns + column] for of in (videos, strips))
+            left = GAP + column * (slots * SIDE + GAP)
+            page[top + TEXT :, left:][: strip.shape[0], : strip.shape[1]] = strip
             figure.text(
-                left / width,
-                (top - text + 0.04) / height,
+                left / wide,
+                1 - (top + TEXT - 4) / high,
                 _caption(video),
                 size=7,
                 color=COLOURS[video.split],
-                va="bottom",
                 linespacing=1.25,
             )
-        top -= tall[row] / 100 + text + margin
+        top += TEXT + tall[row] + GAP
+    figure.figimage(page, cmap="gray", vmin=0, vmax=1)
     beside = file.with_name(f".{file.name}.partial")
     try:
         figure.savefig(beside, format="png")

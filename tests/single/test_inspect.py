@@ -11,7 +11,7 @@ import pytest
 from camera_files import counts
 
 from hpc_xvr.cli import main
-from hpc_xvr.data.contact_sheet import PER_PAGE, contact_sheet
+from hpc_xvr.data.contact_sheet import contact_sheet
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
@@ -108,8 +108,9 @@ def test_contact_sheet(tmp_path, inspect, monkeypatch):
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_contact_sheet_of_many(tmp_path):
-    path = make(tmp_path / "c", PER_PAGE + 4)
+def test_contact_sheet_of_many(tmp_path, monkeypatch):
+    monkeypatch.setattr("hpc_xvr.data.contact_sheet.PER_PAGE", 4)
+    path = make(tmp_path / "c", 6)
     corpus = Corpus(path)
     assert contact_sheet(corpus, tmp_path / "a.png") == [tmp_path / "a.png"]
     pages = contact_sheet(corpus, tmp_path / "b.png", everything=True)
