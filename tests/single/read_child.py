@@ -11,8 +11,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from hpc_xvr.data.cameras import open_files
-from hpc_xvr.data.ingest import _fitted, find_recordings
+from hpc_xvr.data.sources import find_recordings
+from hpc_xvr.data.treatment import Treatment
 from hpc_xvr.errors import InputError
 
 ROOM = 2**28
@@ -23,7 +23,7 @@ def read(path: Path) -> str:
     """readable, refused, or what must not happen."""
     try:
         for source in find_recordings([path]):
-            recording = _fitted(open_files(source.files, dataset=source.dataset), 4, True)
+            recording, _, _ = Treatment(crop=True).open(source)
             for frame in recording.frames():
                 if frame.shape != recording.shape[1:] or frame.dtype != recording.dtype:
                     return f"frames of {frame.shape} {frame.dtype}"

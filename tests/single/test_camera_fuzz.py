@@ -29,6 +29,7 @@ from PIL import Image
 CHILD = Path(__file__).with_name("read_child.py")
 SECONDS = 10
 """For one small file; they take milliseconds."""
+EXAMPLES = 150
 
 
 def _tiff(**options):
@@ -168,7 +169,7 @@ def damaged(data: bytes, edits) -> bytes:
 class Reader:
     """A process that reads; started again after it died."""
 
-    def __init__(self, *sound: Path) -> None:
+    def __init__(self, sound: list[Path]) -> None:
         self._sound = sound
         self._start()
 
@@ -180,7 +181,7 @@ class Reader:
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert self._answer(60) == "ready", self._child.stderr.read()
+        assert self._answer(120) == "ready", self._child.communicate()
 
     def _answer(self, seconds: float) -> str:
         if not select.select([self._child.stdout], [], [], seconds)[0]:
@@ -188,6 +189,7 @@ class Reader:
         return self._child.stdout.readline().strip()
 
     def read(self, path: Path) -> str:
+        """readable, refused, or what went wrong."""
         print(path, file=self._child.stdin, flush=True)
         answer = self._answer(SECONDS)
         if answer in ("", "hangs"):
@@ -201,30 +203,108 @@ class Reader:
         self._child.communicate()
 
 
-@pytest.mark.parametrize("kind", FILES)
-def test_damaged_files_are_read_or_refused(kind, tmp_path):
-    target, opened = FILES[kind](tmp_path)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("files")
+
+
+@pytest.fixture(scope="module")
+def files(folder):
+    """(file to damage, path to open) of each kind."""
+    made = {}
+    for kind, write in FILES.items():
+        place = folder / kind.replace(" ", "-")
+        place.mkdir()
+        made[kind] = write(place)
+    return made
+
+
+@pytest.fixture(scope="module")
+def reader(files):
+    reader = Reader([opened for _, opened in files.values()])
+    yield reader
+    reader.end()
+
+
+def check(reader: Reader, target: Path, opened: Path, examples: int) -> dict[str, int]:
     original = target.read_bytes()
-    reader = Reader(opened)
     seen = dict.fromkeys(("readable", "refused"), 0)
 
     @settings(
-        max_examples=160,
+        max_examples=examples,
         deadline=None,
         database=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
     @given(st.lists(edit, min_size=1, max_size=3))
-    def check(edits):
+    def attempt(edits) -> None:
         target.write_bytes(damaged(original, edits))
         answer = reader.read(opened)
         assert answer in seen
         seen[answer] += 1
 
+    attempt()
+    target.write_bytes(original)
+    assert reader.read(opened) == "readable" and sum(seen.values()) >= examples
+    return seen
+
+
+def test_there_are_enough_of_them():
+    assert len(FILES) * EXAMPLES >= 2000
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_damaged_files_are_read_or_refused(kind, files, reader):
+    seen = check(reader, *files[kind], EXAMPLES)
+    assert seen["refused"] > 20
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "photron_pymraw/beam.cihx",
+        "pims_cine/cine_781.cine",
+        "aps_2bm_radiography/radiography_2BM_0000.tif",
+        "tomobank_xfusion_png/rad_00003_low_res.png",
+    ],
+)
+def test_damaged_real_files_are_read_or_refused(name, realdata, reader, tmp_path):
+    original = realdata(name)
+    target = tmp_path / original.name
+    target.write_bytes(original.read_bytes())
+    if original.suffix == ".cihx":
+        (tmp_path / "beam.mraw").symlink_to(original.with_suffix(".mraw"))
+    check(reader, target, target, 30)
+
+
+@pytest.mark.parametrize(
+    "harm, answer",
+    [
+        ("raise RuntimeError('broken')", "RuntimeError: broken"),
+        ("os.abort()", "ended the process: -6"),
+        ("time.sleep(60)", "hangs"),
+        ("bytearray(2**30)", "MemoryError"),
+    ],
+)
+def test_the_reader_would_see_it(harm, answer, tmp_path, monkeypatch):
+    """What the tests above look for is noticed when it happens."""
+    path, _ = _photron(16, "run.cih", "run.cih")(tmp_path)
+    child = tmp_path / "child.py"
+    child.write_text(
+        f"import os, sys, time\nsys.path.insert(0, {str(CHILD.parent)!r})\nimport read_child\n"
+        "from hpc_xvr.data.cameras.recording import guarded\n"
+        "def harm(path):\n"
+        f"    {'with guarded(str(path)): ' if 'bytearray' in harm else ''}{harm}\n"
+        "def find(paths, sound=[]):\n"
+        "    sound.append(1)\n"
+        "    return harm(paths[0]) if len(sound) > 1 else []\n"
+        "read_child.find_recordings = find\nread_child.main()\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "CHILD", child)
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS", 1)
+    reader = Reader([path])
     try:
-        check()
+        assert reader.read(path).startswith(answer)
     finally:
         reader.end()
-    assert sum(seen.values()) >= 160
-    print(kind, seen)
