@@ -124,7 +124,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     type=click.FloatRange(min=0, min_open=True),
     help="Fast frames from one sharp frame to the next. [default: from the frame rates]",
 )
-@click.option("--lr-rate", type=float, metavar="HZ", help="Where the fast camera's file is mute.")
+@click.option("--lr-rate", type=float, metavar="HZ", help="Where --lr does not say.")
 @click.option(
     "--lr-start",
     type=float,

@@ -108,6 +108,7 @@ def ingest(
         except _Stop as stop:
             fatal = str(stop)
         ranks.gather(None)  # nobody writes any more: the writer may tidy up and leave
+        ranks.from_first(stack.close)
     outcomes, problem = ranks.gather(
         (plan.outcomes, _problem(plan, skip_bad)) if plan is not None else None
     )[0]
