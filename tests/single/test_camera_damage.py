@@ -139,3 +139,21 @@ def test_checksums_of_a_png_are_looked_at(tmp_path):
     data[len(data) // 2] ^= 4
     (tmp_path / "a.png").write_bytes(data)
     refused(tmp_path / "a.png", "a.png")
+
+
+def test_pages_of_another_number_type(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for dtype in ("u2", "f4"):
+            file.write(np.ones((8, 8), dtype), photometric="minisblack")
+    refused(tmp_path / "a.tif", "frame 1 holds float32", "uint16")
+
+
+def test_virtual_dataset_that_is_part_of_itself(tmp_path):
+    """libhdf5 recurses into it until the stack ends, directly or by way of another file."""
+    for name, part in (("a", "."), ("b", "c.h5"), ("c", "b.h5")):
+        layout = h5py.VirtualLayout((2, 4, 4), "u2")
+        layout[:] = h5py.VirtualSource(part, "data", (2, 4, 4))
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file.create_virtual_dataset("data", layout)
+    refused(tmp_path / "a.h5", "made of itself")
+    refused(tmp_path / "b.h5", "made of itself")
