@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.layout import Registration, explain
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
 
 LONGEST = 2**32
 """Bytes of a second camera's stream: it is held in memory."""
@@ -103,6 +104,12 @@ def joined(
         sharp = sharp.cut(*view, top=top, left=left, first=first, last=last)
     if fast.shape[0] * fast.shape[1] * fast.shape[2] * fast.dtype.itemsize > LONGEST:
         raise InputError(f"{fast.path}: has more than {LONGEST >> 30} GB of frames: cut it")
+    if fast.full_scale != sharp.full_scale:
+        logger.warning(
+            "%s: white is %g for the fast camera and %g for the sharp one: correct both with flat "
+            "fields, or neither, before training from the fast frames",
+            *(name, fast.full_scale, sharp.full_scale),
+        )
     info: dict[str, Any] = {
         "lr_times": [round(t - first, 6) for t in times.tolist()],
         "lr_bit_depth": fast.bit_depth,

@@ -45,12 +45,12 @@ def worker_pool(
 def start_worker(start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()) -> None:
     """Initialise a worker: the parent alone answers Ctrl-C; a worker ends when it is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     if start is not None:
         start(*arguments)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """However the parent ended: a killed one can tell nobody."""
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -88,6 +88,8 @@ class Reading:
             "pixel_size_um": self.pixel_size_um,
             "scene": self.scene,
         }
+        # Both cameras' transmissions on one scale, so that they can be compared.
+        scale = None if self.lr_flat is None else self.full_scale
         return Treatment(
             Camera(
                 _field(self.flat),
@@ -96,7 +98,7 @@ class Reading:
                 self.full_scale,
                 self.flip_rows,
             ),
-            Camera(_field(self.lr_flat), _field(self.lr_dark), self.lr_bit_depth),
+            Camera(_field(self.lr_flat), _field(self.lr_dark), self.lr_bit_depth, scale),
             self.pairing,
             self.multiple_of,
             self.crop,

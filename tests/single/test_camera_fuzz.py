@@ -29,12 +29,12 @@ from PIL import Image
 CHILD = Path(__file__).with_name("read_child.py")
 SECONDS = 10
 """For one small file; they take milliseconds."""
-EXAMPLES = 150
+EXAMPLES = 130
 
 
 def _tiff(**options):
     def write(folder: Path) -> tuple[Path, Path]:
-        values = counts((3, 8, 12))
+        values = counts((3, 8, 12)).astype(options.pop("dtype", np.uint16))
         tifffile.imwrite(folder / "a.tif", values, photometric="minisblack", **options)
         return folder / "a.tif", folder / "a.tif"
 
@@ -48,6 +48,16 @@ def _hdf5(**options):
         return folder / "a.h5", folder / "a.h5"
 
     return write
+
+
+def _virtual(folder: Path) -> tuple[Path, Path]:
+    layout = h5py.VirtualLayout((3, 8, 12), "u2")
+    layout[:] = h5py.VirtualSource("part.nx", "entry/frames", (3, 8, 12))
+    with h5py.File(folder / "part.nx", "w") as file:
+        file["entry/frames"] = counts((3, 8, 12))
+    with h5py.File(folder / "a.h5", "w") as file:
+        file.create_virtual_dataset("entry/frames", layout)
+    return folder / "a.h5", folder / "a.h5"
 
 
 def _dxchange(folder: Path) -> tuple[Path, Path]:
@@ -98,7 +108,9 @@ FILES = {
     "dxchange": _dxchange,
     "hdf5 in chunks": _hdf5(chunks=(1, 8, 12), compression="gzip", fletcher32=True),
     "hdf5 of a new version": _hdf5(chunks=(2, 4, 12), libver=("v110", "v110")),
+    "hdf5 of parts": _virtual,
     "tiff": _tiff(metadata=None),
+    "tiff of floats": _tiff(dtype=np.float32),
     "tiff of ImageJ": _tiff(imagej=True),
     "bigtiff, zipped": _tiff(bigtiff=True, compression="zlib"),
     "png": _png(12),
