@@ -215,13 +215,7 @@ class Reader:
         self._child.communicate()
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("files")
-
-
-@pytest.fixture(scope="module")
-def files(folder):
+def write_all(folder: Path) -> dict[str, tuple[Path, Path]]:
     """(file to damage, path to open) of each kind."""
     made = {}
     for kind, write in FILES.items():
@@ -232,8 +226,14 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def reader(files):
-    reader = Reader([opened for _, opened in files.values()])
+def files(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    sound = write_all(tmp_path_factory.mktemp("sound"))
+    reader = Reader([opened for _, opened in sound.values()])
     yield reader
     reader.end()
 
