@@ -66,7 +66,11 @@ class Writer:
         broken: list[InputError] = []
         try:
             recording, fast, info = self._treatment.open(job.source)
-            lr = None if fast is None else np.stack(list(fast.frames()))
+            lr = None
+            if fast is not None:
+                lr = np.empty(fast.shape, fast.dtype)
+                for index, frame in enumerate(fast.frames()):
+                    lr[index] = frame
         except InputError as error:
             return Result(job.number, problem=str(error))
 

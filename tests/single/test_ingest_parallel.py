@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -151,6 +152,21 @@ def test_ctrl_c_ends_all_at_once(films, undisturbed, tmp_path):
     content_so_far = Corpus(corpus)
     assert len(content_so_far) and not (corpus / ".incoming").exists()
     sound_so_far(corpus, undisturbed[1])
+
+
+def test_a_full_disk_ends_the_run_in_one_line(films, undisturbed, tmp_path, monkeypatch):
+    """Not file after file: the others would meet it too."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))  # the large films have 2 MB
+    try:
+        job = start([*films, "--skip-bad"], tmp_path / "c", "--workers", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    _, errors = job.communicate(timeout=60)
+    (line,) = [line for line in errors.splitlines() if "error:" in line]
+    assert job.returncode == 2 and "File too large" in line and "Traceback" not in errors
+    ingest(films, tmp_path / "c", workers=1)
+    assert content(tmp_path / "c") == undisturbed[1]
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun on PATH")
