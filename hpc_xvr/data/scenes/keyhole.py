@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hpc_xvr.data.scenes.base import Scene
+from hpc_xvr.data.scenes.conditions import CONDITIONS
 from hpc_xvr.data.scenes.draw import cover, cylinder, noise, smoothstep, spheres, wobble
 
 _GROUPS = 12
@@ -17,19 +18,20 @@ class Keyhole(Scene):
     The powder in its way melts or flies; a bead and frozen pores stay behind.
     """
 
+    conditions = CONDITIONS["keyhole"]
+
     def build(self, rng: np.random.Generator) -> None:
         height, width = self.shape
-        self.material = str(rng.choice(["titanium", "iron"]))
         # Larger detectors are used with a finer pixel, not only for a wider view.
-        self.pixel = max(rng.uniform(2.0, 3.6) * (128 / height) ** 0.4, 1.3) * 1e-6
-        self.frame_rate = rng.uniform(150e3, 400e3)
-        self.distance = rng.uniform(0.1, 0.2)
+        finest, coarsest = self.conditions.pixel_um
+        pixel = rng.uniform(2.0, 3.6) * (128 / height) ** 0.4
+        self.pixel = min(max(pixel, finest), coarsest) * 1e-6
         self.plate = rng.uniform(300e-6, 420e-6) / self.pixel
-        self.bulk, self.transmission = self.plate * self.pixel, rng.uniform(0.2, 0.27)
+        self.bulk = self.plate * self.pixel
         um = 1e-6 / self.pixel
         self.surface = height * rng.uniform(0.38, 0.46) + 0.7 * noise((width,), 4, rng)
         self.top = float(self.surface.mean())
-        self.speed = rng.choice([-1, 1]) * rng.uniform(0.5, 1.4)
+        self.speed = self.speed * rng.choice([-1, 1])
         run = abs(self.speed) * self.frames
         middle = np.clip((width - run) / 2, 0.15 * width, 0.6 * width)
         start = middle * rng.uniform(0.6, 1.2)
