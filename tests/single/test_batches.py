@@ -17,8 +17,9 @@ import torch
 
 from hpc_xvr.config import Data
 from hpc_xvr.data.batches import TrainingSamples, key_frames, training_batches, window_sample
-from hpc_xvr.data.corpus import Corpus, CorpusWriter
+from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.degrade import bin_down, poisson
+from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
