@@ -57,7 +57,7 @@ SENSORS: dict[str, Sensor] = {
     "sa-z": Sensor(
         "Photron FASTCAM SA-Z (simulated)",
         bit_depth=12,
-        photons=(6e3, 1.6e4),
+        photons=(4e3, 1.4e4),
         read_noise=(0.0015, 0.003),
         gain_pattern=0.002,
         offset_pattern=0.0006,
@@ -215,8 +215,8 @@ class Beamline:
         r = draw(1.2, 4.0, n)
         at = draw(0, height, n), draw(0, width, n)
         flat *= np.exp(-spheres(shape, *at, r, draw(0.05, 0.3, n) / r))
-        if draw() < 0.2:  # the scintillator's round edge or the lens's, in the corners
-            radius = 0.5 * np.hypot(height, width) * draw(0.85, 1.0)
+        if draw() < 0.12:  # the scintillator's round edge or the lens's, in the corners
+            radius = 0.5 * np.hypot(height, width) * draw(0.9, 1.02)
             away = np.hypot(self.scene.y - 0.5 * height, self.scene.x - 0.5 * width) - radius
             flat *= 0.12 + 0.88 * cover(away, 0.06 * radius)
         return flat

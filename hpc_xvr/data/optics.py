@@ -102,16 +102,22 @@ def propagate(intensity: np.ndarray, thickness: np.ndarray, strength: float) -> 
     pixel^2 (1/m). The sum is kept and no pixel turns negative: a step moves at most a quarter of
     a pixel's light through each side; steeper edges, where the equation fails, are limited.
     """
-    shifts = []
+    shifts, takes = [], []
     for axis in (0, 1):
-        shift = np.diff(thickness, axis=axis) * np.float32(strength / _STEPS)
-        shifts.append(np.float32(_FACE_LIMIT) * np.tanh(shift / np.float32(_FACE_LIMIT)))
+        shift = np.diff(thickness, axis=axis)
+        shift *= np.float32(strength / (_STEPS * _FACE_LIMIT))
+        np.tanh(shift, out=shift)
+        shift *= np.float32(_FACE_LIMIT)
+        shifts.append(shift)
+        takes.append(shift > 0)
     down, right = shifts
     out = intensity.copy()
     for _ in range(_STEPS):
         # Light leaves the pixel it is in (upwind), else an empty neighbour could be overdrawn.
-        flux_y = down * np.where(down > 0, out[1:], out[:-1])
-        flux_x = right * np.where(right > 0, out[:, 1:], out[:, :-1])
+        flux_y = np.where(takes[0], out[1:], out[:-1])
+        flux_y *= down
+        flux_x = np.where(takes[1], out[:, 1:], out[:, :-1])
+        flux_x *= right
         out[:-1] += flux_y
         out[1:] -= flux_y
         out[:, :-1] += flux_x
