@@ -29,7 +29,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     mpirun those of all ranks; after an interruption, repeat the command and it goes on.
     """
     from hpc_xvr.config import load
-    from hpc_xvr.data.phantom import simulate_corpus
+    from hpc_xvr.data.phantom import refuse_existing, simulate_corpus
     from hpc_xvr.dist.launch import cpu_threads, discover
 
     cfg = load(config, overrides)
@@ -43,10 +43,9 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
         simulate_corpus(cfg.simulate, cfg.data.corpus)
     else:
         comm = connect("auto", "cpu", cfg.dist.timeout_s)
+        comm.on_root(lambda: refuse_existing(cfg.data.corpus))
         cores = cpu_threads(launch)
-        simulate_corpus(
-            cfg.simulate, cfg.data.corpus, cores, comm.rank, comm.size, comm.gather
-        )
+        simulate_corpus(cfg.simulate, cfg.data.corpus, cores, comm.rank, comm.size, comm.gather)
         comm.close()
     _show_corpus(cfg.data.corpus)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, gaussian_filter1d, uniform_filter
+from scipy.ndimage import gaussian_filter, uniform_filter
 
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.optics import MATERIALS, propagate, transmit
@@ -233,7 +233,7 @@ class Beamline:
         instants = (np.arange(_STATES) + 0.5) / _STATES * self.exposure
         total = sum(self.state(t + float(dt)) for dt in instants)
         total *= np.float32((1 + self.flicker[t]) / _STATES)
-        return gaussian_filter1d(total, self.penumbra, axis=1, truncate=3, mode="nearest")
+        return gaussian_filter(total, (0, self.penumbra), truncate=3, mode="nearest")
 
     def frames(self) -> Iterator[np.ndarray]:
         """The scintillator's light (H, W) in each frame, with what the one before left."""

@@ -68,14 +68,18 @@ class Experiment:
         sensor = SENSORS[camera]
         sample = SCENES[scene]((height, width), frames, streams[0])
         self.scene, self.seed, self.scale, self.sensor, self.sample = (
-            scene, seed, scale, sensor, sample,
+            scene,
+            seed,
+            scale,
+            sensor,
+            sample,
         )
         self.shape = size
         self.frame_rate_hz = round(min(sample.frame_rate, sensor.fastest((height, width))))
         self.line = Beamline(sample, streams[1], self.frame_rate_hz)
-        self._sharp = Camera.of(sensor, (height, width), 1, streams[2])
-        self._fast = Camera.of(LR_SENSOR, (height // scale, width // scale), scale, streams[3])
-        self.lr = np.empty((frames, *self._fast.shape), np.uint16) if lr_stream else None
+        self.sharp = Camera.of(sensor, (height, width), 1, streams[2])
+        self.fast = Camera.of(LR_SENSOR, (height // scale, width // scale), scale, streams[3])
+        self.lr = np.empty((frames, *self.fast.shape), np.uint16) if lr_stream else None
         """(T, H/scale, W/scale) uint16, 0..2**LR_SENSOR.bit_depth - 1, filled as `frames` go by;
         pixel (i, j) covers the scale x scale pixels of a frame from (scale i, scale j)."""
 
@@ -83,8 +87,8 @@ class Experiment:
         """The high-resolution frames (H, W) uint16, 0..2**bit_depth - 1; to be called once."""
         for t, light in enumerate(self.line.frames()):
             if self.lr is not None:
-                self.lr[t] = self._fast.record(light)
-            yield self._sharp.record(light)
+                self.lr[t] = self.fast.record(light)
+            yield self.sharp.record(light)
 
     def info(self, split: str) -> dict[str, Any]:
         """What a corpus keeps about the recording."""
@@ -200,11 +204,16 @@ def simulate_corpus(
     gather(None)  # nobody leaves before the corpus is in its place
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises InputError if something is there already."""
+    if path.exists():
+        raise InputError(f"corpus {path}: exists; remove it or choose another folder")
+
+
 @contextlib.contextmanager
 def _started(simulate: config.Simulate, path: Path, beside: Path) -> Iterator[CorpusWriter]:
     """The writer of the corpus that grows in `beside`, after checking whose it is."""
-    if path.exists():
-        raise InputError(f"corpus {path}: exists; remove it or choose another folder")
+    refuse_existing(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     settings = simulate.model_dump_json(indent=1) + "\n"
