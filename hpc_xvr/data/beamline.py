@@ -42,6 +42,8 @@ class Sensor:
     """Sigma of the pixel offsets, share of full scale."""
     blur: tuple[float, float]
     """Sigma of the lens."""
+    smoothing: tuple[float, float]
+    """Sigma of what the camera does to a frame it has read: of blur that takes the noise along."""
     overhead_s: float
     pixels_per_s: float
     """A frame takes overhead_s + pixels / pixels_per_s at least."""
@@ -62,11 +64,13 @@ SENSORS: dict[str, Sensor] = {
         gain_pattern=0.002,
         offset_pattern=0.0006,
         blur=(0.7, 1.05),
+        smoothing=(0.0, 0.0),
         overhead_s=0.8e-6,
         pixels_per_s=21.3e9,
     ),
     # 10 bit, 250 x 400 pixels and 256 frames, kept on the chip: 5 MHz whatever the picture (10 MHz
-    # with every second pixel). Its 250 rows are no multiple of 4: corpora take 248 of them.
+    # with every second pixel, the others interpolated). Its 250 rows are no multiple of 4: corpora
+    # take 248 of them.
     "hpv-x2": Sensor(
         "Shimadzu HPV-X2 (simulated)",
         bit_depth=10,
@@ -74,7 +78,8 @@ SENSORS: dict[str, Sensor] = {
         read_noise=(0.002, 0.004),
         gain_pattern=0.003,
         offset_pattern=0.001,
-        blur=(0.4, 0.7),
+        blur=(0.6, 0.85),
+        smoothing=(0.35, 0.55),
         overhead_s=0.2e-6,
         pixels_per_s=np.inf,
     ),
@@ -93,6 +98,7 @@ class Camera:
         read_noise: sigma as a share of full scale.
         fixed_pattern: sigma of the pixel gains left over by flat-field correction.
         offset_pattern: sigma of the pixel offsets as a share of full scale.
+        smoothing: sigma of blur after the noise, in its own pixels.
     """
 
     shape: tuple[int, int]
@@ -104,6 +110,7 @@ class Camera:
     bit_depth: int
     rng: np.random.Generator
     offset_pattern: float = 0.0
+    smoothing: float = 0.0
     gain: np.ndarray = field(init=False)
     offset: np.ndarray = field(init=False)
 
@@ -124,9 +131,15 @@ class Camera:
             read_noise=rng.uniform(*sensor.read_noise),
             fixed_pattern=sensor.gain_pattern,
             offset_pattern=sensor.offset_pattern,
+            smoothing=rng.uniform(*sensor.smoothing),
             bit_depth=sensor.bit_depth,
             rng=rng,
         )
+
+    @property
+    def spread(self) -> float:
+        """Sigma of all its blur, in its own pixels."""
+        return float(np.hypot(self.blur, self.smoothing))
 
     def _pattern(self) -> np.ndarray:
         """Pixels, and columns that share an amplifier."""
@@ -152,6 +165,8 @@ class Camera:
             seen = counts.astype(np.float32) * np.float32(1 / self.photons)
         seen += np.sqrt(variance) * self.rng.standard_normal(self.shape, dtype=np.float32)
         seen += self.offset
+        if self.smoothing:
+            seen = gaussian_filter(seen, self.smoothing, mode="nearest", truncate=3)
         top = 2**self.bit_depth - 1
         seen *= np.float32(top)
         return np.clip(np.rint(seen, out=seen), 0, top, out=seen).astype(np.uint16)
@@ -198,7 +213,7 @@ class Beamline:
         self.beam = np.float32(self.open_beam) * self._flat_field()
 
     def _flat_field(self) -> np.ndarray:
-        """The beam without sample (H, W), brightest about 1: profile, stripes, marks, field of view.
+        """The beam without sample (H, W), brightest about 1: profile, stripes, marks, round edge.
 
         Stripes lie along the rows, as multilayer mirrors and monochromators make them.
         """

@@ -40,7 +40,7 @@ def videos():
             frames=np.stack(list(experiment.frames())),
             lr=experiment.lr,
             info=experiment.info("train"),
-            softer=np.sqrt((4 * experiment.fast.blur) ** 2 - experiment.sharp.blur**2),
+            softer=np.sqrt((4 * experiment.fast.spread) ** 2 - experiment.sharp.spread**2),
         )
     return made
 

@@ -37,8 +37,8 @@ BRINE = "potassium iodide brine, 25 % by mass"
 CONDITIONS: dict[str, Conditions] = {
     "keyhole": Conditions(
         materials=("titanium", "iron"),
-        energy_kev=(20, 40),
-        transmission=(0.2, 0.44),
+        energy_kev=(20, 48),
+        transmission=(0.26, 0.48),
         pixel_um=(1.3, 5.0),
         frame_rate_hz=(40e3, 1e6),
         distance_m=(0.1, 0.25),

@@ -29,7 +29,9 @@ class Keyhole(Scene):
         self.plate = rng.uniform(300e-6, 420e-6) / self.pixel
         self.bulk = self.plate * self.pixel
         um = 1e-6 / self.pixel
-        self.surface = height * rng.uniform(0.38, 0.46) + 0.7 * noise((width,), 4, rng)
+        # A ground edge, nearly along the rows.
+        tilt = rng.normal(0, 0.008) * (self.x - width / 2)
+        self.surface = height * rng.uniform(0.38, 0.46) + tilt + 0.25 * noise((width,), 8, rng)
         self.top = float(self.surface.mean())
         self.speed = self.speed * rng.choice([-1, 1])
         run = abs(self.speed) * self.frames
@@ -51,7 +53,7 @@ class Keyhole(Scene):
         height, width = self.shape
         radius = rng.uniform(10, 15) * um
         bed = rng.uniform(60, 90) * um
-        hills = 1 + 0.2 * noise((width,), 10, rng)
+        hills = 1 + rng.uniform(0.03, 0.2) * noise((width,), 20, rng)
         count = int(0.42 * bed * width * self.plate / (4.2 * radius**3 * 1.5))
         r = radius * np.exp(0.35 * rng.standard_normal(count))
         x = rng.uniform(-radius, width + radius, count)
