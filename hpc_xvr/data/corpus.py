@@ -34,6 +34,10 @@ from hpc_xvr.errors import InputError
 _OPEN_ARRAYS = 256
 
 
+class DamagedVideo(InputError):
+    """Data of a recording do not match their checksum, or are gone."""
+
+
 class Video:
     """A handle on one recording; cheap, picklable; arrays are opened on the first read."""
 
@@ -45,8 +49,8 @@ class Video:
 
     @property
     def path(self) -> Path:
-        """Folder or file of the clip."""
-        return self._manifest.clip(self.id)
+        """Folder or file of the clip; its copy where there is one (see `Corpus.read_copies`)."""
+        return self._manifest.nearest(self.id)
 
     @property
     def info(self) -> VideoInfo:
@@ -79,7 +83,7 @@ class Video:
         """Stored values of a crop: (h, w), or (n, h, w) for a sequence of n frame numbers.
 
         Raises:
-            InputError: the data do not match their checksum or cannot be read.
+            DamagedVideo: the data do not match their checksum or cannot be read.
         """
         return self._read("frames", self.shape, t, y, x)
 
@@ -115,9 +119,9 @@ class Video:
             raise IndexError(f"video {self.id}: {name} {frames} outside 0..{shape[0] - 1}")
         y, x = slice(*y.indices(shape[1])), slice(*x.indices(shape[2]))
         try:
-            crops = self._arrays.get(self.path, name).read(frames, y, x)
+            crops = self._arrays.get(self._manifest, self.id, name).read(frames, y, x)
         except DamagedData as error:
-            raise InputError(
+            raise DamagedVideo(
                 f"corpus {self._manifest.path}, video {self.id}: {name} {frames} cannot be read: a "
                 f"chunk does not match its checksum or is gone; restore {self.path} or remove it "
                 f"from the corpus ({error})"
@@ -133,21 +137,22 @@ class OpenArrays:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._arrays: OrderedDict[tuple[Path, str], Array] = OrderedDict()
+        self._arrays: OrderedDict[tuple[str, str], Array] = OrderedDict()
         self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_store": type(self._store)(), "_arrays": OrderedDict(), "_process": -1}
 
-    def get(self, path: Path, name: str) -> Array:
+    def get(self, manifest: Manifest, id: str, name: str) -> Array:
+        """An array of a clip, opened if need be."""
         if self._process != os.getpid():
             self._arrays, self._process = OrderedDict(), os.getpid()
             self._store = type(self._store)()
-        key = (path, name)
+        key = (id, name)
         if key in self._arrays:
             self._arrays.move_to_end(key)
         else:
-            self._arrays[key] = self._store.open(path, name)
+            self._arrays[key] = self._store.open(manifest.nearest(id), name)
             if len(self._arrays) > _OPEN_ARRAYS:
                 self._arrays.popitem(last=False)
         return self._arrays[key]
@@ -185,6 +190,14 @@ class Corpus:
         """Videos of one split: train, validation or test."""
         return [self.videos[number] for number in self._manifest.of_split(name)]
 
+    def original(self, id: str) -> Path:
+        """Folder or file of a clip in the corpus itself."""
+        return self._manifest.clip(id)
+
+    def read_copies(self, folder: Path) -> None:
+        """From now on read the copies of clips that are in `folder`, where they are."""
+        self._manifest.copies = folder
+
     def verify(self) -> Iterator[tuple[str, str | None]]:
         """Read everything and compare with the sha256 taken when it was written.
 
@@ -199,7 +212,7 @@ class Corpus:
         arrays = OpenArrays(STORES[self.store]())
         try:
             for name, shape in streams:
-                array = arrays.get(video.path, name)
+                array = arrays.get(self._manifest, video.id, name)
                 if array.shape != shape:
                     return f"{name} is {array.shape}, the manifest says {shape}"
                 for t in range(shape[0]):

@@ -58,6 +58,8 @@ class Manifest:
         self.path, self.ids = path, ids
         self.complete = complete
         """The file says just what is there."""
+        self.copies: Path | None = None
+        """Folder with copies of clips that are nearer than the corpus."""
         self._suffix = store.suffix
         self._more = more
         self._table = np.fromiter(rows, _ROW, len(ids))
@@ -105,6 +107,12 @@ class Manifest:
     def clip(self, id: str) -> Path:
         """Folder or file of a clip."""
         return self.path / "videos" / (id + self._suffix)
+
+    def nearest(self, id: str) -> Path:
+        """The clip's copy if there is one, else the clip."""
+        if self.copies is not None and (copy := self.copies / (id + self._suffix)).exists():
+            return copy
+        return self.clip(id)
 
     def of_split(self, name: str) -> list[int]:
         """Numbers of the videos of a split."""
