@@ -20,6 +20,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,9 +170,11 @@ def still_frames(name: str | None) -> np.ndarray:
 def merits(name: str, real: list[np.ndarray], made: list[np.ndarray]) -> dict[str, float]:
     """How far simulated frames are from real ones; 0 or 1 is the same."""
     theirs, ours = (np.median([spectrum(f) for f in fs], axis=0) for fs in (real, made))
-    noise_real, noise_made = (
-        np.nanmedian([noise_in_space(f) for f in fs], axis=0) for fs in (real, made)
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # levels that no frame has
+        noise_real, noise_made = (
+            np.nanmedian([noise_in_space(f) for f in fs], axis=0) for fs in (real, made)
+        )
     sample = [np.concatenate([f.ravel()[::7] for f in fs]) for fs in (real, made)]
 
     def rolloff(s: np.ndarray) -> float:

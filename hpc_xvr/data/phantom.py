@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_xvr import config
+from hpc_xvr import __version__, config
 from hpc_xvr.data.beamline import SENSORS, Beamline, Camera
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.layout import MANIFEST, commit, disk_errors
@@ -216,15 +217,16 @@ def _started(simulate: config.Simulate, path: Path, beside: Path) -> Iterator[Co
     refuse_existing(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    settings = simulate.model_dump_json(indent=1) + "\n"
+    settings = {"hpc_xvr": __version__, **simulate.model_dump(mode="json")}
+    written = json.dumps(settings, indent=1) + "\n"
     with CorpusWriter(beside, simulate.store) as writer:
         kept = beside / SETTINGS
         with disk_errors(path):
-            if not kept.exists():
-                (beside / f".{SETTINGS}").write_text(settings)
+            if not kept.exists() or not _finished(beside):
+                (beside / f".{SETTINGS}").write_text(written)
                 commit(beside / f".{SETTINGS}", kept)
             found = kept.read_text()
-        if found != settings:
+        if found != written:
             raise InputError(
                 f"corpus {path}: was begun with other settings, see {kept}; finish it with those, "
                 f"or remove {beside} to begin anew"
