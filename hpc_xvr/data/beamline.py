@@ -79,7 +79,7 @@ SENSORS: dict[str, Sensor] = {
         gain_pattern=0.003,
         offset_pattern=0.001,
         blur=(0.6, 0.85),
-        smoothing=(0.35, 0.55),
+        smoothing=(0.42, 0.62),
         overhead_s=0.2e-6,
         pixels_per_s=np.inf,
     ),
