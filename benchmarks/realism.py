@@ -11,9 +11,9 @@ Noise is what a second-difference mask leaves, by the quietest fifth of the bloc
 level: fine-grained noise only, in real and simulated frames alike. For recordings of things that
 stand still, it is the difference of successive frames, by the quietest fifth of the pixels.
 
-Laser melting is compared like with like; spectra agree within 2 dB (sharp camera) and 4 dB (HPV-X2),
-noise within 15 %. What still differs: real plates transmit more where the alloy is lighter, their
-melt pools have finer and more irregular outlines, and their powder lies flatter between two walls.
+Laser melting is compared like with like: spectra agree within 2 dB (sharp camera) and 4 dB
+(HPV-X2), noise within 15 %. What still differs: real plates transmit more where the alloy is
+lighter, melt pools have finer and less regular outlines, and powder lies flatter between two walls.
 The real spray is of an x-ray tube: blurred, noisy, without fringes and with sheets of liquid, which
 the simulated one lacks. The real foam is seen in visible light, overexposed, so that only the shape
 of its spectrum means something. There is no real crack or insect to compare with.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -63,13 +63,7 @@ class Simulate(Section):
     cameras: Annotated[dict[Sensor, CameraShare], Field(min_length=1)] = {"sa-z": CameraShare()}
     """Sharp cameras and their shares of each scene's recordings: sa-z (12 bit) and hpv-x2 (10
     bit). The fast low-resolution one beside them is an hpv-x2."""
-    scenes: Annotated[list[Scene], Field(min_length=1)] = [
-        "keyhole",
-        "spray",
-        "bubbles",
-        "crack",
-        "tissue",
-    ]
+    scenes: Annotated[list[Scene], Field(min_length=1)] = list(get_args(Scene))
     """Scenes, dealt to the recordings in turn."""
     splits: dict[Split, Fraction] = {"train": 0.75, "validation": 0.125, "test": 0.125}
     """Share of the recordings in each split."""
