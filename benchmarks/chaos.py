@@ -39,6 +39,7 @@ from typing import Any
 import click
 import psutil
 import torch
+from model import RESULTS, file_name
 
 from hpc_xvr import checkpoint, log
 from hpc_xvr.config import load
@@ -46,7 +47,6 @@ from hpc_xvr.data.phantom import simulate_corpus
 from hpc_xvr.train.meters import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PULSE = ROOT / "configs" / "pulse.yaml"
 EVERY = 4  # steps between two checkpoints
 KINDS = ("rank", "mpirun", "all", "writing", "cut", "flipped", "full disk")
@@ -455,13 +455,6 @@ def measure(kills: int, seconds: float, seed: int, corpus: Path | None) -> dict[
     return result
 
 
-def file_name(context: dict[str, Any]) -> str:
-    """Such as chaos-intel-xeon-processor-2-cores-torch-2.13.0.json."""
-    device = re.sub(r"\(.*?\)", "", context["device"])
-    words = f"chaos {device} torch {context['packages']['torch'].split('+')[0]}"
-    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-") + ".json"
-
-
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
@@ -478,7 +471,7 @@ def main(quick: bool, out: Path | None, kills: int, seed: int | None, corpus: Pa
     context["seed"] = seed
     if out is None and not quick:
         RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / file_name(context)
+        out = RESULTS / file_name("chaos", context)
     if out:
         out.write_text(json.dumps({**result, "context": context}, indent=1) + "\n")
         print(f"written: {out}")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import re
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ keep_freed_memory()
 
 import click  # noqa: E402
 import torch  # noqa: E402
+from model import RESULTS, file_name  # noqa: E402
 
 from hpc_xvr import checkpoint, log  # noqa: E402
 from hpc_xvr.config import Config, load  # noqa: E402
@@ -38,7 +38,6 @@ from hpc_xvr.train.meters import describe_machine, synchronise  # noqa: E402
 from hpc_xvr.train.objective import l1  # noqa: E402
 from hpc_xvr.train.optim import MovingAverage, adam  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 EVERY = Config().checkpoint.every
 
 
@@ -128,23 +127,26 @@ def measure(folder: Path, steps: int, rounds: int, device: torch.device) -> dict
     }
 
 
-def file_name(context: dict[str, Any]) -> str:
-    """Such as checkpoint-intel-xeon-processor-2-cores-torch-2.13.0.json."""
-    device = re.sub(r"\(.*?\)", "", context["device"])
-    words = f"checkpoint {device} torch {context['packages']['torch'].split('+')[0]}"
-    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-") + ".json"
-
-
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--steps", type=click.IntRange(1), help="Of a block. Default: by device.")
+@click.option("--rounds", type=click.IntRange(1), help="Of blocks. Default: 5, quick 2 or 3.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-def main(quick: bool, out: Path | None, folder: Path | None, device: str) -> None:
+def main(
+    quick: bool,
+    out: Path | None,
+    folder: Path | None,
+    steps: int | None,
+    rounds: int | None,
+    device: str,
+) -> None:
     log.setup()
     where = torch.device(device)
     gpu = where.type == "cuda"
-    steps, rounds = (40 if gpu else 2, 2) if quick else (200 if gpu else 8, 5)
+    steps = steps or ((40 if gpu else 2) if quick else (200 if gpu else 8))
+    rounds = rounds or ((3 if gpu else 2) if quick else 5)
     with tempfile.TemporaryDirectory(dir=folder) as base:
         result = measure(Path(base), steps, rounds, where)
     rows = [(name, f"{value:.4g}") for name, value in result.items()]
@@ -153,7 +155,7 @@ def main(quick: bool, out: Path | None, folder: Path | None, device: str) -> Non
     context |= {"every": EVERY, "steps": steps, "rounds": rounds}
     if out is None and not quick:
         RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / file_name(context)
+        out = RESULTS / file_name("checkpoint", context)
     if out:
         out.write_text(json.dumps({**result, "context": context}, indent=1) + "\n")
         print(f"written: {out}")
