@@ -212,6 +212,7 @@ class Trainer:
         )
         if self._unvalidated:  # the last start was asked to stop before it could
             self._validate()
+        self.comm.any_lagged(False)  # forget what an earlier run on these ranks was asked
         self.clock.reset()
         self.stopping.begin()
         while self.done < cfg.train.steps:
