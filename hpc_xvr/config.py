@@ -232,10 +232,21 @@ class Checkpoint(Section):
 
 
 class Dist(Section):
+    """How ranks talk, and how long they wait for each other."""
+
     engine: Literal["auto", "serial", "horovod", "torch"] = "auto"
     """auto: serial on one rank; on more Horovod where it is installed, else torch.distributed."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds after which a collective that does not come back ends the job."""
+    """Seconds without a sign of life from a rank, or without any progress of the run, after which
+    the job is ended with a message that names the rank and its step."""
+    compression: Literal["none", "fp16", "bf16"] = "none"
+    """Number format in which gradients travel; they are summed in it too. bf16 needs the torch
+    engine: Horovod does not know it."""
+    bucket_mb: Annotated[float, Field(gt=0)] | None = None
+    """Gradients that travel together, in MB: DDP's bucket (its default: 25), Horovod's fusion
+    buffer (128)."""
+    cycle_ms: Annotated[float, Field(gt=0)] | None = None
+    """Horovod: milliseconds between two looks at which gradients are ready (its default: 1)."""
 
 
 class Evaluate(Section):

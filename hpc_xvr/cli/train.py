@@ -49,7 +49,7 @@ def train(
     from hpc_xvr.config import load
 
     cfg = load(config, overrides)
-    comm = connect(engine or cfg.dist.engine, cfg.run.device, cfg.dist.timeout_s)
+    comm = connect(engine or cfg.dist.engine, cfg.run.device, cfg.dist, cfg.run.dir)
     if find_batch:
         from hpc_xvr.train.find_batch import find_batch as measure
 

@@ -1,7 +1,7 @@
-"""Who am I: rank, size and device, read from whatever started this process.
+"""Who am I, and where do we meet: rank, size, device and the ranks' meeting point.
 
-The one file that reads launcher variables. It runs before MPI is imported, because some MPIs
-bind to the GPU that is current when they start.
+The one file that reads launcher and scheduler variables. It runs before MPI is imported, because
+some MPIs bind to the GPU that is current when they start.
 """
 
 from __future__ import annotations
@@ -9,9 +9,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
+import socket
 import sys
-from collections.abc import Mapping
+import time
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from hpc_xvr.errors import InputError
 
@@ -137,3 +143,120 @@ def gpu_index(launch: Launch, gpus: int) -> int | None:
                          f"shows {gpus} GPUs; start at most {gpus} ranks a node, or use "
                          "--set run.device=cpu")
     return launch.local_rank
+
+
+# Where ranks meet that torch.distributed connects.
+
+_MEETING_S = 120.0
+_JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "COBALT_JOBID", "FLUX_JOB_ID")
+_FIRST_PORT, _PORTS = 16_000, 16_000  # below the range that systems hand out by themselves
+
+
+def meet(
+    launch: Launch,
+    tell: Callable[[Any], Any] | None,
+    serve: Callable[[str, int, int], Any],
+    join: Callable[[str, int, int, float], Any],
+    environment: Mapping[str, str] = os.environ,
+) -> dict[str, Any]:
+    """Arguments of init_process_group: rank, size and the store at which all ranks have met.
+
+    Rank 0 opens the store: with MPI (`tell` broadcasts from rank 0) on any free port; without it
+    on the first free one of a list that follows from the job's number, where the others look for
+    it. torchrun has a store of its own.
+
+    Args:
+        serve: (host, port, size) -> store; OSError where the port is taken.
+        join: (host, port, size, seconds) -> store; OSError where there is none.
+
+    Raises:
+        InputError: the ranks did not find each other.
+    """
+    me = {"rank": launch.rank, "world_size": launch.size}
+    if launch.launcher == "torchrun":
+        return {**me, "init_method": "env://"}
+    if launch.size == 1:
+        return {**me, "store": serve("127.0.0.1", 0, 1)}
+    if tell:
+        host = "127.0.0.1" if launch.size == launch.local_size else socket.gethostname()
+        store = serve(host, 0, launch.size) if launch.rank == 0 else None
+        host, port = tell((host, store.port) if store else None)
+        return {**me, "store": store or join(host, port, launch.size, _MEETING_S)}
+    host, job = first_host(launch, environment), job_id(environment)
+    if launch.rank == 0:
+        return {**me, "store": _open(host, job, launch.size, serve, environment)}
+    return {**me, "store": _find(host, job, launch.size, join, environment)}
+
+
+def job_id(environment: Mapping[str, str] = os.environ) -> str:
+    """The scheduler's number of this job and step; outside of a job that of the launcher."""
+    job = next((environment[name] for name in _JOBS if name in environment), None)
+    return f"{job}.{environment.get('SLURM_STEP_ID', '')}" if job else f"process {os.getppid()}"
+
+
+def first_host(launch: Launch, environment: Mapping[str, str] = os.environ) -> str:
+    """Host of rank 0: the first of the job's nodes."""
+    if "MASTER_ADDR" in environment:
+        return environment["MASTER_ADDR"]
+    if launch.size == launch.local_size:
+        return "127.0.0.1"
+    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
+        found = re.match(r"([^\[,]+)(?:\[(\d+))?", environment.get(name, ""))
+        if found:
+            return found[1] + (found[2] or "")
+    for name in ("PBS_NODEFILE", "COBALT_NODEFILE"):
+        if name in environment:
+            return Path(environment[name]).read_text().split()[0]
+    raise InputError(
+        f"{launch.launcher} started {launch.size} ranks, but nothing tells where rank 0 is; set "
+        "MASTER_ADDR to its host, or start with mpirun"
+    )
+
+
+def ports(job: str, environment: Mapping[str, str] = os.environ) -> list[int]:
+    """Ports to try, in this order: spread by the job's number, so that jobs rarely collide."""
+    if "MASTER_PORT" in environment:
+        return [int(environment["MASTER_PORT"])]
+    first = zlib.crc32(job.encode())
+    return [_FIRST_PORT + (first + 331 * i) % _PORTS for i in range(16)]
+
+
+def _open(
+    host: str,
+    job: str,
+    size: int,
+    serve: Callable[[str, int, int], Any],
+    environment: Mapping[str, str],
+) -> Any:
+    tried = ports(job, environment)
+    for port in tried:
+        with contextlib.suppress(OSError):
+            store = serve(host, port, size)
+            store.set("hpc_xvr job", job)
+            return store
+    raise InputError(
+        f"ports {tried[0]}, {tried[-1]} and those between of {host} are all in use; set "
+        "MASTER_PORT to a free one, or start with mpirun"
+    )
+
+
+def _find(
+    host: str,
+    job: str,
+    size: int,
+    join: Callable[[str, int, int, float], Any],
+    environment: Mapping[str, str],
+) -> Any:
+    end = time.monotonic() + _MEETING_S
+    while time.monotonic() < end:
+        for port in ports(job, environment):
+            with contextlib.suppress(OSError, RuntimeError):
+                socket.create_connection((host, port), timeout=2).close()
+                store = join(host, port, size, 5.0)
+                if store.get("hpc_xvr job") == job.encode():  # not another job's
+                    return store
+        time.sleep(0.2)
+    raise InputError(
+        f"rank 0 was not found on {host} within {_MEETING_S:g} s; set MASTER_ADDR to its host, or "
+        "start with mpirun"
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,6 +67,7 @@ class Trainer:
         state = comm.on_root(lambda: open_run(cfg, resume))
 
         self.done = state["step"] if state else 0  # optimizer steps behind us
+        self._now = self.done  # the step we are in, counted from 1
         self._build(state)
         self.clock = Stopwatch(comm.device)
         # Steps without finite gradients: in a row, the longest row, all of them.
@@ -128,18 +128,18 @@ class Trainer:
     def _announce(self, machine: dict[str, Any], corpus: Corpus, threads: int) -> None:
         cfg, ranks = self.cfg, machine["ranks"]
         hosts = len({r["host"] for r in ranks})
+        packed = cfg.dist.compression
         logger.info(
-            "%s, %d rank(s) on %d node(s), %s, %d thread(s) a rank",
+            "%s, %d rank(s) on %d node(s), %s, %d thread(s) a rank%s; global batch %d = "
+            "%d rank(s) x %d micro-batch(es) x %d sample(s)",
             machine["engine"],
             len(ranks),
             hosts,
             ranks[0]["device"],
             threads,
-        )
-        logger.info(
-            "global batch %d = %d rank(s) x %d micro-batch(es) x %d sample(s)",
+            "" if packed == "none" or len(ranks) == 1 else f", gradients in {packed}",
             cfg.train.global_batch,
-            self.comm.size,
+            len(ranks),
             self.share // self.micro,
             self.micro,
         )
@@ -204,6 +204,7 @@ class Trainer:
     def train_step(self, step: int, micro_batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step; reads nothing back from the device."""
         device, parts = self.comm.device, self.share // self.micro
+        self._now = step + 1
         # Stochastic depth is the only randomness left here: sampling draws its own.
         torch.manual_seed(hash((self.cfg.run.seed, step, self.comm.rank)) % 2**63)
         for group in self.optimizer.param_groups:
@@ -212,16 +213,25 @@ class Trainer:
             )
         self.optimizer.zero_grad()
         for part, batch in enumerate(micro_batches, 1):
+            self._at("forward")
             batch = {k: v.to(device, self.dtype, non_blocking=True) for k, v in batch.items()}
             with self.comm.accumulate(self.net, last=part == parts):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     output = self.net(batch["lr"], batch["hr"], batch["hr_offset"])
                 loss = l1(output, batch["target"]) / parts
+                self._at("backward")
                 loss.backward()
             self._loss += loss.detach()
         self._summed += 1
+        self._at("gradients")
         self.comm.finish_gradients(self.optimizer)
+        self._at("update")
         self._update()
+
+    def _at(self, doing: str) -> None:
+        """Note what this rank does now: for the clock, and for the watch over all ranks."""
+        self.clock.enter(doing)
+        self.comm.mark(self._now, doing)
 
     def _update(self) -> None:
         """Move the weights, unless a gradient is not finite: averaged gradients are the same on
@@ -244,10 +254,8 @@ class Trainer:
     def _wait_for(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """A step's micro-batches, with the time spent waiting for them on the clock."""
         for _ in range(self.share // self.micro):
-            start = time.perf_counter()
-            batch = next(batches)
-            self.clock.waited += time.perf_counter() - start
-            yield batch
+            self._at("data")
+            yield next(batches)
 
     def _check_finite(self) -> None:
         """Warn of skipped steps and give up after too many; looks only now and then on a GPU."""
@@ -272,6 +280,7 @@ class Trainer:
 
     def _log(self) -> None:
         """Mean loss of all ranks since the last report, and where the time went."""
+        self._at("logging")
         steps = self.clock.steps
         loss = self.comm.all_reduce(self._loss.double()) / self.comm.size / self._summed
         self._loss.zero_()
@@ -304,6 +313,7 @@ class Trainer:
     def _validate(self) -> None:
         if not self.validator.count:
             return
+        self._at("validation")
         weights = self.average.mean if self.average else dict(self.model.named_parameters())
 
         def predict(sample: dict[str, Tensor]) -> Tensor:
@@ -334,6 +344,7 @@ class Trainer:
         """Checkpoint from rank 0; the other ranks go on."""
         if not self.comm.is_root:
             return
+        self._at("saving")
         folder = self.cfg.run.dir / "checkpoints"
         checkpoint.save(
             {

@@ -12,7 +12,7 @@ import pytest
 from mpi4py import MPI
 
 from hpc_xvr import log
-from hpc_xvr.config import load
+from hpc_xvr.config import Dist, load
 from hpc_xvr.data.phantom import simulate_corpus
 from hpc_xvr.dist.comm import connect
 
@@ -53,7 +53,7 @@ def pytest_runtest_makereport(item):
 @pytest.fixture(scope="session", params=["horovod", "torch"])
 def engine(request):
     """Both engines, each connected once."""
-    return connect(request.param, "cpu", timeout_s=60)
+    return connect(request.param, "cpu", Dist(timeout_s=60))
 
 
 @pytest.fixture(scope="session")
