@@ -38,6 +38,9 @@ class Run(Section):
     """auto: a GPU for each rank where there is one, else the CPU."""
     threads: Positive | None = None
     """CPU threads of a rank. Default: cores of the node / ranks on the node."""
+    utilisation_s: Annotated[float, Field(ge=0)] = 2.0
+    """Seconds between two looks at GPU, CPU and memory of each rank, by one thread a node, which go
+    to utilisation/ in the run folder. 0: none."""
 
 
 class Simulate(Section):

@@ -193,7 +193,7 @@ def _connect(engine: Engine, device: str, dist: Dist, folder: Path | None) -> Co
             "dist.compression bf16: Horovod cannot sum bfloat16; use fp16, or --engine torch"
         )
     launch = discover()
-    chosen = _device(launch, device)  # before MPI is imported
+    chosen = device_of(launch, device)  # before MPI is imported
     if launch.launcher == "torchrun":
         if engine == "horovod":
             raise InputError("engine horovod needs mpirun; torchrun works with --engine torch")
@@ -212,7 +212,7 @@ def _connect(engine: Engine, device: str, dist: Dist, folder: Path | None) -> Co
             )
         if size > 1 and chosen.type == "cuda" and chosen.index is None:
             local = mpi.Split_type(_shared()).Get_rank()
-            chosen = _device(Launch(launch.launcher, launch.rank, size, local), device)
+            chosen = device_of(Launch(launch.launcher, launch.rank, size, local), device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if launch.size == 1:
@@ -237,7 +237,8 @@ def _connect(engine: Engine, device: str, dist: Dist, folder: Path | None) -> Co
     return _torch(chosen, launch, mpi, dist, folder)
 
 
-def _device(launch: Launch, wish: str) -> torch.device:
+def device_of(launch: Launch, wish: str) -> torch.device:
+    """This rank's device, before MPI is imported; without an index where only MPI can tell it."""
     gpus = torch.cuda.device_count() if wish != "cpu" and torch.cuda.is_available() else 0
     if wish == "cuda" and not gpus:
         raise InputError(

@@ -34,7 +34,7 @@ class HorovodComm(MpiComm):
                 "this Horovod was built without GPU support; run jobs/setup.sh --gpu, "
                 "or use --engine torch"
             )
-        self._compression = getattr(hvd.Compression, dist.compression)
+        self._dist = dist
         limit = int(dist.timeout_s) + _NET_S
         os.environ.setdefault("HOROVOD_STALL_CHECK_TIME_SECONDS", str(max(1, limit // 4)))
         os.environ.setdefault("HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", str(limit))
@@ -64,7 +64,7 @@ class HorovodComm(MpiComm):
         wrapped = hvd.DistributedOptimizer(
             optimizer,
             named_parameters=model.named_parameters(),
-            compression=self._compression,
+            compression=getattr(hvd.Compression, self._dist.compression),
             backward_passes_per_step=micro_batches,
             op=hvd.Average,
         )

@@ -22,7 +22,6 @@ from hpc_xvr.dist.launch import Launch, meet
 from hpc_xvr.dist.mpi import mpi_version
 
 T = TypeVar("T")
-_HOOKS = {"fp16": default_hooks.fp16_compress_hook, "bf16": default_hooks.bf16_compress_hook}
 _NET_S = 30  # the watch ends a hanging job first, as it can name the rank
 # NCCL's flight recorder: the last collectives of each rank, written out when one hangs.
 _RECORDER = {
@@ -31,6 +30,19 @@ _RECORDER = {
     "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
     "TORCH_FR_BUFFER_SIZE": "2000",  # its name since torch 2.9
 }
+
+
+# No annotations: DDP wants them as objects. And DDP refuses torch's bf16 hook on CPUs, by its name;
+# Gloo did not know bfloat16 once.
+def _fp16(group, bucket):
+    return default_hooks.fp16_compress_hook(group, bucket)
+
+
+def _bf16(group, bucket):
+    return default_hooks.bf16_compress_hook(group, bucket)
+
+
+_HOOKS = {"fp16": _fp16, "bf16": _bf16}
 
 
 def record_flight(folder: Path | None) -> None:

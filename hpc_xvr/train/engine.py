@@ -25,6 +25,7 @@ from hpc_xvr.train.meters import Metrics, Stopwatch, environment
 from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import MovingAverage, adam, learning_rate
 from hpc_xvr.train.run_folder import open_run, write_environment
+from hpc_xvr.train.utilisation import Sampler, sum_up
 from hpc_xvr.train.validation import Validator
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -73,6 +74,7 @@ class Trainer:
         # Steps without finite gradients: in a row, the longest row, all of them.
         self._bad, self._worst, self._skipped = torch.zeros(3, device=comm.device)
         self._reported = 0
+        self._mfu: float | None = None  # of the last report
         self._summed = 0  # steps whose losses are in self._loss
         self._loss = torch.zeros((), dtype=self.dtype, device=comm.device)
 
@@ -164,9 +166,13 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step. False: stopped before it by a signal, with a checkpoint."""
         before = {n: signal.signal(n, self._ask_to_stop) for n in STOP_SIGNALS}
+        sampler = Sampler(self.comm, self.cfg.run.dir, self.cfg.run.utilisation_s)
         try:
-            return self._run()
+            finished = self._run()
+            self._sum_up(sampler)
+            return finished
         finally:
+            sampler.stop()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -200,6 +206,17 @@ class Trainer:
                 logger.info("stopped by a signal after step %d; --resume continues", self.done)
                 return False
         return True
+
+    def _sum_up(self, sampler: Sampler) -> None:
+        """How busy the ranks were, and which of them were not."""
+        sampler.stop()
+        self.clock.enter("ending")
+        self.clock.reset()
+        parts = {
+            part: s for part, s in self.clock.all.items() if part not in ("starting", "ending")
+        }
+        threads = torch.get_num_threads()
+        sum_up(self.comm, self.cfg.run.dir, parts, threads, self._mfu, sampler.cost)
 
     def train_step(self, step: int, micro_batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step; reads nothing back from the device."""
@@ -288,6 +305,7 @@ class Trainer:
         speed = self.clock.report(
             steps * self.cfg.train.global_batch, self.flops_per_sample, self.comm.size
         )
+        self._mfu = speed.get("mfu")
         if not self.metrics:
             return
         values = {

@@ -84,6 +84,7 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.all: dict[str, float] = {}  # seconds of each part since the run began
+        self.since: dict[str, float] = {}  # when each part was last begun
         self._doing = "starting"
         self._since = time.perf_counter()
         self.reset()
@@ -93,6 +94,7 @@ class Stopwatch:
         now = time.perf_counter()
         self.parts[self._doing] = self.parts.get(self._doing, 0.0) + now - self._since
         self._doing, self._since = doing, now
+        self.since[doing] = now
 
     def reset(self) -> None:
         """Start a new report."""
