@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 COLOURS = {"horovod": "#0072b2", "torch": "#d55e00", "independent": "#777777"}
-NAMES = {"horovod": "Horovod", "torch": "torch.distributed", "independent": "no communication"}
+NAMES = {"horovod": "Horovod", "torch": "torch", "independent": "no engine"}
 PARTS = {
     "compute": ("compute", "#56b4e9"),
     "exposed": ("exposed communication", "#d55e00"),
@@ -62,7 +62,7 @@ def _throughput(axes: Any, rows: list[Row]) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter("")
     axes.set(xlabel="ranks", ylabel="samples/s", title="throughput")
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, handlelength=3.5, loc="upper left")
     axes.grid(alpha=0.3)
 
 
@@ -95,7 +95,7 @@ def _efficiency(axes: Any, rows: list[Row]) -> None:
     axes.axhline(100, color="black", lw=1, ls=":")
     axes.set_xticks(range(len(several)), [str(n) for n in several])
     axes.set_ylim(0, 150)
-    axes.set(xlabel="ranks", ylabel="%", title="efficiency (of what no communication gives)")
+    axes.set(xlabel="ranks", ylabel="%", title="efficiency (of the machine's ceiling)")
     axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper center")
 
 
@@ -107,7 +107,7 @@ def _parts(axes: Any, rows: list[Row]) -> None:
         shares = [100 * r[part] for r in shown]
         axes.barh(range(len(shown)), shares, left=left, color=colour, label=name)
         left = [a + b for a, b in zip(left, shares, strict=True)]
-    labels = [f"{NAMES[r['engine']].split('.')[0]} x{r['ranks']}" for r in shown]
+    labels = [f"{NAMES[r['engine']]} x{r['ranks']}" for r in shown]
     axes.set_yticks(range(len(shown)), labels)
     axes.invert_yaxis()
     axes.set_ylim(len(shown) - 0.4, -1.6)

@@ -24,6 +24,7 @@ overhead  the engine on one rank against a loop written by hand without trainer 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -123,11 +124,14 @@ class Group:
         if self.hello and self.one_node:
             self.go_on()
         assert self._process.stdin
-        self._process.stdin.close()
+        with contextlib.suppress(OSError):  # mpirun does not hand on the end of a file
+            self._process.stdin.write("end\n")
+            self._process.stdin.flush()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._process.terminate()
+            self._process.wait(10)
         self._process = None
 
 
@@ -260,21 +264,19 @@ def _row(rounds: list[list[Row]], batch: int, about: dict[str, Any]) -> Row:
     }
 
 
-COLUMNS: list[tuple[str, str, Callable[[Row], str]]] = [
-    ("engine", "engine", lambda r: r["engine"]),
-    ("ranks", "ranks", lambda r: str(r["ranks"])),
-    ("scaling", "scaling", lambda r: r["scaling"]),
-    ("batch_of_rank", "batch", lambda r: str(r["batch_of_rank"])),
-    ("step_median_s", "step s", lambda r: f"{r['step_median_s']:.3f}"),
-    ("step_max_s", "slowest", lambda r: f"{r['step_max_s']:.3f}"),
-    ("samples_per_s", "samples/s", lambda r: f"{r['samples_per_s']:.2f}"),
-    ("efficiency", "efficiency %", lambda r: f"{100 * r['efficiency']:.0f}"),
-    ("of_ceiling", "of ceiling %", lambda r: _percent(r["of_ceiling"])),
-    ("compute", "compute %", lambda r: _percent(r["compute"])),
-    ("exposed", "exposed %", lambda r: _percent(r["exposed"])),
-    ("straggling", "slower ranks %", lambda r: _percent(r["straggling"])),
-    ("data", "data %", lambda r: _percent(r["data"])),
-    ("memory_gb", "GB", lambda r: f"{r['memory_gb']:.2f}"),
+COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
+    ("engine", lambda r: "none" if r["engine"] == "independent" else r["engine"]),
+    ("ranks", lambda r: str(r["ranks"])),
+    ("scaling", lambda r: r["scaling"]),
+    ("batch", lambda r: str(r["batch_of_rank"])),
+    ("step s", lambda r: f"{r['step_median_s']:.3f}"),
+    ("samples/s", lambda r: f"{r['samples_per_s']:.2f}"),
+    ("eff. %", lambda r: f"{100 * r['efficiency']:.0f}"),
+    ("ceiling %", lambda r: _percent(r["of_ceiling"])),
+    ("exposed %", lambda r: _percent(r["exposed"])),
+    ("late %", lambda r: _percent(r["straggling"])),
+    ("data %", lambda r: _percent(r["data"])),
+    ("GB", lambda r: f"{r['memory_gb']:.2f}"),
 ]
 
 
@@ -354,8 +356,8 @@ def main(
     rows, figures = summarise(results, groups)
     log.print_table(
         "scaling",
-        [title for _, title, _ in COLUMNS],
-        [[show(row) for _, _, show in COLUMNS] for row in rows],
+        [title for title, _ in COLUMNS],
+        [[show(row) for _, show in COLUMNS] for row in rows],
     )
     log.print_table(
         "on record",
