@@ -38,11 +38,11 @@ def draw(
         throughput.plot(sizes, [n * ideal for n in sizes], ":", color=colour, lw=1)
     for gpus, efficiency, who in model.ANCHORS:
         weak.plot(min(gpus, 1500), 100 * efficiency, "k*", ms=8)
-        more = f" ({gpus:,} GPU tiles)" if gpus > 1500 else ""
+        below = efficiency < 0.92
         weak.annotate(
-            f"{who}{more}",
+            who,
             (min(gpus, 1500), 100 * efficiency),
-            xytext=(-4, 5 if gpus < 1500 else -12),
+            xytext=(4, -12 if below else 6),
             textcoords="offset points",
             ha="right",
             fontsize=7,
@@ -52,7 +52,7 @@ def draw(
     rate = n * choice.batch / model.step(c, n, choice, shape)["step"]
     throughput.plot(n, rate, "k*", ms=10)
     throughput.annotate(
-        "the published run: 40 A100,\nabout 10 times a beamline's own machine",
+        "as many GPUs as the published run, which was\nabout 10 times a beamline's own machine",
         (n, rate),
         xytext=(10, -28),
         textcoords="offset points",
@@ -61,7 +61,7 @@ def draw(
     weak.axvline(n, color="grey", lw=0.8, ls="--")
     for axes, title in (
         (weak, f"weak scaling, {choice.batch} samples a GPU; stars: published by others"),
-        (strong, f"strong scaling, {whole} samples in all (of ideal work at the same MFU)"),
+        (strong, f"strong scaling, {whole} samples in all (of ideal work)"),
     ):
         axes.axhline(90, color="grey", lw=0.8)
         axes.set_xscale("log", base=2)

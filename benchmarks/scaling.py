@@ -1,6 +1,7 @@
 """Strong and weak scaling of the trainer: from one rank to as many as there are.
 
     python benchmarks/scaling.py                     1 and 2 ranks; files its results in results/
+    python benchmarks/scaling.py --ranks 1,2,4       more ranks than cores share them
     python benchmarks/scaling.py --quick             a tiny model, under 50 s, files nothing
     python benchmarks/scaling.py --ranks 1,2,4,8 --device cuda --config configs/recommended.yaml
     python benchmarks/scaling.py --mpirun "mpiexec --ppn 4 --depth 8" --engines torch
@@ -27,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import math
 import os
 import shlex
 import signal
@@ -172,7 +174,7 @@ def take_turns(groups: list[Group], rounds: int, steps: int) -> dict[tuple, list
 
 
 def summarise(
-    results: dict[tuple, list[list[Row]]], groups: list[Group]
+    results: dict[tuple, list[list[Row]]], groups: list[Group], on_gpu: bool
 ) -> tuple[list[Row], dict[str, float]]:
     """A row for each group and batch, and the figures that go on record."""
     about = {(g.kind, g.size): g.hello for g in groups}
@@ -196,11 +198,12 @@ def summarise(
                 row["exposed"] = max(0.0, 1 - row["of_ceiling"])
         row["compute"] = 1 - row["data"] - row["exposed"] - row["straggling"]
         rows.append(row)
-    return rows, _figures(rows, rate)
+    return rows, _figures(rows, rate, on_gpu)
 
 
-def _figures(rows: list[Row], rate: dict[tuple, list[float]]) -> dict[str, float]:
-    most = max(row["ranks"] for row in rows)
+def _figures(rows: list[Row], rate: dict[tuple, list[float]], on_gpu: bool) -> dict[str, float]:
+    fits = math.inf if on_gpu else os.cpu_count() or 1
+    most = max(row["ranks"] for row in rows if row["ranks"] <= fits)  # a core for each rank
     figures: dict[str, float] = {}
     exposed = []
     for row in rows:
@@ -303,7 +306,7 @@ def save(rows: list[Row], figures: dict[str, float], context: dict[str, Any], ou
 @click.option("--engines", default="horovod,torch")
 @click.option("--config", default=str(ROOT / "configs/published.yaml"))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE")
-@click.option("--batch", default=2, help="Samples of a rank in weak scaling.")
+@click.option("--batch", default=1, help="Samples of a rank in weak scaling.")
 @click.option("--rounds", type=int)
 @click.option("--steps", type=int, help="Of a group in a round.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -327,7 +330,6 @@ def main(
     if discover().launcher:
         raise click.UsageError("start it without mpirun: it starts mpirun itself")
     sizes = sorted({1, *map(int, ranks.split(","))})
-    batch = 1 if quick else batch
     settings = [f"run.device={device}", "train.steps=1000000", "dist.timeout_s=86400"]
     if device == "cpu":  # a core for each rank; half width, or a step takes too long here
         settings += ["run.threads=1", "data.workers=0"]
@@ -348,12 +350,12 @@ def main(
         ]
         try:
             results = take_turns(
-                groups, rounds or (3 if quick else 7), steps or (4 if quick else 3)
+                groups, rounds or (3 if quick else 5), steps or (4 if quick else 3)
             )
         finally:
             for group in groups:
                 group.end()
-    rows, figures = summarise(results, groups)
+    rows, figures = summarise(results, groups, device == "cuda")
     log.print_table(
         "scaling",
         [title for title, _ in COLUMNS],
@@ -369,7 +371,7 @@ def main(
         "config": config,
         "settings": [*settings[3:-2], *overrides],
         "batch_of_rank": batch,
-        "rounds": rounds,
+        "rounds": rounds or (3 if quick else 5),
         "ranks": sizes,
         "one_node": groups[-1].one_node,
         "cores": os.cpu_count(),
