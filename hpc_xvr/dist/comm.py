@@ -136,6 +136,9 @@ class Comm:
         """Is it a collective that failed, most likely because another rank is gone?"""
         return False
 
+    def leave_record(self) -> None:
+        """Write down what is known of collectives that hang; the job is about to be ended."""
+
     def abort(self, code: int) -> None:
         """End every rank of the job at once; may be called from any thread."""
         sys.stderr.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import os
 import sys
@@ -72,12 +73,11 @@ class TorchComm(Comm):
         on_gpu = device.type == "cuda"
         if on_gpu:
             record_flight(folder)
-        # On GPUs NCCL has to give up first, or there is no record of what it waited for.
-        limit = dist.timeout_s + (0 if on_gpu else _NET_S)
+        self._folder = folder
         td.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             **meet(launch, mpi.bcast if mpi else None, _serve, _join),
-            timeout=datetime.timedelta(seconds=limit),
+            timeout=datetime.timedelta(seconds=dist.timeout_s + _NET_S),
         )
         self._flag_tensor = torch.zeros(1)
         self._work: Any = None
@@ -146,6 +146,17 @@ class TorchComm(Comm):
         return isinstance(error, td.DistError) or (
             isinstance(error, RuntimeError) and any(word in text for word in words)
         )
+
+    def leave_record(self) -> None:
+        """NCCL's flight record as torch writes it, for `torchfrtrace`."""
+        if self.device.type != "cuda" or self._folder is None:
+            return
+        names = ("_dump_fr_trace", "_dump_nccl_trace")  # since torch 2.9; before
+        module = torch._C._distributed_c10d
+        dump = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+        with contextlib.suppress(Exception):  # torch's own matters, and the job ends anyway
+            if dump:
+                (self._folder / f"nccl-trace-rank-{self.rank}").write_bytes(dump())
 
     def abort(self, code: int) -> None:
         self.stop_watch(failed=True)

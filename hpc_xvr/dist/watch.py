@@ -157,6 +157,7 @@ class Watch:
             if self._stopping.is_set() or (said and _BYE in said):
                 return
             if said and _END in said:
+                self._comm.leave_record()
                 time.sleep(1)  # rank 0 ends the job for all
                 os._exit(EXIT_CODE)
             if said:
@@ -288,6 +289,7 @@ class Watch:
             advice = "all ranks are ended; --resume goes on from the newest checkpoint"
             print(f"hpc-xvr: error: {message}; {advice}", file=sys.stderr, flush=True)
         self._answer(peers or {}, _END)
+        self._comm.leave_record()
         threading.Thread(target=self._comm.abort, args=(EXIT_CODE,), daemon=True).start()
         time.sleep(3)  # should MPI not answer
         os._exit(EXIT_CODE)
