@@ -59,7 +59,7 @@ def test_a_run_leaves_a_summary_and_a_picture(pulse_corpus, tmp_path):
     trainer.close()
     summary = json.loads((tmp_path / "run/utilisation.json").read_text())
     (only,) = summary["ranks"]
-    assert summary["busy"] == "cpu" and 0 < only["busy_p5"] <= only["busy_mean"] < 1.5
+    assert summary["busy"] == "cpu" and 0 <= only["busy_p5"] <= only["busy_mean"] < 1.5
     assert only["seconds"]["forward"] > 0 and only["seconds"]["saving"] > 0
     assert (tmp_path / "run/utilisation.png").stat().st_size > 10_000
     lines = [json.loads(s) for s in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
