@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -196,7 +197,9 @@ def _connect(engine: Engine, device: str, dist: Dist, folder: Path | None) -> Co
             "dist.compression bf16: Horovod cannot sum bfloat16; use fp16, or --engine torch"
         )
     launch = discover()
-    chosen = device_of(launch, device)  # before MPI is imported
+    chosen = device_of(launch, device)
+    if chosen.index is not None:
+        torch.cuda.set_device(chosen)  # before MPI is imported: some MPIs bind to it
     if launch.launcher == "torchrun":
         if engine == "horovod":
             raise InputError("engine horovod needs mpirun; torchrun works with --engine torch")
@@ -311,3 +314,8 @@ def _torch(
     from hpc_xvr.dist.torch_engine import TorchComm
 
     return TorchComm(device, launch, mpi, dist, folder)
+
+
+def host() -> str:
+    """Name of this node."""
+    return socket.gethostname()

@@ -77,6 +77,7 @@ class Watch:
         # Rank 0 can hear a few thousand lines a second from all ranks together.
         self._pause = max(0.02, comm.size / 2000)
         self._told = 0.0
+        self._resumed = 0.0
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._where = f"process {os.getpid()} on {socket.gethostname()}"
@@ -189,7 +190,8 @@ class Watch:
                     self._hear(key.data, peers, events)
             now = time.perf_counter()
             if now - last > self._limit / 2 + self._beat:
-                for peer in peers.values():  # stopped ourselves, maybe with all others
+                self._resumed = now  # stopped ourselves, maybe with all others
+                for peer in peers.values():
                     peer.heard = now
             last = now
             self._look_at_myself(peers[0], now)
@@ -260,7 +262,9 @@ class Watch:
             return None
         # A little longer than `_silent`, which knows better who it is.
         limit = self._limit + 2 * self._beat
-        if any(now - p.since < limit for p in peers.values() if p.doing != "left"):
+        if any(
+            now - max(p.since, self._resumed) < limit for p in peers.values() if p.doing != "left"
+        ):
             return None
         least = min(p.position for p in peers.values())
         behind = [p for p in peers.values() if p.position == least]

@@ -181,6 +181,7 @@ class Trainer:
             return finished
         finally:
             sampler.stop()
+            self.comm.mark(None, "after training")
             for number, handler in before.items():
                 signal.signal(number, handler)
 
