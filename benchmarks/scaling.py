@@ -5,6 +5,7 @@
     python benchmarks/scaling.py --quick             a tiny model, under 50 s, files nothing
     python benchmarks/scaling.py --ranks 1,2,4,8 --device cuda --config configs/recommended.yaml
     python benchmarks/scaling.py --mpirun "mpiexec --ppn 4 --depth 8" --engines torch
+    python benchmarks/scaling.py --ranks 1 --mpirun "" --engines torch          without any MPI
 
 Start it without mpirun, on a cluster inside a job: it starts mpirun itself, once for each engine
 and number of ranks, and lets these groups take turns (all but one are stopped; on more than one
@@ -68,8 +69,8 @@ class Group:
 
     def __init__(self, kind: str, size: int, arguments: list[str], mpirun: list[str]) -> None:
         self.kind, self.size = kind, size
-        self._command = [*mpirun, "-n", str(size), sys.executable]
-        self._command += [str(HERE / "scaling_worker.py"), kind, *arguments]
+        self._command = [*mpirun, "-n", str(size)] if mpirun else []
+        self._command += [sys.executable, str(HERE / "scaling_worker.py"), kind, *arguments]
         self._process: subprocess.Popen | None = None
         self._pids: list[int] = []
         self.hello: dict[str, Any] = {}
@@ -330,6 +331,8 @@ def main(
     if discover().launcher:
         raise click.UsageError("start it without mpirun: it starts mpirun itself")
     sizes = sorted({1, *map(int, ranks.split(","))})
+    if sizes[-1] > 1 and not mpirun:
+        raise click.UsageError("more than one rank needs --mpirun")
     settings = [f"run.device={device}", "train.steps=1000000", "dist.timeout_s=86400"]
     if device == "cpu":  # a core for each rank; half width, or a step takes too long here
         settings += ["run.threads=1", "data.workers=0"]

@@ -137,6 +137,8 @@ def meet(kind: str, wish: str, settings: Dist) -> tuple[Comm, Comm]:
         comm = connect(kind, wish, settings)  # type: ignore[arg-type]
         return comm, comm
     device = device_of(discover(), wish)
+    if discover().launcher is None:
+        return (alone := Comm(device=device)), alone
     from mpi4py import MPI
 
     from hpc_xvr.dist.mpi import MpiComm
