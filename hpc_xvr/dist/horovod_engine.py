@@ -51,8 +51,9 @@ class HorovodComm(MpiComm):
 
     def describe(self) -> str:
         nccl = ""
-        if self.device.type == "cuda" and hvd.nccl_built():
-            nccl = f", NCCL {hvd.nccl_built()}"
+        code = int(hvd.nccl_built()) if self.device.type == "cuda" else 0
+        if code:  # such as 22703
+            nccl = f", NCCL {code // 10000}.{code // 100 % 100}.{code % 100}"
         return f"Horovod {horovod.__version__} ({mpi_version()}{nccl})"
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
