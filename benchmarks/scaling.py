@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import json
 import math
 import os
@@ -64,6 +65,11 @@ HALF_WIDTH = ("model.embed_dim=96",)  # the published depth at half its width
 Row = dict[str, Any]
 
 
+def _end_with_me() -> None:
+    """mpirun ends its ranks, stopped ones too, when this program is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 class Group:
     """Ranks started by mpirun that measure when told to, and are stopped while others do."""
 
@@ -86,6 +92,7 @@ class Group:
             text=True,
             cwd=ROOT,
             env=environment,
+            preexec_fn=_end_with_me,
         )
         return self
 

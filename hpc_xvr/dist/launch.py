@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -161,13 +162,13 @@ def meet(
 ) -> dict[str, Any]:
     """Arguments of init_process_group: rank, size and the store at which all ranks have met.
 
-    Rank 0 opens the store: with MPI (`tell` broadcasts from rank 0) on any free port; without it
-    on the first free one of a list that follows from the job's number, where the others look for
-    it. torchrun has a store of its own.
+    Rank 0 opens the store on any free port. The others learn which over MPI (`tell` broadcasts from
+    rank 0), or where there is none by asking at ports that follow from the job's number; rank 0
+    answers at the first of them that is free. torchrun has a store of its own.
 
     Args:
-        serve: (host, port, size) -> store; OSError where the port is taken.
-        join: (host, port, size, seconds) -> store; OSError where there is none.
+        serve: (host, port, size) -> store, with the port it got as `port`.
+        join: (host, port, size, seconds) -> store.
 
     Raises:
         InputError: the ranks did not find each other.
@@ -177,15 +178,17 @@ def meet(
         return {**me, "init_method": "env://"}
     if launch.size == 1:
         return {**me, "store": serve("127.0.0.1", 0, 1)}
+    alone = launch.size == launch.local_size  # on its node
+    host = ("127.0.0.1" if alone else socket.gethostname()) if tell else first_host(launch, environment)
+    job, port = job_id(environment), 0
+    store = serve(host, 0, launch.size) if launch.rank == 0 else None
     if tell:
-        host = "127.0.0.1" if launch.size == launch.local_size else socket.gethostname()
-        store = serve(host, 0, launch.size) if launch.rank == 0 else None
         host, port = tell((host, store.port) if store else None)
-        return {**me, "store": store or join(host, port, launch.size, _MEETING_S)}
-    host, job = first_host(launch, environment), job_id(environment)
-    if launch.rank == 0:
-        return {**me, "store": _open(host, job, launch.size, serve, environment)}
-    return {**me, "store": _find(host, job, launch.size, join, environment)}
+    elif store:
+        _announce(host, job, launch.size, store.port, environment)
+    else:
+        port = _ask(host, job, environment)
+    return {**me, "store": store or join(host, port, launch.size, _MEETING_S)}
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str:
@@ -221,40 +224,54 @@ def ports(job: str, environment: Mapping[str, str] = os.environ) -> list[int]:
     return [_FIRST_PORT + (first + 331 * i) % _PORTS for i in range(16)]
 
 
-def _open(
-    host: str,
-    job: str,
-    size: int,
-    serve: Callable[[str, int, int], Any],
-    environment: Mapping[str, str],
-) -> Any:
+def _announce(
+    host: str, job: str, size: int, store: int, environment: Mapping[str, str]
+) -> None:
+    """Tell the other ranks the store's port, at the first free one of the job's ports."""
     tried = ports(job, environment)
     for port in tried:
-        with contextlib.suppress(OSError):
-            store = serve(host, port, size)
-            store.set("hpc_xvr job", job)
-            return store
-    raise InputError(
-        f"ports {tried[0]}, {tried[-1]} and those between of {host} are all in use; set "
-        "MASTER_PORT to a free one, or start with mpirun"
-    )
+        server = socket.socket()
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("" if host != "127.0.0.1" else host, port))
+            break
+        except OSError:
+            server.close()
+    else:
+        raise InputError(
+            f"ports {tried[0]}, {tried[-1]} and those between of {host} are all in use; set "
+            "MASTER_PORT to a free one, or start with mpirun"
+        )
+    server.listen(size)
+    server.settimeout(_MEETING_S)
+
+    def answer() -> None:
+        left = size - 1
+        with server, contextlib.suppress(TimeoutError):
+            while left:
+                link, _ = server.accept()
+                with link, contextlib.suppress(OSError):
+                    link.settimeout(2)
+                    if link.recv(1000).decode() == f"hpc_xvr {job}":
+                        link.sendall(f"hpc_xvr {job} {store}".encode())
+                        left -= 1
+
+    threading.Thread(target=answer, daemon=True).start()
 
 
-def _find(
-    host: str,
-    job: str,
-    size: int,
-    join: Callable[[str, int, int, float], Any],
-    environment: Mapping[str, str],
-) -> Any:
+def _ask(host: str, job: str, environment: Mapping[str, str]) -> int:
+    """The port of the store: whoever else listens at one of the ports gives another answer."""
     end = time.monotonic() + _MEETING_S
     while time.monotonic() < end:
         for port in ports(job, environment):
-            with contextlib.suppress(OSError, RuntimeError):
-                socket.create_connection((host, port), timeout=2).close()
-                store = join(host, port, size, 5.0)
-                if store.get("hpc_xvr job") == job.encode():  # not another job's
-                    return store
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection((host, port), timeout=2) as link,
+            ):
+                link.sendall(f"hpc_xvr {job}".encode())
+                *name, found = link.recv(1000).decode(errors="replace").rsplit(" ", 1)
+                if name == [f"hpc_xvr {job}"]:
+                    return int(found)
         time.sleep(0.2)
     raise InputError(
         f"rank 0 was not found on {host} within {_MEETING_S:g} s; set MASTER_ADDR to its host, or "

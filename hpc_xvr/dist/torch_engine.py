@@ -187,17 +187,10 @@ class TorchComm(Comm):
 
 
 def _serve(host: str, port: int, size: int) -> Any:
-    """The store at which ranks meet, on rank 0; OSError if the port is taken."""
-    try:
-        return td.TCPStore(host, port, size, True, wait_for_workers=False)
-    except RuntimeError as error:  # torch has no other name for it
-        raise OSError(str(error)) from None
+    """The store at which ranks meet, on rank 0."""
+    return td.TCPStore(host, port, size, True, wait_for_workers=False)
 
 
 def _join(host: str, port: int, size: int, wait_s: float) -> Any:
-    """The same on the other ranks; OSError if nobody who knows torch's protocol is there."""
-    try:
-        limit = datetime.timedelta(seconds=wait_s)
-        return td.TCPStore(host, port, size, False, timeout=limit)
-    except RuntimeError as error:
-        raise OSError(str(error)) from None
+    """The same on the other ranks."""
+    return td.TCPStore(host, port, size, False, timeout=datetime.timedelta(seconds=wait_s))

@@ -107,7 +107,7 @@ def test_the_benchmarks_run_from_measurement_to_plan(tmp_path):
     for i, (script, *options) in enumerate(commands):
         out = tmp_path / f"{i}.json"
         command = [sys.executable, str(BENCHMARKS / script), *options, "--json", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
         assert done.returncode == 0, done.stdout + done.stderr
         assert out.with_suffix(".png").stat().st_size > 20_000
         results.append(json.loads(out.read_text()))
