@@ -90,12 +90,12 @@ def _efficiency(axes: Any, rows: list[Row]) -> None:
                 label=f"{NAMES[engine]}, {scaling}" if first else None,
             )
             of = row["of_ceiling"]
-            text = f"{100 * row['efficiency']:.0f}" + (f"\n({100 * of:.0f})" if of else "")
-            axes.text(x, 100 * row["efficiency"] + 1, text, ha="center", fontsize=7)
+            text = f"{100 * row['efficiency']:.0f}" + (f"  ({100 * of:.0f})" if of else "")
+            axes.text(x, 3, text, ha="center", va="bottom", fontsize=7, rotation=90, color="white")
     axes.axhline(100, color="black", lw=1, ls=":")
     axes.set_xticks(range(len(several)), [str(n) for n in several])
     axes.set_ylim(0, 150)
-    axes.set(xlabel="ranks", ylabel="%", title="efficiency (of the machine's ceiling)")
+    axes.set(xlabel="ranks", ylabel="%", title="efficiency (of the ceiling)")
     axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper center")
 
 
@@ -110,6 +110,6 @@ def _parts(axes: Any, rows: list[Row]) -> None:
     labels = [f"{NAMES[r['engine']]} x{r['ranks']}" for r in shown]
     axes.set_yticks(range(len(shown)), labels)
     axes.invert_yaxis()
-    axes.set_ylim(len(shown) - 0.4, -1.6)
+    axes.set_ylim(len(shown) - 0.4, -0.6 - 0.25 * len(shown))
     axes.set(xlabel="% of a step", title="where the time goes (weak)", xlim=(0, 100))
     axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper center")
