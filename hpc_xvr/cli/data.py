@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hpc_xvr.cli.common import Examples, a_config, settings
+from hpc_xvr.cli.common import Examples, a_config, connect, settings
 from hpc_xvr.errors import InputError
 
 
@@ -16,6 +16,7 @@ from hpc_xvr.errors import InputError
     examples="""
     hpc-xvr simulate configs/quickstart.yaml
     hpc-xvr simulate configs/quickstart.yaml --set simulate.videos=6 --set data.corpus=runs/six
+    mpirun -n 64 hpc-xvr simulate configs/corpus_1358.yaml --set data.corpus=/scratch/corpus
 """,
 )
 @a_config
@@ -23,11 +24,13 @@ from hpc_xvr.errors import InputError
 def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     """Make the corpus of simulated two-camera experiments that CONFIG describes.
 
-    The section `simulate` says how many recordings, their size and scenes; `data.corpus` says
-    where they go. The same seed gives the same corpus. Uses all cores.
+    The section `simulate` says how many recordings, their size, cameras and scenes; `data.corpus`
+    says where they go. The same seed gives the same corpus, bit for bit. Uses all cores, and under
+    mpirun those of all ranks; after an interruption, repeat the command and it goes on.
     """
     from hpc_xvr.config import load
-    from hpc_xvr.data.phantom import simulate_corpus
+    from hpc_xvr.data.phantom import refuse_existing, simulate_corpus
+    from hpc_xvr.dist.launch import cpu_threads, discover
 
     cfg = load(config, overrides)
     if cfg.simulate is None:
@@ -35,7 +38,15 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
             f"{config}: has no section 'simulate'; add one, such as "
             "'simulate: {videos: 24, size: [48, 128, 128]}'"
         )
-    simulate_corpus(cfg.simulate, cfg.data.corpus)
+    launch = discover()
+    if launch.size == 1:
+        simulate_corpus(cfg.simulate, cfg.data.corpus)
+    else:
+        comm = connect("auto", "cpu", cfg.dist.timeout_s)
+        comm.on_root(lambda: refuse_existing(cfg.data.corpus))
+        cores = cpu_threads(launch)
+        simulate_corpus(cfg.simulate, cfg.data.corpus, cores, comm.rank, comm.size, comm.gather)
+        comm.close()
     _show_corpus(cfg.data.corpus)
 
 
