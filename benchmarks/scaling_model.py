@@ -283,6 +283,7 @@ def main(
         replace(c, noise=c.noise if noise is None else noise, mfu=mfu or c.mfu) for c in CLUSTERS
     ]
     choice = Choice(batch)
+    limited: dict[str, str] = {}
     for c in clusters:
         rows = []
         for n in SIZES:
@@ -291,6 +292,10 @@ def main(
             result[f"strong_efficiency[{c.name},{n}]"] = strong(c, n, whole, choice, shape)
             result[f"samples_per_s[{c.name},{n}]"] = n * batch / parts["step"]
             each = [smallest_batch(c, n, Choice(1, packed=p), shape) for p in (False, True)]
+            for bits, smallest in zip((32, 16), each, strict=True):
+                if smallest:
+                    result[f"batch_for_90[{c.name},{n},{bits}]"] = smallest
+            limited[f"{c.name},{n}"] = limits(parts)
             rows.append(
                 (
                     str(n),
@@ -315,6 +320,7 @@ def main(
         "scaling": scaling.name,
         "allreduce": allreduce.name,
         "measured_on": measured["context"]["device"],
+        "weak_limited_by": limited,
         "assumed": {c.name: vars(c) for c in clusters},
         "batch": batch,
         "global_batch": whole,
