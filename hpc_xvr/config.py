@@ -41,6 +41,9 @@ class Run(Section):
     """auto: a GPU for each rank where there is one, else the CPU."""
     threads: Positive | None = None
     """CPU threads of a rank. Default: cores of the node / ranks on the node."""
+    utilisation_s: Annotated[float, Field(ge=0)] = 2.0
+    """Seconds between two looks at GPU, CPU and memory of each rank, by one thread a node, which go
+    to utilisation/ in the run folder. 0: none."""
 
 
 class CameraShare(Section):
@@ -285,10 +288,21 @@ class Checkpoint(Section):
 
 
 class Dist(Section):
+    """How ranks talk, and how long they wait for each other."""
+
     engine: Literal["auto", "serial", "horovod", "torch"] = "auto"
     """auto: serial on one rank; on more Horovod where it is installed, else torch.distributed."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds after which a collective that does not come back ends the job."""
+    """Seconds without a sign of life from a rank, or without any progress of the run, after which
+    the job is ended with a message that names the rank and its step."""
+    compression: Literal["none", "fp16", "bf16"] = "none"
+    """Number format in which gradients travel; they are summed in it too. bf16 needs the torch
+    engine: Horovod does not know it."""
+    bucket_mb: Annotated[float, Field(gt=0)] | None = None
+    """Gradients that travel together, in MB: DDP's bucket (its default: 25), Horovod's fusion
+    buffer (128)."""
+    cycle_ms: Annotated[float, Field(gt=0)] | None = None
+    """Horovod: milliseconds between two looks at which gradients are ready (its default: 1)."""
 
 
 class Evaluate(Section):
