@@ -19,7 +19,6 @@ import atexit
 import contextlib
 import itertools
 import json
-import logging
 import os
 import platform
 import random
@@ -39,6 +38,8 @@ from typing import Any
 import click
 import psutil
 import torch
+from damaged import corrupt
+from model import RESULTS, file_name
 
 from hpc_xvr import checkpoint, log
 from hpc_xvr.config import load
@@ -46,7 +47,6 @@ from hpc_xvr.data.phantom import simulate_corpus
 from hpc_xvr.train.meters import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PULSE = ROOT / "configs" / "pulse.yaml"
 EVERY = 4  # steps between two checkpoints
 KINDS = ("rank", "mpirun", "all", "writing", "cut", "flipped", "full disk")
@@ -299,88 +299,6 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-class Bomb:
-    """A pickle that would make a file when it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.system, (f"touch {self.path}",)
-
-
-def damaged_files(
-    folder: Path, count: int, rng: random.Random, bomb: Path
-) -> Iterator[tuple[str, bytes]]:
-    """(what was done, contents) in place of the newest checkpoint of `folder`."""
-    (_, path), (_, older) = checkpoint.list_checkpoints(folder)[:2]
-    good = path.read_bytes()
-    scratch = folder.parent / "scratch.pt"
-
-    def written(how: Any) -> bytes:
-        how(scratch)
-        data = scratch.read_bytes()
-        scratch.unlink()
-        return data
-
-    state = checkpoint.load(path)
-    foreign = [
-        b"",
-        b"no checkpoint at all\n",
-        PULSE.read_bytes(),
-        older.read_bytes(),  # valid, of another step
-        written(lambda p: torch.save(state, p)),  # without a checksum
-        written(lambda p: torch.save({"step": 1, "w": Bomb(bomb)}, p)),
-        written(lambda p: torch.save(Bomb(bomb), p, _use_new_zipfile_serialization=False)),
-        written(lambda p: checkpoint.save({**state, "model": Bomb(bomb)}, p)),
-        written(lambda p: checkpoint.save({"step": state["step"]}, p)),  # of another program
-    ]
-    for i in range(count):
-        kind = ("cut", "flipped", "zeros", "foreign")[i % 4]
-        if kind == "cut":
-            yield kind, good[: rng.randrange(len(good))]
-        elif kind == "flipped":
-            data = bytearray(good)
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-            yield kind, bytes(data)
-        elif kind == "zeros":
-            start = rng.randrange(len(good))
-            stop = min(len(good), start + rng.choice([512, 4096, len(good)]))
-            data = good[:start] + bytes(stop - start) + good[stop:]
-            yield kind, data if data != good else bytes(len(good))
-        else:
-            yield kind, foreign[i // 4 % len(foreign)]
-
-
-def corrupt(run: Path, count: int, rng: random.Random) -> dict[str, float]:
-    """Put damaged files where the newest checkpoint is; none may be loaded, none may crash."""
-    from hpc_xvr.errors import InputError
-    from hpc_xvr.train.run_folder import newest_state
-
-    folder, bomb = run / "checkpoints", run / "bomb"
-    (step, path), (older, _) = checkpoint.list_checkpoints(folder)[:2]
-    good = path.read_bytes()
-    level = log.logger.level
-    log.logger.setLevel(logging.ERROR)  # two lines for each file
-    tally = {"corrupted": 0, "corrupted_loaded": 0, "corrupted_tracebacks": 0}
-    for kind, data in list(damaged_files(folder, count, rng, bomb)):
-        path.write_bytes(data)
-        tally["corrupted"] += 1
-        try:
-            state = newest_state(run)
-            tally["corrupted_loaded"] += state is None or state["step"] != older
-        except InputError:
-            tally["corrupted_loaded"] += 1  # the older one is valid
-        except Exception as error:
-            print(f"{kind}: {type(error).__name__}: {error}")
-            tally["corrupted_tracebacks"] += 1
-    path.write_bytes(good)
-    log.logger.setLevel(level)
-    tally["bombs_gone_off"] = int(bomb.exists())
-    assert newest_state(run)["step"] == step
-    return tally
-
-
 @contextlib.contextmanager
 def small_disk(path: Path, megabytes: int) -> Iterator[bool]:
     """A tmpfs of that size at `path`, where this user may mount one."""
@@ -455,30 +373,25 @@ def measure(kills: int, seconds: float, seed: int, corpus: Path | None) -> dict[
     return result
 
 
-def file_name(context: dict[str, Any]) -> str:
-    """Such as chaos-intel-xeon-processor-2-cores-torch-2.13.0.json."""
-    device = re.sub(r"\(.*?\)", "", context["device"])
-    words = f"chaos {device} torch {context['packages']['torch'].split('+')[0]}"
-    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-") + ".json"
-
-
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
-@click.option("--kills", default=50, show_default=True)
+@click.option("--kills", type=click.IntRange(1), help="At most. Default: 50, quick 3.")
 @click.option("--seed", type=int, help="Repeats a run. Default: another one each time.")
 @click.option("--corpus", type=click.Path(path_type=Path), help="Of configs/pulse.yaml.")
-def main(quick: bool, out: Path | None, kills: int, seed: int | None, corpus: Path | None) -> None:
+def main(
+    quick: bool, out: Path | None, kills: int | None, seed: int | None, corpus: Path | None
+) -> None:
     log.setup()
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
-    result = measure(3 if quick else kills, 20 if quick else 3600, seed, corpus)
+    result = measure(kills or (3 if quick else 50), 20 if quick else 3600, seed, corpus)
     rows = [(name, str(value)) for name, value in result.items() if "[" not in name]
     log.print_table("killed and started again", ["figure", "value"], rows)
     context = describe_machine(torch.device("cpu")) | {"platform": platform.platform()}
     context["seed"] = seed
     if out is None and not quick:
         RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / file_name(context)
+        out = RESULTS / file_name("chaos", context)
     if out:
         out.write_text(json.dumps({**result, "context": context}, indent=1) + "\n")
         print(f"written: {out}")

@@ -7,7 +7,8 @@
 The published model trains on random numbers, one sample a step. Blocks of steps take turns: without
 a checkpoint, with one written in the background, with one that is waited for. What a checkpoint
 costs is the difference between the blocks, which holds everything: the copy, the disk, the cores
-and the memory bandwidth that writing takes away from training.
+and the memory bandwidth that writing takes away from training. `cost_cpu_s` is the same in seconds
+of one core, which do not depend on who else uses the machine.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import re
 import statistics
 import tempfile
 import time
@@ -29,6 +29,7 @@ keep_freed_memory()
 
 import click  # noqa: E402
 import torch  # noqa: E402
+from model import RESULTS, file_name  # noqa: E402
 
 from hpc_xvr import checkpoint, log  # noqa: E402
 from hpc_xvr.config import Config, load  # noqa: E402
@@ -37,7 +38,6 @@ from hpc_xvr.train.meters import describe_machine, synchronise  # noqa: E402
 from hpc_xvr.train.objective import l1  # noqa: E402
 from hpc_xvr.train.optim import MovingAverage, adam  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 EVERY = Config().checkpoint.every
 
 
@@ -94,17 +94,20 @@ def measure(folder: Path, steps: int, rounds: int, device: torch.device) -> dict
         step()
         save(wait=True)  # memory for the copies
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    cpu: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind, action in kinds.items():
             synchronise(device)
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             action()
             for _ in range(steps):
                 step()
             synchronise(device)
             seconds[kind].append(time.perf_counter() - start)
             writer.finish()
+            cpu[kind].append(time.process_time() - busy)
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    work = {kind: statistics.median(values) for kind, values in cpu.items()}
     step_s = medians["none"] / steps
     cost = max(medians["background"] - medians["none"], statistics.median(blocked))
     size = checkpoint.path_of(folder, number).stat().st_size
@@ -115,6 +118,7 @@ def measure(folder: Path, steps: int, rounds: int, device: torch.device) -> dict
         "blocked_s": statistics.median(blocked),
         "slowest_write_s": writer.slowest,
         "cost_s": cost,
+        "cost_cpu_s": work["background"] - work["none"],
         "cost_waited_for_s": medians["waited for"] - medians["none"],
         "stall_fraction": cost / (EVERY * step_s),
         "stall_fraction_every_100": cost / (100 * step_s),
@@ -123,23 +127,26 @@ def measure(folder: Path, steps: int, rounds: int, device: torch.device) -> dict
     }
 
 
-def file_name(context: dict[str, Any]) -> str:
-    """Such as checkpoint-intel-xeon-processor-2-cores-torch-2.13.0.json."""
-    device = re.sub(r"\(.*?\)", "", context["device"])
-    words = f"checkpoint {device} torch {context['packages']['torch'].split('+')[0]}"
-    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-") + ".json"
-
-
 @click.command(help=__doc__)
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.option("--steps", type=click.IntRange(1), help="Of a block. Default: by device.")
+@click.option("--rounds", type=click.IntRange(1), help="Of blocks. Default: 5, quick 2 or 3.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-def main(quick: bool, out: Path | None, folder: Path | None, device: str) -> None:
+def main(
+    quick: bool,
+    out: Path | None,
+    folder: Path | None,
+    steps: int | None,
+    rounds: int | None,
+    device: str,
+) -> None:
     log.setup()
     where = torch.device(device)
     gpu = where.type == "cuda"
-    steps, rounds = (40 if gpu else 3, 3) if quick else (200 if gpu else 8, 5)
+    steps = steps or ((40 if gpu else 2) if quick else (200 if gpu else 8))
+    rounds = rounds or ((3 if gpu else 2) if quick else 5)
     with tempfile.TemporaryDirectory(dir=folder) as base:
         result = measure(Path(base), steps, rounds, where)
     rows = [(name, f"{value:.4g}") for name, value in result.items()]
@@ -148,7 +155,7 @@ def main(quick: bool, out: Path | None, folder: Path | None, device: str) -> Non
     context |= {"every": EVERY, "steps": steps, "rounds": rounds}
     if out is None and not quick:
         RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / file_name(context)
+        out = RESULTS / file_name("checkpoint", context)
     if out:
         out.write_text(json.dumps({**result, "context": context}, indent=1) + "\n")
         print(f"written: {out}")

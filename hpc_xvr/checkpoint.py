@@ -28,6 +28,7 @@ from hpc_xvr.log import logger
 
 _MARK = b"hpc_xvr sha256 "
 _COMMENT = len(_MARK) + 64
+_LONG = 2.0  # seconds of waiting for the disk that are worth a line
 _ZIP_END = 22  # bytes of the record that ends a ZIP file, its comment's length the last two
 _NAME = re.compile(r"step-(\d{9})\.pt")
 
@@ -138,6 +139,14 @@ class Writer:
         """
         start = time.perf_counter()
         self.wait()
+        waited = time.perf_counter() - start
+        if waited > _LONG:
+            logger.warning(
+                "waited %.0f s for the checkpoint before that of step %d: the disk is slow, or "
+                "checkpoint.every is small",
+                waited,
+                state["step"],
+            )
         self.check()
         copy = _copy(state, (), self._spare)
         arrived = None
@@ -261,15 +270,15 @@ def newest_valid(
 ) -> Iterator[tuple[Path, dict[str, Any] | CorruptCheckpoint]]:
     """Go through the checkpoints, newest first: a problem for each invalid one, then the state.
 
-    A valid one is of the step that its name says and has the keys `needs`. Ends with the first
-    valid one; yields nothing more where there is none.
+    A valid one is of the step that its name says and has a dict under each of `needs`. Ends with
+    the first valid one; yields nothing more where there is none.
     """
     for step, path in list_checkpoints(folder):
         try:
             state = load(path)
             if state.get("step") != step:
                 raise CorruptCheckpoint(f"checkpoint {path}: is of step {state.get('step')}")
-            missing = [name for name in needs if not state.get(name)]
+            missing = [name for name in needs if not isinstance(state.get(name), dict)]
             if missing:
                 raise CorruptCheckpoint(f"checkpoint {path}: lacks {', '.join(missing)}")
             yield path, state

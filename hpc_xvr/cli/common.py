@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from hpc_xvr.config import Dist
     from hpc_xvr.dist.comm import Comm
 
 _comm: Comm | None = None  # set by the commands that talk to other ranks
@@ -62,7 +63,7 @@ def configured_device(run: Path) -> str:
     return load(run / "config.yaml").run.device if (run / "config.yaml").exists() else "auto"
 
 
-def connect(engine: str, device: str, timeout_s: float = 600.0) -> Comm:
+def connect(engine: str, device: str, dist: Dist | None = None, folder: Path | None = None) -> Comm:
     global _comm
     from hpc_xvr import log
     from hpc_xvr.dist.launch import discover, keep_freed_memory
@@ -73,7 +74,7 @@ def connect(engine: str, device: str, timeout_s: float = 600.0) -> Comm:
 
     launch = discover()
     log.setup(launch.rank, launched=launch.launcher is not None)
-    _comm = meet(engine, device, timeout_s)  # type: ignore[arg-type]
+    _comm = meet(engine, device, dist, folder)  # type: ignore[arg-type]
     return _comm
 
 

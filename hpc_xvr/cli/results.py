@@ -64,7 +64,10 @@ def evaluate(run: Path, engine: str | None, device: str | None, **options: Any) 
     key frame every --gap frames, and compared with the truth: PSNR (dB), SSIM and AAD on the
     8-bit scale, key frames excluded. Ranks share the recordings.
     """
-    comm = connect(engine or "auto", device or configured_device(run), timeout_s=7 * 86400)
+    from hpc_xvr.config import Dist
+
+    patient = Dist(timeout_s=7 * 86400)  # ranks may have very different recordings
+    comm = connect(engine or "auto", device or configured_device(run), patient)
     from hpc_xvr.evaluate.workflow import evaluate_run
 
     evaluate_run(run, comm, **options)

@@ -89,7 +89,7 @@ def train(
     stopping = Stopping(max_time)
     if not find_batch:
         stopping.listen()  # a signal during the long start is answered after the first steps
-    comm = connect(engine or cfg.dist.engine, cfg.run.device, cfg.dist.timeout_s)
+    comm = connect(engine or cfg.dist.engine, cfg.run.device, cfg.dist, cfg.run.dir)
     if find_batch:
         from hpc_xvr.train.find_batch import find_batch as measure
 

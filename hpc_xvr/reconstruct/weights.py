@@ -234,7 +234,7 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
     model.load_state_dict(weights)
 
 
-def _refuse_mismatch(ours: dict[str, torch.Tensor], theirs: dict[str, Any], path: Path) -> None:
+def _refuse_mismatch(ours: dict[str, torch.Tensor], theirs: Any, path: Path) -> None:
     problem = mismatch(ours, theirs)
     if problem:
         raise InputError(
@@ -243,8 +243,11 @@ def _refuse_mismatch(ours: dict[str, torch.Tensor], theirs: dict[str, Any], path
         )
 
 
-def mismatch(ours: dict[str, torch.Tensor], theirs: dict[str, Any]) -> str | None:
+def mismatch(ours: dict[str, torch.Tensor], theirs: Any) -> str | None:
     """How two state dicts differ in names or shapes, key by key; None if they do not."""
+
+    if not isinstance(theirs, dict):
+        return "it holds no named tensors"
 
     def shape(value: Any) -> tuple[int, ...] | str:
         return tuple(value.shape) if isinstance(value, torch.Tensor) else "no tensor"

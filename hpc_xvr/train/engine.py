@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +27,7 @@ from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import MovingAverage, adam, learning_rate
 from hpc_xvr.train.run_folder import lock_run, mark_done, open_run, write_environment
 from hpc_xvr.train.stopping import Stopping
+from hpc_xvr.train.utilisation import Sampler, sum_up
 from hpc_xvr.train.validation import Validator
 
 SLOW_DISK = 50e6  # bytes/s, until a checkpoint has been written
@@ -68,6 +68,7 @@ class Trainer:
         state = comm.on_root(lambda: self._open_run(resume))
 
         self.done = state["step"] if state else 0  # optimizer steps behind us
+        self._now = self.done  # the step we are in, counted from 1
         self.best = state.get("best") if state else None  # step and PSNR of the best validation
         self._unvalidated = bool(state and state.get("unvalidated"))
         if cfg.data.stage_dir and self.done < cfg.train.steps:
@@ -83,6 +84,7 @@ class Trainer:
         # Steps without finite gradients: in a row, the longest row, all of them.
         self._bad, self._worst, self._skipped = torch.zeros(3, device=comm.device)
         self._reported = 0
+        self._mfu: float | None = None  # of the last report
         self._summed = 0  # steps whose losses are in self._loss
         self._loss = torch.zeros((), dtype=self.dtype, device=comm.device)
 
@@ -153,18 +155,18 @@ class Trainer:
     def _announce(self, machine: dict[str, Any], corpus: Corpus, threads: int) -> None:
         cfg, ranks = self.cfg, machine["ranks"]
         hosts = len({r["host"] for r in ranks})
+        packed = cfg.dist.compression
         logger.info(
-            "%s, %d rank(s) on %d node(s), %s, %d thread(s) a rank",
+            "%s, %d rank(s) on %d node(s), %s, %d thread(s) a rank%s; global batch %d = "
+            "%d rank(s) x %d micro-batch(es) x %d sample(s)",
             machine["engine"],
             len(ranks),
             hosts,
             ranks[0]["device"],
             threads,
-        )
-        logger.info(
-            "global batch %d = %d rank(s) x %d micro-batch(es) x %d sample(s)",
+            "" if packed == "none" or len(ranks) == 1 else f", gradients in {packed}",
             cfg.train.global_batch,
-            self.comm.size,
+            len(ranks),
             self.share // self.micro,
             self.micro,
         )
@@ -189,12 +191,17 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step. False: stopped before it, with a checkpoint."""
         self.stopping.listen()
+        sampler = Sampler(self.comm, self.cfg.run.dir, self.cfg.run.utilisation_s)
         try:
-            return self._run()
+            finished = self._run()
+            self._sum_up(sampler)
+            return finished
         except Exception:
             self.writer.wait(60)  # what is being written may be the last good one
             raise
         finally:
+            sampler.stop()
+            self.comm.mark(None, "after training")
             self.stopping.unlisten()
 
     def _run(self) -> bool:
@@ -212,6 +219,7 @@ class Trainer:
         )
         if self._unvalidated:  # the last start was asked to stop before it could
             self._validate()
+        self.comm.any_lagged(False)  # forget what an earlier run on these ranks was asked
         self.clock.reset()
         self.stopping.begin()
         while self.done < cfg.train.steps:
@@ -236,9 +244,21 @@ class Trainer:
         self.comm.on_root(lambda: mark_done(cfg.run.dir, self.done))
         return True
 
+    def _sum_up(self, sampler: Sampler) -> None:
+        """How busy the ranks were, and which of them were not."""
+        sampler.stop()
+        self.clock.enter("ending")
+        self.clock.reset()
+        parts = {
+            part: s for part, s in self.clock.all.items() if part not in ("starting", "ending")
+        }
+        threads = torch.get_num_threads()
+        sum_up(self.comm, self.cfg.run.dir, parts, threads, self._mfu, sampler.cost)
+
     def train_step(self, step: int, micro_batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step; reads nothing back from the device."""
         device, parts = self.comm.device, self.share // self.micro
+        self._now = step + 1
         # Stochastic depth is the only randomness left here: sampling draws its own.
         torch.manual_seed(hash((self.cfg.run.seed, step, self.comm.rank)) % 2**63)
         for group in self.optimizer.param_groups:
@@ -247,16 +267,25 @@ class Trainer:
             )
         self.optimizer.zero_grad()
         for part, batch in enumerate(micro_batches, 1):
+            self._at("forward")
             batch = {k: v.to(device, self.dtype, non_blocking=True) for k, v in batch.items()}
             with self.comm.accumulate(self.net, last=part == parts):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     output = self.net(batch["lr"], batch["hr"], batch["hr_offset"])
                 loss = l1(output, batch["target"]) / parts
+                self._at("backward")
                 loss.backward()
             self._loss += loss.detach()
         self._summed += 1
+        self._at("gradients")
         self.comm.finish_gradients(self.optimizer)
+        self._at("update")
         self._update()
+
+    def _at(self, doing: str) -> None:
+        """Note what this rank does now: for the clock, and for the watch over all ranks."""
+        self.clock.enter(doing)
+        self.comm.mark(self._now, doing)
 
     def _update(self) -> None:
         """Move the weights, unless a gradient is not finite: averaged gradients are the same on
@@ -279,10 +308,8 @@ class Trainer:
     def _wait_for(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """A step's micro-batches, with the time spent waiting for them on the clock."""
         for _ in range(self.share // self.micro):
-            start = time.perf_counter()
-            batch = next(batches)
-            self.clock.waited += time.perf_counter() - start
-            yield batch
+            self._at("data")
+            yield next(batches)
 
     def _check_finite(self) -> None:
         """Warn of skipped steps and give up after too many; looks only now and then on a GPU."""
@@ -307,6 +334,7 @@ class Trainer:
 
     def _log(self) -> None:
         """Mean loss of all ranks since the last report, and where the time went."""
+        self._at("logging")
         steps = self.clock.steps
         loss = self.comm.all_reduce(self._loss.double()) / self.comm.size / self._summed
         self._loss.zero_()
@@ -314,6 +342,7 @@ class Trainer:
         speed = self.clock.report(
             steps * self.cfg.train.global_batch, self.flops_per_sample, self.comm.size
         )
+        self._mfu = speed.get("mfu")
         if not self.metrics:
             return
         values = {
@@ -341,6 +370,7 @@ class Trainer:
         self._unvalidated = False
         if not self.validator.count:
             return False
+        self._at("validation")
         weights = self.average.mean if self.average else dict(self.model.named_parameters())
 
         def predict(sample: dict[str, Tensor]) -> Tensor:
@@ -375,6 +405,7 @@ class Trainer:
         """Checkpoint from rank 0, written while the run goes on."""
         if not self.comm.is_root:
             return
+        self._at("saving")
         self.writer.save(
             {
                 "format": "hpc_xvr checkpoint 1",

@@ -94,16 +94,34 @@ def _step_of(line: str) -> float:
 
 
 class Stopwatch:
-    """Time spent in the parts of a step, summed between two reports."""
+    """Time spent in the parts of a step, summed between two reports and over the whole run.
+
+    On a GPU these are the times of the host, which runs ahead of it; only whole steps and the
+    wait for data mean something there.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.all: dict[str, float] = {}  # seconds of each part since the run began
+        self.since: dict[str, float] = {}  # when each part was last begun
+        self._doing = "starting"
+        self._since = time.perf_counter()
         self.reset()
+
+    def enter(self, doing: str) -> None:
+        """From now on time belongs to this part."""
+        now = time.perf_counter()
+        self.parts[self._doing] = self.parts.get(self._doing, 0.0) + now - self._since
+        self._doing, self._since = doing, now
+        self.since[doing] = now
 
     def reset(self) -> None:
         """Start a new report."""
         synchronise(self._device)
-        self._start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        for part, seconds in getattr(self, "parts", {}).items():
+            self.all[part] = self.all.get(part, 0.0) + seconds
+        self._start, self.steps = time.perf_counter(), 0
+        self.parts: dict[str, float] = {}
 
     def report(self, samples: int, flops_per_sample: int, ranks: int) -> dict[str, float]:
         """Throughput since the last reset; resets.
@@ -111,11 +129,13 @@ class Stopwatch:
         `samples` counts all ranks'; `flops_per_sample` is forward plus backward.
         """
         synchronise(self._device)
+        self.enter(self._doing)
         seconds = max(time.perf_counter() - self._start, 1e-9)
         out = {
             "step_s": seconds / max(self.steps, 1),
             "samples_per_s": samples / seconds,
-            "data_wait": self.waited / seconds,
+            "data_wait": self.parts.get("data", 0.0) / seconds,
+            "gradient_wait": self.parts.get("gradients", 0.0) / seconds,
             "tflops_per_rank": samples * flops_per_sample / seconds / ranks / 1e12,
         }
         peak = peak_tflops(self._device)
