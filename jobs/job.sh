@@ -5,8 +5,8 @@
 #
 # xvr_main [options] COMMAND [arguments]
 #
-#   COMMAND            a subcommand of hpc-xvr, or a script such as benchmarks/scaling.py; it takes
-#                      everything that follows
+#   COMMAND            a subcommand of hpc-xvr, or a script such as benchmarks/scaling.py, which
+#                      starts its ranks itself, by XVR_MPIRUN; it takes everything that follows
 #   --site NAME        a file of jobs/sites, or a path
 #   --run DIR          train: the run folder (run.dir)
 #   --steps N          train: its last step; a done marker of fewer steps does not count
@@ -148,9 +148,14 @@ xvr_line() {
     [ "${XVR_BIND:-core}" = core ] || binding="--map-by ppr:$per_node:node --bind-to none"
     [ ! -f "${PBS_NODEFILE:-}" ] || hosts="--hostfile $PBS_NODEFILE"
     line=$XVR_LAUNCH
+    [[ ${arguments[0]} != *.py ]] || line=${line/"-n {ranks}"/}
     for key in ranks per_node cores binding hosts; do
         line=${line//"{$key}"/${!key}}
     done
+    if [[ ${arguments[0]} = *.py ]]; then # it starts its ranks itself, by this line and -n
+        keys+=(XVR_MPIRUN)
+        XVR_MPIRUN=$line line=""
+    fi
     read -r -a line <<<"$line env"
     # By its whole path Open MPI finds its own daemon on the other nodes, too.
     launcher=${line[0]}
@@ -159,15 +164,14 @@ xvr_line() {
     line+=("PATH=$PATH" ${LD_LIBRARY_PATH:+"LD_LIBRARY_PATH=$LD_LIBRARY_PATH"})
     for key in "${keys[@]}"; do
         case $key in
-            XVR_GPUS | XVR_GPU_VARIABLE) line+=("$key=${!key}") ;;
+            XVR_GPUS | XVR_GPU_VARIABLE | XVR_MPIRUN) line+=("$key=${!key}") ;;
             XVR_*) ;;
             *) line+=("$key=${!key}") ;;
         esac
     done
-    line+=(bash "$xvr_root/jobs/affinity.sh")
     case ${arguments[0]} in
         *.py) line+=(python "${arguments[@]}") ;;
-        *) line+=(hpc-xvr "${arguments[@]}") ;;
+        *) line+=(bash "$xvr_root/jobs/affinity.sh" hpc-xvr "${arguments[@]}") ;;
     esac
     [ -z "$training" ] || line+=(--set "run.dir=$run")
 }

@@ -57,8 +57,8 @@ def _assignments(
         --chain until-done train configs/published.yaml --set train.global_batch=40 \\
         --set data.corpus=corpus --set data.stage_dir={scratch}/corpus
     hpc-xvr submit --site slurm --nodes 2 --time 30 --dry-run train configs/recommended.yaml
-    hpc-xvr submit --site perlmutter --nodes 1,2,4 --time 30 --account m1234 --queue debug \\
-        benchmarks/scaling.py --json scaling-{nodes}.json
+    hpc-xvr submit --site perlmutter --nodes 4 --time 30 --account m1234 --queue debug \\
+        benchmarks/scaling.py --ranks 4,8,16 --device cuda
 """,
 )
 @click.option("--site", required=True, help="A file of jobs/sites by name, or the path of yours.")

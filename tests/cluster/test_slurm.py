@@ -108,12 +108,15 @@ def test_a_rank_that_dies_ends_the_job_and_is_not_tried_for_ever(run):
 def test_scaling_is_a_job_for_each_number_of_nodes(tmp_path):
     script = tmp_path / "size.py"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom mpi4py.MPI import COMM_WORLD as world\n"
-        "if world.rank == 0:\n    Path(sys.argv[1]).write_text(str(world.size))\n"
+        "import os, subprocess, sys\nfrom pathlib import Path\n"
+        "command = [*os.environ['XVR_MPIRUN'].split(), '-n', sys.argv[2]]\n"
+        "program = 'from mpi4py.MPI import COMM_WORLD as w; print(w.size if w.rank == 0 else 0)'\n"
+        "done = subprocess.run([*command, sys.executable, '-c', program], capture_output=True)\n"
+        "Path(sys.argv[1]).write_text(str(max(map(int, done.stdout.split()))))\n"
     )
     command = ["hpc-xvr", "submit", "--site", "slurm", "--nodes", "1,2", "--time", "1"]
     done = subprocess.run(
-        [*command, str(script), "ranks-{nodes}.txt"],
+        [*command, str(script), "ranks-{nodes}.txt", "{nodes}"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
