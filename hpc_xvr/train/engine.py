@@ -219,6 +219,7 @@ class Trainer:
     def _sum_up(self, sampler: Sampler) -> None:
         """How busy the ranks were, and which of them were not."""
         sampler.stop()
+        self.comm.mark(None, "summing up")
         self.clock.enter("ending")
         self.clock.reset()
         parts = {
