@@ -272,7 +272,19 @@ class Checkpoint(Section):
     every: Positive = 1000
     """Steps between two checkpoints (the last step is saved too)."""
     keep: Positive = 3
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk; that of the best validation stays, too."""
+    keep_every: Positive | None = None
+    """Checkpoints of steps that are multiples of this stay for good. Default: none."""
+    failures: Positive = 3
+    """Checkpoints in a row that cannot be written (disk full, quota) before the run stops."""
+
+    @model_validator(mode="after")
+    def _multiple(self) -> Checkpoint:
+        if self.keep_every and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every {self.keep_every} must be a multiple of every {self.every}"
+            )
+        return self
 
 
 class Dist(Section):
@@ -369,10 +381,19 @@ def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
             raise InputError(f"--set {text}: the value is not valid YAML") from None
         _assign(tree, key.strip().split("."), parsed, text)
         sources[key.strip()] = f"--set {text}"
+    return check(tree, str(path or "--set"), sources)
+
+
+def check(tree: Any, source: str, overrides: dict[str, str] | None = None) -> Config:
+    """The typed tree of plain dicts from `source`; `overrides` tells where keys came from.
+
+    Raises:
+        InputError: as `load`.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_explain(error, str(path or "--set"), sources)) from None
+        raise InputError(_explain(error, source, overrides or {})) from None
 
 
 def dump(config: Config) -> str:

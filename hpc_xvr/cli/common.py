@@ -28,7 +28,14 @@ engine = click.option(
     help="How ranks talk (config key dist.engine).",
 )
 
-
+which_checkpoint = click.option(
+    "--checkpoint",
+    "which",
+    type=click.Choice(["newest", "best"]),
+    default="newest",
+    show_default=True,
+    help="Of a run folder: the newest valid checkpoint, or that of the best validation.",
+)
 device_of_run = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: as the run was trained."
 )

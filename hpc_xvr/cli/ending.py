@@ -26,7 +26,10 @@ def run(cli: click.Group) -> None:
     log.setup()
     try:
         cli(prog_name="hpc-xvr", standalone_mode=False)
-    except click.exceptions.Abort:
+    except click.exceptions.Abort:  # Ctrl-C
+        comm = connected()
+        if comm is not None and comm.size > 1:
+            comm.abort(130)  # leaving in good order would wait for ranks that were not told
         _leave(130)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code, collective=True)

@@ -1,13 +1,20 @@
-"""Commands that use a trained model: evaluate, reconstruct, report."""
+"""Commands that use a trained model: evaluate, reconstruct, export, report."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
-from hpc_xvr.cli.common import Examples, a_run, configured_device, connect, device_of_run
+from hpc_xvr.cli.common import (
+    Examples,
+    a_run,
+    configured_device,
+    connect,
+    device_of_run,
+    which_checkpoint,
+)
 from hpc_xvr.cli.common import engine as engine_option
 from hpc_xvr.errors import InputError
 
@@ -45,10 +52,13 @@ from hpc_xvr.errors import InputError
     "nearest_hr, linear_hr, detail, adaptive. May be given many times. [default: all]",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/evaluation.")
+@which_checkpoint
 @device_of_run
 @engine_option
 def evaluate(run: Path, engine: str | None, device: str | None, **options: Any) -> None:
     """Compare the model of RUN with methods that need no training, on held-out recordings.
+
+    RUN is a run folder, or a file of hpc-xvr export.
 
     Each recording is degraded to what the fast camera would see, reconstructed from it and from a
     key frame every --gap frames, and compared with the truth: PSNR (dB), SSIM and AAD on the
@@ -97,9 +107,10 @@ def evaluate(run: Path, engine: str | None, device: str | None, **options: Any) 
 @click.option(
     "--movie", type=click.Path(path_type=Path), help="Side-by-side animation: .gif or .webp."
 )
+@which_checkpoint
 @device_of_run
 def reconstruct(run: Path, device: str | None, **options: Any) -> None:
-    """Make the fast sharp movie with the model of RUN.
+    """Make the fast sharp movie with the model of RUN, a run folder or a file of hpc-xvr export.
 
     Either from two camera files of the same field of view (--lr and --hr, first frames at the
     same instant, one sharp frame every --gap fast ones), or from a recording of a corpus.
@@ -111,6 +122,33 @@ def reconstruct(run: Path, device: str | None, **options: Any) -> None:
         raise InputError("reconstruct is one process; start it without mpirun")
     comm = connect("serial", device or configured_device(run))
     reconstruct_run(run, comm.device, **options)
+
+
+@click.command(
+    cls=Examples,
+    examples="""
+    hpc-xvr export runs/quickstart --out quickstart.safetensors
+    hpc-xvr export runs/mine --checkpoint best --raw --out mine.safetensors
+    hpc-xvr reconstruct quickstart.safetensors --lr fast.tif --hr slow.tif --gap 20 --out m.tif
+""",
+)
+@a_run
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Result: a .safetensors file."
+)
+@click.option("--raw", is_flag=True, help="The weights of the last step, not their average.")
+@which_checkpoint
+def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) -> None:
+    """Write the trained weights of RUN, with its config, to one file to keep or to give away.
+
+    The file holds numbers and text only. It takes the place of RUN in evaluate and reconstruct,
+    and is a start for another training (config key train.weights).
+    """
+    from hpc_xvr.reconstruct.weights import export_weights
+
+    trained = export_weights(run, out, which, raw)
+    count = sum(value.numel() for value in trained.weights.values())
+    click.echo(f"written: {out} (step {trained.step}, {count:,} numbers)")
 
 
 @click.command(cls=Examples, examples="hpc-xvr report runs/quickstart")

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from hpc_xvr import __version__, config
 from hpc_xvr.data.beamline import SENSORS, Beamline, Camera
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.layout import MANIFEST, commit, disk_errors
+from hpc_xvr.data.processes import cores, worker_pool
 from hpc_xvr.data.scenes import SCENES
 from hpc_xvr.data.writer import CorpusWriter, write_clip
 from hpc_xvr.errors import InputError
@@ -30,7 +27,6 @@ from hpc_xvr.log import logger, progress_bar
 LR_SENSOR = SENSORS["hpv-x2"]
 SETTINGS = "simulate.json"
 _ROUND_S = 3.0  # between two meetings of the ranks
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 Entry = dict[str, Any]
 
 
@@ -182,7 +178,7 @@ def simulate_corpus(
     path = Path(path)
     plan = plan_corpus(simulate)
     beside = path.with_name(f".{path.name}.building")
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or cores()
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(_started(simulate, path, beside)) if rank == 0 else None
         # Also the moment from which the others may write.
@@ -346,21 +342,13 @@ def _made(
             yield _make(simulate, corpus, item)
         return
     waiting: deque[Future[Entry]] = deque()
-    rest = iter(items)
-    with (
-        _single_threaded(),
-        ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool,
-    ):
-        try:
-            for item in rest:
-                waiting.append(pool.submit(_make, simulate, corpus, item))
-                if len(waiting) >= 3 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    with worker_pool(workers) as pool:
+        for item in items:
+            waiting.append(pool.submit(_make, simulate, corpus, item))
+            if len(waiting) >= 3 * workers:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _make(simulate: config.Simulate, corpus: Path, item: Planned) -> Entry:
@@ -377,29 +365,3 @@ def _make(simulate: config.Simulate, corpus: Path, item: Planned) -> Entry:
         experiment.info(item.split),
         lr=experiment.lr,
     )
-
-
-def _start_worker() -> None:
-    """The parent alone answers Ctrl-C; workers end when it is gone, however it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Workers started within use one thread each: the cores are shared out already."""
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value

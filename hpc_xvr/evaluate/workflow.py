@@ -11,7 +11,7 @@ from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import find_baseline
 from hpc_xvr.evaluate.evaluation import Evaluation, Methods, evaluate, merge, side_by_side
 from hpc_xvr.log import logger
-from hpc_xvr.reconstruct.weights import as_method, model_of_run, prepare
+from hpc_xvr.reconstruct.weights import Which, as_method, model_of_run, prepare
 from hpc_xvr.reconstruct.workflow import use_threads
 
 
@@ -25,6 +25,7 @@ def evaluate_run(
     photons: float | None = None,
     methods: tuple[str, ...] = (),
     out: Path | None = None,
+    which: Which = "newest",
 ) -> Evaluation:
     """Compare, print the table, write evaluation.json, .csv and pictures; all ranks call it.
 
@@ -36,7 +37,7 @@ def evaluate_run(
     use_threads()
 
     def load() -> tuple[Config, int, str, Methods, Path, str, list[Video]]:
-        model, config, step = model_of_run(run)
+        model, config, step = model_of_run(run, which)
         names = methods or config.evaluate.methods
         chosen: Methods = {name: (find_baseline(name), 1) for name in names}
         precision = prepare(model, config, comm.device)
@@ -85,7 +86,7 @@ def evaluate_run(
             "corpus": str(where),
         },
     )
-    folder = out or run / "evaluation"
+    folder = out or (run if run.is_dir() else run.with_suffix("")) / "evaluation"
 
     def write() -> None:
         whole.save(folder)

@@ -53,3 +53,30 @@ def test_the_quick_benchmark_measures_everything_it_promises(tmp_path):
     assert result["train_memory_ratio"] < 0.5
     assert result["checkpointing_memory_ratio"] < 0.35  # 0.2 at the size of real training
     assert result["context"]["packages"]["torch"] and result["context"]["device"]
+
+
+@pytest.mark.timeout(600)  # four starts of two ranks: half a minute, more where cores are busy
+def test_a_run_killed_and_started_again_ends_as_the_undisturbed_one(tmp_path, pulse_corpus):
+    """The short form of chaos.py: which kills it gets depends on the seed, which it prints."""
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(BENCHMARKS / "chaos.py"), "--quick", "--json", str(out)]
+    command += ["--kills", "2", "--corpus", str(pulse_corpus)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["kills"] >= 1
+    assert result["corrupted"] == 200
+    for name in ("weights_bitwise_equal", "losses_equal", "done_marker"):
+        assert result[name] == 1, (name, done.stdout)
+    for name in (
+        "orphans",
+        "leftovers",
+        "damaged_loaded",
+        "corrupted_loaded",
+        "corrupted_tracebacks",
+        "bombs_gone_off",
+        "tracebacks_at_start",
+    ):
+        assert result[name] == 0, (name, done.stdout)
+    # While a checkpoint is being written the run is a step or two ahead of it.
+    assert result["max_steps_repeated"] <= result["checkpoint_every"] + 2, done.stdout
