@@ -196,7 +196,11 @@ class Trainer:
         sampler = Sampler(self.comm, self.cfg.run.dir, self.cfg.run.utilisation_s)
         try:
             finished = self._run()
-            self._sum_up(sampler)
+            if finished:  # after a signal there may be no time for it
+                sampler.stop()
+                self.comm.mark(None, "summing up")
+                self.clock.reset()
+                sum_up(self.comm, self.cfg.run.dir, self.clock.all, self._mfu, sampler.cost)
             return finished
         except Exception:
             self.writer.wait(60)  # what is being written may be the last good one
@@ -245,17 +249,6 @@ class Trainer:
         self.writer.finish()
         self.comm.on_root(lambda: mark_done(cfg.run.dir, self.done))
         return True
-
-    def _sum_up(self, sampler: Sampler) -> None:
-        """How busy the ranks were, and which of them were not."""
-        sampler.stop()
-        self.clock.enter("ending")
-        self.clock.reset()
-        parts = {
-            part: s for part, s in self.clock.all.items() if part not in ("starting", "ending")
-        }
-        threads = torch.get_num_threads()
-        sum_up(self.comm, self.cfg.run.dir, parts, threads, self._mfu, sampler.cost)
 
     def train_step(self, step: int, micro_batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step; reads nothing back from the device."""
