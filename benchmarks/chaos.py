@@ -166,10 +166,10 @@ class Chaos:
         if not alive:
             return False
         self.kills += 1
-        if damage:
-            damage()
-        print(f"kill {self.kills}: {kind}, started at step {resumed}, ended at {at}", flush=True)
         self._last = (kind, at)
+        if damage:
+            damage()  # forgets `_last` where there was nothing to damage
+        print(f"kill {self.kills}: {kind}, started at step {resumed}, ended at {at}", flush=True)
         return True
 
     def finish(self) -> int:
