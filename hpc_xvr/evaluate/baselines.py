@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hpc_xvr.errors import InputError
+from hpc_xvr.evaluate.bayes import BayesianFusion
 from hpc_xvr.model.bases import (
     interpolate_keys,
     key_weights,
@@ -84,4 +85,5 @@ BASELINES: dict[str, Baseline] = {
     "linear_hr": Baseline("the two key frames interpolated linearly in time", _linear_hr),
     "detail": Baseline("bicubic plus the key frames' fine detail interpolated in time", _detail),
     "adaptive": Baseline("the same, without the detail of places that have moved since", _adaptive),
+    "bayes": Baseline("Bayesian data fusion (Xue et al. 2017): conditional mean", BayesianFusion()),
 }

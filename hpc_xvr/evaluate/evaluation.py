@@ -35,6 +35,7 @@ TITLES = {
     "linear_hr": "linear between key frames",
     "detail": "detail transfer",
     "adaptive": "detail transfer where still",
+    "bayes": "Bayesian fusion",
 }
 """Baselines as they are called in pictures and on the report's page."""
 
