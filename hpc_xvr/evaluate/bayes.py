@@ -37,6 +37,7 @@ Shapes: B batch, h w low-resolution grid, H = scale*h, W = scale*w.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +69,8 @@ class BayesianFusion:
             the root of intensity); None: estimated from each frame.
         key_noise: standard deviation of the key frames' noise; keeps equal ones apart.
         tile: side in coarse pixels of the tiles that large frames are worked on in; bounds memory.
-        steps: of conjugate gradients, at most.
+        tolerance, steps: of conjugate gradients: the residual's norm that is enough, relative to
+            the first, and the steps that are taken at most.
     """
 
     window: int = 5
@@ -76,6 +78,7 @@ class BayesianFusion:
     noise: float | None = None
     key_noise: float = 0.01
     tile: int = 256
+    tolerance: float = 3e-4
     steps: int = 30
 
     def __call__(self, sample: dict[str, Tensor]) -> Tensor:
@@ -116,7 +119,7 @@ class BayesianFusion:
             return self.observe(covariance(coarse), scale) + variance * coarse
 
         innovation = y - self.observe(prior.mean, scale)
-        return prior.mean + covariance(_solve(system, innovation, self.steps))
+        return prior.mean + covariance(_solve(system, innovation, self.tolerance, self.steps))
 
     def prior(self, y: Tensor, z: Tensor, variance: Tensor) -> Prior:
         """Step 2 of the derivation."""
@@ -227,7 +230,9 @@ def _convolve(x: Tensor, weights: Tensor | None) -> Tensor:
     return flat[:, 0].unflatten(0, x.shape[:2])
 
 
-def _solve(system, right: Tensor, steps: int) -> Tensor:
+def _solve(
+    system: Callable[[Tensor], Tensor], right: Tensor, tolerance: float, steps: int
+) -> Tensor:
     """Conjugate gradients for each of B positive definite systems: (B, 1, h, w) -> same."""
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -237,7 +242,7 @@ def _solve(system, right: Tensor, steps: int) -> Tensor:
     residual = right.clone()
     direction = residual.clone()
     energy = dot(residual, residual)
-    enough = 1e-10 * energy + 1e-30
+    enough = tolerance**2 * energy + 1e-30
     for _ in range(steps):
         if bool((energy <= enough).all()):
             break

@@ -90,7 +90,9 @@ def smooth_correlation(n, scale):
 def test_equals_the_conditional_mean_of_the_whole_joint_gaussian(blur, scale):
     h, w, key_noise = 4, 5, 0.02
     y, first, second = random_sample(h, w, scale)
-    fusion = BayesianFusion(window=3, blur=blur, noise=0.03, key_noise=key_noise, steps=200)
+    fusion = BayesianFusion(
+        window=3, blur=blur, noise=0.03, key_noise=key_noise, tolerance=1e-7, steps=200
+    )
 
     height, width = scale * h, scale * w
     pixels = height * width
@@ -157,17 +159,19 @@ def test_blur_and_binning_are_each_others_transposes():
 def test_tiles_make_no_seams():
     y, first, second = random_sample(70, 53, 4)
     sample = as_tensors(y, first, second)
-    whole = BayesianFusion(tile=256)(sample)
-    tiled = BayesianFusion(tile=20)(sample)
+    whole = BayesianFusion(tile=256, tolerance=1e-6)(sample)
+    tiled = BayesianFusion(tile=20, tolerance=1e-6)(sample)
     assert (whole - tiled).abs().max() < 2e-4
-    torch.testing.assert_close(whole, BayesianFusion(tile=70)(sample), rtol=0, atol=0)
+    torch.testing.assert_close(
+        whole, BayesianFusion(tile=70, tolerance=1e-6)(sample), rtol=0, atol=0
+    )
 
 
 def test_samples_of_a_batch_do_not_meet():
     one, two = (as_tensors(*random_sample(12, 9, 4, seed)) for seed in (3, 4))
     both = BayesianFusion()({name: torch.cat((one[name], two[name])) for name in one})
     for i, alone in enumerate((one, two)):
-        torch.testing.assert_close(both[i : i + 1], BayesianFusion()(alone), rtol=0, atol=1e-5)
+        torch.testing.assert_close(both[i : i + 1], BayesianFusion()(alone), rtol=0, atol=1e-4)
 
 
 def test_a_scene_that_stands_still_is_the_key_frame():
