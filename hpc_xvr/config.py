@@ -19,6 +19,7 @@ from hpc_xvr.errors import InputError
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Noise = Literal["none", "poisson", "poisson_gaussian", "fixed_pattern"]
 Scene = Literal["keyhole", "spray", "bubbles", "crack", "tissue"]
 Split = Literal["train", "validation", "test"]
 
@@ -95,14 +96,30 @@ class Data(Section):
     """Training: frames between two low-resolution frames of a sample are drawn from 1..this."""
     lr_source: Literal["binned", "recorded"] = "binned"
     """binned: simulate the fast camera from the sharp frames. recorded: its own stream."""
-    noise: Literal["poisson", "none"] = "poisson"
-    """Photon noise put on binned low-resolution frames in training."""
+    noise: Noise = "poisson"
+    """Put on binned low-resolution frames in training. poisson: photon noise, as published;
+    poisson_gaussian: read noise too; fixed_pattern: also gains of pixels and columns, which stay
+    the same throughout a recording."""
     photons_log10: tuple[float, float] = (1.0, 7.0)
     """Range of log10(photons per pixel at full scale), drawn anew for each sample."""
+    hr_noise: Noise = "none"
+    """The same for the two key frames; the target stays clean."""
+    hr_photons_log10: tuple[float, float] = (3.0, 7.0)
+    """Range of log10(photons per pixel at full scale) of the key frames."""
+    read_noise: tuple[Fraction, Fraction] = (0.001, 0.01)
+    """Range of the read noise's standard deviation as a share of full scale, drawn likewise."""
+    pattern: Fraction = 0.02
+    """Standard deviation of the gains of fixed_pattern."""
     augment: bool = True
     """Flips and 90-degree rotations."""
     workers: NotNegative = 0
     """Processes that read ahead, per rank (0: the rank reads for itself)."""
+    damaged: Literal["stop", "drop"] = "stop"
+    """When a recording's data do not match their checksum. stop: end the run. drop: warn, and take
+    other samples for those that cannot be read: the same ones whatever the number of ranks."""
+    stage_dir: Path | None = None
+    """Node-local disk to copy the recordings to that a node's ranks will read, once; copies that
+    are there already are used again."""
 
     @model_validator(mode="after")
     def _fits(self) -> Data:
@@ -110,9 +127,12 @@ class Data(Section):
             raise ValueError(f"lr_frames must be odd, it is {self.lr_frames}")
         if self.patch % self.scale:
             raise ValueError(f"patch {self.patch} must be a multiple of scale {self.scale}")
-        low, high = self.photons_log10
-        if not 0 <= low <= high <= 12:
-            raise ValueError(f"photons_log10 must be low <= high within 0..12, got {low}, {high}")
+        for name, largest in (("photons_log10", 12), ("hr_photons_log10", 12), ("read_noise", 1)):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high <= largest:
+                raise ValueError(
+                    f"{name} must be low <= high within 0..{largest}, got {low}, {high}"
+                )
         return self
 
 

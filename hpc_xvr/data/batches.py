@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Literal
@@ -24,15 +25,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from hpc_xvr import config
-from hpc_xvr.data.corpus import Corpus, Video
-from hpc_xvr.data.degrade import bin_down, poisson
+from hpc_xvr import config, log
+from hpc_xvr.data.corpus import Corpus, DamagedVideo, Video
+from hpc_xvr.data.degrade import CameraNoise, bin_down, fixed_pattern
 from hpc_xvr.data.shards import Slots, slots_of_rank
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
 
 Sample = dict[str, Tensor]
 Output = Literal["centre", "sequence"]
 _WHOLE = slice(None)
+_ATTEMPTS = 50  # samples tried in place of one that cannot be read
+_CLEAN = CameraNoise()
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -49,13 +53,14 @@ class TrainingSamples(Dataset):
 
     def __init__(
         self,
-        corpus_path: Path | str,
+        corpus: Corpus | Path | str,
         data: config.Data,
         output: Output,
         global_batch: int,
         seed: int,
     ) -> None:
-        corpus = Corpus(corpus_path)
+        corpus = corpus if isinstance(corpus, Corpus) else Corpus(corpus)
+        self.path = corpus.path
         self.videos = corpus.split("train")
         if not self.videos:
             raise InputError(
@@ -78,11 +83,31 @@ class TrainingSamples(Dataset):
         self.global_batch = global_batch
         self.seed = seed
         self.slots = Slots([v.shape[0] for v in self.videos], data.lr_frames, global_batch, seed)
+        self._damaged: set[str] = set()
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:
         step, slot = index
+        for attempt in range(_ATTEMPTS):
+            number, t = self.slots.pick(step, slot, attempt)
+            try:
+                return self._read(step, slot, number, t)
+            except DamagedVideo as error:
+                if self.data.damaged == "stop":
+                    raise
+                if self.videos[number].id not in self._damaged:
+                    self._damaged.add(self.videos[number].id)
+                    logger.warning("%s; other samples take the place of those lost", error)
+        raise InputError(
+            f"corpus {self.path}: none of {_ATTEMPTS} samples could be read in place of a damaged "
+            "one; check the corpus with hpc-xvr inspect --verify"
+        )
+
+    def videos_read(self, slots: Sequence[int], first_step: int, last_step: int) -> list[str]:
+        """Ids of the recordings that some slots read in these steps."""
+        return [self.videos[i].id for i in self.slots.videos(slots, first_step, last_step)]
+
+    def _read(self, step: int, slot: int, number: int, t: int) -> Sample:
         data, patch = self.data, self.data.patch
-        number, t = self.slots.pick(step, slot)
         video = self.videos[number]
         frames, height, width = video.shape
         rng = np.random.default_rng([self.seed, step, slot])
@@ -99,8 +124,14 @@ class TrainingSamples(Dataset):
             for side in (height, width)
         )
         flips = rng.integers(0, 2, 3) if data.augment else np.zeros(3, int)
-        photons = 10 ** rng.uniform(*data.photons_log10) if data.noise == "poisson" else None
-
+        y, x = slice(y, y + patch), slice(x, x + patch)
+        lr_noise, hr_noise = (
+            _draw_noise(kind, photons, data, video, scale, y, x, flips, [self.seed, number], rng)
+            for kind, photons, scale in (
+                (data.noise, data.photons_log10, data.scale),
+                (data.hr_noise, data.hr_photons_log10, 1),
+            )
+        )
         return _sample(
             video,
             data,
@@ -109,10 +140,11 @@ class TrainingSamples(Dataset):
             keys=(t - before, t + after),
             t=t,
             interval=interval,
-            y=slice(y, y + patch),
-            x=slice(x, x + patch),
+            y=y,
+            x=x,
             flips=flips,
-            photons=photons,
+            lr_noise=lr_noise,
+            hr_noise=hr_noise,
             rng=rng,
         )
 
@@ -151,7 +183,7 @@ def training_batches(
         options = {
             "num_workers": dataset.data.workers,
             "multiprocessing_context": context,
-            "worker_init_fn": _start_worker,
+            "worker_init_fn": partial(_start_worker, rank),
         }
     plan = _Plan(slots, start_step, steps, micro_batch)
     return _Loader(dataset, batch_sampler=plan, pin_memory=pin_memory, **options)
@@ -194,8 +226,8 @@ def window_sample(
         y=y,
         x=x,
         flips=np.zeros(3, int),
-        photons=photons,
-        rng=rng,
+        lr_noise=CameraNoise(photons),
+        rng=rng or np.random.default_rng(),
     )
 
 
@@ -222,8 +254,9 @@ def _sample(
     y: slice,
     x: slice,
     flips: np.ndarray,
-    photons: float | None,
-    rng: np.random.Generator | None,
+    rng: np.random.Generator,
+    lr_noise: CameraNoise,
+    hr_noise: CameraNoise = _CLEAN,
 ) -> Sample:
     targets = [t] if output == "centre" else list(lr_times)
     recorded = data.lr_source == "recorded"
@@ -237,14 +270,47 @@ def _sample(
         lr = _oriented(video.lr_intensity(nearest.tolist(), coarse_y, coarse_x), flips)
     else:
         lr = bin_down(crops[[row[frame] for frame in lr_times]], data.scale)
-        if photons is not None:
-            lr = poisson(lr, photons, rng or np.random.default_rng())
+        lr = lr_noise.apply(lr, rng)
+    offsets = np.array([(key - t) / interval for key in keys], np.float32)
     return {
         "lr": _tensor(lr),
-        "hr": _tensor(crops[[row[frame] for frame in keys]]),
+        "hr": _tensor(hr_noise.apply(crops[[row[frame] for frame in keys]], rng)),
         "target": _tensor(crops[[row[frame] for frame in targets]]),
-        "hr_offset": torch.tensor([(key - t) / interval for key in keys], dtype=torch.float32),
+        "hr_offset": torch.from_numpy(offsets),
     }
+
+
+def _draw_noise(
+    kind: config.Noise,
+    photons_log10: tuple[float, float],
+    data: config.Data,
+    video: Video,
+    scale: int,
+    y: slice,
+    x: slice,
+    flips: np.ndarray,
+    seed: list[int],
+    rng: np.random.Generator,
+) -> CameraNoise:
+    """Noise of one camera (pixels `scale` times as large as the sharp one's) for one sample; the
+    fixed pattern belongs to the recording, `seed`."""
+    if kind == "none":
+        return _CLEAN
+    photons = 10 ** rng.uniform(*photons_log10)
+    if kind == "poisson":
+        return CameraNoise(photons)
+    read_noise = rng.uniform(*data.read_noise)
+    if kind == "poisson_gaussian":
+        return CameraNoise(photons, read_noise)
+    height, width = (side // scale for side in video.shape[1:])
+    gain = _pattern((height, width), data.pattern, (*seed, scale))
+    rows, columns = (slice(s.start // scale, s.stop // scale) for s in (y, x))
+    return CameraNoise(photons, read_noise, _oriented(gain[None, rows, columns], flips)[0])
+
+
+@lru_cache(16)
+def _pattern(shape: tuple[int, int], strength: float, seed: tuple[int, ...]) -> np.ndarray:
+    return fixed_pattern(shape, strength, list(seed))
 
 
 def _oriented(crops: np.ndarray, flips: np.ndarray) -> np.ndarray:
@@ -312,12 +378,12 @@ def _as_raised(batches: Iterator[Sample]) -> Iterator[Sample]:
         yield from batches
         return
     except InputError as error:
-        line = str(error).rstrip().splitlines()[-1]
+        kind, line = type(error).__name__, str(error).rstrip().splitlines()[-1]
         # Tracebacks would keep the loader's workers until some later garbage collection, which
         # cannot end them in an orderly way.
         traceback.clear_frames(error.__traceback__)
     del batches
-    raise InputError(line.partition("InputError: ")[2] or line)
+    raise InputError(line.partition(f"{kind}: ")[2] or line)
 
 
 @contextmanager
@@ -333,7 +399,8 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(rank: int, _: int) -> None:
+    log.setup(rank)
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -1,6 +1,8 @@
-"""What the fast low-resolution camera does to a frame: larger pixels, few photons."""
+"""What a camera does to a frame: larger pixels, few photons, read noise, a fixed pattern."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,3 +34,42 @@ def poisson(lr: np.ndarray, photons: float, rng: np.random.Generator) -> np.ndar
     """
     counts = rng.poisson(lr.astype(np.float64) * photons)
     return np.clip(counts / photons, 0, 1).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class CameraNoise:
+    """Noise of a camera, in the order in which it arises; what is left out is not added."""
+
+    photons: float | None = None
+    """Photons per pixel at intensity 1."""
+    read_noise: float = 0.0
+    """Standard deviation of the electronics' noise, as a share of full scale."""
+    gain: np.ndarray | None = None
+    """Sensitivity of each pixel (h, w), the same in all frames: see `fixed_pattern`."""
+
+    def apply(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """clip(gain * Poisson(frames * photons) / photons + N(0, read_noise^2), 0, 1).
+
+        Args:
+            frames: (..., h, w), intensities in [0, 1].
+
+        Returns:
+            float32 of the same shape.
+        """
+        if self.photons is not None:
+            frames = poisson(frames, self.photons, rng)
+        if self.gain is not None:
+            frames = frames * self.gain
+        if self.read_noise:
+            noise = rng.standard_normal(frames.shape, np.float32)
+            frames = frames + np.float32(self.read_noise) * noise
+        return np.clip(frames, 0, 1).astype(np.float32, copy=False)
+
+
+def fixed_pattern(shape: tuple[int, int], strength: float, seed: list[int]) -> np.ndarray:
+    """Gains (h, w) float32 around 1 with this standard deviation, half of their variance common
+    to a column, as in CMOS sensors, which read each column through an amplifier of its own."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.standard_normal(shape, np.float32)
+    columns = rng.standard_normal(shape[1], np.float32)
+    return 1 + np.float32(strength / 2**0.5) * (pixels + columns)

@@ -26,8 +26,9 @@ from hpc_xvr.data.cameras import (
 )
 from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
 from hpc_xvr.data.cameras.recording import guarded
-from hpc_xvr.data.corpus import Corpus, CorpusWriter, Video
+from hpc_xvr.data.corpus import Corpus, Video
 from hpc_xvr.data.layout import HEADER
+from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, progress_bar
 

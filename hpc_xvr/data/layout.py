@@ -13,18 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hpc_xvr.errors import InputError
 
 if TYPE_CHECKING:
-    from hpc_xvr.data.stores import Store
+    pass
 
 SCHEMA = 1
 FORMAT = "hpc_xvr corpus"
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 HEADER, MANIFEST, LOCK, SCRATCH = "corpus.json", "manifest.jsonl", ".lock", ".incoming"
 STORES = ("zarr", "hdf5")
+SPLITS = ("train", "validation", "test")
 
 
 class VideoInfo(BaseModel):
@@ -76,74 +78,6 @@ def read_header(path: Path) -> str:
             f"reads version {SCHEMA}, zarr or hdf5: update hpc-xvr or ingest again"
         )
     return store
-
-
-def read_entries(path: Path, store: Store) -> tuple[dict[str, dict[str, Any]], bool]:
-    """Manifest entries by id, and whether the manifest file says just that.
-
-    The folder decides which videos there are: lines of removed videos are dropped, videos that
-    a killed writer finished without a line are read from their own attributes.
-    """
-    complete = True
-    lines: dict[str, dict[str, Any]] = {}
-    try:
-        text = (path / MANIFEST).read_text()
-    except FileNotFoundError:
-        text = ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"corpus {path}: {MANIFEST} cannot be read ({error}); delete it, it is "
-            "rebuilt when the corpus is next written to"
-        ) from None
-    for line in text.splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-            lines[entry["id"]] = entry
-        except (ValueError, KeyError, TypeError):
-            complete = False
-        complete = complete and line.endswith("\n")
-    folder = path / "videos"
-    names: list[str] = []
-    with (
-        disk_errors(path, "read"),
-        contextlib.suppress(FileNotFoundError),
-        os.scandir(folder) as files,
-    ):
-        names = [f.name for f in files if f.is_dir() != bool(store.suffix)]
-    ids = sorted(
-        name.removesuffix(store.suffix)
-        for name in names
-        if ID.fullmatch(name) and name.endswith(store.suffix)
-    )
-    entries = {}
-    for id in ids:
-        entries[id] = lines.get(id) or {
-            "id": id,
-            **describe_clip(store, path, folder / (id + store.suffix)),
-        }
-    return entries, complete and lines.keys() == entries.keys()
-
-
-def describe_clip(store: Store, corpus: Path, path: Path) -> dict[str, Any]:
-    """Manifest entry (without id) of a stored clip."""
-    try:
-        attributes, arrays = store.describe(path)
-        known = {key: value for key, value in attributes.items() if key in VideoInfo.model_fields}
-        info = VideoInfo.model_validate(known)
-        shape, dtype = arrays["frames"]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"corpus {corpus}, video {path.name}: its attributes cannot be read "
-            f"({reason}); restore {path} or remove it"
-        ) from None
-    lr_shape = list(arrays["lr"][0]) if "lr" in arrays else None
-    return {
-        "shape": list(shape),
-        "dtype": dtype,
-        "lr_shape": lr_shape,
-        "attributes": info.model_dump(mode="json"),
-    }
 
 
 class WriterLock:
@@ -198,13 +132,20 @@ class WriterLock:
 
 def commit(temporary: Path, final: Path) -> None:
     """Put a finished file or folder in its place so that it survives a crash right after."""
-    inside = [
-        Path(folder) / name
-        for folder, folders, files in os.walk(temporary)
-        for name in (*folders, *files)
-    ]
-    for path in (*inside, temporary):
-        _fsync(path)
+    sync(temporary)
+    place(temporary, final)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder with all it holds, is on the disk."""
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            _fsync(Path(folder) / name)
+    _fsync(path)
+
+
+def place(temporary: Path, final: Path) -> None:
+    """Rename what is on the disk already."""
     temporary.replace(final)
     _fsync(final.parent)
 
@@ -245,14 +186,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def manifest_line(entry: dict[str, Any]) -> str:
-    """One video as a line of the manifest."""
-    return json.dumps(entry, separators=(",", ":")) + "\n"
-
-
 def explain(error: Exception) -> str:
     """An exception's message as one line; the first problem of a validation error."""
     if isinstance(error, ValidationError):
         problem = error.errors()[0]
         return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
     return str(error).splitlines()[0]
+
+
+def frame_bytes(frame: np.ndarray) -> memoryview:
+    """What the checksum of a clip is taken of: C order, little endian."""
+    return np.ascontiguousarray(frame, frame.dtype.newbyteorder("<")).data

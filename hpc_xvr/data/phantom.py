@@ -19,10 +19,10 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from hpc_xvr import config
-from hpc_xvr.data.corpus import CorpusWriter
 from hpc_xvr.data.layout import disk_errors
 from hpc_xvr.data.optics import MATERIALS, Camera, propagate, transmit
 from hpc_xvr.data.scenes import SCENES, Scene
+from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, progress_bar
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from hpc_xvr.errors import InputError
 Piece = tuple[int, int, int]
 _TOLERANCE = 0.02
 # Tags keep these random streams apart from each other and from the samples' [seed, step, slot].
-_DEAL, _SHUFFLE = 1, 2
+_DEAL, _SHUFFLE, _SUBSTITUTE = 1, 2, 3
 
 
 def centres(frames: int, lr_frames: int) -> range:
@@ -75,21 +75,53 @@ class Slots:
                 f"{max(frames, default=0)}: lower it or add longer videos"
             )
         self.steps_per_epoch = math.ceil(total / global_batch)
-        self._streams: dict[int, list[np.ndarray]] = {}
+        self._epochs: dict[int, list[_Stream]] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_streams": {}}
+        return {**self.__dict__, "_epochs": {}}
 
-    def pick(self, step: int, slot: int) -> tuple[int, int]:
-        """(index of the video, centre frame) of a slot; steps count from 0 over all epochs."""
+    def pick(self, step: int, slot: int, attempt: int = 0) -> tuple[int, int]:
+        """(index of the video, centre frame) of a slot; steps count from 0 over all epochs.
+
+        Attempts from 1 on are substitutes from anywhere in the epoch, for a frame that cannot be
+        read.
+        """
         epoch, k = divmod(step, self.steps_per_epoch)
-        if epoch not in self._streams:
-            while len(self._streams) >= 2:
-                del self._streams[min(self._streams)]
-            self._streams[epoch] = self._shuffled(epoch)
-        stream = self._streams[epoch][slot]
-        video, t = stream[k % len(stream)]
-        return int(video), int(t)
+        streams = self._streams(epoch)
+        if attempt:
+            rng = np.random.default_rng([self._seed, step, slot, _SUBSTITUTE, attempt])
+            slot, k = (int(n) for n in rng.integers([self._slots, self.steps_per_epoch]))
+        return streams[slot].pick(k)
+
+    def videos(self, slots: Iterable[int], first_step: int, last_step: int) -> list[int]:
+        """Indices of the videos that some slots read in these steps, in the order of the epochs."""
+        found: dict[int, None] = {}
+        readable = int((self._counts > 0).sum())
+        for epoch in range(
+            first_step // self.steps_per_epoch, last_step // self.steps_per_epoch + 1
+        ):
+            streams = self._streams(epoch)
+            for slot in slots:
+                found.update(dict.fromkeys(streams[slot].videos()))
+            if len(found) == readable:
+                break
+        return list(found)
+
+    def _streams(self, epoch: int) -> list[_Stream]:
+        if epoch not in self._epochs:
+            while len(self._epochs) >= 2:
+                del self._epochs[min(self._epochs)]
+            streams = [
+                _Stream(pieces, [self._seed, epoch, slot, _SHUFFLE])
+                for slot, pieces in enumerate(self.deal(epoch))
+            ]
+            filled = [stream for stream in streams if len(stream)]
+            # Fewer frames than slots: the empty slots borrow, so that a step is always whole.
+            self._epochs[epoch] = [
+                stream if len(stream) else filled[slot % len(filled)]
+                for slot, stream in enumerate(streams)
+            ]
+        return self._epochs[epoch]
 
     def deal(self, epoch: int) -> list[list[Piece]]:
         """Pieces (video index, first centre, last centre + 1) of each slot in an epoch."""
@@ -132,20 +164,43 @@ class Slots:
         first = self._ranges[video].start
         return int(video), first + int(start), first + int(stop)
 
-    def _shuffled(self, epoch: int) -> list[np.ndarray]:
-        """For each slot its (video, centre) pairs in the order of the epoch: arrays (n, 2)."""
-        streams = []
-        for slot, pieces in enumerate(self.deal(epoch)):
-            video, start, stop = np.array(pieces, np.int32).reshape(-1, 3).T
-            count = stop - start
-            row_of_piece = np.cumsum(count) - count
-            rows = np.arange(count.sum(), dtype=np.int32)
-            t = rows + np.repeat(start - row_of_piece.astype(np.int32), count)
-            order = np.random.default_rng([self._seed, epoch, slot, _SHUFFLE]).permutation(rows)
-            streams.append(np.stack([np.repeat(video, count)[order], t[order]], axis=1))
-        filled = [stream for stream in streams if len(stream)]
-        # Fewer frames than slots: the empty slots borrow, so that a step is always whole.
-        return [
-            stream if len(stream) else filled[slot % len(filled)]
-            for slot, stream in enumerate(streams)
-        ]
+
+class _Stream:
+    """The frames of a slot in the order of an epoch."""
+
+    def __init__(self, pieces: list[Piece], seed: list[int]) -> None:
+        self._video, self._start, stop = np.array(pieces, np.int32).reshape(-1, 3).T.copy()
+        self._ends = np.cumsum(stop - self._start, dtype=np.int64)
+        self._count = int(self._ends[-1]) if len(pieces) else 0
+        self._keys = np.random.default_rng(seed).integers(0, 2**32, 4).tolist()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def videos(self) -> list[int]:
+        return self._video.tolist()
+
+    def pick(self, k: int) -> tuple[int, int]:
+        row = permuted(k % self._count, self._count, self._keys)
+        piece = int(np.searchsorted(self._ends, row, side="right"))
+        into = row - (int(self._ends[piece - 1]) if piece else 0)
+        return int(self._video[piece]), int(self._start[piece]) + into
+
+
+def permuted(i: int, count: int, keys: Sequence[int]) -> int:
+    """Where a pseudo-random permutation of range(count) puts i.
+
+    A Feistel network over the next power of four, walked until it lands inside (as in
+    format-preserving encryption: Black and Rogaway 2002).
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for key in keys:
+            mixed = ((right ^ key) * 0x9E3779B1) & 0xFFFFFFFF
+            mixed = ((mixed ^ mixed >> 15) * 0x85EBCA77) & 0xFFFFFFFF
+            left, right = right, left ^ ((mixed ^ mixed >> 13) & mask)
+        i = left << half | right
+        if i < count:
+            return i

@@ -17,7 +17,8 @@ from hpc_xvr.config import Config
 from hpc_xvr.data.batches import TrainingSamples, training_batches
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.shards import slots_of_rank
-from hpc_xvr.dist.comm import CollectiveError, Comm
+from hpc_xvr.data.staging import Staging
+from hpc_xvr.dist.comm import CollectiveError, Comm, host
 from hpc_xvr.dist.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
@@ -49,16 +50,10 @@ class Trainer:
         torch.set_num_threads(threads)
 
         comm.on_root(lambda: _make_corpus(cfg))
-        corpus, self.data = comm.together(
-            lambda: (
-                Corpus(cfg.data.corpus),
-                TrainingSamples(
-                    cfg.data.corpus,
-                    cfg.data,
-                    cfg.model.output,
-                    cfg.train.global_batch,
-                    cfg.run.seed,
-                ),
+        corpus = comm.together(lambda: Corpus(cfg.data.corpus))
+        self.data = comm.together(
+            lambda: TrainingSamples(
+                corpus, cfg.data, cfg.model.output, cfg.train.global_batch, cfg.run.seed
             )
         )
         self.validator = comm.together(lambda: Validator(cfg, corpus, comm))
@@ -68,6 +63,8 @@ class Trainer:
         state = comm.on_root(lambda: open_run(cfg, resume))
 
         self.done = state["step"] if state else 0  # optimizer steps behind us
+        if cfg.data.stage_dir and self.done < cfg.train.steps:
+            self._stage(corpus, cfg.data.stage_dir)
         self._build(state)
         self.clock = Stopwatch(comm.device)
         # Steps without finite gradients: in a row, the longest row, all of them.
@@ -102,6 +99,17 @@ class Trainer:
         torch.manual_seed(self.cfg.run.seed)
         model = build_model(self.cfg)
         return model, prepare(model, self.cfg, self.comm.device, training=True)
+
+    def _stage(self, corpus: Corpus, folder: Path) -> None:
+        """Copy what the ranks of this node will read to a disk of the node, each rank a part."""
+        comm, train = self.comm, self.cfg.train
+        hosts = comm.gather(host())
+        here = [rank for rank, name in enumerate(hosts) if name == hosts[comm.rank]]
+        slots = [s for r in here for s in slots_of_rank(r, comm.size, train.global_batch)]
+        ids = self.data.videos_read(slots, self.done, train.steps - 1)
+        staging = comm.together(lambda: Staging(corpus, ids, folder))
+        comm.together(lambda: staging.copy(here.index(comm.rank), len(here)))
+        corpus.read_copies(staging.folder)
 
     @property
     def dtype(self) -> torch.dtype:

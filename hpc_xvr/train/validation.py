@@ -13,8 +13,9 @@ from torch import Tensor
 from hpc_xvr.checkpoint import write_atomic
 from hpc_xvr.config import Config
 from hpc_xvr.data.batches import key_frames, window_sample
-from hpc_xvr.data.corpus import Corpus, Video
+from hpc_xvr.data.corpus import Corpus, DamagedVideo, Video
 from hpc_xvr.dist.comm import Comm
+from hpc_xvr.log import logger
 from hpc_xvr.metrics import psnr, ssim
 from hpc_xvr.model.bases import transfer_detail, upsample
 
@@ -27,17 +28,26 @@ class Validator:
     def __init__(self, cfg: Config, corpus: Corpus, comm: Comm) -> None:
         self._cfg, self._comm = cfg, comm
         frames = _spread(corpus.split("validation"), cfg.data.hr_gap, cfg.validation.frames)
+        samples = [self._read(video, t) for video, t in frames[comm.rank :: comm.size]]
+        self._mine = [sample for sample in samples if sample is not None]
         self.count = len(frames)
-        self._mine = [self._read(video, t) for video, t in frames[comm.rank :: comm.size]]
+        """Frames to validate on all ranks, damaged ones included."""
         self._references: dict[str, float] | None = None
 
-    def _read(self, video: Video, t: int) -> Sample:
+    def _read(self, video: Video, t: int) -> Sample | None:
+        """The sample of a frame; None if it is damaged and `data.damaged` is drop."""
         side = self._cfg.validation.patch // self._cfg.data.scale * self._cfg.data.scale
         _, height, width = video.shape
         y, x = (slice(max(0, (n - side) // 2) // 4 * 4, None) for n in (height, width))
         y, x = (slice(s.start, s.start + min(side, n)) for s, n in ((y, height), (x, width)))
         keys = key_frames(t, self._cfg.data.hr_gap, video.shape[0])
-        sample = window_sample(video, t, keys, self._cfg.data, "centre", y=y, x=x)
+        try:
+            sample = window_sample(video, t, keys, self._cfg.data, "centre", y=y, x=x)
+        except DamagedVideo as error:
+            if self._cfg.data.damaged == "stop":
+                raise
+            logger.warning("%s; frame %d is not validated", error, t)
+            return None
         return {name: torch.as_tensor(value)[None] for name, value in sample.items()}
 
     @torch.inference_mode()
@@ -52,18 +62,18 @@ class Validator:
             outputs.append(_image(out[:, out.shape[1] // 2]))
             truth = _image(sample["target"][:, 0])
             scores.append((_psnr(outputs[-1], truth), ssim(outputs[-1], truth)))
-        result = dict(zip(("psnr", "ssim"), self._mean(scores), strict=True))
+        result = dict(zip(("psnr", "ssim", "frames"), self._mean(scores), strict=True))
         if self._references is None:
             self._references = dict(
                 zip(
                     ("psnr_bicubic", "psnr_detail"),
-                    self._mean([self._baselines(sample) for sample in self._mine]),
+                    self._mean([self._baselines(sample) for sample in self._mine])[:2],
                     strict=True,
                 )
             )
         if picture and outputs:
             _draw(picture, self._mine[0], outputs[0])
-        return {**result, **self._references, "frames": self.count}
+        return {**result, **self._references}
 
     def _baselines(self, sample: Sample) -> tuple[float, float]:
         centre = sample["lr"].shape[1] // 2
@@ -73,9 +83,10 @@ class Validator:
         return _psnr(_image(bicubic), truth), _psnr(_image(detail), truth)
 
     def _mean(self, rows: list[tuple[float, float]]) -> list[float]:
-        total = torch.tensor(rows, dtype=torch.float64).reshape(-1, 2).sum(0)
-        total = self._comm.all_reduce(total.to(self._comm.device))
-        return (total / max(self.count, 1)).tolist()
+        """Means of two columns over the rows of all ranks, and how many rows they have."""
+        total = torch.tensor([(*row, 1.0) for row in rows], dtype=torch.float64).reshape(-1, 3)
+        a, b, count = self._comm.all_reduce(total.sum(0).to(self._comm.device)).tolist()
+        return [a / max(count, 1), b / max(count, 1), int(count)]
 
 
 def _spread(videos: list[Video], gap: int, count: int) -> list[tuple[Video, int]]:

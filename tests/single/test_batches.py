@@ -17,9 +17,12 @@ import torch
 
 from hpc_xvr.config import Data
 from hpc_xvr.data.batches import TrainingSamples, key_frames, training_batches, window_sample
-from hpc_xvr.data.corpus import Corpus, CorpusWriter
+from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.degrade import bin_down, poisson
+from hpc_xvr.data.shards import slots_of_rank
+from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
 
 ROOT = Path(__file__).resolve().parents[2]
 INFO = {"camera": "c", "bit_depth": 16, "scene": "s", "split": "train", "source": "x"}
@@ -312,6 +315,37 @@ def test_damage_reaches_the_trainer_from_a_worker(tmp_path):
             next(iter(training_batches(dataset(path, workers=workers), 0, 1, 0, 3)))
         assert "\n" not in str(error.value)
         assert multiprocessing.active_children() == []
+
+
+def test_damaged_recordings_are_passed_over_by_all_alike(tmp_path, caplog, monkeypatch):
+    path = write(tmp_path / "c", [9, 12, 15, 11])
+    intact = dataset(path)
+    whole = {(step, slot): intact[step, slot] for step in range(8) for slot in range(8)}
+    for video in ("v1", "v3"):
+        (path / f"videos/{video}/frames/c/0/0/0").unlink()
+    data = dataset(path, damaged="drop")
+    with caplog.at_level("WARNING", "hpc_xvr"):
+        monkeypatch.setattr(logger, "propagate", True)
+        read = {index: data[index] for index in whole}
+    named = [record.getMessage() for record in caplog.records]
+    assert sorted(line.split("video ")[1][:2] for line in named) == ["v1", "v3"]  # once each
+    lost = [index for index in whole if data.slots.pick(*index)[0] in (1, 3)]
+    assert 10 < len(lost) < 54
+    for index, sample in read.items():
+        same = all(torch.equal(sample[key], whole[index][key]) for key in sample)
+        assert same == (index not in lost)  # samples of the others are what they were
+    for world, workers in ((1, 1), (2, 0)):  # the substitutes are the same for everyone
+        for rank in range(world):
+            loader = training_batches(
+                dataset(path, damaged="drop", workers=workers), rank, world, 0, 4
+            )
+            for step, batch in enumerate(loader):
+                for i, slot in enumerate(slots_of_rank(rank, world, 8)):
+                    assert torch.equal(batch["target"][i], read[step, slot]["target"])
+    for video in ("v0", "v2"):
+        (path / f"videos/{video}/frames/c/0/0/0").unlink()
+    with pytest.raises(InputError, match=r"none of 50 samples could be read.*--verify"):
+        dataset(path, damaged="drop")[0, 0]
 
 
 def test_a_data_set_is_small_to_send(corpus):

@@ -20,7 +20,8 @@ import pytest
 import zarr
 
 from hpc_xvr.data import corpus as corpus_module
-from hpc_xvr.data.corpus import Corpus, CorpusWriter
+from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,7 +237,7 @@ def test_a_source_that_fails_is_not_blamed_on_the_corpus(tmp_path):
 
 ADD_FOREVER = """
     import sys, numpy as np
-    from hpc_xvr.data.corpus import CorpusWriter
+    from hpc_xvr.data.writer import CorpusWriter
     rng = np.random.default_rng(0)
     with CorpusWriter(sys.argv[1], sys.argv[2]) as writer:
         frames = rng.integers(0, 4096, (40, 64, 64)).astype("u2")
@@ -298,7 +299,8 @@ def test_a_removed_video_is_gone(tmp_path):
 
 FILL_THE_DISK = """
     import resource, sys, numpy as np
-    from hpc_xvr.data.corpus import Corpus, CorpusWriter
+    from hpc_xvr.data.corpus import Corpus
+    from hpc_xvr.data.writer import CorpusWriter
     from hpc_xvr.errors import InputError
     info = dict(camera="c", bit_depth=12, scene="s", split="train", source="x")
     small, big = np.ones((2, 64, 64), "u2"), np.ones((40, 256, 256), "u2")
@@ -338,7 +340,7 @@ def test_places_that_cannot_be_written(tmp_path):
     child = python(
         """
         import os, sys
-        from hpc_xvr.data.corpus import CorpusWriter
+        from hpc_xvr.data.writer import CorpusWriter
         from hpc_xvr.errors import InputError
         os.chdir(sys.argv[1])
         if os.geteuid() == 0:
@@ -360,7 +362,7 @@ def test_one_writer_at_a_time(tmp_path):
     child = python(
         """
         import sys, time
-        from hpc_xvr.data.corpus import CorpusWriter
+        from hpc_xvr.data.writer import CorpusWriter
         with CorpusWriter(sys.argv[1]):
             print("writing", flush=True)
             time.sleep(60)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from hpc_xvr import metrics
 from hpc_xvr.config import Data
-from hpc_xvr.data.corpus import CorpusWriter
+from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import BASELINES
 from hpc_xvr.evaluate.evaluation import Evaluation, evaluate, merge, side_by_side

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hpc_xvr.config import Data
-from hpc_xvr.data.corpus import CorpusWriter
+from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 from hpc_xvr.reconstruct import writers
 from hpc_xvr.reconstruct.pipeline import (

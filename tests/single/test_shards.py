@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_xvr.data.shards import Slots, centres, slots_of_rank
+from hpc_xvr.data.shards import Slots, centres, permuted, slots_of_rank
 from hpc_xvr.errors import InputError
 
 plans = st.tuples(
@@ -154,4 +154,61 @@ def test_a_large_plan_is_quick():
         plan.pick(2 * plan.steps_per_epoch + k, k % 40)
     assert (time.process_time() - start) / 2000 < 1e-4
     plan.pick(plan.steps_per_epoch, 0)  # the epoch before is still there
-    assert len(plan._streams) == 2
+    assert len(plan._epochs) == 2
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 3000), st.lists(st.integers(0, 2**32 - 1), min_size=4, max_size=4))
+def test_an_order_has_every_frame_once(count, keys):
+    assert sorted(permuted(i, count, keys) for i in range(count)) == list(range(count))
+
+
+def test_an_order_is_shuffled_well():
+    """Neighbours in the order are neighbours in the video as seldom as chance has it, and every
+    place is as likely: each sum over 200 orders lies within 5 standard deviations."""
+    count, orders = 500, 200
+    rng = np.random.default_rng(0)
+    table = np.array(
+        [
+            [permuted(i, count, keys) for i in range(count)]
+            for keys in rng.integers(0, 2**32, (orders, 4)).tolist()
+        ]
+    )
+    neighbours = (np.abs(np.diff(table, axis=1)) == 1).sum()
+    expected = 2 * (count - 1) / count * orders
+    assert abs(neighbours - expected) < 5 * expected**0.5
+    spread = count / 12**0.5 / orders**0.5
+    assert np.abs(table.mean(axis=0) - (count - 1) / 2).max() < 5 * spread
+
+
+def test_the_memory_of_a_plan_does_not_grow_with_the_frames():
+    small, large = (Slots([n] * 500, 3, 10, 1) for n in (20, 2_000_000))
+    for plan in (small, large):
+        plan.pick(0, 0)
+    sizes = [
+        sum(
+            array.nbytes
+            for stream in plan._epochs[0]
+            for array in vars(stream).values()
+            if isinstance(array, np.ndarray)
+        )
+        for plan in (small, large)
+    ]
+    assert sizes[0] == sizes[1] < 500 * 40
+
+
+def test_substitutes_are_others_and_the_same_for_everyone():
+    plan, again = (Slots([60] * 12, 3, 4, 5) for _ in range(2))
+    tries = [plan.pick(7, 2, attempt) for attempt in range(30)]
+    assert tries == [again.pick(7, 2, attempt) for attempt in range(30)]
+    assert len(set(tries)) > 25 and len({video for video, _ in tries}) > 6
+
+
+def test_the_videos_of_some_slots():
+    plan = Slots([30] * 12, 3, 4, 5)
+    steps = plan.steps_per_epoch
+    for first, last in ((0, steps - 1), (steps - 2, steps + 2)):
+        picked = {plan.pick(k, slot)[0] for k in range(first, last + 1) for slot in (1, 2)}
+        assert picked <= set(plan.videos([1, 2], first, last))
+    assert len(plan.videos([1], 0, steps - 1)) == 3  # whole videos, no others
+    assert sorted(plan.videos([1], 0, 100 * steps)) == list(range(12))
