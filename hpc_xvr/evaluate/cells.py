@@ -83,6 +83,7 @@ def key_of(unit: Unit, entry: Entry, data: Data, seed: int) -> str:
         entry.lr_frames or data.lr_frames,
         data.scale,
         data.lr_source,
+        data.pattern,
         seed,
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]

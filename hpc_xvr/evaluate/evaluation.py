@@ -87,7 +87,9 @@ def recording_seen(
     Raises:
         InputError: noise on a recorded stream, which has its own; frames that do not fit.
     """
-    return recording_streams(video, gap, data, noise.photons, seed)
+    grid = (video.shape[1] // data.scale, video.shape[2] // data.scale)
+    camera = noise.camera(video.id, grid, data.pattern, seed)
+    return recording_streams(video, gap, data, camera, seed)
 
 
 def score(

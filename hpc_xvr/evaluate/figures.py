@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 
 from hpc_xvr import metrics
 from hpc_xvr.evaluate.evaluation import METRICS, Condition
-from hpc_xvr.evaluate.noise import Noise
+from hpc_xvr.evaluate.noise import KINDS, Noise
 from hpc_xvr.evaluate.results import Evaluation
 from hpc_xvr.evaluate.summary import Summary
 from hpc_xvr.reconstruct.writers import written_whole
@@ -37,7 +37,7 @@ PLAIN = {  # colour and dashes of methods without learning: they stay behind the
     "linear_hr": ("#868e96", ":"),
     "detail": ("#868e96", "-"),
     "adaptive": ("#343a40", "-"),
-    "bayes": ("#343a40", "--"),
+    "bayes": ("#8d6e63", "--"),
 }
 COLOURS = ("#1c5d99", "#d9480f", "#2b8a3e", "#9c36b5", "#0b7285", "#e67700")
 
@@ -71,7 +71,7 @@ def side_by_side(
     columns = len(panels) + 1
     height, width = truth.shape
     cell = 12.8 / columns
-    rows = (cell * height / width, cell, cell * height / width, 2.0)
+    rows = (cell * height / width, cell, cell * height / width, 1.8)
     with matplotlib.rc_context(STYLE | {"axes.spines.top": True, "axes.spines.right": True}):
         figure = Figure(figsize=(12.8, sum(rows) + 1.6), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
@@ -121,7 +121,13 @@ def _profile(
     axes.set_xlim(at[0], at[-1])
     axes.set_xlabel(f"pixel along the dotted line (row {row})")
     axes.set_ylabel("intensity")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.005, 0.5))
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=len(panels) + 1,
+    )
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -154,7 +160,7 @@ def charts(evaluation: Evaluation) -> dict[str, Figure]:
 
 def _against_noise(evaluation: Evaluation, own: Sequence[Condition], corpus: str) -> Figure:
     gaps = sorted({c.gap for c in own})
-    kinds = sorted({Noise.parse(c.noise).kind for c in own} - {"none"})
+    kinds = [k for k in KINDS if k in {Noise.parse(c.noise).kind for c in own}]
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(len(kinds) * len(gaps), f"{corpus}: PSNR against noise")
         for axis, (kind, gap) in zip(axes, [(k, g) for k in kinds for g in gaps], strict=True):
@@ -165,9 +171,9 @@ def _against_noise(evaluation: Evaluation, own: Sequence[Condition], corpus: str
             _lines(evaluation, axis, {c: clean if v is None else v for c, v in levels.items()})
             axis.set_xscale("log")
             ticks = sorted(set(finite)) + [clean] * (None in levels.values())
-            axis.set_xticks(ticks, ["none" if v == clean else f"{v:g}" for v in ticks], rotation=45)
+            axis.set_xticks(ticks, ["none" if v == clean else _power(v) for v in ticks])
             axis.minorticks_off()
-            axis.set_xlabel(f"{_words(kind)}: photons a pixel")
+            axis.set_xlabel(f"{KINDS[kind]}: photons a pixel")
             axis.set_title(f"a key frame every {gap} frames", fontsize=9)
         _legend(figure, axes)
     return figure
@@ -273,12 +279,10 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
     figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
 
 
-def _words(kind: str) -> str:
-    return (
-        kind.replace("_", "-")
-        .replace("poisson-gaussian", "photon and read-out noise")
-        .replace("poisson", "photon noise")
-    )
+def _power(value: float) -> str:
+    """A power of ten as one writes it, other numbers plainly."""
+    exponent = math.log10(value)
+    return f"$10^{{{exponent:.0f}}}$" if abs(exponent - round(exponent)) < 1e-9 else f"{value:g}"
 
 
 def _broken(name: str, width: int = 20) -> str:

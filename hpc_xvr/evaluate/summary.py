@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -10,8 +9,9 @@ from functools import lru_cache
 import numpy as np
 
 from hpc_xvr.evaluate.evaluation import LOWER, METRICS, Condition, Row
+from hpc_xvr.evaluate.noise import KINDS, Noise
 
-RESAMPLES = 4000
+RESAMPLES = 10_000
 LEVEL = 0.95
 
 
@@ -76,9 +76,9 @@ def conditions(rows: Sequence[Row]) -> list[Condition]:
     """In order of corpus, gap, and noise from none to most."""
 
     def order(condition: Condition) -> tuple:
-        kind, _, level = condition.noise.rpartition(":")
-        photons = math.inf if condition.noise == "none" else float(level)
-        return condition.corpus, condition.gap, kind, -photons
+        noise = Noise.parse(condition.noise)
+        kind = list(KINDS).index(noise.kind) if noise.photons else -1
+        return condition.corpus, condition.gap, kind, noise.read_noise, -(noise.photons or 0)
 
     return sorted({row.condition for row in rows}, key=order)
 

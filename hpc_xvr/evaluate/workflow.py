@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpc_xvr.config import Config, Data
 from hpc_xvr.data.batches import key_frames
 from hpc_xvr.data.corpus import Corpus, Video
 from hpc_xvr.dist.comm import Comm
+from hpc_xvr.dist.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import figures
 from hpc_xvr.evaluate.cells import Cells, key_of
@@ -29,7 +32,6 @@ from hpc_xvr.evaluate.noise import Noise
 from hpc_xvr.evaluate.page import write_page
 from hpc_xvr.evaluate.results import Evaluation, Facts, joined
 from hpc_xvr.log import logger, progress_bar
-from hpc_xvr.reconstruct.workflow import use_threads
 from hpc_xvr.reconstruct.writers import write_movie
 
 MOVIE_FPS = 8
@@ -47,7 +49,7 @@ def evaluate(
     Raises:
         InputError: no such method, run, corpus or split; nothing to compare.
     """
-    use_threads()
+    torch.set_num_threads(config.run.threads or cpu_threads(discover()))
     wanted, data = config.evaluate, config.data
 
     def load() -> tuple[dict[str, Entry], list[Unit], dict[str, Row]]:
@@ -224,12 +226,11 @@ def _spread(units: list[Unit], count: int) -> list[Unit]:
 
 
 def _best(evaluation: Evaluation, condition: Condition) -> list[str]:
-    """Bicubic, the reference, the best other method without learning, and all that learned."""
+    """Worst first: bicubic, Bayesian fusion, the reference, the best without learning, models."""
     table = [summary.method for summary in evaluation.table(condition)]
-    learned = {facts.name for facts in evaluation.methods if facts.learned}
-    plain = [name for name in table if name not in learned]
-    chosen = {"bicubic", evaluation.reference, *plain[-1:], *learned}
-    return [name for name in table if name in chosen]
+    plain = [name for name in table if not evaluation.learned(name)]
+    left_out = set(plain[:-1]) - {"bicubic", "bayes", evaluation.reference}
+    return [name for name in table if name not in left_out]
 
 
 def _frame(entry: Entry, unit: Unit, t: int, config: Config, comm: Comm):

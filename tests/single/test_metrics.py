@@ -42,7 +42,8 @@ def test_scikit_image_agrees(kind):
     for metric in ALL:
         assert metric(a, b) == metric(b, a)
     padded = [np.pad(p.clip(0, 1), 1, mode="reflect", reflect_type="odd") for p in (a, b)]
-    exact = peak_signal_noise_ratio(*(central(p) for p in padded), data_range=1)
+    with np.errstate(divide="ignore"):  # flat frames have equal gradients
+        exact = peak_signal_noise_ratio(*(central(p) for p in padded), data_range=1)
     assert psnr_gradient(a, b) == pytest.approx(exact, abs=1e-10)
 
 
