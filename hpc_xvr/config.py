@@ -296,6 +296,22 @@ class Evaluate(Section):
         return tree
 
 
+class Fetch(Section):
+    """Where `hpc-xvr fetch` finds published data sets, and what it does with them."""
+
+    address: dict[str, str] = {
+        name: f"https://g-a0400.fd635.8443.data.globus.org/{name}/{name}.zip"
+        for name in ("rad_00001", "rad_00002")
+    }
+    """Web address of each data set's ZIP archive (those of TomoBank by default)."""
+    sha256: dict[str, str] = {}
+    """Checksum of an archive, where it is known; the download is refused if it differs."""
+    folder: Path = Path("downloads")
+    """Archives and their files stay here."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a byte after which a connection counts as broken."""
+
+
 class Config(Section):
     """The whole tree."""
 
@@ -309,6 +325,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     dist: Dist = Dist()
     evaluate: Evaluate = Evaluate()
+    fetch: Fetch = Fetch()
 
     def with_evaluate(self, **values: Any) -> Config:
         """The same with other values in the section `evaluate`, checked as `load` does.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from hpc_xvr import __version__
-from hpc_xvr.cli import data, results, train
+from hpc_xvr.cli import data, fetch, results, train
 from hpc_xvr.cli.ending import run
 
 
@@ -31,6 +31,7 @@ def cli() -> None:
 for _command in (
     data.simulate,
     data.ingest,
+    fetch.fetch,
     data.inspect,
     train.train,
     results.evaluate,

@@ -215,7 +215,7 @@ def _pictures(
         truth = unit.video.intensity(t)
         figures.save(figures.side_by_side(panels, truth, title), out / f"{name}.png")
         if i == 0:
-            _movie(out / f"{name}.webp", best, unit, entries, config, comm)
+            _movie(out / f"{name}-{best[-1]}.webp", best, unit, entries, config, comm)
 
 
 def _spread(units: list[Unit], count: int) -> list[Unit]:
@@ -259,4 +259,4 @@ def _movie(
             frame = keys[t] if t in keys else _frame(entries[name], unit, t, config, comm)
             yield lr[t], frame, video.intensity(t)
 
-    write_movie(path, frames(), MOVIE_FPS, ["fast camera", entries[name].title, "truth"])
+    write_movie(path, frames(), MOVIE_FPS, ["fast camera", "reconstruction", "truth"])
