@@ -49,17 +49,12 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def side_by_side(
-    panels: Mapping[str, np.ndarray], truth: np.ndarray, title: str, most: int = 6
-) -> Figure:
+def side_by_side(panels: Mapping[str, np.ndarray], truth: np.ndarray, title: str) -> Figure:
     """Whole frames with PSNR, the region methods find hardest, absolute errors, a profile.
 
-    `panels`: title -> (H, W) in [0, 1]; the first `most` - 1 and the last are shown. All rows of a
-    kind share one scale; the profile runs through the middle of the region.
+    `panels`: title -> (H, W) in [0, 1], a handful. All panels of a row share one scale; the profile
+    runs through the middle of the region.
     """
-    names = list(panels)
-    chosen = names if len(names) <= most else [*names[: most - 1], names[-1]]
-    panels = {name: panels[name] for name in chosen}
     errors = {name: 255 * np.abs(frame - truth) for name, frame in panels.items()}
     # Each method's error weighs the same, or the blur of the coarsest would decide alone.
     y, x, side = worst_region(

@@ -149,7 +149,7 @@ def _model_of_file(path: Path) -> tuple[nn.Module, Config | None]:
 def _title(model: nn.Module) -> str:
     if not isinstance(model, SwinXVR):
         return {"EDVRSTF": "EDVR-STF"}.get(type(model).__name__, type(model).__name__)
-    base = "" if model.base == "none" else f" on {BASELINES[model.base].title}"
+    base = "" if model.base == "none" else f", base {model.base}"
     return f"SWIN-XVR {model.output}{base}"
 
 

@@ -35,6 +35,7 @@ from hpc_xvr.log import logger, progress_bar
 from hpc_xvr.reconstruct.writers import write_movie
 
 MOVIE_FPS = 8
+PANELS = 6  # methods side by side
 
 
 def evaluate(
@@ -226,11 +227,14 @@ def _spread(units: list[Unit], count: int) -> list[Unit]:
 
 
 def _best(evaluation: Evaluation, condition: Condition) -> list[str]:
-    """Worst first: bicubic, Bayesian fusion, the reference, the best without learning, models."""
+    """The methods that pictures show, at most PANELS, worst first: bicubic, the reference, the
+    best models, the best without learning, Bayesian fusion."""
     table = [summary.method for summary in evaluation.table(condition)]
+    models = [name for name in reversed(table) if evaluation.learned(name)]
     plain = [name for name in table if not evaluation.learned(name)]
-    left_out = set(plain[:-1]) - {"bicubic", "bayes", evaluation.reference}
-    return [name for name in table if name not in left_out]
+    wanted = ["bicubic", evaluation.reference, *models[: PANELS - 3], *plain[-1:], "bayes"]
+    chosen = [name for name in dict.fromkeys(wanted) if name in table][:PANELS]
+    return [name for name in table if name in chosen]
 
 
 def _frame(entry: Entry, unit: Unit, t: int, config: Config, comm: Comm):

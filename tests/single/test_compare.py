@@ -17,7 +17,8 @@ from hpc_xvr.config import load
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.dist.comm import Comm
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.workflow import evaluate
+from hpc_xvr.evaluate.results import Evaluation, Facts
+from hpc_xvr.evaluate.workflow import _best, evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -153,3 +154,13 @@ def test_options_of_the_command(pulse_corpus, tmp_path, runs):
     assert old.evaluate.noise == ["1000"] and old.evaluate.gap == [8]
     refused = hpc_xvr("evaluate", "bayes", "--corpus", pulse_corpus, code=2)
     assert "--out FOLDER" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_pictures_show_a_handful_with_the_best_models():
+    from test_results import row
+
+    names = ["bicubic", "nearest_hr", "detail", "adaptive", "bayes", *(f"m{i}" for i in range(5))]
+    rows = [row(name, f"r{k}", 30.0 + i) for i, name in enumerate(names) for k in range(2)]
+    facts = [Facts(name, name, name.startswith("m")) for name in names]
+    whole = Evaluation(rows, facts, {}, "detail")
+    assert _best(whole, whole.conditions[0]) == ["bicubic", "detail", "bayes", "m2", "m3", "m4"]

@@ -248,7 +248,8 @@ def test_help_and_config_errors_need_neither_torch_nor_mpi(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "command", ["simulate", "ingest", "inspect", "train", "evaluate", "reconstruct", "report"]
+    "command",
+    ["simulate", "ingest", "fetch", "inspect", "train", "evaluate", "reconstruct", "report"],
 )
 def test_every_command_teaches_with_examples(command):
     done = subprocess.run([*CLI, command, "--help"], cwd=ROOT, capture_output=True, text=True)

@@ -25,7 +25,7 @@ TITLES = {
     "edvr_stf": "EDVR-STF",
     "swin_centre": "SWIN-XVR centre",
     "swin_sequence": "SWIN-XVR sequence",
-    "swin_adaptive": "SWIN-XVR centre on detail transfer where still",
+    "swin_adaptive": "SWIN-XVR centre, base adaptive",
 }
 
 
