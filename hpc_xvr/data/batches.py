@@ -82,7 +82,7 @@ class TrainingSamples(Dataset):
         self.output = output
         self.global_batch = global_batch
         self.seed = seed
-        self.slots = Slots([v.shape[0] for v in self.videos], data.lr_frames, global_batch, seed)
+        self.slots = Slots(self.videos.frame_counts, data.lr_frames, global_batch, seed)
         self._damaged: set[str] = set()
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:

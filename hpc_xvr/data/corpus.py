@@ -17,7 +17,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -129,6 +129,33 @@ class Video:
         return crops[0] if isinstance(t, (int, np.integer)) else crops
 
 
+class Videos(Sequence[Video]):
+    """Some videos of a corpus: a few bytes each, handles are made when asked for."""
+
+    def __init__(self, manifest: Manifest, numbers: np.ndarray, arrays: OpenArrays) -> None:
+        self._manifest, self._arrays = manifest, arrays
+        self._numbers = np.asarray(numbers, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Video: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Videos: ...
+
+    def __getitem__(self, index: int | slice) -> Video | Videos:
+        if isinstance(index, slice):
+            return Videos(self._manifest, self._numbers[index], self._arrays)
+        return Video(self._manifest, int(self._numbers[index]), self._arrays)
+
+    @property
+    def frame_counts(self) -> np.ndarray:
+        """Frames of each video: (n,) int64."""
+        return self._manifest.frame_counts()[self._numbers]
+
+
 class OpenArrays:
     """Arrays this process has open, the least recently used closed first.
 
@@ -170,8 +197,8 @@ class Corpus:
         self.store = read_header(self.path)
         store = STORES[self.store]()
         self._manifest = Manifest.read(self.path, store)
-        arrays = OpenArrays(store)
-        self.videos = [Video(self._manifest, i, arrays) for i in range(len(self._manifest))]
+        self._arrays = OpenArrays(store)
+        self.videos = self._some(np.arange(len(self._manifest)))
 
     def __getitem__(self, id: str) -> Video:
         number = self._manifest.find(id)
@@ -186,9 +213,12 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.videos)
 
-    def split(self, name: str) -> list[Video]:
+    def split(self, name: str) -> Videos:
         """Videos of one split: train, validation or test."""
-        return [self.videos[number] for number in self._manifest.of_split(name)]
+        return self._some(self._manifest.of_split(name))
+
+    def _some(self, numbers: np.ndarray) -> Videos:
+        return Videos(self._manifest, numbers, self._arrays)
 
     def original(self, id: str) -> Path:
         """Folder or file of a clip in the corpus itself."""

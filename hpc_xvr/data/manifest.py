@@ -94,7 +94,10 @@ class Manifest:
         return cls(path, store, [entry["id"]], [(-1, *_columns(entry))], {0: line(entry)}, False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_infos": {}}
+        return {**self.__dict__, "ids": "\n".join(self.ids), "_infos": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, ids=state["ids"].split("\n") if state["ids"] else [])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -114,9 +117,9 @@ class Manifest:
             return copy
         return self.clip(id)
 
-    def of_split(self, name: str) -> list[int]:
+    def of_split(self, name: str) -> np.ndarray:
         """Numbers of the videos of a split."""
-        return np.flatnonzero(self._table["split"] == SPLITS.index(name)).tolist()
+        return np.flatnonzero(self._table["split"] == SPLITS.index(name))
 
     def frame_counts(self) -> np.ndarray:
         """Frames of each video: (n,) int64."""

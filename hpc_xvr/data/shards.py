@@ -63,8 +63,9 @@ class Slots:
     """
 
     def __init__(self, frames: Sequence[int], lr_frames: int, global_batch: int, seed: int) -> None:
-        self._ranges = [centres(n, lr_frames) for n in frames]
-        self._counts = np.array([len(r) for r in self._ranges], dtype=np.int64)
+        frames = np.asarray(frames, np.int64)
+        self._first = centres(0, lr_frames).start
+        self._counts = np.maximum(frames - 2 * self._first, 0)
         self._slots = global_batch
         self._seed = seed
         total = int(self._counts.sum())
@@ -161,8 +162,7 @@ class Slots:
         return slots
 
     def _piece(self, video: int, start: int, stop: int) -> Piece:
-        first = self._ranges[video].start
-        return int(video), first + int(start), first + int(stop)
+        return int(video), self._first + int(start), self._first + int(stop)
 
 
 class _Stream:
