@@ -78,7 +78,7 @@ def write_report(run_dir: Path | str) -> Path:
         settings={
             section: _shown(config.flat(values))
             for section, values in settings.items()
-            if isinstance(values, dict)
+            if isinstance(values, dict) and section != "fetch"  # no part of the run
         },
         environment=_environment(_json(run / "environment.json") or {}),
     )
