@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,7 +21,9 @@ NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Noise = Literal["none", "poisson", "poisson_gaussian", "fixed_pattern"]
 Scene = Literal["keyhole", "spray", "bubbles", "crack", "tissue"]
+Sensor = Literal["sa-z", "hpv-x2"]
 Split = Literal["train", "validation", "test"]
+Size = tuple[Positive, Positive, Positive]
 
 
 class Section(BaseModel):
@@ -41,20 +43,27 @@ class Run(Section):
     """CPU threads of a rank. Default: cores of the node / ranks on the node."""
 
 
+class CameraShare(Section):
+    """A class of sharp camera and its part in the corpus."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the recordings."""
+    size: Size | None = None
+    """Frames, height and width of its recordings, where `simulate.size` is null."""
+
+
 class Simulate(Section):
     """The simulated two-camera corpus, made on first use where `data.corpus` is missing."""
 
     videos: Positive = 24
     """Number of recordings."""
-    size: tuple[Positive, Positive, Positive] = (48, 128, 128)
-    """Frames, height and width (pixels) of the high-resolution camera's recordings."""
-    scenes: Annotated[list[Scene], Field(min_length=1)] = [
-        "keyhole",
-        "spray",
-        "bubbles",
-        "crack",
-        "tissue",
-    ]
+    size: Size | None = (48, 128, 128)
+    """Frames, height and width (pixels) of the high-resolution cameras' recordings. null: each
+    camera's own, `simulate.cameras.NAME.size`."""
+    cameras: Annotated[dict[Sensor, CameraShare], Field(min_length=1)] = {"sa-z": CameraShare()}
+    """Sharp cameras and their shares of each scene's recordings: sa-z (12 bit) and hpv-x2 (10
+    bit). The fast low-resolution one beside them is an hpv-x2."""
+    scenes: Annotated[list[Scene], Field(min_length=1)] = list(get_args(Scene))
     """Scenes, dealt to the recordings in turn."""
     splits: dict[Split, Fraction] = {"train": 0.75, "validation": 0.125, "test": 0.125}
     """Share of the recordings in each split."""
@@ -72,11 +81,23 @@ class Simulate(Section):
         total = sum(self.splits.values())
         if abs(total - 1) > 1e-6:
             raise ValueError(f"splits must add up to 1, they add up to {total:g}")
-        if self.size[1] % self.scale or self.size[2] % self.scale:
-            raise ValueError(
-                f"height and width of size {self.size} must be multiples of scale {self.scale}"
-            )
+        total = sum(camera.share for camera in self.cameras.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"shares of cameras must add up to 1, they add up to {total:g}")
+        for name in self.cameras:
+            size = self.size_of(name)
+            if size[1] % self.scale or size[2] % self.scale:
+                raise ValueError(
+                    f"height and width of size {size} must be multiples of scale {self.scale}"
+                )
         return self
+
+    def size_of(self, camera: Sensor) -> Size:
+        """Frames, height and width of a camera's recordings."""
+        size = self.size or self.cameras[camera].size
+        if size is None:
+            raise ValueError(f"size is null: give size or cameras.{camera}.size")
+        return size
 
 
 class Data(Section):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_xvr.cli.common import Examples, a_config, settings
+from hpc_xvr.cli.common import Examples, a_config, connect, settings
 from hpc_xvr.errors import InputError
+
+if TYPE_CHECKING:
+    from hpc_xvr.data.corpus import Corpus
 
 
 @click.command(
@@ -16,6 +19,7 @@ from hpc_xvr.errors import InputError
     examples="""
     hpc-xvr simulate configs/quickstart.yaml
     hpc-xvr simulate configs/quickstart.yaml --set simulate.videos=6 --set data.corpus=runs/six
+    mpirun -n 64 hpc-xvr simulate configs/corpus_1358.yaml --set data.corpus=/scratch/corpus
 """,
 )
 @a_config
@@ -23,11 +27,13 @@ from hpc_xvr.errors import InputError
 def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     """Make the corpus of simulated two-camera experiments that CONFIG describes.
 
-    The section `simulate` says how many recordings, their size and scenes; `data.corpus` says
-    where they go. The same seed gives the same corpus. Uses all cores.
+    The section `simulate` says how many recordings, their size, cameras and scenes; `data.corpus`
+    says where they go. The same seed gives the same corpus, bit for bit. Uses all cores, and under
+    mpirun those of all ranks; after an interruption, repeat the command and it goes on.
     """
     from hpc_xvr.config import load
-    from hpc_xvr.data.phantom import simulate_corpus
+    from hpc_xvr.data.phantom import refuse_existing, simulate_corpus
+    from hpc_xvr.dist.launch import cpu_threads, discover
 
     cfg = load(config, overrides)
     if cfg.simulate is None:
@@ -35,7 +41,15 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
             f"{config}: has no section 'simulate'; add one, such as "
             "'simulate: {videos: 24, size: [48, 128, 128]}'"
         )
-    simulate_corpus(cfg.simulate, cfg.data.corpus)
+    launch = discover()
+    if launch.size == 1:
+        simulate_corpus(cfg.simulate, cfg.data.corpus)
+    else:
+        comm = connect("auto", "cpu", cfg.dist.timeout_s)
+        comm.on_root(lambda: refuse_existing(cfg.data.corpus))
+        cores = cpu_threads(launch)
+        simulate_corpus(cfg.simulate, cfg.data.corpus, cores, comm.rank, comm.size, comm.gather)
+        comm.close()
     _show_corpus(cfg.data.corpus)
 
 
@@ -44,8 +58,10 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     examples="""
     hpc-xvr ingest run12.cihx --corpus corpus
     hpc-xvr ingest shots/*.cine --corpus corpus --scene keyhole
+    mpirun -n 4 hpc-xvr ingest beamtime/ --corpus corpus --skip-bad
     hpc-xvr ingest frames/ --corpus corpus --frame-rate 1e6 --pixel-size 1.9
     hpc-xvr ingest scan.h5 --corpus corpus --flat flat.tif --dark dark.tif
+    hpc-xvr ingest sharp.cihx --lr fast.dat --registration cameras.yaml --corpus corpus
 """,
 )
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -93,15 +109,61 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     type=int,
     default=4,
     show_default=True,
-    help="Frame height and width must be multiples of this.",
+    help="Frame height and width must be multiples of this; also the pixel size of the second "
+    "camera's stored frames.",
 )
-@click.option("--crop", is_flag=True, help="Cut rows and columns that are too many for --scale.")
+@click.option(
+    "--crop",
+    is_flag=True,
+    help="Cut rows and columns that are too many for --scale, and what --lr does not show.",
+)
+@click.option(
+    "--lr",
+    multiple=True,
+    metavar="FILE",
+    help="The fast camera's recording of the same shot. With several PATHS, one for each in order.",
+)
+@click.option(
+    "--registration",
+    metavar="FILE|TEXT",
+    help="Where the fast camera's pixels lie on the sharp frames: YAML or JSON with scale (sharp "
+    "pixels a fast one covers), origin [row, column] of its upper left corner, rotation_deg, "
+    "flip (rows, columns, both). Its frames are then stored on the sharp grid / --scale.",
+)
+@click.option(
+    "--gap",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Fast frames from one sharp frame to the next. [default: from the frame rates]",
+)
+@click.option("--lr-rate", type=float, metavar="HZ", help="Where --lr does not say.")
+@click.option(
+    "--lr-start",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="When the fast camera took its first frame, in sharp frames from the first one.",
+)
+@click.option("--lr-flat", type=click.Path(path_type=Path), help="As --flat, fast camera.")
+@click.option("--lr-dark", type=click.Path(path_type=Path), help="As --dark, fast camera.")
+@click.option("--lr-dataset", help="As --dataset, fast camera.")
+@click.option("--lr-bit-depth", type=click.IntRange(1, 16), help="As --bit-depth, fast camera.")
+@click.option("--skip-bad", is_flag=True, help="Go on after files that cannot be used; list them.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes (of each rank). [default: one a core, fewer for little work]",
+)
 def ingest(
     paths: tuple[Path, ...],
     corpus: Path,
     scale: int,
     frame_rate: float | None,
     pixel_size: float | None,
+    registration: str | None,
+    gap: float | None,
+    lr_rate: float | None,
+    lr_start: float,
+    workers: int | None,
     **options: Any,
 ) -> None:
     """Turn camera files PATHS into recordings of a corpus.
@@ -112,25 +174,58 @@ def ingest(
 
     Frame rate, pixel size, exposure, bit depth and camera are kept where the file has them. A
     recording is in the corpus whole or not at all; repeat the command after an interruption and
-    it goes on with what is missing.
+    it goes on with what is missing. The result is the same on any number of processes and ranks.
     """
+    from hpc_xvr.data.ingest import Ranks
     from hpc_xvr.data.ingest import ingest as run
+    from hpc_xvr.data.pairs import Pairing, read_registration
+    from hpc_xvr.dist.launch import cpu_threads, discover
+
+    if not options["lr"] and any((registration, gap, lr_rate, lr_start)):
+        raise InputError("--registration, --gap, --lr-rate and --lr-start are for --lr: give it")
+    ranks, comm, launch = Ranks(), None, discover()
+    if launch.size > 1:
+        comm = connect("auto", "cpu", timeout_s=7 * 86400)
+        ranks = Ranks(comm.rank, comm.size, comm.gather)
+        workers = workers or cpu_threads(launch)
+
+    def work() -> list[Any]:
+        return run(
+            paths,
+            corpus,
+            multiple_of=scale,
+            frame_rate_hz=frame_rate,
+            pixel_size_um=pixel_size,
+            pairing=Pairing(
+                gap, lr_start, lr_rate, registration and read_registration(registration)
+            ),
+            workers=workers,
+            ranks=ranks,
+            **options,
+        )
+
+    outcomes = work() if comm is None else comm.together(work)
+    if ranks.rank == 0:
+        _show_outcomes(outcomes)
+        _show_corpus(corpus)
+    if comm is not None:
+        comm.close()
+        comm.leave(0)
+
+
+def _show_outcomes(outcomes: list[Any]) -> None:
+    """What became of the files; of many, only those that were not simply added."""
+    from collections import Counter
+
     from hpc_xvr.log import print_table
 
-    outcomes = run(
-        paths,
-        corpus,
-        multiple_of=scale,
-        frame_rate_hz=frame_rate,
-        pixel_size_um=pixel_size,
-        **options,
-    )
+    counts = Counter(o.status for o in outcomes)
+    shown = [o for o in outcomes if o.status in ("duplicate", "bad") or len(outcomes) <= MANY]
     print_table(
-        "Ingested",
+        "Ingested: " + ", ".join(f"{n} {status}" for status, n in counts.items()),
         ["file", "result", "recording", "split"],
-        [[o.path, o.status, o.id, o.split] for o in outcomes],
+        [[o.path, f"bad: {o.problem}" if o.problem else o.status, o.id, o.split] for o in shown],
     )
-    _show_corpus(corpus)
 
 
 @click.command(
@@ -138,19 +233,34 @@ def ingest(
     examples="""
     hpc-xvr inspect corpus
     hpc-xvr inspect corpus --verify
+    hpc-xvr inspect corpus --sheet
+    hpc-xvr inspect corpus --sheet frames.png --all
 """,
 )
 @click.argument("corpus", type=click.Path(path_type=Path))
+@click.option("--all", "everything", is_flag=True, help="Show every recording, however many.")
+@click.option(
+    "--sheet",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE.png]",
+    help="Write a contact sheet: first, middle and last frame of each recording (of 48 of them, "
+    "spread evenly; --all: of all, on several pages). [default name: CORPUS-sheet.png]",
+)
 @click.option("--verify", is_flag=True, help="Read every recording and check its checksum.")
-def inspect(corpus: Path, verify: bool) -> None:
+def inspect(corpus: Path, everything: bool, sheet: str | None, verify: bool) -> None:
     """Show the recordings of CORPUS; exit code 2 if --verify finds a damaged one."""
-    _show_corpus(corpus)
-    if not verify:
-        return
-    from hpc_xvr.data.corpus import Corpus
     from hpc_xvr.log import logger, track
 
-    opened = Corpus(corpus)
+    opened = _show_corpus(corpus, everything)
+    if sheet is not None:
+        from hpc_xvr.data.contact_sheet import contact_sheet
+
+        file = Path(sheet) if sheet else Path(f"{corpus.resolve().name}-sheet.png")
+        for page in contact_sheet(opened, file, everything):
+            click.echo(f"contact sheet: {page}")
+    if not verify:
+        return
     results = list(track(opened.verify(), "verifying", total=len(opened.videos)))
     bad = [(name, problem) for name, problem in results if problem]
     for name, problem in bad:
@@ -164,32 +274,61 @@ def inspect(corpus: Path, verify: bool) -> None:
     click.echo(f"{len(results)} recordings verified: all intact")
 
 
-def _show_corpus(corpus: Path) -> None:
+MANY = 50
+"""Recordings that a table shows one by one."""
+FIRST = 10
+"""Recordings that it shows of more."""
+
+
+def _show_corpus(corpus: Path, everything: bool = False) -> Corpus:
+    from collections import Counter
+
     from hpc_xvr.data.corpus import Corpus
     from hpc_xvr.log import print_table
 
     def cell(value: float | None, unit: float = 1.0) -> str:
         return "-" if value is None else f"{value / unit:g}"
 
-    videos = Corpus(corpus).videos
-    rows = [
-        [
-            v.id,
-            v.info.split,
-            "x".join(map(str, v.shape)),
-            v.info.bit_depth,
-            cell(v.info.frame_rate_hz, 1e3),
-            cell(v.info.pixel_size_um),
-            "-" if v.lr_shape is None else "x".join(map(str, v.lr_shape)),
-            v.info.camera,
-        ]
-        for v in videos
-    ]
-    splits = {s: sum(v.info.split == s for v in videos) for s in ("train", "validation", "test")}
-    print_table(
+    opened = Corpus(corpus)
+    videos = opened.videos
+    splits = {s: sum(v.split == s for v in videos) for s in ("train", "validation", "test")}
+    title = (
         f"{corpus}: {len(videos)} recordings, {sum(v.shape[0] for v in videos)} frames ("
         + ", ".join(f"{n} {s}" for s, n in splits.items())
-        + ")",
-        ["recording", "split", "frames", "bits", "kHz", "um", "lr stream", "camera"],
-        rows,
+        + ")"
     )
+    many = len(videos) > MANY and not everything
+    if many:
+        kinds: Counter[tuple[str, ...]] = Counter()
+        for v in videos:
+            info = v.info
+            kinds[(info.scene, info.camera, info.split)] += 1
+        groups = sorted({kind[:2] for kind in kinds})
+        print_table(
+            title,
+            ["scene", "camera", "recordings", *splits],
+            [
+                [*group, sum(kinds[(*group, s)] for s in splits)]
+                + [kinds[(*group, s)] for s in splits]
+                for group in groups
+            ],
+        )
+        title = f"the first {FIRST} of {len(videos)} recordings; --all shows the others"
+    print_table(
+        title,
+        ["recording", "split", "frames", "bits", "kHz", "um", "lr stream", "camera"],
+        [
+            [
+                v.id,
+                v.split,
+                "x".join(map(str, v.shape)),
+                v.info.bit_depth,
+                cell(v.info.frame_rate_hz, 1e3),
+                cell(v.info.pixel_size_um),
+                "-" if v.lr_shape is None else "x".join(map(str, v.lr_shape)),
+                v.info.camera,
+            ]
+            for v in (videos[:FIRST] if many else videos)
+        ],
+    )
+    return opened

@@ -1,376 +1,206 @@
-"""Camera files into a corpus: what is there, corrected, described, split by recording."""
+"""Camera files into a corpus: what is there, corrected, described, split by recording.
+
+Many processes, of one rank or several, read files and write clips beside the corpus. One of them
+hands the files out and makes the clips part of the corpus in the order of the files, so that ids,
+splits and duplicates do not depend on how many there are, nor on how often they were killed.
+"""
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import json
-import math
-import re
+import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from hpc_xvr.data.cameras import (
-    FORMATS,
-    SUFFIXES,
-    Recording,
-    camera_files,
-    images,
-    open_files,
-    open_recording,
-    photron,
-)
-from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
+from hpc_xvr.data.cameras import camera_files
 from hpc_xvr.data.cameras.recording import guarded
-from hpc_xvr.data.corpus import Corpus, Video
-from hpc_xvr.data.layout import HEADER
+from hpc_xvr.data.crew import Alone, Crew, Result, crew
+from hpc_xvr.data.plan import Orders, Outcome, Plan
+from hpc_xvr.data.processes import cores
+from hpc_xvr.data.sources import Source, find_recordings
+from hpc_xvr.data.treatment import Reading, Treatment
 from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, progress_bar
 
-SHARES = {"train": 0.8, "validation": 0.1, "test": 0.1}
-Status = Literal["added", "already there", "duplicate"]
+__all__ = ["Outcome", "Ranks", "find_recordings", "ingest"]
+
+TICK = 0.2
+"""Seconds between two meetings of the ranks."""
+NEWS = 60.0
+"""Seconds between two lines about how far it is."""
+WINDOW = 8
+"""Files a process may be ahead of the first one that is not finished yet."""
+WORTH = 2**26
+"""Bytes of camera files for which one more process is started, which takes a second."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """The file, or the numbered image files, of one recording."""
+class Ranks:
+    """Who shares the work: `gather(value)` gives the values of all ranks to all of them."""
 
-    files: tuple[Path, ...]
-    dataset: str | None = None
+    rank: int = 0
+    world: int = 1
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
 
-    @property
-    def name(self) -> str:
-        """File name; of a sequence, prefix*suffix."""
-        first = self.files[0]
-        key = images.name_key(first) if len(self.files) > 1 else None
-        return f"{key[0]}*{key[1]}" if key else first.name
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one recording: `id` is the video that holds its frames."""
-
-    path: Path
-    status: Status
-    id: str
-    split: str
-
-
-class _Duplicate(Exception):
-    """Ends the writing of a clip whose last frame shows that the corpus has it already."""
-
-    def __init__(self, video: Video) -> None:
-        super().__init__(video.id)
-        self.video = video
+    def from_first(self, action: Callable[[], Any]) -> Any:
+        """What `action` returns on rank 0, everywhere; its InputError too."""
+        found = problem = None
+        if self.rank == 0:
+            try:
+                found = action()
+            except InputError as error:
+                problem = str(error)
+        found, problem = self.gather((found, problem))[0]
+        if problem is not None:
+            raise InputError(problem)
+        return found
 
 
 def ingest(
     paths: Sequence[Path | str],
     corpus: Path | str,
     *,
+    lr: Sequence[Path | str] = (),
     store: Literal["zarr", "hdf5"] = "zarr",
-    flat: Path | str | None = None,
-    dark: Path | str | None = None,
-    dataset: str | None = None,
-    flip_rows: bool = False,
-    bit_depth: int | None = None,
-    full_scale: float | None = None,
-    frame_rate_hz: float | None = None,
-    pixel_size_um: float | None = None,
-    camera: str | None = None,
-    scene: str | None = None,
     split: Literal["auto", "train", "validation", "test"] = "auto",
-    multiple_of: int = 4,
-    crop: bool = False,
+    skip_bad: bool = False,
+    workers: int | None = None,
+    ranks: Ranks = Ranks(),
+    **reading: Any,
 ) -> list[Outcome]:
-    """Add recordings to a corpus, which is created where it is missing.
+    """Add recordings to a corpus, which is created where it is missing. All ranks call it alike.
 
     Args:
         paths: camera files, globs, or folders, which are searched for camera files and for
             sequences of numbered images.
-        flat, dark: recordings (averaged) for the flat/dark correction; FILE.h5::PATH for a
-            dataset. They replace those that a DXchange file holds.
-        dataset, flip_rows, bit_depth, full_scale: see cameras.open_recording.
-        frame_rate_hz, pixel_size_um, camera: instead of what the files say.
+        lr: files of a second, fast camera, one for each recording, in order.
         split: auto gives each recording to the split furthest below its share of 0.8/0.1/0.1.
-        multiple_of: divisor that height and width must have; `crop` cuts what is too much.
+        skip_bad: go on with the others after a file that cannot be used.
+        workers: processes of this rank; None: one a core, fewer for little work.
+        reading: fields of treatment.Reading.
 
     Raises:
-        InputError: the first bad file or option; recordings finished before it stay.
+        InputError: the first bad file or option, on all ranks. Recordings that were finished stay.
+            Without skip_bad those before a bad one, and those under way with it, are finished.
     """
-    for what, value in (("frame rate", frame_rate_hz), ("pixel size", pixel_size_um)):
-        if value is not None and not 0 < value < math.inf:
-            raise InputError(f"{what} {value}: must be a number above 0")
-    if multiple_of < 1:
-        raise InputError(f"multiple_of {multiple_of}: must be a whole number from 1")
-    if dark is not None and flat is None:
-        raise InputError(f"dark field {dark}: needs a flat field beside it, give --flat")
-    sources = find_recordings(paths, dataset)
-    light = _field(flat)
-    shade = _field(dark)
-    options = {
-        "dataset": dataset,
-        "flat": flat and str(flat),
-        "dark": dark and str(dark),
-        "flip_rows": flip_rows,
-        "bit_depth": bit_depth,
-        "full_scale": full_scale,
-        "crop": multiple_of if crop else 0,
-    }
+    with contextlib.ExitStack() as stack:
+        plan: Plan | None = None
 
-    def prepare(source: Source) -> Recording:
-        # A full scale is the transmission's where a flat field is given, else the file's own.
-        recording = open_files(
-            source.files,
-            dataset=source.dataset,
-            own_flat=flat is None,
-            bit_depth=bit_depth,
-            full_scale=full_scale if light is None else None,
-        )
-        if light is not None:
-            recording = transmission(recording, light, shade, full_scale)
-        recording = recording.flipped() if flip_rows else recording
-        return _fitted(recording, multiple_of, crop)
+        def prepare() -> tuple[int, int, Path, str, Treatment]:
+            nonlocal plan
+            told = Reading(**reading)
+            told.check()
+            sources = _paired(find_recordings(paths, told.dataset), lr, told.lr_dataset)
+            treatment = told.treatment()
+            writer = stack.enter_context(CorpusWriter(corpus, store=store))
+            plan = Plan(writer, sources, told, split, skip_bad)
+            return plan.new, plan.nbytes, writer.path, writer.store, treatment
 
-    outcomes = []
-    with CorpusWriter(corpus, store=store) as writer:
-        videos = Corpus(writer.path).videos
-        for source in sources:
-            fingerprint = _fingerprint(source, options)
-            known = next(
-                (
-                    video
-                    for video in videos
-                    if video.info.metadata.get("fingerprint") == fingerprint
-                ),
-                None,
-            )
-            if known is not None:
-                logger.info("%s: already there as %s", source.files[0], known.id)
-                outcomes.append(
-                    Outcome(source.files[0], "already there", known.id, known.info.split)
-                )
-                continue
-            recording = prepare(source)
-            folder = str(source.files[0].parent.resolve())
-            chosen = split if split != "auto" else _split(videos, folder, source.name)
-            info = {
-                "camera": camera or recording.camera,
-                "frame_rate_hz": frame_rate_hz or recording.frame_rate_hz,
-                "pixel_size_um": pixel_size_um or recording.pixel_size_um,
-                "exposure_s": recording.exposure_s,
-                "bit_depth": recording.bit_depth,
-                "scene": scene or "unknown",
-                "split": chosen,
-                "source": source.name,
-                "full_scale": recording.full_scale,
-                "metadata": {
-                    **recording.metadata,
-                    "source_folder": folder,
-                    "fingerprint": fingerprint,
-                },
-            }
-            if source.dataset:
-                info["metadata"]["dataset"] = source.dataset
-            outcomes.append(_add(writer, recording, _id(source, videos), info, videos))
+        new, nbytes, *task = ranks.from_first(prepare)
+        size = min(workers or min(cores(), 1 + nbytes // WORTH), -(-new // ranks.world))
+        fatal = ""
+        try:
+            with crew(0 if ranks.world == 1 and size == 1 else size, *task) as ours:
+                _work(ours, plan, ranks, WINDOW * size * ranks.world)
+        except _Stop as stop:
+            fatal = str(stop)
+        ranks.gather(None)  # nobody writes any more: the writer may tidy up and leave
+        ranks.from_first(stack.close)
+    outcomes, problem = ranks.gather(
+        (plan.outcomes, _problem(plan, skip_bad)) if plan is not None else None
+    )[0]
+    if fatal or problem:
+        raise InputError(fatal or problem)
     return outcomes
 
 
-def find_recordings(paths: Sequence[Path | str], dataset: str | None = None) -> list[Source]:
-    """The recordings that files, globs and folders stand for, each once.
-
-    Single images among several paths (a glob the shell has expanded) form one recording for each
-    sequence of numbers, after all others. A folder is searched with all it holds, a corpus in it
-    left out.
-
-    Raises:
-        InputError: nothing there, an unknown kind of file, a folder without recordings.
-    """
-    paths = [match for path in paths for match in _matches(path)]
-    if not paths:
+def _paired(sources: list[Source], lr: Sequence[Path | str], dataset: str | None) -> list[Source]:
+    """The recordings with their second camera's files."""
+    if not lr:
+        return sources
+    if len(lr) != len(sources):
+        names = ", ".join(source.name for source in sources[:5])
         raise InputError(
-            f"no files to ingest: give camera files or folders; readable are {FORMATS}"
+            f"{len(lr)} files of a fast camera for {len(sources)} recordings ({names}"
+            f"{', ...' if len(sources) > 5 else ''}): give one --lr for each, in the same order"
         )
-    found: list[Source] = []
-    loose: list[Path] = []
-    for path in paths:
-        folder = Path(path)
+    pairs = []
+    for source, path in zip(sources, lr, strict=True):
         with guarded(str(path)):
-            if folder.is_dir():
-                inside = _inside(folder)
-                if not inside:
-                    raise InputError(f"{folder}: holds no recordings; readable are {FORMATS}")
-                found += [Source(files, dataset) for files in _group(inside)]
-            elif (
-                len(paths) > 1
-                and folder.suffix.lower() in images.IMAGE_SUFFIXES
-                and folder.is_file()
-            ):
-                loose.append(folder)
-            else:
-                files, inner = camera_files(path)
-                found.append(Source(tuple(files), inner or dataset))
-    for files in _group(list(dict.fromkeys(loose))):
-        found.append(Source(files if len(files) > 1 else tuple(camera_files(files[0])[0]), dataset))
-    return list(dict.fromkeys(_by_pixels(source) for source in found))
+            files, inner = camera_files(path)
+        pairs.append(replace(source, lr=Source(tuple(files), inner or dataset)))
+    return pairs
 
 
-def _matches(path: Path | str) -> list[Path | str]:
-    if Path(path).exists():
-        return [path]
-    return sorted(glob.glob(str(path))) or [path]  # noqa: PTH207 - Path.glob needs a root
+class _Stop(Exception):
+    """The disk, or a lost process, ends the work of all ranks."""
 
 
-def _inside(folder: Path) -> list[Path]:
-    """Camera files under a folder; hidden ones and those of a corpus are none."""
-    corpora = {header.parent for header in folder.rglob(HEADER)}
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and not corpora & set(file.parents)
-    )
-
-
-def _group(files: list[Path]) -> Iterator[tuple[Path, ...]]:
-    """Files in recordings: numbered single images together, a .mraw with its header, others alone.
+def _work(ours: Alone | Crew, plan: Plan | None, ranks: Ranks, window: int) -> None:
+    """Read, write and decide until all is done.
 
     Raises:
-        InputError: an image cannot be read, or a number is missing in a sequence.
+        _Stop: on all ranks.
     """
-    pictures = [file for file in files if file.suffix.lower() in images.IMAGE_SUFFIXES]
-    headers = {photron.header_of(file) for file in files if file.suffix.lower() == ".mraw"}
-    yield from ((file,) for file in files if file not in pictures and file not in headers)
-    for group in images.grouped(pictures):
-        with guarded(str(group[0])):
-            single = len(group) > 1 and images.page_count(group[0]) == 1
-        if single:
-            yield tuple(images.in_order(group))
-        else:
-            yield from ((file,) for file in sorted(group))
+    results: list[Result] = []
+    with _progress(plan) as show:
+        if isinstance(ours, Alone):
+            ours.tell = show
+        while True:
+            news = ranks.gather((results, ours.free, ours.read))
+            orders: Orders | None = None
+            if plan is not None:
+                show(sum(read for _, _, read in news))
+                plan.take(result for found, _, _ in news for result in found)
+                orders = plan.orders([free for _, free, _ in news], window)
+            orders = ranks.gather(orders)[0]
+            if orders.fatal:
+                raise _Stop(orders.fatal)
+            if orders.over:
+                return
+            for job in orders.jobs[ranks.rank]:
+                ours.submit(job)
+            results = ours.finished(TICK)
 
 
-def _by_pixels(source: Source) -> Source:
-    """A Photron recording is the same one by its header and by its pixel file."""
-    first = source.files[0]
-    if first.suffix.lower() in (".cih", ".cihx"):
-        return Source((photron.pixels_of(first) or first,), source.dataset)
-    return source
+@contextlib.contextmanager
+def _progress(plan: Plan | None) -> Iterator[Callable[[float], None]]:
+    """show(bytes read): a bar on a terminal, a line a minute in a log."""
+    if plan is None or not plan.new:
+        yield lambda read: None
+        return
+    started = last = time.monotonic()
+    shown = 0.0
+    with progress_bar("ingesting", plan.nbytes / 1e6, "MB") as advance:
 
-
-def _field(path: Path | str | None) -> np.ndarray | None:
-    return None if path is None else mean_frame(open_recording(path, own_flat=False))
-
-
-def _fitted(recording: Recording, multiple_of: int, crop: bool) -> Recording:
-    height, width = recording.shape[1:]
-    fit = height - height % multiple_of, width - width % multiple_of
-    if fit == (height, width):
-        return recording
-    if min(fit) == 0 or not crop:
-        how = "" if min(fit) == 0 else f": pass --crop to cut them to {fit[0]} x {fit[1]}"
-        raise InputError(
-            f"{recording.path}: frames of {height} x {width} pixels are no multiples "
-            f"of {multiple_of}{how}"
-        )
-    return recording.cropped(*fit)
-
-
-def _add(
-    writer: CorpusWriter, recording: Recording, id: str, info: dict[str, Any], videos: list[Video]
-) -> Outcome:
-    by_hash = {video.info.sha256: video for video in videos if video.lr_shape is None}
-    with progress_bar(recording.path.name, recording.shape[0], "frames") as advance:
-        frames = _watched(recording, by_hash, advance)
-        try:
-            video = writer.add(id, frames, recording.shape, recording.dtype, info)
-        except _Duplicate as found:
-            video = found.video
-            logger.warning(
-                "%s: holds the same frames as %s (from %s): skipped",
-                recording.path,
-                video.id,
-                video.info.source,
-            )
-            return Outcome(recording.path, "duplicate", video.id, video.info.split)
-    videos.append(video)
-    logger.info(
-        "%s: added as %s (%s, %s frames of %s x %s, %s bit)",
-        recording.path,
-        video.id,
-        video.info.split,
-        *video.shape,
-        video.info.bit_depth,
-    )
-    return Outcome(recording.path, "added", video.id, video.info.split)
-
-
-def _watched(
-    recording: Recording, by_hash: dict[str, Video], advance: Callable[[], None]
-) -> Iterator[np.ndarray]:
-    """The frames; before the last one is handed on, the whole is compared with the corpus."""
-    digest = hashlib.sha256()
-    largest = 0
-    for index, frame in enumerate(recording.frames()):
-        digest.update(np.ascontiguousarray(frame, frame.dtype.newbyteorder("<")).data)
-        largest = max(largest, int(frame.max()))
-        if index == recording.shape[0] - 1:
-            video = by_hash.get(digest.hexdigest())
-            if (
-                video is not None
-                and video.shape == recording.shape
-                and video.dtype == recording.dtype
-            ):
-                raise _Duplicate(video)
-            if recording.bit_depth == 16 and recording.full_scale == 1 and largest < 2**14:
-                logger.warning(
-                    "%s: stored as 16 bit, but no value exceeds %d: if the camera has "
-                    "fewer bits, state its bit depth",
-                    recording.path,
-                    largest,
+        def show(read: float) -> None:
+            nonlocal shown, last
+            advance((read - shown) / 1e6)
+            shown, now = read, time.monotonic()
+            if now - last > NEWS and read:
+                last = now
+                left = (now - started) * max(0.0, plan.nbytes / read - 1)
+                logger.info(
+                    "%d of %d recordings, %.0f of %.0f MB, about %.0f min left",
+                    *(plan.decided, plan.new, read / 1e6, plan.nbytes / 1e6, left / 60),
                 )
-        advance()
-        yield frame
+
+        yield show
 
 
-def _split(videos: Sequence[Video], folder: str, name: str) -> str:
-    """The split of another video of the same file, else the one furthest below its share."""
-    for video in videos:
-        if video.info.source == name and video.info.metadata.get("source_folder") == folder:
-            return video.info.split
-    counts = {part: sum(video.info.split == part for video in videos) for part in SHARES}
-    return max(SHARES, key=lambda part: round(SHARES[part] * (len(videos) + 1) - counts[part], 9))
-
-
-def _id(source: Source, videos: Sequence[Video]) -> str:
-    """A name made of the file's, unused in the corpus."""
-    key = images.name_key(source.files[0]) if len(source.files) > 1 else None
-    name = source.files[0].stem
-    if key is not None:
-        name = key[0].strip("._- ") or source.files[0].parent.resolve().name
-    if source.dataset:
-        name += f"-{source.dataset}"
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-._") or "video"
-    taken = {video.id for video in videos}
-    number = 2
-    unique = name
-    while unique in taken:
-        unique, number = f"{name}-{number}", number + 1
-    return unique
-
-
-def _fingerprint(source: Source, options: dict[str, Any]) -> str:
-    """The same for the same files, unchanged, ingested with the same options."""
-    with guarded(str(source.files[0])):
-        state = [
-            (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in source.files
-        ]
-    told = json.dumps([state, {**options, "dataset": source.dataset}])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+def _problem(plan: Plan, skip_bad: bool) -> str:
+    """What the run ends with, if not well."""
+    done = [outcome for outcome in plan.outcomes if outcome.status != "bad"]
+    if not plan.problem or (skip_bad and done):
+        return ""
+    if plan.total == 1:
+        return plan.problem
+    if skip_bad:
+        return f"{plan.problem}; none of the {plan.total} recordings could be used"
+    return (
+        f"{plan.problem}; {len(done)} of {plan.total} recordings are in the corpus, --skip-bad "
+        "goes on without the bad ones"
+    )

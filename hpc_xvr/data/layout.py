@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
+import math
 import os
 import re
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator
 
 from hpc_xvr.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA = 1
 FORMAT = "hpc_xvr corpus"
@@ -27,6 +26,42 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 HEADER, MANIFEST, LOCK, SCRATCH = "corpus.json", "manifest.jsonl", ".lock", ".incoming"
 STORES = ("zarr", "hdf5")
 SPLITS = ("train", "validation", "test")
+
+
+class Registration(BaseModel):
+    """Where the pixels of the second, low-resolution camera lie on the high-resolution frames.
+
+    Coordinates are (row, column), continuous: pixel k covers k to k + 1, so that two cameras with
+    a common upper left corner have origin (0, 0), whatever their scale. The LR frame is flipped
+    first, then HR = origin + scale * R @ LR with R = ((cos, -sin), (sin, cos)) of the rotation.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Side of an LR pixel in HR pixels."""
+    origin: tuple[FiniteFloat, FiniteFloat] = (0.0, 0.0)
+    """HR (row, column) of the upper left corner of the LR frame."""
+    rotation_deg: Annotated[float, Field(ge=-45, le=45)] = 0.0
+    """Of the LR frame about that corner, counter-clockwise as seen."""
+    flip: Literal["none", "rows", "columns", "both"] = "none"
+    """What the LR camera shows mirrored: rows upside down, columns left to right."""
+
+    def to_hr(self, places: np.ndarray) -> np.ndarray:
+        """HR (row, column) of places (n, 2) on the flipped LR frame."""
+        return np.asarray(self.origin) + self.scale * places @ self._rotation().T
+
+    def to_lr(self, places: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """(row, column) on the LR frame, (height, width) `size`, of HR places (n, 2)."""
+        found = (places - np.asarray(self.origin)) @ self._rotation() / self.scale
+        for axis, names in enumerate((("rows", "both"), ("columns", "both"))):
+            if self.flip in names:
+                found[:, axis] = size[axis] - found[:, axis]
+        return found
+
+    def _rotation(self) -> np.ndarray:
+        angle = math.radians(self.rotation_deg)
+        return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
 
 class VideoInfo(BaseModel):
@@ -52,7 +87,19 @@ class VideoInfo(BaseModel):
     """Time of each LR frame, in HR frames from the first one."""
     lr_bit_depth: int | None = None
     """Bit depth of `lr`; None: that of `frames`."""
+    registration: Registration | None = None
+    """Of the camera that recorded `lr`, on the sharp camera's frames before they were cut; `lr`
+    then is what it saw, on the grid of `frames` / scale."""
     metadata: dict[str, Any] = {}
+
+    @field_validator("lr_times")
+    @classmethod
+    def _rising(cls, times: list[float] | None) -> list[float] | None:
+        if times and not all(math.isfinite(t) for t in times):
+            raise ValueError("must be finite numbers")
+        if times and any(b <= a for a, b in itertools.pairwise(times)):
+            raise ValueError("must rise from each low-resolution frame to the next")
+        return times
 
 
 def read_header(path: Path) -> str:
@@ -148,6 +195,21 @@ def place(temporary: Path, final: Path) -> None:
     """Rename what is on the disk already."""
     temporary.replace(final)
     _fsync(final.parent)
+
+
+def checksums(path: Path) -> dict[str, int]:
+    """CRC-32C of each file of a clip by its name in the clip's folder ("." is the clip itself)."""
+    from google_crc32c import extend
+
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    sums = {}
+    for file in files:
+        found = 0
+        with file.open("rb") as opened:
+            while data := opened.read(2**20):
+                found = extend(found, data)
+        sums[file.relative_to(path).as_posix()] = found
+    return sums
 
 
 def _fsync(path: Path) -> None:

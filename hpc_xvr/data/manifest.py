@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpc_xvr.data.layout import ID, MANIFEST, SPLITS, VideoInfo, disk_errors, explain
+from hpc_xvr.data.layout import (
+    ID,
+    MANIFEST,
+    SPLITS,
+    VideoInfo,
+    checksums,
+    disk_errors,
+    explain,
+)
 from hpc_xvr.errors import InputError
 
 if TYPE_CHECKING:
@@ -153,30 +161,49 @@ class Manifest:
         Raises:
             InputError: its line is damaged, or the file was written anew since it was opened.
         """
-        if number not in self._infos:
+        info = self._infos.get(number)
+        if info is None:
             if len(self._infos) >= _DESCRIPTIONS:
                 self._infos.clear()
-            self._infos[number] = self._read_info(number)
-        return self._infos[number]
+            info = self._infos[number] = self._read_info(number)
+        return info
 
     def _read_info(self, number: int) -> VideoInfo:
-        id = self.ids[number]
+        entry = self._entry(number)
+        try:
+            return VideoInfo.model_validate(entry["attributes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(number, error) from None
+
+    def files(self, number: int) -> dict[str, int] | None:
+        """Checksums of the clip's files (see layout.checksums), where the manifest has them."""
+        return self._entry(number).get("files")
+
+    def _entry(self, number: int) -> dict[str, Any]:
+        """A video's line."""
         try:
             text = self._more.get(number) or next(self._lines([number]))
             entry = json.loads(text)
-            if entry["id"] != id:
+            if entry["id"] != self.ids[number]:
                 raise ValueError(f"the line is that of {entry['id']}")
-            return VideoInfo.model_validate(entry["attributes"])
+            return entry
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"corpus {self.path}, video {id}: {MANIFEST} is damaged, or was written anew "
-                f"meanwhile ({explain(error)}); start again, or delete it: it is rebuilt when the "
-                "corpus is next written to"
-            ) from None
+            raise self._damaged(number, error) from None
+
+    def _damaged(self, number: int, error: Exception) -> InputError:
+        return InputError(
+            f"corpus {self.path}, video {self.ids[number]}: {MANIFEST} is damaged, or was written "
+            f"anew meanwhile ({explain(error)}); start again, or delete it: it is rebuilt when the "
+            "corpus is next written to"
+        )
 
     def lines(self) -> Iterator[bytes]:
         """The lines of a manifest that says just what is there."""
-        yield from self._lines(range(len(self)))
+        for number, text in enumerate(self._lines(range(len(self)))):
+            if number not in self._more:
+                yield text
+            else:
+                yield line({**json.loads(text), "files": checksums(self.clip(self.ids[number]))})
 
     def _lines(self, numbers: Iterable[int]) -> Iterator[bytes]:
         with contextlib.ExitStack() as stack:
@@ -193,12 +220,14 @@ class Manifest:
 def line(entry: dict[str, Any]) -> bytes:
     """One video as a line of the manifest.
 
-    `entry`: id, shape, dtype, lr_shape (or None), attributes (VideoInfo as plain values).
+    `entry`: id, shape, dtype, lr_shape (or None), attributes (VideoInfo as plain values), and
+    files, their checksums, where they are known.
     """
     attributes = entry["attributes"]
     head = {key: entry[key] for key in ("id", "shape", "dtype", "lr_shape")}
     head |= {key: attributes.get(key) for key in ("split", "bit_depth", "lr_bit_depth")}
-    text = json.dumps({**head, "attributes": attributes}, separators=(",", ":"))
+    tail = {key: entry[key] for key in ("attributes", "files") if key in entry}
+    text = json.dumps({**head, **tail}, separators=(",", ":"))
     return text.encode() + b"\n"
 
 

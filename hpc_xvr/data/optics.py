@@ -1,16 +1,13 @@
-"""From projected matter to grey values: attenuation, phase contrast, blur, noise, quantisation.
+"""What matter does to x rays: attenuation and phase contrast.
 
 Lengths in metres, energies in keV, intensities relative to the open beam unless stated.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
-
-from hpc_xvr.data.degrade import bin_down
 
 ELECTRON_RADIUS = 2.8179403e-15  # m
 AVOGADRO = 6.02214076e23  # 1/mol
@@ -105,62 +102,24 @@ def propagate(intensity: np.ndarray, thickness: np.ndarray, strength: float) -> 
     pixel^2 (1/m). The sum is kept and no pixel turns negative: a step moves at most a quarter of
     a pixel's light through each side; steeper edges, where the equation fails, are limited.
     """
-    shifts = []
+    shifts, takes = [], []
     for axis in (0, 1):
-        shift = np.diff(thickness, axis=axis) * np.float32(strength / _STEPS)
-        shifts.append(np.float32(_FACE_LIMIT) * np.tanh(shift / np.float32(_FACE_LIMIT)))
+        shift = np.diff(thickness, axis=axis)
+        shift *= np.float32(strength / (_STEPS * _FACE_LIMIT))
+        np.tanh(shift, out=shift)
+        shift *= np.float32(_FACE_LIMIT)
+        shifts.append(shift)
+        takes.append(shift > 0)
     down, right = shifts
     out = intensity.copy()
     for _ in range(_STEPS):
         # Light leaves the pixel it is in (upwind), else an empty neighbour could be overdrawn.
-        flux_y = down * np.where(down > 0, out[1:], out[:-1])
-        flux_x = right * np.where(right > 0, out[:, 1:], out[:, :-1])
+        flux_y = np.where(takes[0], out[1:], out[:-1])
+        flux_y *= down
+        flux_x = np.where(takes[1], out[:, 1:], out[:, :-1])
+        flux_x *= right
         out[:-1] += flux_y
         out[1:] -= flux_y
         out[:, :-1] += flux_x
         out[:, 1:] -= flux_x
     return out
-
-
-@dataclass
-class Camera:
-    """A camera looking at the scintillator; records relative intensities as integers.
-
-    Args:
-        shape: its pixels (h, w).
-        scale: high-resolution grid pixels along one side of its pixel.
-        blur: sigma of lens and scintillator in its own pixels.
-        photons: detected per pixel at full scale.
-        read_noise: sigma as a share of full scale.
-        fixed_pattern: sigma of the pixel gains left over by flat-field correction.
-    """
-
-    shape: tuple[int, int]
-    scale: int
-    blur: float
-    photons: float
-    read_noise: float
-    fixed_pattern: float
-    bit_depth: int
-    rng: np.random.Generator
-    gain: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        columns = self.rng.standard_normal((1, self.shape[1]), dtype=np.float32)
-        pixels = self.rng.standard_normal(self.shape, dtype=np.float32)
-        self.gain = 1 + np.float32(self.fixed_pattern) * (pixels + np.float32(0.3) * columns)
-
-    def expose(self, image: np.ndarray) -> np.ndarray:
-        """Noise-free intensities (h, w), 1 = full scale, of an image (H, W) on the scene grid."""
-        seen = gaussian_filter(image, self.blur * self.scale, mode="nearest", truncate=3)
-        if self.scale > 1:
-            seen = bin_down(seen, self.scale)
-        return seen * self.gain
-
-    def record(self, image: np.ndarray) -> np.ndarray:
-        """A noisy frame (h, w), uint16 within 0..2**bit_depth - 1."""
-        seen = self.expose(image)
-        seen = self.rng.poisson(seen * self.photons) / self.photons
-        seen += self.read_noise * self.rng.standard_normal(self.shape, dtype=np.float32)
-        top = 2**self.bit_depth - 1
-        return np.clip(np.rint(seen * top), 0, top).astype(np.uint16)

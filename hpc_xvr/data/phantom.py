@@ -3,234 +3,305 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import signal
-import socket
-import threading
+import json
+import time
 from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
-from hpc_xvr import config
-from hpc_xvr.data.layout import disk_errors
-from hpc_xvr.data.optics import MATERIALS, Camera, propagate, transmit
-from hpc_xvr.data.scenes import SCENES, Scene
-from hpc_xvr.data.writer import CorpusWriter
+from hpc_xvr import __version__, config
+from hpc_xvr.data.beamline import SENSORS, Beamline, Camera
+from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.layout import MANIFEST, commit, disk_errors
+from hpc_xvr.data.processes import cores, worker_pool
+from hpc_xvr.data.scenes import SCENES
+from hpc_xvr.data.writer import CorpusWriter, write_clip
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, progress_bar
 
-HR_CAMERA = "Photron FASTCAM SA-Z (simulated)"
-LR_CAMERA = "Shimadzu HPV-X2 (simulated)"
-HR_BITS = 12
-LR_BITS = 10
-_STATES = 3
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+LR_SENSOR = SENSORS["hpv-x2"]
+SETTINGS = "simulate.json"
+_ROUND_S = 3.0  # between two meetings of the ranks
+Entry = dict[str, Any]
+
+
+class Experiment:
+    """One experiment and the cameras that record it; the same seed gives the same bits.
+
+    The high-resolution frames do not depend on lr_stream.
+
+    Args:
+        scene: name of one of SCENES.
+        size: frames, height and width (T, H, W) of the high-resolution recording.
+        scale: pixel size of the low-resolution camera / that of the high-resolution one.
+        camera: which of SENSORS is the high-resolution one.
+
+    Raises:
+        InputError: unknown scene, or H or W no multiple of scale.
+    """
+
+    def __init__(
+        self,
+        scene: str,
+        size: tuple[int, int, int] = (48, 128, 128),
+        seed: int = 0,
+        scale: int = 4,
+        lr_stream: bool = True,
+        camera: str = "sa-z",
+    ) -> None:
+        if scene not in SCENES:
+            raise InputError(f"scene {scene!r}: choose one of {', '.join(SCENES)}")
+        frames, height, width = size
+        if min(size) < 1 or height % scale or width % scale:
+            raise InputError(
+                f"size {tuple(size)}: height and width must be positive multiples of scale {scale}"
+            )
+        streams = [np.random.default_rng([seed, list(SCENES).index(scene), i]) for i in range(4)]
+        sensor = SENSORS[camera]
+        sample = SCENES[scene]((height, width), frames, streams[0])
+        self.scene, self.seed, self.scale, self.sensor, self.sample = (
+            scene,
+            seed,
+            scale,
+            sensor,
+            sample,
+        )
+        self.shape = size
+        self.frame_rate_hz = round(min(sample.frame_rate, sensor.fastest((height, width))))
+        self.line = Beamline(sample, streams[1], self.frame_rate_hz)
+        self.sharp = Camera.of(sensor, (height, width), 1, streams[2])
+        self.fast = Camera.of(LR_SENSOR, (height // scale, width // scale), scale, streams[3])
+        self.lr = np.empty((frames, *self.fast.shape), np.uint16) if lr_stream else None
+        """(T, H/scale, W/scale) uint16, 0..2**LR_SENSOR.bit_depth - 1, filled as `frames` go by;
+        pixel (i, j) covers the scale x scale pixels of a frame from (scale i, scale j)."""
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """The high-resolution frames (H, W) uint16, 0..2**bit_depth - 1; to be called once."""
+        for t, light in enumerate(self.line.frames()):
+            if self.lr is not None:
+                self.lr[t] = self.fast.record(light)
+            yield self.sharp.record(light)
+
+    def info(self, split: str) -> dict[str, Any]:
+        """What a corpus keeps about the recording."""
+        pixel_um = self.sample.pixel * 1e6
+        info = {
+            "camera": self.sensor.name,
+            "frame_rate_hz": self.frame_rate_hz,
+            "pixel_size_um": round(pixel_um, 3),
+            "exposure_s": self.line.exposure / self.frame_rate_hz,
+            "bit_depth": self.sensor.bit_depth,
+            "scene": self.scene,
+            "split": split,
+            "source": "simulated",
+            "full_scale": 1 / self.line.open_beam,
+            "metadata": {
+                "seed": self.seed,
+                "material": self.sample.material,
+                "energy_kev": round(self.line.energy, 2),
+                "distance_m": round(self.sample.distance, 3),
+            },
+        }
+        if self.lr is not None:
+            info |= {
+                "lr_times": [float(t) for t in range(len(self.lr))],
+                "lr_bit_depth": LR_SENSOR.bit_depth,
+            }
+            info["metadata"] |= {
+                "lr_camera": LR_SENSOR.name,
+                "lr_bit_depth": LR_SENSOR.bit_depth,
+                "lr_scale": self.scale,
+                "lr_pixel_size_um": round(self.scale * pixel_um, 3),
+            }
+        return info
 
 
 @dataclass(frozen=True)
 class SimulatedVideo:
     """One experiment as both cameras saw it; the same moments, the same grey scale."""
 
-    scene: str
     frames: np.ndarray
-    """(T, H, W) uint16, 0..2**bit_depth - 1"""
+    """(T, H, W) uint16"""
     lr: np.ndarray | None
-    """(T, H/scale, W/scale) uint16, 0..2**lr_bit_depth - 1; pixel (i, j) covers the scale x scale
-    pixels of `frames` from (scale i, scale j)"""
-    frame_rate_hz: float
-    pixel_size_um: float
-    exposure_s: float
-    full_scale: float
-    """Transmission of the largest stored value."""
-    metadata: dict[str, str | int | float]
-    camera: str = HR_CAMERA
-    bit_depth: int = HR_BITS
-    lr_bit_depth: int = LR_BITS
+    """(T, H/scale, W/scale) uint16"""
+    info: dict[str, Any]
+    """VideoInfo's fields without sha256."""
 
 
-class Beamline:
-    """Source, sample and scintillator: the light that both cameras look at.
+def simulate_video(scene: str, *args: Any, **kwargs: Any) -> SimulatedVideo:
+    """A whole experiment in memory; arguments and errors are those of `Experiment`."""
+    experiment = Experiment(scene, *args, **kwargs)
+    frames = np.stack(list(experiment.frames()))
+    return SimulatedVideo(frames, experiment.lr, experiment.info("train"))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One recording of a corpus."""
+
+    id: str
+    scene: str
+    camera: str
+    size: tuple[int, int, int]
+    seed: int
+    split: str
+
+
+def simulate_corpus(
+    simulate: config.Simulate,
+    path: Path | str,
+    workers: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> None:
+    """Simulate a whole corpus on all cores of all ranks; the same, bit for bit, on any number.
+
+    It grows in a hidden folder beside `path` and is renamed when complete: `path` is there whole
+    or not at all. A call that was interrupted leaves the recordings it finished; the next one with
+    the same settings goes on with what is missing.
 
     Args:
-        scene: the moving sample.
-        rng: draws beam, exposure and afterglow.
-    """
-
-    def __init__(self, scene: Scene, rng: np.random.Generator) -> None:
-        material = MATERIALS[scene.material]
-        self.scene = scene
-        self.energy = material.energy_for(scene.bulk, scene.transmission)
-        self.attenuation = material.attenuation(self.energy)
-        self.strength = scene.distance * material.decrement(self.energy) / scene.pixel**2
-        self.exposure = rng.uniform(0.3, 0.8)
-        """Share of the frame interval."""
-        self.afterglow = rng.uniform(0.01, 0.04)
-        """Share of a frame's light that still comes in the next one."""
-        self.open_beam = rng.uniform(0.62, 0.78)
-        """Brightest open beam / full scale."""
-        height, width = scene.shape
-        y, x = (np.linspace(-1, 1, n, dtype=np.float32) for n in (height, width))
-        y0, x0 = rng.uniform(-0.3, 0.3, 2)
-        y_size, x_size = rng.uniform(2.0, 3.0), rng.uniform(2.5, 4.0)
-        self.beam = np.float32(self.open_beam) * np.exp(
-            -(((y[:, None] - y0) / y_size) ** 2 + ((x - x0) / x_size) ** 2) / 2
-        )
-
-    def state(self, t: float) -> np.ndarray:
-        """Intensity (H, W), 1 = full scale, at one instant (frames)."""
-        thickness = self.scene.thickness(t)
-        return self.beam * propagate(
-            transmit(thickness, self.attenuation), thickness, self.strength
-        )
-
-    def exposed(self, t: int) -> np.ndarray:
-        """Mean intensity over the exposure of frame t."""
-        instants = (np.arange(_STATES) + 0.5) / _STATES * self.exposure
-        return sum(self.state(t + float(dt)) for dt in instants) / np.float32(_STATES)
-
-    def frames(self) -> Iterator[np.ndarray]:
-        """The scintillator's light (H, W) in each frame, with what the one before left."""
-        before = None
-        for t in range(self.scene.frames):
-            now = self.exposed(t)
-            if before is None:
-                before = now
-            yield gaussian_filter((1 - self.afterglow) * now + self.afterglow * before, 0.35)
-            before = now
-
-
-def simulate_video(
-    scene: str,
-    size: tuple[int, int, int] = (48, 128, 128),
-    seed: int = 0,
-    scale: int = 4,
-    lr_stream: bool = True,
-) -> SimulatedVideo:
-    """Simulate one experiment of `size` (T, H, W); the same seed gives the same bits.
-
-    The high-resolution frames do not depend on lr_stream.
+        workers: processes of this rank. Default: one for each core it may use.
+        rank, world: which share of the recordings is this process's.
+        gather: gives every rank the values of all, in rank order. Every rank calls it alike.
 
     Raises:
-        InputError: unknown scene, or H or W no multiple of scale.
-    """
-    if scene not in SCENES:
-        raise InputError(f"scene {scene!r}: choose one of {', '.join(SCENES)}")
-    frames, height, width = size
-    if min(size) < 1 or height % scale or width % scale:
-        raise InputError(
-            f"size {tuple(size)}: height and width must be positive multiples of scale {scale}"
-        )
-    streams = [np.random.default_rng([seed, list(SCENES).index(scene), i]) for i in range(4)]
-    sample = SCENES[scene]((height, width), frames, streams[0])
-    line = Beamline(sample, streams[1])
-    draw = streams[2].uniform
-    hr_camera = Camera(
-        (height, width),
-        1,
-        blur=draw(0.7, 1.0),
-        photons=draw(9e3, 2e4),
-        read_noise=0.0015,
-        fixed_pattern=0.002,
-        bit_depth=HR_BITS,
-        rng=streams[2],
-    )
-    draw = streams[3].uniform
-    lr_camera = Camera(
-        (height // scale, width // scale),
-        scale,
-        blur=draw(0.25, 0.35),
-        photons=draw(5e3, 1.2e4),
-        read_noise=0.002,
-        fixed_pattern=0.002,
-        bit_depth=LR_BITS,
-        rng=streams[3],
-    )
-    hr = np.empty(size, np.uint16)
-    lr = np.empty((frames, *lr_camera.shape), np.uint16) if lr_stream else None
-    for t, light in enumerate(line.frames()):
-        hr[t] = hr_camera.record(light)
-        if lr is not None:
-            lr[t] = lr_camera.record(light)
-    metadata = {
-        "seed": seed,
-        "material": sample.material,
-        "energy_kev": round(line.energy, 2),
-        "distance_m": round(sample.distance, 3),
-    }
-    if lr_stream:
-        metadata |= {
-            "lr_camera": LR_CAMERA,
-            "lr_bit_depth": LR_BITS,
-            "lr_scale": scale,
-            "lr_pixel_size_um": round(scale * sample.pixel * 1e6, 3),
-        }
-    return SimulatedVideo(
-        scene=scene,
-        frames=hr,
-        lr=lr,
-        frame_rate_hz=round(sample.frame_rate),
-        pixel_size_um=round(sample.pixel * 1e6, 3),
-        exposure_s=line.exposure / sample.frame_rate,
-        full_scale=1 / line.open_beam,
-        metadata=metadata,
-    )
-
-
-def simulate_corpus(simulate: config.Simulate, path: Path, workers: int | None = None) -> None:
-    """Simulate a whole corpus on all cores (or `workers` processes); the same on any number.
-
-    It is built beside `path` and renamed into place: `path` is there whole or not at all.
-
-    Raises:
-        InputError: something is at `path` already, or the disk refuses.
+        InputError: something is at `path` already, a corpus of other settings is half made there,
+            another process is making it, or the disk refuses.
     """
     path = Path(path)
+    plan = plan_corpus(simulate)
+    beside = path.with_name(f".{path.name}.building")
+    workers = workers or cores()
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(_started(simulate, path, beside)) if rank == 0 else None
+        # Also the moment from which the others may write.
+        finished = gather(_finished(beside) if rank == 0 else None)[0]
+        left = [item for item in plan if item.id not in finished]
+        np.random.default_rng(simulate.seed).shuffle(left)  # scenes differ in cost
+        mine = _made(simulate, beside, left[rank::world], workers)
+        stack.callback(mine.close)
+        advance = stack.enter_context(progress_bar("simulating", len(plan), "recordings"))
+        advance(len(finished))
+        if finished and rank == 0:
+            logger.info("going on after %d of %d recordings", len(finished), len(plan))
+        for entry in _gathered(mine, gather, _ROUND_S if world > 1 else 0.0):
+            if writer is not None:
+                writer.commit(entry)
+            advance()
+    if rank == 0:
+        _finish(beside, path)
+        logger.info("simulated %d recordings into %s", len(plan), path)
+    gather(None)  # nobody leaves before the corpus is in its place
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises InputError if something is there already."""
     if path.exists():
         raise InputError(f"corpus {path}: exists; remove it or choose another folder")
-    plan = _plan(simulate)
-    if workers is None:
-        workers = len(os.sched_getaffinity(0))
+
+
+@contextlib.contextmanager
+def _started(simulate: config.Simulate, path: Path, beside: Path) -> Iterator[CorpusWriter]:
+    """The writer of the corpus that grows in `beside`, after checking whose it is."""
+    refuse_existing(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.building")
-    try:
-        with (
-            CorpusWriter(beside, simulate.store) as writer,
-            progress_bar("simulating", len(plan), "recordings") as advance,
-        ):
-            for (id, _, split), video in _simulated(simulate, plan, workers):
-                writer.add(
-                    id,
-                    video.frames,
-                    video.frames.shape,
-                    video.frames.dtype,
-                    _info(video, split),
-                    video.lr,
-                )
-                advance()
-        if path.exists():
-            raise InputError(
-                f"corpus {path}: another process made it meanwhile; use that one or remove it"
-            )
+    settings = {"hpc_xvr": __version__, **simulate.model_dump(mode="json")}
+    written = json.dumps(settings, indent=1) + "\n"
+    with CorpusWriter(beside, simulate.store) as writer:
+        kept = beside / SETTINGS
         with disk_errors(path):
-            beside.rename(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    logger.info("simulated %d recordings into %s", len(plan), path)
+            if not kept.exists() or not _finished(beside):
+                (beside / f".{SETTINGS}").write_text(written)
+                commit(beside / f".{SETTINGS}", kept)
+            found = kept.read_text()
+        if found != written:
+            raise InputError(
+                f"corpus {path}: was begun with other settings, see {kept}; finish it with those, "
+                f"or remove {beside} to begin anew"
+            )
+        yield writer
 
 
-def _plan(simulate: config.Simulate) -> list[tuple[str, str, str]]:
-    """(id, scene, split) of each recording: scenes in turn, every split with all scenes it can."""
+def _finished(beside: Path) -> set[str]:
+    return {video.id for video in Corpus(beside).videos}
+
+
+def _finish(beside: Path, path: Path) -> None:
+    """Put the complete corpus in its place, its manifest in the order of the recordings."""
+    if path.exists():
+        raise InputError(
+            f"corpus {path}: another process made it meanwhile; use that one, or remove it and "
+            f"rename {beside}"
+        )
+    with disk_errors(path):
+        lines = (beside / MANIFEST).read_bytes().splitlines(keepends=True)
+        (beside / f".{MANIFEST}").write_bytes(b"".join(sorted(lines)))
+        commit(beside / f".{MANIFEST}", beside / MANIFEST)
+        beside.rename(path)
+
+
+def _gathered(
+    entries: Iterator[Entry], gather: Callable[[Any], list[Any]], round_s: float
+) -> Iterator[Entry]:
+    """The entries of all ranks, told each other every `round_s` seconds until all are done."""
+    while True:
+        batch: list[Entry] = []
+        end = time.monotonic() + round_s
+        done = False
+        while not done and (not batch or time.monotonic() < end):
+            entry = next(entries, None)
+            done = entry is None
+            batch += [] if done else [entry]
+        told = gather((batch, done))
+        yield from (entry for batch, _ in told for entry in batch)
+        if all(done for _, done in told):
+            return
+
+
+def plan_corpus(simulate: config.Simulate) -> list[Planned]:
+    """The recordings: scenes in turn, each with all cameras; every split a mix of all it can."""
     n = simulate.videos
     scenes = [simulate.scenes[i % len(simulate.scenes)] for i in range(n)]
+    shares = {name: camera.share for name, camera in simulate.cameras.items()}
+    cameras = []
+    here: Counter[tuple[str, str]] = Counter()
+    for i, scene in enumerate(scenes):
+        # The camera that this scene, and then the corpus, is furthest short of.
+        camera = max(
+            shares,
+            key=lambda name: (
+                round(shares[name] * (1 + i // len(simulate.scenes)) - here[scene, name], 6),
+                shares[name] * (1 + i) - here["", name],
+            ),
+        )
+        cameras.append(camera)
+        here[scene, camera] += 1
+        here["", camera] += 1
+    splits = _splits(simulate, list(zip(scenes, cameras, strict=True)))
+    return [
+        Planned(
+            f"sim-{i:04d}-{scenes[i]}",
+            scenes[i],
+            cameras[i],
+            simulate.size_of(cameras[i]),
+            simulate.seed * 1_000_003 + i,
+            splits[i],
+        )
+        for i in range(n)
+    ]
+
+
+def _splits(simulate: config.Simulate, kinds: list[tuple[str, str]]) -> list[str]:
+    """The split of each recording, given its scene and camera."""
+    n = len(kinds)
     shares = {name: share for name, share in simulate.splits.items() if share > 0}
     counts = {name: int(n * share) for name, share in shares.items()}
     by_rest = sorted(shares, key=lambda name: counts[name] - n * shares[name])
@@ -239,105 +310,58 @@ def _plan(simulate: config.Simulate) -> list[tuple[str, str, str]]:
     for name in (name for name in shares if not counts[name] and n >= len(shares)):
         counts[max(counts, key=counts.__getitem__)] -= 1
         counts[name] = 1
-    rng = np.random.default_rng([simulate.seed, n])
-    free = [int(i) for i in rng.permutation(n)]
+    free: dict[tuple[str, str], deque[int]] = {}
+    for i in np.random.default_rng([simulate.seed, n]).permutation(n):
+        free.setdefault(kinds[i], deque()).append(int(i))
     split = [""] * n
     for name in sorted(counts, key=counts.__getitem__):
         here: Counter[str] = Counter()
         for _ in range(counts[name]):
-            # A scene new to this split first, of those the one that the others have most left of.
-            left = Counter(scenes[i] for i in free)
-            best = min(free, key=lambda i: (here[scenes[i]], -left[scenes[i]]))
-            free.remove(best)
-            split[best] = name
-            here[scenes[best]] += 1
-    return [(f"sim-{i:04d}-{scenes[i]}", scenes[i], split[i]) for i in range(n)]
+            # A scene new to this split first, then a camera new to it with that scene; of those
+            # the one that the others have most left of.
+            left = Counter()
+            for (scene, _), numbers in free.items():
+                left[scene] += len(numbers)
+            best = min(
+                (kind for kind, numbers in free.items() if numbers),
+                key=lambda k: (here[k[0]], -left[k[0]], here[k], -len(free[k])),
+            )
+            split[free[best].popleft()] = name
+            here[best[0]] += 1
+            here[best] += 1
+    return split
 
 
-def _simulated(
-    simulate: config.Simulate, plan: list[tuple[str, str, str]], workers: int
-) -> Iterator[tuple[tuple[str, str, str], SimulatedVideo]]:
-    """The planned recordings in order; at most two per worker are held in memory."""
-    jobs = [
-        (scene, simulate.size, simulate.seed * 1_000_003 + i, simulate.scale, simulate.lr_stream)
-        for i, (_, scene, _) in enumerate(plan)
-    ]
-    workers = min(workers, len(jobs))
+def _made(
+    simulate: config.Simulate, corpus: Path, items: list[Planned], workers: int
+) -> Iterator[Entry]:
+    """Simulate and write these recordings, in any process; entries for the writer to commit."""
+    workers = min(workers, len(items))
     if workers <= 1:
-        for item, job in zip(plan, jobs, strict=True):
-            yield item, simulate_video(*job)
+        for item in items:
+            yield _make(simulate, corpus, item)
         return
-    waiting: deque[Future[SimulatedVideo]] = deque()
-    with (
-        _single_threaded(),
-        ProcessPoolExecutor(workers, get_context("spawn"), _start_worker) as pool,
-    ):
-        try:
-            for i, item in enumerate(plan):
-                while len(waiting) < 2 * workers and i + len(waiting) < len(jobs):
-                    waiting.append(pool.submit(simulate_video, *jobs[i + len(waiting)]))
-                yield item, waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    waiting: deque[Future[Entry]] = deque()
+    with worker_pool(workers) as pool:
+        for item in items:
+            waiting.append(pool.submit(_make, simulate, corpus, item))
+            if len(waiting) >= 3 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def _start_worker() -> None:
-    """The parent alone answers Ctrl-C; workers end when it is gone, however it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Workers started within use one thread each: the cores are shared out already."""
-    before = {name: os.environ.get(name) for name in _THREADS}
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _info(video: SimulatedVideo, split: str) -> dict[str, object]:
-    lr = (
-        {}
-        if video.lr is None
-        else {
-            "lr_times": [float(t) for t in range(len(video.lr))],
-            "lr_bit_depth": video.lr_bit_depth,
-        }
+def _make(simulate: config.Simulate, corpus: Path, item: Planned) -> Entry:
+    experiment = Experiment(
+        item.scene, item.size, item.seed, simulate.scale, simulate.lr_stream, item.camera
     )
-    return {
-        "camera": video.camera,
-        "frame_rate_hz": video.frame_rate_hz,
-        "pixel_size_um": video.pixel_size_um,
-        "exposure_s": video.exposure_s,
-        "bit_depth": video.bit_depth,
-        "scene": video.scene,
-        "split": split,
-        "source": "simulated",
-        "full_scale": video.full_scale,
-        "metadata": video.metadata,
-        **lr,
-    }
-
-
-def _sweep(path: Path) -> None:
-    """Remove what killed processes of this host left beside `path`."""
-    for left in path.parent.glob(f".{path.name}.{socket.gethostname()}.*.building"):
-        try:
-            os.kill(int(left.name.split(".")[-2]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)
-        except (PermissionError, ValueError):
-            continue
+    return write_clip(
+        corpus,
+        simulate.store,
+        item.id,
+        experiment.frames(),
+        item.size,
+        np.uint16,
+        experiment.info(item.split),
+        lr=experiment.lr,
+    )

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from hpc_xvr.data.layout import (
     SCRATCH,
     VideoInfo,
     WriterLock,
+    checksums,
     commit,
     disk_errors,
     explain,
@@ -138,9 +140,8 @@ class CorpusWriter:
         """
         id = entry["id"]
         self._new(id)
-        name = id + self._format.suffix
         with disk_errors(self.path):
-            place(self._scratch / name, self.path / "videos" / name)
+            place(self._scratch / entry["file"], self.path / "videos" / (id + self._format.suffix))
             self._known.add(id)
             with (self.path / MANIFEST).open("ab") as file:
                 file.write(line(entry))
@@ -150,7 +151,7 @@ class CorpusWriter:
 
     def discard(self, entry: dict[str, Any]) -> None:
         """Delete a clip that `write_clip` finished and that is not wanted."""
-        remove(self._scratch / (entry["id"] + self._format.suffix))
+        remove(self._scratch / entry["file"])
 
     def _new(self, id: str) -> None:
         if id in self._known:
@@ -174,7 +175,7 @@ def write_clip(
     """Write one recording beside the corpus that a CorpusWriter holds, from any process.
 
     It is on the disk, but becomes part of the corpus only when the writer commits the entry
-    that is returned: id, shape, dtype, lr_shape, attributes (plain values, small).
+    that is returned: plain values, small; what `manifest.line` says, and the clip's `file`.
 
     Args:
         frames: yields `shape[0]` arrays (H, W) of integers.
@@ -194,7 +195,8 @@ def write_clip(
             "starts with a letter or digit"
         )
     _check(where, shape, dtype, info, lr)
-    temporary = corpus / SCRATCH / (id + form.suffix)
+    # A name of its own: the id may change until the commit, and a killed process may still write.
+    temporary = corpus / SCRATCH / (uuid.uuid4().hex + form.suffix)
     with disk_errors(corpus), contextlib.ExitStack() as undo:
         undo.callback(remove, temporary)
         clip = form.create(temporary)
@@ -207,13 +209,16 @@ def write_clip(
         full = VideoInfo(sha256=digest.hexdigest(), **info).model_dump(mode="json")
         clip.finish({"schema": SCHEMA, **full})
         sync(temporary)
+        sums = checksums(temporary)
         undo.pop_all()
     return {
         "id": id,
+        "file": temporary.name,
         "shape": list(shape),
         "dtype": dtype.name,
         "lr_shape": None if lr is None else list(lr.shape),
         "attributes": full,
+        "files": sums,
     }
 
 

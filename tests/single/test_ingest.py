@@ -8,7 +8,7 @@ import tifffile
 from camera_files import counts, write_cine, write_dxchange, write_photron
 from PIL import Image
 
-from hpc_xvr.data import ingest as module
+from hpc_xvr.data import crew
 from hpc_xvr.data.cameras import open_recording
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.ingest import find_recordings, ingest
@@ -112,15 +112,15 @@ def test_interrupted_ingest_goes_on_where_it_was(tmp_path, monkeypatch):
     films = [counts((4, 8, 8)) for _ in range(3)]
     paths = [write_photron(tmp_path, film, 16, f"film{k}") for k, film in enumerate(films)]
     corpus = tmp_path / "c"
-    watched = module._watched
+    noted = crew._noted
 
-    def killed(recording, *rest):
-        for index, frame in enumerate(watched(recording, *rest)):
+    def killed(recording):
+        for index, frame in enumerate(noted(recording)):
             if recording.path.stem == "film1" and index == 2:
                 raise KeyboardInterrupt
             yield frame
 
-    monkeypatch.setattr(module, "_watched", killed)
+    monkeypatch.setattr(crew, "_noted", killed)
     with pytest.raises(KeyboardInterrupt):
         ingest(paths, corpus)
     assert [video.id for video in sound(corpus).videos] == ["film0"]
@@ -135,11 +135,18 @@ def test_bad_file_stops_and_keeps_what_is_finished(tmp_path):
     broken[2, 0, 0] = 60_000
     bad = write_photron(tmp_path, broken, 16, "bad")
     later = write_photron(tmp_path, counts((3, 8, 8)), 16, "later")
-    with pytest.raises(InputError, match=r"bad\.mraw: frame 2 holds the value 60000"):
+    line = r"bad\.mraw: frame 2 holds the value 60000.*; 1 of 3 recordings are in .*--skip-bad"
+    with pytest.raises(InputError, match=line):
         ingest([good, bad, later], tmp_path / "c")
     assert [video.id for video in sound(tmp_path / "c").videos] == ["good"]
     with pytest.raises(InputError, match=r"frame 2"):
         ingest([bad], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    outcomes = ingest([good, bad, later], tmp_path / "c", skip_bad=True)
+    assert statuses(outcomes) == ["already there", "bad", "added"]
+    assert "60000" in outcomes[1].problem and len(sound(tmp_path / "c")) == 2
+    with pytest.raises(InputError, match=r"frame 2"):
+        ingest([bad], tmp_path / "new", skip_bad=True)
     assert not (tmp_path / "new").exists()
 
 

@@ -128,12 +128,7 @@ def _check_stored(path: Path, dataset: h5py.Dataset) -> None:
     """HDF5 hands out zeros where nothing was ever written: refuse that and damaged sizes."""
     nbytes = dataset.dtype.itemsize * math.prod(dataset.shape)
     if dataset.is_virtual:
-        for part in dataset.virtual_sources():
-            if part.file_name != "." and not (path.parent / part.file_name).exists():
-                raise InputError(
-                    f"{path}, dataset {dataset.name}: its part {part.file_name} is "
-                    "missing: put it beside"
-                )
+        _check_parts(path, dataset, [])
         return
     stored = dataset.id.get_storage_size()
     if dataset.chunks:
@@ -157,6 +152,27 @@ def _check_stored(path: Path, dataset: h5py.Dataset) -> None:
             f"{path}, dataset {dataset.name}: stores {stored} of {nbytes} bytes: the "
             "recording is incomplete"
         )
+
+
+def _check_parts(path: Path, dataset: h5py.Dataset, within: list[tuple[str, str]]) -> None:
+    """Parts of a virtual dataset must be there; HDF5 crashes on one that is part of itself."""
+    within = [*within, (str(path.resolve()), dataset.name.strip("/"))]
+    for part in dataset.virtual_sources():
+        there = path if part.file_name == "." else path.parent / part.file_name
+        if not there.exists():
+            raise InputError(
+                f"{path}, dataset {dataset.name}: its part {part.file_name} is "
+                "missing: put it beside"
+            )
+        if (str(there.resolve()), part.dset_name.strip("/")) in within:
+            raise InputError(
+                f"{path}, dataset {dataset.name}: is made of itself: the file is damaged, copy it "
+                "again"
+            )
+        with _open(there) as file:
+            found = file.get(part.dset_name)
+            if isinstance(found, h5py.Dataset) and found.is_virtual:
+                _check_parts(there, found, within)
 
 
 def _description(file: h5py.File) -> dict[str, Any]:

@@ -191,9 +191,15 @@ def _read_tiff(path: Path, frames: int, start: int, stop: int) -> Iterator[np.nd
                 frame = np.frombuffer(file.read(page.nbytes), dtype)
                 yield frame.astype(page.dtype).reshape(page.shape)
             return
+        native = tif.pages[0].dtype
         for index in range(start, stop):
             page = tif.pages[index]
             _check_page(path, tif, page, index)
+            if page.dtype != native:
+                raise InputError(
+                    f"{path}: frame {index} holds {page.dtype} numbers, the first one {native}: "
+                    "all must be alike"
+                )
             yield page.asarray()
 
 

@@ -108,10 +108,18 @@ class Recording:
         """Rows from bottom to top."""
         return self.changed(lambda frame: frame[::-1])
 
-    def cropped(self, height: int, width: int) -> Recording:
-        """The first `height` rows and `width` columns."""
-        return self.changed(
-            lambda frame: frame[:height, :width], shape=(self.shape[0], height, width)
+    def cut(
+        self, height: int, width: int, top: int = 0, left: int = 0, first: int = 0, last: int = -1
+    ) -> Recording:
+        """Frames `first` to `last`, `height` rows from `top`, `width` columns from `left`."""
+        frames = (self.shape[0] if last < 0 else last + 1) - first
+        return replace(
+            self,
+            shape=(frames, height, width),
+            source=lambda start, stop: (
+                frame[top : top + height, left : left + width]
+                for frame in self.values(first + start, first + stop)
+            ),
         )
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from scipy.ndimage import map_coordinates
 
 from hpc_xvr.data.scenes.base import Scene
+from hpc_xvr.data.scenes.conditions import CONDITIONS
 from hpc_xvr.data.scenes.draw import noise, smoothstep, spheres
 
 _MARGIN = 32
@@ -19,16 +20,14 @@ class Bubbles(Scene):
     (centre distance less radius: walls are arcs, as between bubbles of unequal pressure).
     """
 
+    conditions = CONDITIONS["bubbles"]
+
     def build(self, rng: np.random.Generator) -> None:
         height, width = self.shape
-        self.material = str(rng.choice(["aluminium", "potassium iodide brine, 25 % by mass"]))
         metal = self.material == "aluminium"
-        self.pixel = rng.uniform(4.0, 8.0) * 1e-6
-        self.frame_rate = rng.uniform(20e3, 60e3)
-        self.distance = rng.uniform(0.08, 0.2)
         self.spacing = rng.uniform(21, 30)
         self.cell = (rng.uniform(1.0e-3, 1.6e-3) if metal else 0.3e-3) / self.pixel
-        self.bulk, self.transmission = self.cell * self.pixel, rng.uniform(0.17, 0.26)
+        self.bulk = self.cell * self.pixel
         self.corner = self.spacing * rng.uniform(0.3, 0.42)
         rows = np.arange(-_MARGIN, height + _MARGIN, self.spacing * 0.866)
         columns = np.arange(-_MARGIN, width + _MARGIN, self.spacing)
@@ -77,7 +76,7 @@ class Bubbles(Scene):
             )
             for size, at in ((height, self.event_y), (width, self.event_x))
         )
-        self.flow = rng.normal(0, 0.025), rng.uniform(0.02, 0.14) * rng.choice([-1, 1])
+        self.flow = rng.normal(0, 0.025), self.speed * rng.choice([-1, 1])
 
     def moved(self, y: np.ndarray, x: np.ndarray, t: float) -> tuple[np.ndarray, np.ndarray]:
         """Where the liquid that was at (y, x) at time 0 is at time t."""

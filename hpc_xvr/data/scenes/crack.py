@@ -8,6 +8,7 @@ import numpy as np
 from scipy.ndimage import map_coordinates, spline_filter
 
 from hpc_xvr.data.scenes.base import Scene
+from hpc_xvr.data.scenes.conditions import CONDITIONS
 from hpc_xvr.data.scenes.draw import cover, noise, smoothstep, spheres, wander, wobble
 
 
@@ -17,14 +18,14 @@ class Crack(Scene):
     The specimen is pulled: rows move more the farther they lie from the fixed grip.
     """
 
+    conditions = CONDITIONS["crack"]
+
     def build(self, rng: np.random.Generator) -> None:
         height, width = self.shape
-        self.material = "aluminium"
-        self.pixel = rng.uniform(1.3, 2.6) * 1e-6
-        self.frame_rate = rng.uniform(0.5e6, 5e6)
+        # As far away as makes fringes a pixel or two wide, whatever the pixel.
         self.distance = rng.uniform(0.8e10, 1.8e10) * self.pixel**2
         self.depth = rng.uniform(0.6e-3, 1.2e-3) / self.pixel
-        self.bulk, self.transmission = self.depth * self.pixel, rng.uniform(0.2, 0.3)
+        self.bulk = self.depth * self.pixel
         self.path = wander(height, 0.11 * height, rng)
         fine, coarse = wander(height, 1.5, rng), wander(height, 5, rng)
         self.rough = lambda s: fine(s) + 2 * coarse(s)
@@ -39,7 +40,7 @@ class Crack(Scene):
         self.notch = height * rng.uniform(0.12, 0.25)
         self.creep = rng.uniform(0.05, 0.2)
         self.open = rng.uniform(2.0, 3.5), rng.uniform(0.05, 0.12)  # px, px/frame
-        self.strain = rng.uniform(0.06, 0.3) * rng.choice([-1, 1])  # px/frame at the moving grip
+        self.strain = self.speed * rng.choice([-1, 1])  # px/frame at the moving grip
         self.shake = wobble(rng, 5, 30, channels=2)
         branches = int(np.clip(rng.poisson(2.5 * height / 128), 1, 9))
         self.branch_s = height * rng.uniform(0.2, 0.75, branches)

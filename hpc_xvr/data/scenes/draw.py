@@ -8,6 +8,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 _CHUNK = 1 << 21
+# Half sides of the squares that spheres are drawn in.
+_SIZES = np.concatenate((np.arange(1, 5), np.arange(6, 16, 2), np.arange(16, 4096, 8)))
 
 
 def spheres(
@@ -19,50 +21,46 @@ def spheres(
 ) -> np.ndarray:
     """Sum of the chords 2 sqrt(r^2 - d^2) of spheres (n,) at (y, x), times weight: (H, W)."""
     height, width = shape
-    y, x, r, weight = (
-        np.atleast_1d(a).astype(np.float32) for a in np.broadcast_arrays(y, x, r, weight)
-    )
+    y, x, r = (np.atleast_1d(np.asarray(a, np.float32)) for a in (y, x, r))
     seen = (r > 0.2) & (y > -r) & (y < height - 1 + r) & (x > -r) & (x < width - 1 + r)
-    y, x, r, weight = y[seen], x[seen], r[seen], weight[seen]
-    half = np.ceil(r + 0.75).astype(int)
-    half = np.where(half > 8, 8 * ((half + 7) // 8), half)
-    out = np.zeros(height * width)
+    weight = np.broadcast_to(np.asarray(weight, np.float32), r.shape)[seen]
+    y, x, r = y[seen], x[seen], r[seen]
+    half = _SIZES[np.searchsorted(_SIZES, np.ceil(r + 0.75))]
+    pad = 2 * int(half.max(initial=0))  # no sphere reaches beyond, so none needs cutting
+    canvas = np.zeros((height + 2 * pad, width + 2 * pad))
     for size in np.unique(half):
         step = max(1, _CHUNK // (2 * size + 1) ** 2)
         members = np.flatnonzero(half == size)
         for start in range(0, len(members), step):
             part = members[start : start + step]
-            out += _splat(shape, y[part], x[part], r[part], weight[part], int(size))
-    return out.astype(np.float32).reshape(shape)
+            _splat(canvas, y[part] + pad, x[part] + pad, r[part], weight[part], int(size))
+    return canvas[pad : pad + height, pad : pad + width].astype(np.float32)
 
 
 def _splat(
-    shape: tuple[int, int],
-    y: np.ndarray,
-    x: np.ndarray,
-    r: np.ndarray,
-    weight: np.ndarray,
-    half: int,
-) -> np.ndarray:
-    height, width = shape
+    canvas: np.ndarray, y: np.ndarray, x: np.ndarray, r: np.ndarray, weight: np.ndarray, half: int
+) -> None:
     offsets = np.arange(-half, half + 1)
     near_y, near_x = np.rint(y), np.rint(x)
     dy = (near_y - y)[:, None] + offsets.astype(np.float32)  # n, s
     dx = (near_x - x)[:, None] + offsets.astype(np.float32)
-    chord = np.zeros((len(y), len(offsets), len(offsets)), np.float32)
+    r2 = (r * r)[:, None]
     # Spheres of a pixel or two would flicker as they move if sampled at pixel centres only.
     points = (-0.25, 0.25) if half <= 4 else (0.0,)
+    chord = None
     for a in points:
-        rest = (r * r)[:, None] - (dy + np.float32(a)) ** 2
+        rest = r2 - np.square(dy + np.float32(a))
         for b in points:
-            inside = rest[:, :, None] - ((dx + np.float32(b)) ** 2)[:, None]
-            chord += np.sqrt(np.maximum(inside, 0, out=inside), out=inside)
+            inside = rest[:, :, None] - np.square(dx + np.float32(b))[:, None]
+            np.maximum(inside, 0, out=inside)
+            np.sqrt(inside, out=inside)
+            chord = inside if chord is None else np.add(chord, inside, out=chord)
     chord *= (np.float32(2 / len(points) ** 2) * weight)[:, None, None]
-    row = near_y.astype(int)[:, None] + offsets
-    column = near_x.astype(int)[:, None] + offsets
-    ok = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None]
-    index = row[:, :, None] * width + column[:, None, :]
-    return np.bincount(index[ok], chord[ok], minlength=height * width)
+    row = (near_y.astype(np.intp)[:, None] + offsets) * canvas.shape[1]
+    column = near_x.astype(np.intp)[:, None] + offsets
+    index = row[:, :, None] + column[:, None]
+    flat = canvas.reshape(-1)
+    flat += np.bincount(index.ravel(), chord.ravel(), minlength=flat.size)
 
 
 def cylinder(distance: np.ndarray, r: np.ndarray | float) -> np.ndarray:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from hpc_xvr.data.scenes.base import Scene
+from hpc_xvr.data.scenes.conditions import CONDITIONS
 from hpc_xvr.data.scenes.draw import cover, cylinder, noise, smoothstep, spheres, wobble
 
+Spheres = tuple[np.ndarray, np.ndarray, np.ndarray]  # y, x, r
 _GROUPS = 12
 _LEAD = 60.0  # frames the laser has been on before the first one
 
@@ -17,19 +19,22 @@ class Keyhole(Scene):
     The powder in its way melts or flies; a bead and frozen pores stay behind.
     """
 
+    conditions = CONDITIONS["keyhole"]
+
     def build(self, rng: np.random.Generator) -> None:
         height, width = self.shape
-        self.material = str(rng.choice(["titanium", "iron"]))
         # Larger detectors are used with a finer pixel, not only for a wider view.
-        self.pixel = max(rng.uniform(2.0, 3.6) * (128 / height) ** 0.4, 1.3) * 1e-6
-        self.frame_rate = rng.uniform(150e3, 400e3)
-        self.distance = rng.uniform(0.1, 0.2)
+        finest, coarsest = self.conditions.pixel_um
+        pixel = rng.uniform(2.0, 3.6) * (128 / height) ** 0.4
+        self.pixel = min(max(pixel, finest), coarsest) * 1e-6
         self.plate = rng.uniform(300e-6, 420e-6) / self.pixel
-        self.bulk, self.transmission = self.plate * self.pixel, rng.uniform(0.2, 0.27)
+        self.bulk = self.plate * self.pixel
         um = 1e-6 / self.pixel
-        self.surface = height * rng.uniform(0.38, 0.46) + 0.7 * noise((width,), 4, rng)
+        # A ground edge, nearly along the rows.
+        tilt = rng.normal(0, 0.008) * (self.x - width / 2)
+        self.surface = height * rng.uniform(0.38, 0.46) + tilt + 0.25 * noise((width,), 8, rng)
         self.top = float(self.surface.mean())
-        self.speed = rng.choice([-1, 1]) * rng.uniform(0.5, 1.4)
+        self.speed = self.speed * rng.choice([-1, 1])
         run = abs(self.speed) * self.frames
         middle = np.clip((width - run) / 2, 0.15 * width, 0.6 * width)
         start = middle * rng.uniform(0.6, 1.2)
@@ -49,7 +54,7 @@ class Keyhole(Scene):
         height, width = self.shape
         radius = rng.uniform(10, 15) * um
         bed = rng.uniform(60, 90) * um
-        hills = 1 + 0.2 * noise((width,), 10, rng)
+        hills = 1 + rng.uniform(0.03, 0.2) * noise((width,), 20, rng)
         count = int(0.42 * bed * width * self.plate / (4.2 * radius**3 * 1.5))
         r = radius * np.exp(0.35 * rng.standard_normal(count))
         x = rng.uniform(-radius, width + radius, count)
@@ -79,17 +84,16 @@ class Keyhole(Scene):
         total += spheres(self.shape, rng.uniform(0, height, n), rng.uniform(0, width, n), stuck_r)
         self.suffix = [total]
         for a, b in zip(self.cuts[-2::-1], self.cuts[:0:-1], strict=True):
-            total = total + self._grains(slice(a, b), 0)
+            total = total + spheres(self.shape, *self._grains(slice(a, b), 0))
             self.suffix.append(total)
         self.suffix.reverse()
 
-    def _grains(self, part: slice, age: np.ndarray | float) -> np.ndarray:
+    def _grains(self, part: slice, age: np.ndarray | float) -> Spheres:
         """Grains `age` frames after the vapour took hold of them: some fly off, some melt."""
         way = age**2 / (age + 5)
         up, side = (v[part] for v in self.grain_v)
         size = np.where(self.flies[part], 1, 1 - smoothstep((age - 4) / 2))
-        return spheres(
-            self.shape,
+        return (
             self.grain_y[part] - up * way,
             self.grain_x[part] + side * way,
             self.grain_r[part] * size,
@@ -119,7 +123,8 @@ class Keyhole(Scene):
     def thickness(self, t: float) -> np.ndarray:
         behind = -np.sign(self.speed)
         out = self.plate * cover(self.surface - self.y, soft=4.0)
-        out += self._bed(t)
+        standing, flying = self._bed(t)
+        out += standing
         # The melt pool is less dense than the plate; a solid bead replaces the powder behind it.
         back = (self.x - self.laser(t)) * behind  # W
         pool = cover(
@@ -134,27 +139,23 @@ class Keyhole(Scene):
         height = self.bead * smoothstep((back - 6) / 8)
         edge = np.maximum(self.surface - height - self.y, self.y - self.surface)
         out += self.track * cover(edge, soft=3.0)
-        depth = self._cavity(out, t, behind)
-        self._gas(out, t, behind, depth)
-        age = t - self.drop_t
-        fly = age > 0
-        age = age[fly]
-        up, side = (v[fly] for v in self.drop_v)
-        out += spheres(
-            self.shape,
-            self.top - 2 - up * age + self.drop_fall[fly] * age**2,
-            self.laser(self.drop_t[fly]) + side * age,
-            self.drop_r[fly],
-        )
+        self._cavity(out, t, behind)
+        pores = self._pores_at(t, behind)
+        parts = zip(flying, pores, self._spatter_at(t), strict=True)
+        y, x, r = (np.concatenate(part) for part in parts)
+        weight = np.ones(len(r), np.float32)
+        weight[len(flying[0]) : len(flying[0]) + len(pores[0])] = -1
+        out += spheres(self.shape, y, x, r, weight)
         return np.maximum(out, 0) * np.float32(self.pixel)
 
-    def _bed(self, t: float) -> np.ndarray:
+    def _bed(self, t: float) -> tuple[np.ndarray, Spheres]:
+        """The grains at rest, as a map, and those that the vapour has reached or soon will."""
         group = int(np.searchsorted(self.leaves[self.cuts[:-1]], t))
         part = slice(0, self.cuts[group])
         age = np.maximum(t - self.leaves[part], 0).astype(np.float32)
-        return self.suffix[group] + self._grains(part, age)
+        return self.suffix[group], self._grains(part, age)
 
-    def _cavity(self, out: np.ndarray, t: float, behind: float) -> float:
+    def _cavity(self, out: np.ndarray, t: float, behind: float) -> None:
         a, b, c, d = self.sway(t)
         depth = self.depth * float(np.clip(1 + 0.16 * a, 0.5, 1.4))
         reach = 2.5 * self.half_width + self.lean * depth * 1.5
@@ -163,7 +164,7 @@ class Keyhole(Scene):
         y0 = int(np.clip(self.top - 4, 0, self.shape[0]))
         y1 = int(np.clip(self.top + depth + 2, 0, self.shape[0]))
         if x0 == x1 or y0 == y1:
-            return depth
+            return
         s = np.clip((self.y[y0:y1] - self.top) / depth, 0, 1)
         axis = centre + behind * depth * (
             self.lean * (1 + 0.5 * b) * s**2 + 0.05 * np.sin(5 * s - 0.5 * t)
@@ -181,16 +182,25 @@ class Keyhole(Scene):
         gas = 1.5 * cylinder(self.x[x0:x1] - axis, half)
         inside = self.y[y0:y1] > self.surface[x0:x1] - 1
         out[y0:y1, x0:x1] -= np.minimum(gas, 0.9 * self.plate) * inside
-        return depth
 
-    def _gas(self, out: np.ndarray, t: float, behind: float, depth: float) -> None:
+    def _pores_at(self, t: float, behind: float) -> Spheres:
         age = t - self.pore_t
         shed = age > 0
         age, stop = age[shed], self.pore_stop[shed]
         away, up = (v[shed] * stop * (1 - np.exp(-age / stop)) for v in self.pore_v)
-        out -= spheres(
-            self.shape,
+        return (
             self.top + self.depth * self.pore_depth[shed] - up,
             self.laser(self.pore_t[shed]) + behind * (self.lean * self.depth + away),
             self.pore_r[shed] * smoothstep(age - 1),
+        )
+
+    def _spatter_at(self, t: float) -> Spheres:
+        age = t - self.drop_t
+        fly = age > 0
+        age = age[fly]
+        up, side = (v[fly] for v in self.drop_v)
+        return (
+            self.top - 2 - up * age + self.drop_fall[fly] * age**2,
+            self.laser(self.drop_t[fly]) + side * age,
+            self.drop_r[fly],
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hpc_xvr.data.scenes.base import Scene
+from hpc_xvr.data.scenes.conditions import CONDITIONS
 from hpc_xvr.data.scenes.draw import cover, cylinder, noise, spheres, wobble
 
 
@@ -14,20 +15,17 @@ class Spray(Scene):
     Drawn with the jet pointing down the rows; wide frames are drawn turned, jet along the columns.
     """
 
+    conditions = CONDITIONS["spray"]
+
     def build(self, rng: np.random.Generator) -> None:
-        self.material = "potassium iodide brine, 25 % by mass"
-        self.pixel = rng.uniform(3.0, 6.5) * 1e-6
-        self.frame_rate = rng.uniform(0.4e6, 2e6)
-        self.distance = rng.uniform(0.08, 0.2)
         self.turned = self.shape[1] > 1.3 * self.shape[0]
         self.drawn = self.shape[::-1] if self.turned else self.shape
         along, across = self.drawn
         self.s = np.arange(along, dtype=np.float32)[:, None]  # L, 1
         self.q = np.arange(across, dtype=np.float32)  # A
         self.radius = across * rng.uniform(0.09, 0.13)
-        self.bulk, self.transmission = 2 * self.radius * self.pixel, rng.uniform(0.2, 0.32)
+        self.bulk = 2 * self.radius * self.pixel
         self.axis = across * rng.uniform(0.42, 0.58)
-        self.speed = rng.uniform(0.9, 2.4)
         self.breakup = along * rng.uniform(0.45, 0.8)
         waves = 9
         length = self.radius * np.concatenate((rng.uniform(1.8, 6, 6), rng.uniform(0.7, 1.5, 3)))

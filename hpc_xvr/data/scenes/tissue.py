@@ -6,6 +6,7 @@ import numpy as np
 from scipy.ndimage import map_coordinates, spline_filter
 
 from hpc_xvr.data.scenes.base import Scene
+from hpc_xvr.data.scenes.conditions import CONDITIONS
 from hpc_xvr.data.scenes.draw import cylinder, noise, spheres, wander, wobble
 
 
@@ -15,14 +16,12 @@ class Tissue(Scene):
     All are laid out in the frame of the resting body (rows v, columns u) and bend with it.
     """
 
+    conditions = CONDITIONS["tissue"]
+
     def build(self, rng: np.random.Generator) -> None:
         height, width = self.shape
-        self.material = "soft tissue"
-        self.pixel = rng.uniform(4.0, 8.0) * 1e-6
-        self.frame_rate = rng.uniform(20e3, 40e3)
-        self.distance = rng.uniform(0.06, 0.15)
         self.half = height * rng.uniform(0.34, 0.4)
-        self.bulk, self.transmission = 2.2 * self.half * self.pixel, rng.uniform(0.17, 0.28)
+        self.bulk = 2.2 * self.half * self.pixel
         self.middle = wander(width, max(40, 0.25 * width), rng)
         self.segment = height * rng.uniform(0.2, 0.34)
         self.sway = wobble(rng, 14, 45, channels=3)
@@ -42,7 +41,7 @@ class Tissue(Scene):
         n = rng.poisson(40 * width / 128)
         self.cell_u = rng.uniform(0, width + 40, n)
         self.cell_q = rng.normal(0, 0.4, n)
-        self.cell_speed = rng.uniform(0.8, 2.4) * rng.uniform(0.7, 1.3, n) * rng.choice([-1, 1])
+        self.cell_speed = self.speed * rng.uniform(0.7, 1.3, n) * rng.choice([-1, 1])
         self.cell_r = rng.uniform(1.0, 2.2, n)
         self.vessel = self.half * rng.uniform(-0.8, -0.55)
         self._rest(rng)

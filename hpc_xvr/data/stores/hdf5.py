@@ -42,7 +42,9 @@ class Hdf5Store:
                 for name in ("frames", "lr")
                 if name in file
             }
-        attributes["metadata"] = json.loads(attributes["metadata"])
+        for name in ("metadata", "registration"):
+            if name in attributes:
+                attributes[name] = json.loads(attributes[name])
         return attributes, arrays
 
     def index(self, root: Path, scratch: Path, ids: Sequence[str]) -> None:

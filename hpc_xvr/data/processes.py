@@ -1,0 +1,70 @@
+"""Worker processes: one thread each, Ctrl-C left to their parent, ended with it."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+@contextlib.contextmanager
+def worker_pool(
+    workers: int, start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of spawned processes, each of which first calls start(*arguments).
+
+    Left by an exception (Ctrl-C too), it kills them at once, whatever they are doing.
+    """
+    before = set(multiprocessing.active_children())
+    with _single_threaded():
+        pool = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), start_worker, (start, arguments)
+        )
+        try:
+            yield pool
+        except BaseException:
+            for process in set(multiprocessing.active_children()) - before:
+                process.kill()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def start_worker(start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()) -> None:
+    """Initialise a worker: the parent alone answers Ctrl-C; a worker ends when it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if start is not None:
+        start(*arguments)
+
+
+def end_with_parent() -> None:
+    """However the parent ended: a killed one can tell nobody."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Processes started within use one thread each: the cores are shared out already."""
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value

@@ -1,0 +1,57 @@
+"""Reads camera files as ingest does, one a line of standard input, and says how each one ended.
+
+A process of its own, so that a crash of a file library is seen and its memory can be limited.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import warnings
+from pathlib import Path
+
+from hpc_xvr.data.sources import find_recordings
+from hpc_xvr.data.treatment import Treatment
+from hpc_xvr.errors import InputError
+
+ROOM = 2**28
+"""Bytes that reading may take on top of what the libraries take by themselves."""
+
+
+def read(path: Path) -> str:
+    """readable, refused, or what must not happen."""
+    try:
+        for source in find_recordings([path]):
+            recording, _, _ = Treatment(crop=True).open(source)
+            for frame in recording.frames():
+                if frame.shape != recording.shape[1:] or frame.dtype != recording.dtype:
+                    return f"frames of {frame.shape} {frame.dtype}"
+    except InputError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, (MemoryError, RecursionError)):
+                return f"{type(cause).__name__}: {cause}"
+            cause = cause.__cause__ or cause.__context__
+        return "refused" if "\n" not in str(error) else f"several lines: {error}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "readable"
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    logging.getLogger("hpc_xvr").addHandler(logging.NullHandler())
+    for path in sys.argv[1:]:  # undamaged ones: imports what the libraries import late
+        assert read(Path(path)) == "readable", path
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(read(Path(line.strip())), flush=True)
+
+
+if __name__ == "__main__":
+    main()
