@@ -23,6 +23,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hpc_xvr.evaluate.baselines import BASELINES
+
 TRAIN = {
     "none": ["data.noise=none"],
     "poisson": ["data.noise=poisson"],
@@ -129,7 +131,7 @@ def draw(result: dict, path: Path) -> None:
     rows = [result["psnr_db"][kind] for kind in result["train"]]
     rows += list(result["without_learning_db"].values())
     names = [f"trained: {NAMES[kind]}" for kind in result["train"]]
-    names += list(result["without_learning_db"])
+    names += [BASELINES[name].title for name in result["without_learning_db"]]
     numbers = np.array([[row[t] for t in result["test"]] for row in rows])
     loss = numbers.max(0) - numbers
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):

@@ -133,7 +133,7 @@ def verdict(summary: Summary, title: str, against: str, metric: str = "psnr") ->
     difference = summary.differences[metric]
     better = (difference.mean < 0) == (metric in LOWER)
     if difference.low is None:
-        word = ("is above" if better else "is below") + " (one recording: no interval)"
+        word = "is better than" if better else "is worse than"
     elif not difference.sure:
         word = "cannot be told from"
     else:
@@ -143,4 +143,5 @@ def verdict(summary: Summary, title: str, against: str, metric: str = "psnr") ->
     if difference.low is not None:
         span = " to ".join(f"{v:+.2f}" for v in (difference.low, difference.high))
         number += f" [{span}]".replace("-", "\u2212")
-    return f"{title} {word} {against}: {number} {unit}"
+    alone = " (one recording: no interval)" if difference.low is None else ""
+    return f"{title} {word} {against}: {number} {unit}{alone}"

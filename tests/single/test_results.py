@@ -107,7 +107,7 @@ def test_scenes_and_conditions_have_tables_of_their_own():
         (Estimate(-1.0, -1.5, -0.5), "psnr", "mine loses to theirs: −1.00 [−1.50 to −0.50] PSNR"),
         (Estimate(0.1, -0.2, 0.4), "psnr", "mine cannot be told from theirs"),
         (Estimate(-1.0, -1.5, -0.5), "aad", "mine beats theirs"),
-        (Estimate(-0.3), "psnr", "mine is below (one recording: no interval) theirs"),
+        (Estimate(-0.3), "psnr", "mine is worse than theirs: −0.30 PSNR dB (one recording"),
     ],
 )
 def test_verdicts(estimate, metric, words):
