@@ -52,5 +52,6 @@ part 110 "trainer" python -m hpc_xvr train configs/recommended.yaml ${small[@]+"
     --set train.global_batch=$([ "$device" = cpu ] && echo 2 || echo 32) \
     --set validation.frames=4 --set checkpoint.every=1000
 cp "$work/run/metrics.jsonl" "$out/trainer-$name.jsonl" 2>/dev/null || failed=1
+cp "$work/run/utilisation.json" "$out/utilisation-$name.json" 2>/dev/null || failed=1
 echo "results: $out"
 exit $failed

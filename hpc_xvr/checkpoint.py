@@ -1,4 +1,5 @@
-"""Checkpoints that are whole or not there: atomic write, checksum, newest valid first.
+"""Checkpoints that are whole or not there: atomic write in the background, checksum, newest valid
+first.
 
 A checkpoint is an ordinary torch file (`torch.load(path, weights_only=True)` reads it) whose ZIP
 comment holds the SHA-256 of everything before the comment's length field. Plain dicts of tensors,
@@ -12,17 +13,23 @@ import io
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.log import logger
 
 _MARK = b"hpc_xvr sha256 "
 _COMMENT = len(_MARK) + 64
+_LONG = 2.0  # seconds of waiting for the disk that are worth a line
+_ZIP_END = 22  # bytes of the record that ends a ZIP file, its comment's length the last two
 _NAME = re.compile(r"step-(\d{9})\.pt")
 
 
@@ -47,20 +54,179 @@ def save(state: dict[str, Any], path: Path) -> None:
     Raises:
         InputError: the disk is full or not writable; checkpoints written before stay as they are.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    data = memoryview(buffer.getbuffer())
-    assert bytes(data[-22:-18]) == b"PK\5\6", "torch no longer ends its files with a ZIP record"
-    body = data[:-2]
-    comment = _MARK + hashlib.sha256(body).hexdigest().encode()
-    write_atomic(
-        path,
-        lambda file: (
-            file.write(body),
-            file.write(struct.pack("<H", len(comment))),
-            file.write(comment),
-        ),
-    )
+
+    def write(file: Any) -> None:
+        hashed = _Hashing(file)
+        torch.save(state, hashed)
+        hashed.end()
+
+    write_atomic(path, write)
+
+
+class _Hashing:
+    """A file whose checksum is taken on the way to the disk, so that nothing is held twice.
+
+    A full disk is raised at the end: torch makes riddles of what a file says while it writes.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._hash, self._tail = file, hashlib.sha256(), b""
+        self._problem: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        data = memoryview(data).cast("B")
+        if len(data) < _ZIP_END:
+            joined = self._tail + bytes(data)
+            self._emit(joined[:-_ZIP_END])
+            self._tail = joined[-_ZIP_END:]
+        else:
+            self._emit(self._tail)
+            self._emit(data[:-_ZIP_END])
+            self._tail = bytes(data[-_ZIP_END:])
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing to do: the end is written by `end`."""
+
+    def end(self) -> None:
+        assert self._tail[:4] == b"PK\5\6", "torch no longer ends its files with a ZIP record"
+        self._emit(self._tail[:-2])
+        comment = _MARK + self._hash.hexdigest().encode()
+        self._emit(struct.pack("<H", len(comment)) + comment)
+        if self._problem:
+            raise self._problem
+
+    def _emit(self, data: Any) -> None:
+        if self._problem:
+            return
+        self._hash.update(data)
+        try:
+            self._file.write(data)
+        except OSError as problem:
+            self._problem = problem
+
+
+class Writer:
+    """Writes the checkpoints of a folder in the background while the run goes on.
+
+    One at a time: the next save waits for the one before. A write that fails is a warning, as the
+    older checkpoints are intact; it is an error after `failures` in a row, and where nothing comes
+    after it.
+
+    Args:
+        keep: newest checkpoints that stay.
+        keep_every: checkpoints of steps that are multiples of this stay for good.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int = 3, keep_every: int | None = None, failures: int = 3
+    ) -> None:
+        self._folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._limit, self._failures = failures, 0
+        self._spare: dict[tuple, Tensor] = {}  # memory of the copies, used again
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+        self.slowest = 0.0  # seconds from asking for a checkpoint to its being on disk
+        self.blocked = 0.0  # seconds that the run has waited for copies and for the disk
+
+    def save(self, state: dict[str, Any], spared: Collection[int] = ()) -> None:
+        """Copy `state` and write it as the checkpoint of state["step"]; then prune the folder.
+
+        The tensors may change as soon as this returns. `spared` are steps that are not pruned.
+
+        Raises:
+            InputError: too many writes in a row have failed.
+        """
+        start = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - start
+        if waited > _LONG:
+            logger.warning(
+                "waited %.0f s for the checkpoint before that of step %d: the disk is slow, or "
+                "checkpoint.every is small",
+                waited,
+                state["step"],
+            )
+        self.check()
+        copy = _copy(state, (), self._spare)
+        arrived = None
+        if torch.cuda.is_initialized():  # copies from a GPU are under way, not there yet
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._thread = threading.Thread(
+            target=self._write, args=(copy, set(spared), arrived, start), daemon=True
+        )
+        self._thread.start()
+        self.blocked += time.perf_counter() - start
+
+    def check(self) -> None:
+        """Raise what ended the last write, if the run should not go on without it."""
+        problem = self._problem
+        if problem is None or (isinstance(problem, InputError) and self._failures < self._limit):
+            return
+        if isinstance(problem, InputError) and self._failures > 1:
+            problem = InputError(f"{problem} ({self._failures} checkpoints in a row failed)")
+        raise problem
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on disk: nothing comes after it.
+
+        Raises:
+            InputError: it could not be written.
+        """
+        start = time.perf_counter()
+        self.wait()
+        self.blocked += time.perf_counter() - start
+        if self._problem:
+            raise self._problem
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until nothing is being written any more (or some seconds), whatever came of it."""
+        if self._thread:
+            self._thread.join(timeout)
+            if not self._thread.is_alive():
+                self._thread = None
+
+    def _write(self, state: dict[str, Any], spared: set[int], arrived: Any, start: float) -> None:
+        step = state["step"]
+        try:
+            if arrived:
+                arrived.synchronize()
+            save(state, path_of(self._folder, step))
+            self._problem, self._failures = None, 0
+            self.slowest = max(self.slowest, time.perf_counter() - start)
+        except BaseException as problem:  # goes to the thread that trains
+            self._problem = problem
+            self._failures += 1
+            if isinstance(problem, InputError) and self._failures < self._limit:
+                newest = next((s for s, _ in list_checkpoints(self._folder)), None)
+                logger.warning(
+                    "%s; training goes on, %s (failure %d, checkpoint.failures is %d)",
+                    problem,
+                    f"the checkpoint of step {newest} is intact" if newest else "none is there yet",
+                    self._failures,
+                    self._limit,
+                )
+            return
+        try:
+            prune(self._folder, self._keep, step, self._keep_every, spared)
+        except OSError as error:
+            logger.warning("old checkpoints stay: %s", explain_os_error(error))
+
+
+def _copy(value: Any, key: tuple, spare: dict[tuple, Tensor]) -> Any:
+    """A copy of a tree of dicts and lists; tensors go to the CPU, into `spare` where they fit."""
+    if isinstance(value, dict):
+        return {k: _copy(v, (*key, k), spare) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copy(v, (*key, i), spare) for i, v in enumerate(value))
+    if not isinstance(value, Tensor):
+        return value
+    kept = spare.get(key)
+    if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
+        kept = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        spare[key] = kept
+    return kept.copy_(value.detach(), non_blocking=True)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -70,42 +236,74 @@ def load(path: Path) -> dict[str, Any]:
         CorruptCheckpoint: not whole, or not written by `save`.
     """
     try:
-        data = path.read_bytes()
+        data = _read(path)
     except OSError as error:
         raise CorruptCheckpoint(f"checkpoint {path}: cannot be read ({error.strerror})") from None
     body, comment = data[: -_COMMENT - 2], data[-_COMMENT:]
-    if not comment.startswith(_MARK):
-        raise CorruptCheckpoint(f"checkpoint {path}: truncated, or not written by hpc_xvr")
     if hashlib.sha256(body).hexdigest().encode() != comment[len(_MARK) :]:
         raise CorruptCheckpoint(f"checkpoint {path}: contents do not match their checksum")
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # a checksum that fits a file we did not write
-        line = str(error).splitlines()[0]
+        line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CorruptCheckpoint(f"checkpoint {path}: not readable as tensors ({line})") from None
+    if not isinstance(state, dict):
+        raise CorruptCheckpoint(f"checkpoint {path}: not written by hpc_xvr")
+    return state
 
 
-def newest_valid(folder: Path) -> Iterator[tuple[Path, dict[str, Any] | CorruptCheckpoint]]:
+def _read(path: Path) -> bytes:
+    """The whole file, once its end says that it is ours: it might be anything, of any size."""
+    if path.exists() and not path.is_file():
+        raise CorruptCheckpoint(f"checkpoint {path}: no regular file")
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _COMMENT))
+        if not file.read(_COMMENT).startswith(_MARK):
+            raise CorruptCheckpoint(f"checkpoint {path}: truncated, or not written by hpc_xvr")
+        file.seek(0)
+        return file.read()
+
+
+def newest_valid(
+    folder: Path, needs: Collection[str] = ()
+) -> Iterator[tuple[Path, dict[str, Any] | CorruptCheckpoint]]:
     """Go through the checkpoints, newest first: a problem for each invalid one, then the state.
 
-    Ends with the first valid one; yields nothing more where there is none.
+    A valid one is of the step that its name says and has a dict under each of `needs`. Ends with
+    the first valid one; yields nothing more where there is none.
     """
-    for _, path in list_checkpoints(folder):
+    for step, path in list_checkpoints(folder):
         try:
-            yield path, load(path)
+            state = load(path)
+            if state.get("step") != step:
+                raise CorruptCheckpoint(f"checkpoint {path}: is of step {state.get('step')}")
+            missing = [name for name in needs if not isinstance(state.get(name), dict)]
+            if missing:
+                raise CorruptCheckpoint(f"checkpoint {path}: lacks {', '.join(missing)}")
+            yield path, state
             return
         except CorruptCheckpoint as problem:
             yield path, problem
 
 
-def prune(folder: Path, keep: int, newest: int) -> None:
+def prune(
+    folder: Path,
+    keep: int,
+    newest: int,
+    keep_every: int | None = None,
+    spared: Collection[int] = (),
+) -> None:
     """Delete all but the last `keep` checkpoints up to step `newest`, the one just written.
 
-    Later ones are damaged: they were passed over when the run resumed.
+    Multiples of `keep_every` and the steps in `spared` stay, too. Later ones are damaged: they
+    were passed over when the run resumed.
     """
     found = list_checkpoints(folder)
     doomed = [path for step, path in found if step > newest]
-    doomed += [path for step, path in found if step <= newest][keep:]
+    for step, path in [entry for entry in found if entry[0] <= newest][keep:]:
+        if step not in spared and (not keep_every or step % keep_every):
+            doomed.append(path)
     for path in doomed:
         path.unlink(missing_ok=True)
 
@@ -135,7 +333,9 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             partial.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise InputError(f"cannot write {path}: {explain_os_error(error)}") from None

@@ -41,6 +41,9 @@ class Run(Section):
     """auto: a GPU for each rank where there is one, else the CPU."""
     threads: Positive | None = None
     """CPU threads of a rank. Default: cores of the node / ranks on the node."""
+    utilisation_s: Annotated[float, Field(ge=0)] = 2.0
+    """Seconds between two looks at GPU, CPU and memory of each rank, by one thread a node, which go
+    to utilisation/ in the run folder. 0: none."""
 
 
 class CameraShare(Section):
@@ -269,14 +272,37 @@ class Checkpoint(Section):
     every: Positive = 1000
     """Steps between two checkpoints (the last step is saved too)."""
     keep: Positive = 3
-    """Newest checkpoints that stay on disk."""
+    """Newest checkpoints that stay on disk; that of the best validation stays, too."""
+    keep_every: Positive | None = None
+    """Checkpoints of steps that are multiples of this stay for good. Default: none."""
+    failures: Positive = 3
+    """Checkpoints in a row that cannot be written (disk full, quota) before the run stops."""
+
+    @model_validator(mode="after")
+    def _multiple(self) -> Checkpoint:
+        if self.keep_every and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every {self.keep_every} must be a multiple of every {self.every}"
+            )
+        return self
 
 
 class Dist(Section):
+    """How ranks talk, and how long they wait for each other."""
+
     engine: Literal["auto", "serial", "horovod", "torch"] = "auto"
     """auto: serial on one rank; on more Horovod where it is installed, else torch.distributed."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds after which a collective that does not come back ends the job."""
+    """Seconds without a sign of life from a rank, or without any progress of the run, after which
+    the job is ended with a message that names the rank and its step."""
+    compression: Literal["none", "fp16", "bf16"] = "none"
+    """Number format in which gradients travel; they are summed in it too. bf16 needs the torch
+    engine: Horovod does not know it."""
+    bucket_mb: Annotated[float, Field(gt=0)] | None = None
+    """Gradients that travel together, in MB: DDP's bucket (its default: 25), Horovod's fusion
+    buffer (128)."""
+    cycle_ms: Annotated[float, Field(gt=0)] | None = None
+    """Horovod: milliseconds between two looks at which gradients are ready (its default: 1)."""
 
 
 class Evaluate(Section):
@@ -411,10 +437,19 @@ def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
             raise InputError(f"--set {text}: the value is not valid YAML") from None
         _assign(tree, key.strip().split("."), parsed, text)
         sources[key.strip()] = f"--set {text}"
+    return check(tree, str(path or "--set"), sources)
+
+
+def check(tree: Any, source: str, overrides: dict[str, str] | None = None) -> Config:
+    """The typed tree of plain dicts from `source`; `overrides` tells where keys came from.
+
+    Raises:
+        InputError: as `load`.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_explain(error, str(path or "--set"), sources)) from None
+        raise InputError(_explain(error, source, overrides or {})) from None
 
 
 def dump(config: Config) -> str:

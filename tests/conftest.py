@@ -1,6 +1,7 @@
 """Where tests find real camera files and reference vectors; both are optional."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,29 @@ def pulse_corpus(tmp_path_factory):
     path = tmp_path_factory.mktemp("pulse") / "corpus"
     simulate_corpus(load(PULSE).simulate, path)
     return path
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB that can really be full (tmpfs, which only root may mount)."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "hpc_xvr", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"no small file system: {error}")
+    if done.returncode:
+        pytest.skip(f"no small file system: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    """Leave no room in a small file system."""
+    with (folder / "filler").open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            return

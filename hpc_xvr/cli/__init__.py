@@ -36,6 +36,7 @@ for _command in (
     train.train,
     results.evaluate,
     results.reconstruct,
+    results.export,
     results.report,
 ):
     cli.add_command(_command)

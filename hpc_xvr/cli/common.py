@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from hpc_xvr.config import Dist
     from hpc_xvr.dist.comm import Comm
 
 _comm: Comm | None = None  # set by the commands that talk to other ranks
@@ -27,7 +28,14 @@ engine = click.option(
     help="How ranks talk (config key dist.engine).",
 )
 
-
+which_checkpoint = click.option(
+    "--checkpoint",
+    "which",
+    type=click.Choice(["newest", "best"]),
+    default="newest",
+    show_default=True,
+    help="Of a run folder: the newest valid checkpoint, or that of the best validation.",
+)
 device_of_run = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: as the run was trained."
 )
@@ -55,7 +63,7 @@ def configured_device(run: Path) -> str:
     return load(run / "config.yaml").run.device if (run / "config.yaml").exists() else "auto"
 
 
-def connect(engine: str, device: str, timeout_s: float = 600.0) -> Comm:
+def connect(engine: str, device: str, dist: Dist | None = None, folder: Path | None = None) -> Comm:
     global _comm
     from hpc_xvr import log
     from hpc_xvr.dist.launch import discover, keep_freed_memory
@@ -66,7 +74,7 @@ def connect(engine: str, device: str, timeout_s: float = 600.0) -> Comm:
 
     launch = discover()
     log.setup(launch.rank, launched=launch.launcher is not None)
-    _comm = meet(engine, device, timeout_s)  # type: ignore[arg-type]
+    _comm = meet(engine, device, dist, folder)  # type: ignore[arg-type]
     return _comm
 
 

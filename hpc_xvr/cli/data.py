@@ -45,7 +45,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     if launch.size == 1:
         simulate_corpus(cfg.simulate, cfg.data.corpus)
     else:
-        comm = connect("auto", "cpu", cfg.dist.timeout_s)
+        comm = connect("auto", "cpu", cfg.dist)
         comm.on_root(lambda: refuse_existing(cfg.data.corpus))
         cores = cpu_threads(launch)
         simulate_corpus(cfg.simulate, cfg.data.corpus, cores, comm.rank, comm.size, comm.gather)
@@ -176,6 +176,7 @@ def ingest(
     recording is in the corpus whole or not at all; repeat the command after an interruption and
     it goes on with what is missing. The result is the same on any number of processes and ranks.
     """
+    from hpc_xvr.config import Dist
     from hpc_xvr.data.ingest import Ranks
     from hpc_xvr.data.ingest import ingest as run
     from hpc_xvr.data.pairs import Pairing, read_registration
@@ -185,7 +186,7 @@ def ingest(
         raise InputError("--registration, --gap, --lr-rate and --lr-start are for --lr: give it")
     ranks, comm, launch = Ranks(), None, discover()
     if launch.size > 1:
-        comm = connect("auto", "cpu", timeout_s=7 * 86400)
+        comm = connect("auto", "cpu", Dist(timeout_s=7 * 86400))
         ranks = Ranks(comm.rank, comm.size, comm.gather)
         workers = workers or cpu_threads(launch)
 

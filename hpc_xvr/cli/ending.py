@@ -26,7 +26,10 @@ def run(cli: click.Group) -> None:
     log.setup()
     try:
         cli(prog_name="hpc-xvr", standalone_mode=False)
-    except click.exceptions.Abort:
+    except click.exceptions.Abort:  # Ctrl-C
+        comm = connected()
+        if comm is not None and comm.size > 1:
+            comm.abort(130)  # leaving in good order would wait for ranks that were not told
         _leave(130)
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code, collective=True)
@@ -34,20 +37,25 @@ def run(cli: click.Group) -> None:
         _fail(str(error), 2, collective=type(error).__name__ == "CollectiveError")
     except OSError as error:
         if error.errno is None:  # no trouble of the system's: one of our own
-            _crash()
+            _crash(error)
         from hpc_xvr.errors import explain_os_error
 
         _fail(f"{error.filename or 'input or output'}: {explain_os_error(error)}", 2)
-    except Exception:
-        _crash()
+    except Exception as error:
+        _crash(error)
 
 
-def _crash() -> None:
+def _crash(error: Exception) -> None:
     """Print the traceback being handled and end every rank."""
     from hpc_xvr.dist.launch import abort_world
 
     comm = connected()
-    where = "" if comm is None or comm.size == 1 else f"[rank {comm.rank}] failed:\n"
+    if comm is not None and comm.watch and comm.lost_another(error):
+        time.sleep(5)  # the rank that is gone is the news, and the watch is about to tell it
+    where = ""
+    if comm is not None and comm.size > 1:
+        step = f" in step {comm.place.step} ({comm.place.doing})" if comm.place.step else ""
+        where = f"[rank {comm.rank}] failed{step}:\n"
     print(f"{where}{traceback.format_exc()}", file=sys.stderr, flush=True)
     if comm is not None and comm.size > 1:
         comm.abort(1)

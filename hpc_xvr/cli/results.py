@@ -1,13 +1,22 @@
-"""Commands that use a trained model: evaluate, reconstruct, report."""
+"""Commands that use a trained model: evaluate, reconstruct, export, report."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from hpc_xvr.cli.common import Examples, a_run, configured_device, connect, device_of_run, settings
+from hpc_xvr.cli.common import (
+    Examples,
+    a_run,
+    configured_device,
+    connect,
+    device_of_run,
+    settings,
+    which_checkpoint,
+)
 from hpc_xvr.cli.common import engine as engine_option
 from hpc_xvr.errors import InputError
 
@@ -29,6 +38,17 @@ def _evaluation_config(
         if value not in (None, ())
     }
     return load(path, overrides).with_evaluate(**given)
+
+
+def _data_of(weights: Path) -> tuple[str, ...]:
+    """The section `data` that a file of weights of ours was trained with, as an override."""
+    from hpc_xvr.reconstruct.weights import read_weights
+
+    try:
+        config = read_weights(weights).config
+    except InputError:  # the authors' weights say nothing of data; others are refused later
+        return ()
+    return (f"data={json.dumps(config.model_dump(mode='json')['data'])}",)
 
 
 @click.command(
@@ -92,6 +112,7 @@ def _evaluation_config(
     type=click.Choice(["auto", "cpu", "cuda"]),
     help="Default: as the first run was trained.",
 )
+@which_checkpoint
 @engine_option
 def evaluate(
     what: tuple[str, ...],
@@ -101,6 +122,7 @@ def evaluate(
     overrides: tuple[str, ...],
     engine: str | None,
     device: str | None,
+    which: Literal["newest", "best"],
     **wanted: Any,
 ) -> None:
     """Compare trained models and methods that need no training, on held-out recordings.
@@ -111,21 +133,25 @@ def evaluate(
     and AAD on the 8-bit scale, edge sharpness and flicker; key frames excluded. Ranks share the
     recordings. A call that was stopped goes on where it was.
     """
-    runs = [
-        path for path in (Path(text.partition("=")[2] or text) for text in what) if path.is_dir()
-    ]
-    if not runs and out is None:
+    from hpc_xvr.config import Dist
+
+    models = [path for path in (Path(text.rpartition("=")[2]) for text in what) if path.exists()]
+    if not models and out is None:
         raise InputError("evaluate: without a run folder say where the results go: --out FOLDER")
-    folder = out or runs[0] / "evaluation"
-    cfg = _evaluation_config(
-        config or (runs[0] / "config.yaml" if runs else None), overrides, wanted
-    )
+    folder = out or (models[0] if models[0].is_dir() else models[0].with_suffix("")) / "evaluation"
+    if config is None and models:
+        if models[0].is_dir():
+            config = models[0] / "config.yaml"
+        else:
+            overrides = (*_data_of(models[0]), *overrides)
+    cfg = _evaluation_config(config, overrides, wanted)
     if not wanted["methods"] and any("=" not in text and not Path(text).exists() for text in what):
         cfg = cfg.with_evaluate(methods=[])  # those without learning are named: no others
-    comm = connect(engine or "auto", device or cfg.run.device, timeout_s=7 * 86400)
+    patient = Dist(timeout_s=7 * 86400)  # ranks may have very different recordings
+    comm = connect(engine or "auto", device or cfg.run.device, patient)
     from hpc_xvr.evaluate.workflow import evaluate as run
 
-    run(cfg, what, comm, folder, restart)
+    run(cfg, what, comm, folder, restart, which)
     comm.close()
     comm.leave(0)
 
@@ -162,9 +188,10 @@ def evaluate(
 @click.option(
     "--movie", type=click.Path(path_type=Path), help="Side-by-side animation: .gif or .webp."
 )
+@which_checkpoint
 @device_of_run
 def reconstruct(run: Path, device: str | None, **options: Any) -> None:
-    """Make the fast sharp movie with the model of RUN.
+    """Make the fast sharp movie with the model of RUN, a run folder or a file of hpc-xvr export.
 
     Either from two camera files of the same field of view (--lr and --hr, first frames at the
     same instant, one sharp frame every --gap fast ones), or from a recording of a corpus.
@@ -176,6 +203,33 @@ def reconstruct(run: Path, device: str | None, **options: Any) -> None:
         raise InputError("reconstruct is one process; start it without mpirun")
     comm = connect("serial", device or configured_device(run))
     reconstruct_run(run, comm.device, **options)
+
+
+@click.command(
+    cls=Examples,
+    examples="""
+    hpc-xvr export runs/quickstart --out quickstart.safetensors
+    hpc-xvr export runs/mine --checkpoint best --raw --out mine.safetensors
+    hpc-xvr reconstruct quickstart.safetensors --lr fast.tif --hr slow.tif --gap 20 --out m.tif
+""",
+)
+@a_run
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Result: a .safetensors file."
+)
+@click.option("--raw", is_flag=True, help="The weights of the last step, not their average.")
+@which_checkpoint
+def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) -> None:
+    """Write the trained weights of RUN, with its config, to one file to keep or to give away.
+
+    The file holds numbers and text only. It takes the place of RUN in evaluate and reconstruct,
+    and is a start for another training (config key train.weights).
+    """
+    from hpc_xvr.reconstruct.weights import export_weights
+
+    trained = export_weights(run, out, which, raw)
+    count = sum(value.numel() for value in trained.weights.values())
+    click.echo(f"written: {out} (step {trained.step}, {count:,} numbers)")
 
 
 @click.command(cls=Examples, examples="hpc-xvr report runs/quickstart")

@@ -8,6 +8,30 @@ import click
 
 from hpc_xvr.cli.common import Examples, a_config, connect, settings
 from hpc_xvr.cli.common import engine as engine_option
+from hpc_xvr.log import logger
+
+
+class Duration(click.ParamType):
+    """HH:MM:SS, MM:SS, or minutes; in seconds."""
+
+    name = "HH:MM:SS"
+
+    def convert(
+        self, value: str | float, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, float):
+            return value
+        parts = value.split(":")
+        try:
+            numbers = [float(part) for part in parts] if len(parts) == 1 else [*map(int, parts)]
+        except ValueError:
+            numbers = []
+        if not 1 <= len(numbers) <= 3 or any(not 0 <= n < float("inf") for n in numbers):
+            self.fail(f"{value!r} is no time; write 02:30:00, 30:00 or minutes, such as 150")
+        if len(numbers) == 1:
+            return 60.0 * numbers[0]
+        return float(sum(n * 60**i for i, n in enumerate(reversed(numbers))))
+
 
 UNFINISHED = 75  # "not done yet, start me again": what job scripts requeue on
 
@@ -18,6 +42,7 @@ UNFINISHED = 75  # "not done yet, start me again": what job scripts requeue on
     mpirun -n 2 hpc-xvr train configs/pulse.yaml
     mpirun -n 5 hpc-xvr train configs/published.yaml --set data.corpus=corpus --resume
     hpc-xvr train configs/quickstart.yaml --set run.dir=runs/mine --set train.steps=100
+    mpirun -n 4 hpc-xvr train configs/published.yaml --resume --max-time 02:55:00
     hpc-xvr train configs/published.yaml --find-batch
 """,
 )
@@ -30,12 +55,22 @@ UNFINISHED = 75  # "not done yet, start me again": what job scripts requeue on
     help="Go on from the run folder's newest valid checkpoint, or start if none.",
 )
 @click.option(
+    "--max-time",
+    type=Duration(),
+    help="Stop in good order before this process is that old, with a checkpoint. Also minutes.",
+)
+@click.option(
     "--find-batch",
     is_flag=True,
     help="Train nothing: measure speed and memory of micro-batches, one process.",
 )
 def train(
-    config: Path, overrides: tuple[str, ...], engine: str | None, resume: bool, find_batch: bool
+    config: Path,
+    overrides: tuple[str, ...],
+    engine: str | None,
+    resume: bool,
+    max_time: float | None,
+    find_batch: bool,
 ) -> None:
     """Train the model of CONFIG; start it with mpirun for more than one rank.
 
@@ -43,22 +78,34 @@ def train(
     same losses on any number of them. Everything goes to the run folder (run.dir): config,
     metrics.jsonl, TensorBoard events, checkpoints, sample pictures.
 
-    Exit codes: 0 done, 2 bad input, 75 stopped by SIGUSR1, SIGTERM or SIGINT with a checkpoint
-    (start again with --resume). Under mpirun send SIGUSR1: it reaches every rank.
+    Exit codes: 0 done, 2 bad input, 75 stopped with a checkpoint, by SIGUSR1, SIGTERM or SIGINT
+    or as --max-time is nearly over (start again with --resume). Under mpirun send SIGUSR1: it
+    reaches every rank. A run that is done has done.json in its folder.
     """
     from hpc_xvr.config import load
+    from hpc_xvr.train.stopping import Stopping
 
     cfg = load(config, overrides)
-    comm = connect(engine or cfg.dist.engine, cfg.run.device, cfg.dist.timeout_s)
+    stopping = Stopping(max_time)
+    if not find_batch:
+        stopping.listen()  # a signal during the long start is answered after the first steps
+    comm = connect(engine or cfg.dist.engine, cfg.run.device, cfg.dist, cfg.run.dir)
     if find_batch:
         from hpc_xvr.train.find_batch import find_batch as measure
 
         measure(cfg, comm)
         return
     from hpc_xvr.train.engine import Trainer
+    from hpc_xvr.train.run_folder import finished
 
-    trainer = Trainer(cfg, comm, resume)
-    finished = trainer.run()
-    trainer.close()
+    step = comm.on_root(lambda: finished(cfg)) if resume else None
+    if step is not None:
+        if comm.is_root:
+            logger.info("%s is done (step %d); nothing to do", cfg.run.dir, step)
+        done = True
+    else:
+        trainer = Trainer(cfg, comm, resume, stopping)
+        done = trainer.run()
+        trainer.close()
     comm.close()
-    comm.leave(0 if finished else UNFINISHED)
+    comm.leave(0 if done else UNFINISHED)

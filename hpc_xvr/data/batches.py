@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import os
 import signal
 import threading
 import traceback
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from hpc_xvr import config, log
 from hpc_xvr.data.corpus import Corpus, DamagedVideo, Video
 from hpc_xvr.data.degrade import CameraNoise, bin_down, fixed_pattern
+from hpc_xvr.data.processes import end_with_parent
 from hpc_xvr.data.shards import Slots, slots_of_rank
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
@@ -404,11 +404,4 @@ def _start_worker(rank: int, _: int) -> None:
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed rank leaves no workers: torch's own watchdog looks at the fork server, which lives
-    as long as they do."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -5,19 +5,34 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from hpc_xvr.config import Dist
 from hpc_xvr.dist.launch import Launch, discover, gpu_index
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
+if TYPE_CHECKING:
+    from hpc_xvr.dist.watch import Watch
+
 T = TypeVar("T")
 Engine = Literal["auto", "serial", "horovod", "torch"]
+
+
+class Place(NamedTuple):
+    """Where a rank is: its step (counted from 1; None outside of training), what it does there,
+    and since when (time.perf_counter)."""
+
+    step: int | None
+    doing: str
+    since: float
 
 
 class Comm:
@@ -28,6 +43,8 @@ class Comm:
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         self.rank, self.size = rank, size
         self.device = device or torch.device("cpu")
+        self.place = Place(None, "starting", time.perf_counter())
+        self.watch: Watch | None = None  # ends the job if a rank is lost; see `connect`
 
     @property
     def is_root(self) -> bool:
@@ -36,6 +53,12 @@ class Comm:
     def describe(self) -> str:
         """Engine and library versions, for the start-up line."""
         return self.name
+
+    def mark(self, step: int | None, doing: str) -> None:
+        """Note where this rank is now; the other ranks are told by the watch."""
+        before, self.place = self.place, Place(step, doing, time.perf_counter())
+        if self.watch and step != before.step:
+            self.watch.tell()
 
     # Objects and flags: small, on the CPU.
 
@@ -110,8 +133,15 @@ class Comm:
 
     # The end.
 
+    def lost_another(self, error: BaseException) -> bool:
+        """Is it a collective that failed, most likely because another rank is gone?"""
+        return False
+
+    def leave_record(self) -> None:
+        """Write down what is known of collectives that hang; the job is about to be ended."""
+
     def abort(self, code: int) -> None:
-        """End every rank of the job at once."""
+        """End every rank of the job at once; may be called from any thread."""
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(code)
@@ -121,75 +151,112 @@ class Comm:
 
     def leave(self, code: int) -> None:
         """End this process after `close`."""
+        self.stop_watch()
         raise SystemExit(code)
+
+    def stop_watch(self, failed: bool = False) -> None:
+        """From here on this rank may end without being missed."""
+        if self.watch:
+            self.watch.stop(failed)
 
 
 class CollectiveError(InputError):
     """An InputError that every rank raises together: rank 0 prints it, nobody has to be killed."""
 
 
-def connect(engine: Engine = "auto", device: str = "auto", timeout_s: float = 600.0) -> Comm:
+def connect(
+    engine: Engine = "auto",
+    device: str = "auto",
+    dist: Dist | None = None,
+    folder: Path | None = None,
+) -> Comm:
     """Find the other ranks and return the engine that talks to them.
 
     Args:
         engine: "auto" is serial on one rank, else Horovod where it is installed, else torch.
         device: "auto", "cpu" or "cuda"; each rank takes the GPU of its local rank.
-        timeout_s: seconds after which a collective without answer is an error.
+        dist: time limit, compression and sizes of what travels.
+        folder: where NCCL leaves its record of the last collectives if one hangs.
 
     Raises:
         InputError: MPI sees another number of ranks than the launcher started, the engine is not
-            installed, or there is no GPU for this rank.
+            installed or cannot do what `dist` asks for, or there is no GPU for this rank.
     """
+    dist = dist or Dist()
+    comm = _connect(engine, device, dist, folder)
+    if comm.size > 1:
+        from hpc_xvr.dist.watch import Watch
+
+        comm.watch = Watch(comm, dist.timeout_s)
+    return comm
+
+
+def _connect(engine: Engine, device: str, dist: Dist, folder: Path | None) -> Comm:
+    if engine == "horovod" and dist.compression == "bf16":
+        raise InputError(
+            "dist.compression bf16: Horovod cannot sum bfloat16; use fp16, or --engine torch"
+        )
     launch = discover()
-    chosen = _device(launch, device)  # before MPI is imported
+    chosen = device_of(launch, device)
+    if chosen.index is not None:
+        torch.cuda.set_device(chosen)  # before MPI is imported: some MPIs bind to it
     if launch.launcher == "torchrun":
         if engine == "horovod":
             raise InputError("engine horovod needs mpirun; torchrun works with --engine torch")
         mpi = None
     else:
-        mpi = _mpi(launch, chosen)
+        mpi = _mpi(launch, chosen, required=engine != "torch")
         size = mpi.Get_size() if mpi else 1
-        if size != launch.size:
+        if size == 1 < launch.size and engine == "torch":
+            mpi = None  # the launcher has told rank and size; torch needs no more than that
+        elif size != launch.size:
             raise InputError(
                 f"{launch.launcher or 'MPI'} started {launch.size} ranks but MPI sees {size}: this "
                 "environment's MPI was not started by its own launcher; use the mpirun that "
-                "belongs to it (`which mpirun`), or srun --mpi=pmix")
+                "belongs to it (`which mpirun`), srun --mpi=pmix, or --engine torch, which "
+                "needs no MPI"
+            )
         if size > 1 and chosen.type == "cuda" and chosen.index is None:
             local = mpi.Split_type(_shared()).Get_rank()
-            chosen = _device(Launch(launch.launcher, launch.rank, size, local), device)
+            chosen = device_of(Launch(launch.launcher, launch.rank, size, local), device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if launch.size == 1:
         if engine == "horovod":
-            return _horovod(chosen, mpi, timeout_s)
+            return _horovod(chosen, mpi, dist)
         if engine == "torch":
-            return _torch(chosen, launch, mpi, timeout_s)
+            return _torch(chosen, launch, mpi, dist, folder)
         return Comm(device=chosen)
     if engine == "serial":
-        raise InputError(f"engine serial is one rank, but {launch.launcher} started {launch.size}; "
-                         "use --engine horovod or torch, or start without mpirun")
+        raise InputError(
+            f"engine serial is one rank, but {launch.launcher} started {launch.size}; "
+            "use --engine horovod or torch, or start without mpirun"
+        )
     if engine == "horovod":
-        return _horovod(chosen, mpi, timeout_s)
-    if engine == "auto" and mpi is not None:
+        return _horovod(chosen, mpi, dist)
+    if engine == "auto" and mpi is not None and dist.compression != "bf16":
         # All ranks must agree: an engine that only some of them can import would hang the rest.
         if all(mpi.allgather(_horovod_usable(chosen))):
-            return _horovod(chosen, mpi, timeout_s)
+            return _horovod(chosen, mpi, dist)
         if launch.rank == 0:
             logger.info("Horovod is not installed for this device; using torch.distributed")
-    return _torch(chosen, launch, mpi, timeout_s)
+    return _torch(chosen, launch, mpi, dist, folder)
 
 
-def _device(launch: Launch, wish: str) -> torch.device:
+def device_of(launch: Launch, wish: str) -> torch.device:
+    """This rank's device, before MPI is imported; without an index where only MPI can tell it."""
     gpus = torch.cuda.device_count() if wish != "cpu" and torch.cuda.is_available() else 0
     if wish == "cuda" and not gpus:
-        raise InputError("run.device is cuda, but torch sees no GPU here; use run.device=cpu, or "
-                         "a torch built for this machine's GPUs")
+        raise InputError(
+            "run.device is cuda, but torch sees no GPU here; use run.device=cpu, or "
+            "a torch built for this machine's GPUs"
+        )
     if not gpus:
         return torch.device("cpu")
     return torch.device("cuda", gpu_index(launch, gpus))
 
 
-def _mpi(launch: Launch, device: torch.device) -> Any:
+def _mpi(launch: Launch, device: torch.device, required: bool) -> Any:
     """COMM_WORLD, or None on one rank that no MPI launcher started."""
     if launch.size == 1 and launch.launcher not in ("Open MPI", "PALS", "PMI"):
         return None
@@ -198,9 +265,13 @@ def _mpi(launch: Launch, device: torch.device) -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
+        if not required:
+            return None
         line = str(error).splitlines()[0]
-        raise InputError(f"{launch.launcher} started {launch.size} ranks, but mpi4py cannot be "
-                         f"imported ({line}); run jobs/setup.sh") from None
+        raise InputError(
+            f"{launch.launcher} started {launch.size} ranks, but mpi4py cannot be "
+            f"imported ({line}); run jobs/setup.sh, or use --engine torch"
+        ) from None
     return MPI.COMM_WORLD
 
 
@@ -226,19 +297,23 @@ def _horovod_usable(device: torch.device) -> bool:
     return device.type == "cpu" or bool(hvd.nccl_built() or hvd.cuda_built())
 
 
-def _horovod(device: torch.device, mpi: Any, timeout_s: float) -> Comm:
+def _horovod(device: torch.device, mpi: Any, dist: Dist) -> Comm:
     if not _horovod_installed():
-        raise InputError("engine horovod: Horovod is not installed for this torch; run "
-                         "jobs/setup.sh, or use --engine torch")
+        raise InputError(
+            "engine horovod: Horovod is not installed for this torch; run "
+            "jobs/setup.sh, or use --engine torch"
+        )
     from hpc_xvr.dist.horovod_engine import HorovodComm
 
-    return HorovodComm(device, mpi, timeout_s)
+    return HorovodComm(device, mpi, dist)
 
 
-def _torch(device: torch.device, launch: Launch, mpi: Any, timeout_s: float) -> Comm:
+def _torch(
+    device: torch.device, launch: Launch, mpi: Any, dist: Dist, folder: Path | None
+) -> Comm:
     from hpc_xvr.dist.torch_engine import TorchComm
 
-    return TorchComm(device, launch, mpi, timeout_s)
+    return TorchComm(device, launch, mpi, dist, folder)
 
 
 def host() -> str:

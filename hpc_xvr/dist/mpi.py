@@ -13,6 +13,13 @@ from hpc_xvr.dist.comm import Comm
 T = TypeVar("T")
 
 
+def mpi_version() -> str:
+    """Name and version of the MPI library, such as "Open MPI v5.0.11"."""
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().splitlines()[0].split(",")[0].strip()
+
+
 class MpiComm(Comm):
     """Objects and flags over an mpi4py communicator of our own."""
 
@@ -41,12 +48,17 @@ class MpiComm(Comm):
         return answer
 
     def abort(self, code: int) -> None:
+        self.stop_watch(failed=True)
         sys.stderr.flush()
         sys.stdout.flush()
         self._mpi.Abort(code)
+
+    def lost_another(self, error: BaseException) -> bool:
+        return type(error).__module__.startswith("mpi4py")
 
     def close(self) -> None:
         if self._request is not None:
             self._request.Wait()
             self._request = None
         self._mpi.Barrier()
+        self.stop_watch()

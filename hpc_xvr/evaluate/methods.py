@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hpc_xvr import __version__, checkpoint
+from hpc_xvr import __version__
 from hpc_xvr.config import Config
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import BASELINES, find_baseline
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.model.xvr import SwinXVR
 from hpc_xvr.reconstruct.pipeline import Method
-from hpc_xvr.reconstruct.weights import as_method, build_model, load_weights, model_of_run, prepare
+from hpc_xvr.reconstruct.weights import SUFFIX, Which, as_method, model_of_run, prepare
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,15 @@ class Entry:
 
 
 def open_methods(
-    what: Iterable[str | Path], device: torch.device | str = "cpu"
+    what: Iterable[str | Path],
+    device: torch.device | str = "cpu",
+    which: Which = "newest",
 ) -> tuple[dict[str, Entry], dict[str, Config]]:
     """The methods named, and the configs of those that are runs.
 
-    Each is the name of a baseline, a run folder, or a file of weights (a checkpoint of ours, or of
-    the authors' program); NAME=PATH calls a model NAME, else it is called as its folder or file.
+    Each is the name of a baseline, a run folder (of which `which` tells the checkpoint), or a file
+    of weights (of hpc-xvr export, a checkpoint of ours, or of the authors' program); NAME=PATH
+    calls a model NAME, else it is called as its folder or file.
 
     Raises:
         InputError: neither, without valid weights, or two of one name.
@@ -61,7 +64,7 @@ def open_methods(
         if text in BASELINES:
             entry = baseline_entry(text)
         else:
-            entry, config = _open_model(text, torch.device(device))
+            entry, config = _open_model(text, torch.device(device), which)
             if config:
                 configs[entry.name] = config
         if entry.name in entries or (entry.learned and entry.name in BASELINES):
@@ -108,7 +111,7 @@ def model_entry(name: str, model: nn.Module, precision: str = "float32") -> Entr
     )
 
 
-def _open_model(text: str, device: torch.device) -> tuple[Entry, Config | None]:
+def _open_model(text: str, device: torch.device, which: Which) -> tuple[Entry, Config | None]:
     name, sign, where = text.partition("=")
     path = Path(where if sign else text)
     if not path.exists():
@@ -118,32 +121,20 @@ def _open_model(text: str, device: torch.device) -> tuple[Entry, Config | None]:
         )
     if not sign:
         name = path.resolve().name if path.is_dir() else path.stem
-    if path.is_dir():
-        model, config, _ = model_of_run(path)
-        return model_entry(name, model, prepare(model, config, device)), config
-    model, config = _model_of_file(path)
+    try:
+        model, config, _ = model_of_run(path, which)
+    except InputError:
+        if path.is_dir() or path.suffix == SUFFIX:
+            raise
+        model, config = _authors_model(path), None
     return model_entry(name, model, prepare(model, config or Config(), device)), config
 
 
-def _model_of_file(path: Path) -> tuple[nn.Module, Config | None]:
-    """A model from a checkpoint of ours, which says how it is built, or the authors' weights."""
+def _authors_model(path: Path) -> nn.Module:
     try:
-        state = checkpoint.load(path)
-    except checkpoint.CorruptCheckpoint:
-        try:
-            return load_xfusion(path), None
-        except ValueError as error:
-            raise InputError(f"{path}: {error}") from None
-    try:
-        config = Config.model_validate(state["config"])
-    except (KeyError, ValueError):
-        raise InputError(
-            f"{path}: the config in this checkpoint is not one that this program reads; give the "
-            "run folder it is from"
-        ) from None
-    model = build_model(config)
-    load_weights(model, state, path)
-    return model.eval(), config
+        return load_xfusion(path)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _title(model: nn.Module) -> str:

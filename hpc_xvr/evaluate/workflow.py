@@ -32,6 +32,7 @@ from hpc_xvr.evaluate.noise import Noise
 from hpc_xvr.evaluate.page import write_page
 from hpc_xvr.evaluate.results import Evaluation, Facts, joined
 from hpc_xvr.log import logger, progress_bar
+from hpc_xvr.reconstruct.weights import Which
 from hpc_xvr.reconstruct.writers import write_movie
 
 MOVIE_FPS = 8
@@ -39,13 +40,19 @@ PANELS = 6  # methods side by side
 
 
 def evaluate(
-    config: Config, what: Sequence[str], comm: Comm, out: Path, restart: bool = False
+    config: Config,
+    what: Sequence[str],
+    comm: Comm,
+    out: Path,
+    restart: bool = False,
+    which: Which = "newest",
 ) -> Evaluation:
     """Compare, print tables, write numbers, tables, pictures and a page; all ranks call it.
 
     `what`: runs, files of weights and names of methods, before those of `evaluate.methods`. The
     sections `evaluate`, `data` (scale, lr_source) and `run` (seed) of `config` say the rest. What
-    an earlier call finished in `out` is kept, unless `restart`.
+    an earlier call finished in `out` is kept, unless `restart`. `which`: of run folders, the newest
+    checkpoint or that of the best validation.
 
     Raises:
         InputError: no such method, run, corpus or split; nothing to compare.
@@ -54,7 +61,7 @@ def evaluate(
     wanted, data = config.evaluate, config.data
 
     def load() -> tuple[dict[str, Entry], list[Unit], dict[str, Row]]:
-        entries, _ = open_methods([*wanted.methods, *what], comm.device)
+        entries, _ = open_methods([*wanted.methods, *what], comm.device, which)
         check_methods(entries, data)
         units = _units(config)
         cells = Cells(out, comm.rank)

@@ -71,9 +71,8 @@ def _read(path: str | Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"weights {path}: no such file") from None
     except Exception as error:  # whatever torch meets in a file that is no checkpoint
-        raise ValueError(
-            f"weights {path}: no readable checkpoint of tensors ({str(error).splitlines()[0]})"
-        ) from None
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"weights {path}: no readable checkpoint of tensors ({line})") from None
 
 
 def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -72,7 +72,8 @@ class SwinXVR(nn.Module):
             nn.Conv2d(1 if i == 0 else embed_dim, embed_dim, 3, padding=1)
             for i in range(1 + scale // 2)  # one halving each after the first
         )
-        rates = [r.tolist() for r in torch.linspace(0, drop_path, sum(depths)).split(list(depths))]
+        rising = torch.linspace(0, drop_path, sum(depths), device="cpu")  # whatever the default is
+        rates = [r.tolist() for r in rising.split(list(depths))]
         self.stages = nn.ModuleList(
             SwinStage(
                 (

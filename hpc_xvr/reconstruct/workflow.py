@@ -19,7 +19,7 @@ from hpc_xvr.reconstruct.pipeline import (
     recording_streams,
     streams_from_files,
 )
-from hpc_xvr.reconstruct.weights import as_method, model_of_run, prepare
+from hpc_xvr.reconstruct.weights import Which, as_method, model_of_run, prepare
 from hpc_xvr.reconstruct.writers import Calibration, check_movie, write_movie, write_sequence
 
 MOVIE_FPS = 8
@@ -41,6 +41,7 @@ def reconstruct_run(
     lr_bit_depth: int | None = None,
     hr_bit_depth: int | None = None,
     flip_rows: bool = False,
+    which: Which = "newest",
 ) -> Path:
     """Reconstruct every frame from the first key frame to the last and write `out`.
 
@@ -58,7 +59,7 @@ def reconstruct_run(
             "(a recording of the corpus)"
         )
     use_threads()
-    model, config, step = model_of_run(run)
+    model, config, step = model_of_run(run, which)
     gap = gap or config.data.hr_gap
     if video:
         fast, keys, calibration, truth = _from_corpus(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import time
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +25,12 @@ from hpc_xvr.reconstruct.weights import build_model, initial_weights, prepare
 from hpc_xvr.train.meters import Metrics, Stopwatch, environment
 from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import MovingAverage, adam, learning_rate
-from hpc_xvr.train.run_folder import open_run, write_environment
+from hpc_xvr.train.run_folder import lock_run, mark_done, open_run, write_environment
+from hpc_xvr.train.stopping import Stopping
+from hpc_xvr.train.utilisation import Sampler, sum_up
 from hpc_xvr.train.validation import Validator
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SLOW_DISK = 50e6  # bytes/s, until a checkpoint has been written
 
 
 class Trainer:
@@ -37,14 +38,18 @@ class Trainer:
 
     Args:
         resume: continue from the newest valid checkpoint of the run folder, if there is one.
+        stopping: what may ask this rank to stop; by default the signals.
 
     Raises:
         InputError: a config that does not fit the ranks, the corpus or the run folder.
     """
 
-    def __init__(self, cfg: Config, comm: Comm, resume: bool = False) -> None:
+    def __init__(
+        self, cfg: Config, comm: Comm, resume: bool = False, stopping: Stopping | None = None
+    ) -> None:
         self.cfg, self.comm = cfg, comm
-        self._stop = False
+        self.stopping = stopping or Stopping()
+        self._lock: IO[str] | None = None
         self.share, self.micro = comm.together(self._shares)
         threads = cfg.run.threads or cpu_threads(discover())
         torch.set_num_threads(threads)
@@ -60,16 +65,26 @@ class Trainer:
         self.model, self.precision = comm.together(self._new_model)
         if cfg.train.weights:  # before anything is written
             comm.on_root(lambda: _first_weights(cfg, build_model(cfg)))
-        state = comm.on_root(lambda: open_run(cfg, resume))
+        state = comm.on_root(lambda: self._open_run(resume))
 
         self.done = state["step"] if state else 0  # optimizer steps behind us
+        self._now = self.done  # the step we are in, counted from 1
+        self.best = state.get("best") if state else None  # step and PSNR of the best validation
+        self._unvalidated = bool(state and state.get("unvalidated"))
         if cfg.data.stage_dir and self.done < cfg.train.steps:
             self._stage(corpus, cfg.data.stage_dir)
         self._build(state)
+        self.writer = checkpoint.Writer(
+            cfg.run.dir / "checkpoints",
+            cfg.checkpoint.keep,
+            cfg.checkpoint.keep_every,
+            cfg.checkpoint.failures,
+        )
         self.clock = Stopwatch(comm.device)
         # Steps without finite gradients: in a row, the longest row, all of them.
         self._bad, self._worst, self._skipped = torch.zeros(3, device=comm.device)
         self._reported = 0
+        self._mfu: float | None = None  # of the last report
         self._summed = 0  # steps whose losses are in self._loss
         self._loss = torch.zeros((), dtype=self.dtype, device=comm.device)
 
@@ -81,6 +96,10 @@ class Trainer:
             if self.done:
                 self.metrics.write("event", self.done, text=f"resumed on {comm.size} ranks")
             self._announce(machine, corpus, threads)
+
+    def _open_run(self, resume: bool) -> dict[str, Any] | None:
+        self._lock = lock_run(self.cfg.run.dir)
+        return open_run(self.cfg, resume, self.model)
 
     def _shares(self) -> tuple[int, int]:
         """Samples of this rank in a step, and of one of its micro-batches."""
@@ -136,18 +155,18 @@ class Trainer:
     def _announce(self, machine: dict[str, Any], corpus: Corpus, threads: int) -> None:
         cfg, ranks = self.cfg, machine["ranks"]
         hosts = len({r["host"] for r in ranks})
+        packed = cfg.dist.compression
         logger.info(
-            "%s, %d rank(s) on %d node(s), %s, %d thread(s) a rank",
+            "%s, %d rank(s) on %d node(s), %s, %d thread(s) a rank%s; global batch %d = "
+            "%d rank(s) x %d micro-batch(es) x %d sample(s)",
             machine["engine"],
             len(ranks),
             hosts,
             ranks[0]["device"],
             threads,
-        )
-        logger.info(
-            "global batch %d = %d rank(s) x %d micro-batch(es) x %d sample(s)",
+            "" if packed == "none" or len(ranks) == 1 else f", gradients in {packed}",
             cfg.train.global_batch,
-            self.comm.size,
+            len(ranks),
             self.share // self.micro,
             self.micro,
         )
@@ -170,13 +189,20 @@ class Trainer:
         return 3 * self.model.flops(side, side)
 
     def run(self) -> bool:
-        """Train to the last step. False: stopped before it by a signal, with a checkpoint."""
-        before = {n: signal.signal(n, self._ask_to_stop) for n in STOP_SIGNALS}
+        """Train to the last step. False: stopped before it, with a checkpoint."""
+        self.stopping.listen()
+        sampler = Sampler(self.comm, self.cfg.run.dir, self.cfg.run.utilisation_s)
         try:
-            return self._run()
+            finished = self._run()
+            self._sum_up(sampler)
+            return finished
+        except Exception:
+            self.writer.wait(60)  # what is being written may be the last good one
+            raise
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            sampler.stop()
+            self.comm.mark(None, "after training")
+            self.stopping.unlisten()
 
     def _run(self) -> bool:
         cfg = self.cfg
@@ -191,27 +217,48 @@ class Trainer:
                 pin_memory=self.comm.device.type == "cuda",
             )
         )
+        if self._unvalidated:  # the last start was asked to stop before it could
+            self._validate()
+        self.comm.any_lagged(False)  # forget what an earlier run on these ranks was asked
         self.clock.reset()
+        self.stopping.begin()
         while self.done < cfg.train.steps:
             self.train_step(self.done, self._wait_for(batches))
             self.done += 1
             self._check_finite()
+            self.writer.check()
             last = self.done == cfg.train.steps
             if last or self.done % cfg.train.log_every == 0:
                 self._log()
-            stop = self.comm.any_lagged(self._stop) and not last
-            if stop or last or self.done % cfg.checkpoint.every == 0:
+            stop = self.comm.any_lagged(self.stopping.asked(self._saving_time())) and not last
+            self._unvalidated = last or self.done % cfg.validation.every == 0
+            improved = self._unvalidated and not stop and self._validate()
+            if stop or last or improved or self.done % cfg.checkpoint.every == 0:
                 self.save()
-            if last or self.done % cfg.validation.every == 0:
-                self._validate()
             if stop:
-                logger.info("stopped by a signal after step %d; --resume continues", self.done)
+                self.writer.finish()
+                why = self.stopping.reason or "as another rank was asked to"
+                logger.info("stopped %s, after step %d; --resume continues", why, self.done)
                 return False
+        self.writer.finish()
+        self.comm.on_root(lambda: mark_done(cfg.run.dir, self.done))
         return True
+
+    def _sum_up(self, sampler: Sampler) -> None:
+        """How busy the ranks were, and which of them were not."""
+        sampler.stop()
+        self.clock.enter("ending")
+        self.clock.reset()
+        parts = {
+            part: s for part, s in self.clock.all.items() if part not in ("starting", "ending")
+        }
+        threads = torch.get_num_threads()
+        sum_up(self.comm, self.cfg.run.dir, parts, threads, self._mfu, sampler.cost)
 
     def train_step(self, step: int, micro_batches: Iterator[dict[str, Tensor]]) -> None:
         """One optimizer step; reads nothing back from the device."""
         device, parts = self.comm.device, self.share // self.micro
+        self._now = step + 1
         # Stochastic depth is the only randomness left here: sampling draws its own.
         torch.manual_seed(hash((self.cfg.run.seed, step, self.comm.rank)) % 2**63)
         for group in self.optimizer.param_groups:
@@ -220,16 +267,25 @@ class Trainer:
             )
         self.optimizer.zero_grad()
         for part, batch in enumerate(micro_batches, 1):
+            self._at("forward")
             batch = {k: v.to(device, self.dtype, non_blocking=True) for k, v in batch.items()}
             with self.comm.accumulate(self.net, last=part == parts):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                     output = self.net(batch["lr"], batch["hr"], batch["hr_offset"])
                 loss = l1(output, batch["target"]) / parts
+                self._at("backward")
                 loss.backward()
             self._loss += loss.detach()
         self._summed += 1
+        self._at("gradients")
         self.comm.finish_gradients(self.optimizer)
+        self._at("update")
         self._update()
+
+    def _at(self, doing: str) -> None:
+        """Note what this rank does now: for the clock, and for the watch over all ranks."""
+        self.clock.enter(doing)
+        self.comm.mark(self._now, doing)
 
     def _update(self) -> None:
         """Move the weights, unless a gradient is not finite: averaged gradients are the same on
@@ -252,10 +308,8 @@ class Trainer:
     def _wait_for(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """A step's micro-batches, with the time spent waiting for them on the clock."""
         for _ in range(self.share // self.micro):
-            start = time.perf_counter()
-            batch = next(batches)
-            self.clock.waited += time.perf_counter() - start
-            yield batch
+            self._at("data")
+            yield next(batches)
 
     def _check_finite(self) -> None:
         """Warn of skipped steps and give up after too many; looks only now and then on a GPU."""
@@ -280,6 +334,7 @@ class Trainer:
 
     def _log(self) -> None:
         """Mean loss of all ranks since the last report, and where the time went."""
+        self._at("logging")
         steps = self.clock.steps
         loss = self.comm.all_reduce(self._loss.double()) / self.comm.size / self._summed
         self._loss.zero_()
@@ -287,6 +342,7 @@ class Trainer:
         speed = self.clock.report(
             steps * self.cfg.train.global_batch, self.flops_per_sample, self.comm.size
         )
+        self._mfu = speed.get("mfu")
         if not self.metrics:
             return
         values = {
@@ -309,9 +365,12 @@ class Trainer:
             *divmod(left, 60),
         )
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Look at the validation recordings. Was it the best so far? The same on all ranks."""
+        self._unvalidated = False
         if not self.validator.count:
-            return
+            return False
+        self._at("validation")
         weights = self.average.mean if self.average else dict(self.model.named_parameters())
 
         def predict(sample: dict[str, Tensor]) -> Tensor:
@@ -337,13 +396,17 @@ class Trainer:
                 scores["psnr_detail"],
             )
         self.clock.reset()
+        improved = scores["psnr"] > (self.best["psnr"] if self.best else -math.inf)
+        if improved:
+            self.best = {"step": self.done, "psnr": scores["psnr"]}
+        return improved
 
     def save(self) -> None:
-        """Checkpoint from rank 0; the other ranks go on."""
+        """Checkpoint from rank 0, written while the run goes on."""
         if not self.comm.is_root:
             return
-        folder = self.cfg.run.dir / "checkpoints"
-        checkpoint.save(
+        self._at("saving")
+        self.writer.save(
             {
                 "format": "hpc_xvr checkpoint 1",
                 "step": self.done,
@@ -352,19 +415,25 @@ class Trainer:
                 "optimizer": self.optimizer.state_dict(),
                 "config": self.cfg.model_dump(mode="json"),
                 "rng": torch.get_rng_state(),
+                "best": self.best,
+                "unvalidated": self._unvalidated,
                 "versions": {"torch": str(torch.__version__)},
             },
-            checkpoint.path_of(folder, self.done),
+            spared=[self.best["step"]] if self.best else (),
         )
-        checkpoint.prune(folder, self.cfg.checkpoint.keep, self.done)
 
-    def _ask_to_stop(self, number: int, frame: Any) -> None:
-        if self._stop and number == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C means it
-        self._stop = True
+    def _saving_time(self) -> float:
+        """Seconds a checkpoint may take: the slowest so far, or a guess from its size."""
+        if self.writer.slowest or not self.comm.is_root:
+            return self.writer.slowest
+        size = 4 * sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return size / SLOW_DISK
 
     def close(self) -> None:
-        """Close files; safe to call twice."""
+        """Close files and leave the run folder; safe to call twice."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
         if self.metrics:
             self.metrics.close()
             self.metrics = None

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ import torch
 from hpc_xvr import __version__
 from hpc_xvr.checkpoint import write_atomic
 from hpc_xvr.dist.comm import Comm
+from hpc_xvr.errors import explain_os_error
+from hpc_xvr.log import logger
 
 # Dense bf16 matrix peak in TFLOP/s by (part of) the device's name; vendor data sheets.
 PEAK_BF16 = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "MI250X": 191.5, "GH200": 989.0}
@@ -42,6 +46,7 @@ class Metrics:
                 if _step_of(line) <= resumed_step
             ]
             write_atomic(self._path, lambda file: file.write("".join(kept).encode()))
+        self._warned = False
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(
             str(folder / "tensorboard"),
@@ -52,15 +57,29 @@ class Metrics:
         """One line, on disk at once."""
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         record = {name: None if _not_finite(v) else v for name, v in record.items()}
-        self._file.write(json.dumps(record) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        with self._going_on():
+            self._file.write(json.dumps(record) + "\n")
+        with self._going_on():
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Flush everything."""
-        self._file.close()
-        self._board.close()
+        with self._going_on():
+            self._file.close()
+        with self._going_on():
+            self._board.close()
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A full disk ends no training: lines wait for room, curves may have gaps."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                logger.warning("metrics cannot be written: %s", explain_os_error(error))
+            self._warned = True
 
 
 def _not_finite(value: Any) -> bool:
@@ -75,16 +94,34 @@ def _step_of(line: str) -> float:
 
 
 class Stopwatch:
-    """Time spent in the parts of a step, summed between two reports."""
+    """Time spent in the parts of a step, summed between two reports and over the whole run.
+
+    On a GPU these are the times of the host, which runs ahead of it; only whole steps and the
+    wait for data mean something there.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.all: dict[str, float] = {}  # seconds of each part since the run began
+        self.since: dict[str, float] = {}  # when each part was last begun
+        self._doing = "starting"
+        self._since = time.perf_counter()
         self.reset()
+
+    def enter(self, doing: str) -> None:
+        """From now on time belongs to this part."""
+        now = time.perf_counter()
+        self.parts[self._doing] = self.parts.get(self._doing, 0.0) + now - self._since
+        self._doing, self._since = doing, now
+        self.since[doing] = now
 
     def reset(self) -> None:
         """Start a new report."""
         synchronise(self._device)
-        self._start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+        for part, seconds in getattr(self, "parts", {}).items():
+            self.all[part] = self.all.get(part, 0.0) + seconds
+        self._start, self.steps = time.perf_counter(), 0
+        self.parts: dict[str, float] = {}
 
     def report(self, samples: int, flops_per_sample: int, ranks: int) -> dict[str, float]:
         """Throughput since the last reset; resets.
@@ -92,11 +129,13 @@ class Stopwatch:
         `samples` counts all ranks'; `flops_per_sample` is forward plus backward.
         """
         synchronise(self._device)
+        self.enter(self._doing)
         seconds = max(time.perf_counter() - self._start, 1e-9)
         out = {
             "step_s": seconds / max(self.steps, 1),
             "samples_per_s": samples / seconds,
-            "data_wait": self.waited / seconds,
+            "data_wait": self.parts.get("data", 0.0) / seconds,
+            "gradient_wait": self.parts.get("gradients", 0.0) / seconds,
             "tflops_per_rank": samples * flops_per_sample / seconds / ranks / 1e12,
         }
         peak = peak_tflops(self._device)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from torch import nn
 
 from hpc_xvr import checkpoint, config
 from hpc_xvr.config import Config
 from hpc_xvr.errors import InputError, explain_os_error
 from hpc_xvr.log import logger
+from hpc_xvr.reconstruct.weights import mismatch
 
 # What the weights depend on; everything else may change between two parts of a run.
 ARCHITECTURE = ("model.", "data.lr_frames", "data.scale")
@@ -28,8 +34,63 @@ FREE_TO_CHANGE = (
 )
 
 
-def open_run(cfg: Config, resume: bool) -> dict[str, Any] | None:
+DONE = "done.json"  # there once the last step is saved and validated; job scripts look for it
+
+
+def finished(cfg: Config) -> int | None:
+    """The last step of a run that is done, None for one that is not; rank 0 calls it."""
+    try:
+        step = json.loads((cfg.run.dir / DONE).read_text())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) and step >= cfg.train.steps else None
+
+
+def mark_done(folder: Path, step: int) -> None:
+    """Say that the run has reached its last step, with nothing left to do."""
+    text = json.dumps({"step": step, "time": round(time.time(), 3)}).encode()
+    checkpoint.write_atomic(folder / DONE, lambda file: file.write(text + b"\n"))
+
+
+def lock_run(folder: Path, patience: float = 60.0) -> IO[str] | None:
+    """Keep other processes out of a run folder for as long as the returned file is open.
+
+    A killed run may take some seconds to be gone while its successor starts already: it waits.
+    None where the file system knows no locks.
+
+    Raises:
+        InputError: another process still has the folder after `patience` seconds, or the folder
+            cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise InputError(f"run folder {folder}: {explain_os_error(error)}") from None
+    end, told = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                file.close()
+                return None
+        if time.monotonic() > end:
+            raise InputError(
+                f"run folder {folder} is in use by another process; wait for it to end, or choose "
+                "another with --set run.dir=..."
+            )
+        if not told:
+            logger.info("waiting for another process to leave %s", folder)
+        told = True
+        time.sleep(0.2)
+
+
+def open_run(cfg: Config, resume: bool, model: nn.Module) -> dict[str, Any] | None:
     """Make the run's folder, or find the state to continue from; rank 0 calls it.
+
+    `model` is the one to be trained: a checkpoint must fit it.
 
     Returns:
         The newest valid checkpoint, or None for a fresh start.
@@ -40,22 +101,24 @@ def open_run(cfg: Config, resume: bool) -> dict[str, Any] | None:
     """
     folder = cfg.run.dir
     saved = checkpoint.list_checkpoints(folder / "checkpoints")
-    if not resume and (saved or (folder / "metrics.jsonl").exists()):
+    if not resume and (saved or any((folder / f).exists() for f in ("metrics.jsonl", DONE))):
         newest = f" (checkpoint of step {saved[0][0]})" if saved else ""
         raise InputError(
             f"run folder {folder} is already used{newest}; add --resume to continue "
             "it, or choose another with --set run.dir=..."
         )
-    state = _newest(folder) if resume else None
+    state = newest_state(folder) if resume else None
     if state is not None:
         _compare(config.flat(state["config"]), config.flat(cfg.model_dump(mode="json")))
+        _check_fit(state, model)
     try:
         for part in ("checkpoints", "samples"):
             (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / DONE).unlink(missing_ok=True)  # more steps are asked for than were done
     except OSError as error:
         raise InputError(f"run folder {folder}: {explain_os_error(error)}") from None
-    checkpoint.remove_leftovers(folder)
-    checkpoint.remove_leftovers(folder / "checkpoints")
+    for part in (".", "checkpoints", "samples"):
+        checkpoint.remove_leftovers(folder / part)
     text = config.dump(cfg).encode()
     checkpoint.write_atomic(folder / "config.yaml", lambda file: file.write(text))
     return state
@@ -74,8 +137,9 @@ def write_environment(folder: Path, environment: dict[str, Any]) -> None:
     checkpoint.write_atomic(path, lambda file: file.write(text))
 
 
-def _newest(folder: Path) -> dict[str, Any] | None:
-    for path, state in checkpoint.newest_valid(folder / "checkpoints"):
+def newest_state(folder: Path) -> dict[str, Any] | None:
+    needs = ("model", "optimizer", "config")
+    for path, state in checkpoint.newest_valid(folder / "checkpoints", needs):
         if isinstance(state, checkpoint.CorruptCheckpoint):
             logger.warning("skipped: %s", state)
             continue
@@ -83,6 +147,17 @@ def _newest(folder: Path) -> dict[str, Any] | None:
         return state
     logger.info("nothing to resume in %s; starting from the first step", folder)
     return None
+
+
+def _check_fit(state: dict[str, Any], model: nn.Module) -> None:
+    problem = mismatch(model.state_dict(), state["model"])
+    if not problem and state.get("ema"):
+        problem = mismatch(dict(model.named_parameters()), state["ema"])
+    if problem:
+        raise InputError(
+            f"cannot resume: the checkpoint of step {state['step']} does not fit this model: "
+            f"{problem}; set the model section as it was, or start a new run with another run.dir"
+        )
 
 
 def _compare(then: dict[str, Any], now: dict[str, Any]) -> None:

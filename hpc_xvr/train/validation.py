@@ -15,6 +15,7 @@ from hpc_xvr.config import Config
 from hpc_xvr.data.batches import key_frames, window_sample
 from hpc_xvr.data.corpus import Corpus, DamagedVideo, Video
 from hpc_xvr.dist.comm import Comm
+from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 from hpc_xvr.metrics import psnr, ssim
 from hpc_xvr.model.bases import transfer_detail, upsample
@@ -72,7 +73,10 @@ class Validator:
                 )
             )
         if picture and outputs:
-            _draw(picture, self._mine[0], outputs[0])
+            try:
+                _draw(picture, self._mine[0], outputs[0])
+            except InputError as problem:  # a full disk ends no training
+                logger.warning("%s", problem)
         return {**result, **self._references}
 
     def _baselines(self, sample: Sample) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 A rank whose test fails ends the whole job: the other one would wait for it in a collective.
 """
 
+import functools
 import shutil
 import sys
 import tempfile
@@ -12,7 +13,7 @@ import pytest
 from mpi4py import MPI
 
 from hpc_xvr import log
-from hpc_xvr.config import load
+from hpc_xvr.config import Dist, load
 from hpc_xvr.data.phantom import simulate_corpus
 from hpc_xvr.dist.comm import connect
 
@@ -50,10 +51,21 @@ def pytest_runtest_makereport(item):
         WORLD.Abort(1)
 
 
+@functools.cache
+def connected(name):
+    return connect(name, "cpu", Dist(timeout_s=60))
+
+
 @pytest.fixture(scope="session", params=["horovod", "torch"])
 def engine(request):
     """Both engines, each connected once."""
-    return connect(request.param, "cpu", timeout_s=60)
+    return connected(request.param)
+
+
+@pytest.fixture(scope="session")
+def engines():
+    """Both at the same time."""
+    return [connected(name) for name in ("horovod", "torch")]
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,8 @@ def test_a_run_of_two_ranks_goes_on_with_one(engine, settings):
 
     def stop_in_time(step, batches):
         real_step(step, batches)
-        trainer._stop = step == 2  # as a signal would; agreed one step later
+        if step == 2:  # as a signal would; agreed one step later
+            trainer.stopping.reason = "by a test"
 
     trainer.train_step = stop_in_time
     assert trainer.run() is False

@@ -133,3 +133,30 @@ def test_the_noise_study_says_what_its_numbers_say(tmp_path):
     assert "above all of them at 100 (bayes, 30.50 dB)." in result["says"]
     noise_study.draw(result, tmp_path / "matrix.png")
     assert (tmp_path / "matrix.png").stat().st_size > 10_000
+
+
+@pytest.mark.timeout(600)  # four starts of two ranks: half a minute, more where cores are busy
+def test_a_run_killed_and_started_again_ends_as_the_undisturbed_one(tmp_path, pulse_corpus):
+    """The short form of chaos.py: which kills it gets depends on the seed, which it prints."""
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(BENCHMARKS / "chaos.py"), "--quick", "--json", str(out)]
+    command += ["--kills", "2", "--corpus", str(pulse_corpus)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert result["kills"] >= 1
+    assert result["corrupted"] == 200
+    for name in ("weights_bitwise_equal", "losses_equal", "done_marker"):
+        assert result[name] == 1, (name, done.stdout)
+    for name in (
+        "orphans",
+        "leftovers",
+        "damaged_loaded",
+        "corrupted_loaded",
+        "corrupted_tracebacks",
+        "bombs_gone_off",
+        "tracebacks_at_start",
+    ):
+        assert result[name] == 0, (name, done.stdout)
+    # While a checkpoint is being written the run is a step or two ahead of it.
+    assert result["max_steps_repeated"] <= result["checkpoint_every"] + 2, done.stdout

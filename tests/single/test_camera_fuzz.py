@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 CHILD = Path(__file__).with_name("read_child.py")
-SECONDS = 10
+SECONDS = 30
 """For one small file; they take milliseconds."""
 EXAMPLES = 130
 

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import fill
 
 from hpc_xvr import checkpoint
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
+from hpc_xvr.model.xfusion import load_xfusion
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,16 +62,38 @@ def test_the_newest_valid_one_is_taken_and_the_others_are_reported(tmp_path):
     assert len(found) == 2
 
 
-def test_a_pickle_that_would_run_code_does_not(tmp_path):
+@pytest.mark.parametrize("how", ["checksummed", "zip", "old format"])
+def test_a_pickle_that_would_run_code_does_not(how, tmp_path):
     class Bomb:
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path}/ran",))
 
     path = checkpoint.path_of(tmp_path, 3)
-    checkpoint.save({"step": 3, "model": Bomb()}, path)
-    with pytest.raises(checkpoint.CorruptCheckpoint, match="not readable as tensors"):
+    if how == "checksummed":
+        checkpoint.save({"step": 3, "model": Bomb()}, path)
+    else:
+        torch.save({"model": Bomb()}, path, _use_new_zipfile_serialization=how == "zip")
+    with pytest.raises(checkpoint.CorruptCheckpoint):
         checkpoint.load(path)
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        load_xfusion(path)  # weights of the authors' program come as plain torch files
     assert not (tmp_path / "ran").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "ran").exists(), "the test's pickle would have run"
+
+
+def test_a_file_of_another_step_or_without_what_is_needed_is_passed_over(tmp_path):
+    checkpoint.save(state(4), checkpoint.path_of(tmp_path, 4))
+    checkpoint.save({"step": 5}, checkpoint.path_of(tmp_path, 5))
+    checkpoint.save(state(4), checkpoint.path_of(tmp_path, 6))
+    checkpoint.path_of(tmp_path, 7).mkdir()
+    checkpoint.path_of(tmp_path, 8).symlink_to(tmp_path / "nowhere")
+    found = [(path.name, result) for path, result in checkpoint.newest_valid(tmp_path, ("model",))]
+    reasons = ["cannot be read", "no regular file", "is of step 4", "lacks model"]
+    for (name, problem), step, reason in zip(found, (8, 7, 6, 5), reasons, strict=False):
+        assert name == f"step-{step:09d}.pt"
+        assert reason in str(problem)
+    assert found[4][1]["step"] == 4
 
 
 def test_prune_keeps_the_newest_and_leftovers_go(tmp_path):
@@ -78,6 +103,13 @@ def test_prune_keeps_the_newest_and_leftovers_go(tmp_path):
     checkpoint.prune(tmp_path, 2, newest=4)
     checkpoint.remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000003.pt", "step-000000004.pt"]
+
+
+def test_prune_keeps_one_of_every_n_and_the_best(tmp_path):
+    for step in range(2, 22, 2):
+        checkpoint.save(state(step), checkpoint.path_of(tmp_path, step))
+    checkpoint.prune(tmp_path, 2, newest=20, keep_every=8, spared=[6])
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [20, 18, 16, 8, 6]
 
 
 def test_prune_never_takes_the_checkpoint_just_written(tmp_path):
@@ -142,3 +174,90 @@ for step in range(10_000):
             loaded = checkpoint.load(path)
             assert loaded["step"] == step
             assert bool((loaded["w"] == step).all())
+
+
+@pytest.fixture
+def slow_rename(monkeypatch):
+    """Renaming takes half a second, as on a network file system in a bad hour."""
+    rename = Path.replace
+
+    def slowly(self, target):
+        time.sleep(0.5)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", slowly)
+
+
+def test_training_goes_on_while_a_checkpoint_of_this_very_step_is_written(tmp_path, slow_rename):
+    writer = checkpoint.Writer(tmp_path)
+    live = state(1) | {"optimizer": {"state": [torch.ones(3)], "groups": ({"lr": 1.0},)}}
+    start = time.monotonic()
+    writer.save(live)
+    assert time.monotonic() - start < 0.4, "the disk is not waited for"
+    live["model"]["w"].zero_()  # the next step
+    live["optimizer"]["state"][0] += 1
+    assert not checkpoint.list_checkpoints(tmp_path)
+    writer.save({**live, "step": 2})  # one at a time: waits for the first
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [1]
+    writer.finish()
+    first, second = (checkpoint.load(checkpoint.path_of(tmp_path, step)) for step in (1, 2))
+    assert torch.equal(first["model"]["w"], state(1)["model"]["w"])
+    assert torch.equal(first["optimizer"]["state"][0], torch.ones(3))
+    assert first["optimizer"]["groups"] == ({"lr": 1.0},)
+    assert not second["model"]["w"].any()
+    assert torch.equal(second["optimizer"]["state"][0], torch.full((3,), 2.0))
+    assert 0.5 < writer.slowest < 5
+
+
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(small_disk, caplog):
+    """Real ones: a tmpfs of 1 MB, filled and emptied, then made read-only."""
+    logger.addHandler(caplog.handler)
+    writer = checkpoint.Writer(small_disk, keep=2, failures=2)
+    big = {"w": torch.zeros(50_000)}
+    names = lambda: sorted(p.name for p in small_disk.iterdir() if p.name != "filler")  # noqa: E731
+    writer.save({**big, "step": 1})
+    writer.finish()
+
+    fill(small_disk)
+    writer.save({**big, "step": 2})
+    writer.wait()
+    writer.check()  # one failure is none
+    assert "No space left on device" in caplog.text
+    assert "training goes on, the checkpoint of step 1 is intact (failure 1" in caplog.text
+    assert names() == ["step-000000001.pt"], "nothing half-written is left"
+    assert checkpoint.load(checkpoint.path_of(small_disk, 1))["step"] == 1
+
+    (small_disk / "filler").unlink()
+    writer.save({**big, "step": 3})
+    writer.finish()
+    assert names() == ["step-000000001.pt", "step-000000003.pt"]
+
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    writer.save({**big, "step": 4})
+    writer.wait()
+    writer.check()  # the good one in between counts
+    writer.save({**big, "step": 5})
+    writer.wait()
+    with pytest.raises(InputError, match=r"read-only; .*2 checkpoints in a row"):
+        writer.check()
+    with pytest.raises(InputError, match="step-000000005"):
+        writer.finish()
+    assert names() == ["step-000000001.pt", "step-000000003.pt"]
+    logger.removeHandler(caplog.handler)
+
+
+def test_the_last_checkpoint_must_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    writer = checkpoint.Writer(tmp_path / "file")
+    writer.save(state(1))
+    with pytest.raises(InputError, match="choose another folder"):
+        writer.finish()
+
+
+def test_what_is_no_trouble_of_the_disk_is_an_error_at_once(tmp_path):
+    writer = checkpoint.Writer(tmp_path)
+    writer.save({"step": 1, "w": lambda: None})  # cannot be pickled
+    writer.wait()
+    with pytest.raises(Exception, match="pickle"):
+        writer.check()
+    assert not list(tmp_path.iterdir())

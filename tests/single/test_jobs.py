@@ -76,6 +76,7 @@ import hpc_xvr.train.engine as engine
 real = engine.Trainer.train_step
 def train_step(self, step, batches):
     if step == 3:
+        self.writer.wait()
         self.comm.barrier()  # rank 0 has its checkpoint on disk
     if step == 3 and self.comm.rank == self.comm.size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -124,7 +125,7 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(engine, job, tmp_p
     start = time.monotonic()
     done = job(engine, program=patched(RAISE))
     assert done.returncode != 0
-    assert "[rank 1] failed" in done.stderr
+    assert "[rank 1] failed in step 3" in done.stderr
     assert "RuntimeError: lens cap on" in done.stderr
     assert time.monotonic() - start < 60
     assert max(steps_of(tmp_path / "run")) == 3
@@ -147,9 +148,10 @@ def test_torchrun_is_a_launcher_too(job, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "number"), [([], signal.SIGTERM), ([], signal.SIGINT), (MPIRUN, signal.SIGUSR1)]
+    ("launcher", "number", "workers"),
+    [([], signal.SIGTERM, 0), ([], signal.SIGINT, 0), (MPIRUN, signal.SIGUSR1, 1)],
 )
-def test_a_signal_stops_the_run_in_good_order(launcher, number, tmp_path, pulse_corpus):
+def test_a_signal_stops_the_run_in_good_order(launcher, number, workers, tmp_path, pulse_corpus):
     """mpirun hands SIGUSR1 on to every rank; a SIGTERM it answers by killing them soon."""
     command = [
         *launcher,
@@ -166,6 +168,8 @@ def test_a_signal_stops_the_run_in_good_order(launcher, number, tmp_path, pulse_
         "checkpoint.every=5000",
         "--set",
         "validation.every=5000",
+        "--set",
+        f"data.workers={workers}",
     ]
     process = subprocess.Popen(
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace"
@@ -178,6 +182,7 @@ def test_a_signal_stops_the_run_in_good_order(launcher, number, tmp_path, pulse_
     log = process.communicate(timeout=60)[1]
     assert process.returncode == 75, log
     assert "stopped by a signal" in log
+    assert not (tmp_path / "run/done.json").exists()
     ((step, path),) = list_checkpoints(tmp_path / "run/checkpoints")
     assert load(path)["step"] == step == max(steps_of(tmp_path / "run"))
 
@@ -218,10 +223,14 @@ def test_a_used_run_folder_is_not_overwritten_and_another_architecture_not_resum
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
     again = job("serial", "train.steps=2")
     assert again.returncode == 2
+    assert json.loads((tmp_path / "run/done.json").read_text())["step"] == 2
     assert "already used (checkpoint of step 2); add --resume" in again.stderr
     other = job("serial", "model.embed_dim=12", options=["--resume"])
     assert other.returncode == 2
     assert "model.embed_dim was 24, is 12" in other.stderr
+    done = job("serial", "train.steps=2", options=["--resume"])
+    assert done.returncode == 0
+    assert "is done (step 2); nothing to do" in done.stderr
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 
 
@@ -249,7 +258,17 @@ def test_help_and_config_errors_need_neither_torch_nor_mpi(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["simulate", "ingest", "fetch", "inspect", "train", "evaluate", "reconstruct", "report"],
+    [
+        "simulate",
+        "ingest",
+        "fetch",
+        "inspect",
+        "train",
+        "evaluate",
+        "reconstruct",
+        "export",
+        "report",
+    ],
 )
 def test_every_command_teaches_with_examples(command):
     done = subprocess.run([*CLI, command, "--help"], cwd=ROOT, capture_output=True, text=True)

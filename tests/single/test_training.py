@@ -2,18 +2,23 @@
 
 import json
 import math
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from conftest import PULSE
+from conftest import PULSE, fill
 
-from hpc_xvr import checkpoint
+from hpc_xvr import checkpoint, log
 from hpc_xvr.config import Optim, load
 from hpc_xvr.dist.comm import Comm
 from hpc_xvr.errors import InputError
+from hpc_xvr.reconstruct.weights import read_weights
 from hpc_xvr.train.engine import Trainer
 from hpc_xvr.train.optim import MovingAverage, learning_rate
+from hpc_xvr.train.stopping import Stopping
+from hpc_xvr.train.validation import Validator
 
 
 @pytest.fixture
@@ -183,3 +188,124 @@ def test_a_run_may_start_from_the_authors_weights(train, tmp_path, reference):
     torch.testing.assert_close(
         ours["model"]["lr_conv.weight"], state["conv_first.weight"], atol=1e-9, rtol=0
     )
+
+
+def resumed(run, corpus, *overrides, stopping=None, resume=True):
+    """A trainer of the pulse run in `run`, not started yet."""
+    fixed = [f"run.dir={run}", f"data.corpus={corpus}", "run.threads=1", "run.device=cpu"]
+    return Trainer(load(PULSE, [*fixed, *overrides]), Comm(), resume, stopping)
+
+
+def steps_on_disk(run):
+    return [step for step, _ in checkpoint.list_checkpoints(run / "checkpoints")]
+
+
+def test_the_best_checkpoint_stays_and_can_be_asked_for(train, tmp_path, monkeypatch):
+    scores = iter([20.0, 30.0, 25.0, 29.0, 30.0])
+    keys = ("psnr_bicubic", "psnr_detail", "ssim")
+    monkeypatch.setattr(
+        Validator, "run", lambda *_: {"psnr": next(scores), **dict.fromkeys(keys, 0.0)}
+    )
+    train("train.steps=5", "validation.every=1", "checkpoint.every=3", "checkpoint.keep=1")
+    assert steps_on_disk(tmp_path / "run") == [5, 2], "saved for its score, and kept for it"
+    best = read_weights(tmp_path / "run", "best")
+    assert best.step == 2
+    assert read_weights(tmp_path / "run").step == 5
+    state = checkpoint.load(checkpoint.path_of(tmp_path / "run/checkpoints", 2))
+    assert all(torch.equal(state["ema"][name], v) for name, v in best.weights.items())
+    assert state["best"] == {"step": 2, "psnr": 30.0}
+
+
+def test_a_run_asked_to_stop_saves_first_and_validates_when_it_goes_on(tmp_path, pulse_corpus):
+    run = tmp_path / "run"
+    trainer = resumed(run, pulse_corpus, "validation.every=2", resume=False)
+    trainer.stopping.reason = "by a test"
+    assert trainer.run() is False
+    trainer.close()
+    assert steps_on_disk(run) == [2]
+
+    def lines(kind):
+        text = (run / "metrics.jsonl").read_text().splitlines()
+        return [line["step"] for line in map(json.loads, text) if line["kind"] == kind]
+
+    assert lines("validation") == []
+    assert not (run / "done.json").exists()
+    trainer = resumed(run, pulse_corpus, "validation.every=2")
+    assert trainer.run() is True
+    trainer.close()
+    assert lines("validation") == [2, 4, 6]
+    assert lines("train") == [1, 2, 3, 4, 5, 6]
+    done = json.loads((run / "done.json").read_text())
+    assert done["step"] == 6
+    assert abs(done["time"] - time.time()) < 60
+    more = resumed(run, pulse_corpus, "train.steps=7")
+    assert not (run / "done.json").exists(), "more steps are asked for"
+    more.close()
+
+
+def test_a_run_stops_before_its_time_is_over(tmp_path, pulse_corpus):
+    age = time.time() - psutil.Process().create_time()
+    stopping = Stopping(max_time=age + 15)
+    endless = ["train.steps=100000", "validation.every=100000", "checkpoint.every=100000"]
+    trainer = resumed(tmp_path / "run", pulse_corpus, *endless, stopping=stopping)
+    assert trainer.run() is False
+    trainer.close()
+    assert time.time() - psutil.Process().create_time() < age + 10
+    assert steps_on_disk(tmp_path / "run") == [trainer.done]
+    assert "max-time" in stopping.reason
+
+
+def test_a_full_disk_stops_a_run_only_after_several_failures(
+    small_disk, pulse_corpus, monkeypatch, capfd
+):
+    """Metrics and pictures cannot be written either; all of it is there again afterwards."""
+    keep = ["checkpoint.every=1", "checkpoint.keep=1", "validation.every=4", "train.steps=8"]
+    keep += ["model.embed_dim=6", "model.up_features=4"]  # a checkpoint of 100 kB
+    log.setup()
+    step = Trainer.train_step
+
+    def filling(self, number, batches):
+        if number == 3:
+            self.writer.finish()
+            fill(small_disk)
+        step(self, number, batches)
+        self.writer.wait()
+
+    monkeypatch.setattr(Trainer, "train_step", filling)
+    trainer = resumed(small_disk, pulse_corpus, *keep)
+    with pytest.raises(InputError, match="3 checkpoints in a row"):
+        trainer.run()
+    trainer.close()
+    error = capfd.readouterr().err
+    assert error.count("training goes on, the checkpoint of step 3 is intact") == 2
+    assert "Traceback" not in error
+    assert steps_on_disk(small_disk) == [3]
+    assert not list(small_disk.rglob("*.partial"))
+    (small_disk / "filler").unlink()
+    monkeypatch.setattr(Trainer, "train_step", step)
+    trainer = resumed(small_disk, pulse_corpus, *keep)
+    assert trainer.done == 3
+    assert trainer.run()
+    trainer.close()
+    text = (small_disk / "metrics.jsonl").read_text().splitlines()
+    assert [x["step"] for x in map(json.loads, text) if x["kind"] == "train"] == [*range(1, 9)]
+
+
+def test_weights_that_do_not_fit_are_explained_key_by_key(train, tmp_path, pulse_corpus):
+    train("train.steps=2")
+    path = checkpoint.path_of(tmp_path / "run/checkpoints", 2)
+    state = checkpoint.load(path)
+    weights = state["model"]
+    weights["another.weight"] = weights.pop("last_conv.bias")
+    weights["last_conv.weight"] = weights["last_conv.weight"][:, :3]
+    checkpoint.save(state, path)
+    with pytest.raises(InputError) as problem:
+        resumed(tmp_path / "run", pulse_corpus, "train.steps=3")
+    for part in (
+        "it lacks last_conv.bias (1,)",
+        "unknown to this model, another.weight (1,)",
+        "last_conv.weight is (1, 3, 3, 3) there, (1, 16, 3, 3) in this model",
+        "run.dir",
+    ):
+        assert part in str(problem.value)
+    assert "\n" not in str(problem.value)

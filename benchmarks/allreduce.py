@@ -1,0 +1,204 @@
+"""All-reduce: seconds against bytes with each engine, and the latency and bandwidth that fit them.
+
+    python benchmarks/allreduce.py                     2 ranks; files its results in results/
+    python benchmarks/allreduce.py --quick             fewer sizes, under 50 s, files nothing
+    python benchmarks/allreduce.py --ranks 4,8,16 --device cuda --mpirun "mpiexec --ppn 4"
+
+Start it without mpirun: it starts mpirun itself. What is timed is what the trainer calls, from the
+call to the sum on the slowest rank; for Horovod that includes the wait for its next cycle. The fit
+is t = latency + 2 (N-1)/N bytes / bandwidth, as of a ring, by least squares of relative errors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy.optimize import nnls
+
+from hpc_xvr import log
+from hpc_xvr.dist.launch import discover
+from hpc_xvr.train.meters import describe_machine, synchronise
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+ROOT = HERE.parent
+
+
+def worker(engine: str, device: str, sizes: list[int], seconds: float) -> None:
+    """Time every size on all ranks; rank 0 prints the medians as JSON."""
+    from hpc_xvr.dist.comm import connect
+
+    comm = connect(engine, device)  # type: ignore[arg-type]
+    torch.set_num_threads(1)
+    times = {}
+    for size in sizes:
+        tensor = torch.ones(size // 4, device=comm.device)
+        comm.all_reduce(tensor)
+        comm.barrier()
+        start = time.perf_counter()
+        comm.all_reduce(tensor)
+        synchronise(comm.device)
+        once = max(comm.gather(time.perf_counter() - start))
+        mine = []
+        for _ in range(max(5, min(200, int(seconds / max(once, 1e-5))))):
+            comm.barrier()
+            start = time.perf_counter()
+            comm.all_reduce(tensor)
+            synchronise(comm.device)
+            mine.append(time.perf_counter() - start)
+        times[size] = statistics.median(map(max, zip(*comm.gather(mine), strict=True)))
+    if comm.is_root:
+        print(json.dumps({"about": comm.describe(), "times": times}), flush=True)
+    comm.close()
+    comm.leave(0)
+
+
+def fit(ranks: int, times: dict[int, float]) -> tuple[float, float]:
+    """(latency in s, bandwidth in bytes/s) of least relative squares, neither negative."""
+    sizes, seconds = (np.array(list(v), float) for v in (times.keys(), times.values()))
+    travelling = 2 * (ranks - 1) / ranks * sizes
+    solution, _ = nnls(np.stack([1 / seconds, travelling / seconds], axis=1), np.ones(len(sizes)))
+    return float(solution[0]), float(1 / max(solution[1], 1e-15))
+
+
+def predict(ranks: int, size: float, latency: float, bandwidth: float) -> float:
+    return latency + 2 * (ranks - 1) / ranks * size / bandwidth
+
+
+def measure(engine: str, ranks: int, device: str, sizes: list[int], mpirun: str, s: float) -> dict:
+    command = [*shlex.split(mpirun), "-n", str(ranks), sys.executable, __file__]
+    command += ["--worker", engine, "--device", device, "--sizes", ",".join(map(str, sizes))]
+    command += ["--seconds", str(s)]
+    paths = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        raise click.ClickException(f"{' '.join(command)} failed:\n{done.stderr}")
+    result = json.loads(lines[0])
+    result["times"] = {int(size): t for size, t in result["times"].items()}
+    return result
+
+
+def draw(curves: dict[str, dict[int, float]], fits: dict[str, tuple], path: Path) -> None:
+    figure = Figure(figsize=(5.5, 3.8), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, (name, times) in enumerate(curves.items()):
+        colour = f"C{i % 10}"
+        ranks, latency, bandwidth = fits[name]
+        sizes = np.geomspace(min(times), max(times), 100)
+        axes.plot(list(times), [1e3 * t for t in times.values()], "o", ms=4, color=colour)
+        axes.plot(
+            sizes,
+            [1e3 * predict(ranks, n, latency, bandwidth) for n in sizes],
+            color=colour,
+            label=f"{name}: {1e6 * latency:.0f} µs, {bandwidth / 1e9:.2f} GB/s",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="ms", title="all-reduce")
+    axes.legend(fontsize=8, frameon=False)
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+@click.command(help=__doc__)
+@click.option("--quick", is_flag=True)
+@click.option("--json", "out", type=click.Path(path_type=Path))
+@click.option("--ranks", default="2")
+@click.option("--engines", default="horovod,torch")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+@click.option("--mpirun", default="mpirun --oversubscribe", help="How ranks are started.")
+@click.option("--worker", "engine", hidden=True)
+@click.option("--sizes", hidden=True)
+@click.option("--seconds", type=float, hidden=True)
+def main(
+    quick: bool,
+    out: Path | None,
+    ranks: str,
+    engines: str,
+    device: str,
+    mpirun: str,
+    engine: str | None,
+    sizes: str | None,
+    seconds: float | None,
+) -> None:
+    log.setup()
+    if engine:
+        assert sizes and seconds
+        worker(engine, device, [int(n) for n in sizes.split(",")], seconds)
+    if discover().launcher:
+        raise click.UsageError("start it without mpirun: it starts mpirun itself")
+    largest = 28 if device == "cuda" else 26
+    sweep = [4 * 4**k for k in range(0, (largest - 2) // 2 + 1, 2 if quick else 1)]
+    result: dict[str, float] = {}
+    curves: dict[str, dict[int, float]] = {}
+    fits: dict[str, tuple] = {}
+    about, errors_of = {}, {}
+    for size in map(int, ranks.split(",")):
+        for name in engines.split(","):
+            measured = measure(name, size, device, sweep, mpirun, 0.3 if quick else 2.0)
+            times = measured["times"]
+            latency, bandwidth = fit(size, times)
+            label = f"{name}, {size} ranks"
+            curves[label], fits[label] = times, (size, latency, bandwidth)
+            about[name] = measured["about"]
+            errors = [abs(predict(size, n, latency, bandwidth) / t - 1) for n, t in times.items()]
+            errors_of[label] = statistics.median(errors)
+            result |= {
+                f"latency_us[{name},{size}]": 1e6 * latency,
+                f"bandwidth_gb_s[{name},{size}]": bandwidth / 1e9,
+                f"fit_error[{name},{size}]": errors_of[label],
+                **{f"seconds[{name},{size},{n}]": t for n, t in times.items()},
+            }
+    log.print_table(
+        "all-reduce: t = latency + 2 (N-1)/N bytes / bandwidth",
+        ["engine", "latency µs", "GB/s", "median error %", *(_bytes(n) for n in sweep[::3])],
+        [
+            (
+                label,
+                f"{1e6 * fits[label][1]:.0f}",
+                f"{fits[label][2] / 1e9:.2f}",
+                f"{100 * errors_of[label]:.0f}",
+                *(f"{1e3 * times[n]:.2f} ms" for n in sweep[::3]),
+            )
+            for label, times in curves.items()
+        ],
+    )
+    context: dict[str, Any] = describe_machine(torch.device(device)) | {"engines": about}
+    if out is None and not quick:
+        from model import file_name
+
+        RESULTS.mkdir(exist_ok=True)
+        out = RESULTS / file_name("allreduce", context)
+    if out:
+        known = {name: value for name, value in result.items() if math.isfinite(value)}
+        out.write_text(json.dumps({**known, "context": context}, indent=1) + "\n")
+        draw(curves, fits, out.with_suffix(".png"))
+        print(f"written: {out}, .png")
+
+
+def _bytes(n: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1024 or unit == "MB":
+            return f"{n:.0f} {unit}"
+        n //= 1024
+    raise AssertionError
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""Strong and weak scaling of the trainer: from one rank to as many as there are.
+
+    python benchmarks/scaling.py                     1 and 2 ranks; files its results in results/
+    python benchmarks/scaling.py --ranks 1,2,4       more ranks than cores share them
+    python benchmarks/scaling.py --quick             a tiny model, under 50 s, files nothing
+    python benchmarks/scaling.py --ranks 1,2,4,8 --device cuda --config configs/recommended.yaml
+    python benchmarks/scaling.py --mpirun "mpiexec --ppn 4 --depth 8" --engines torch
+    python benchmarks/scaling.py --ranks 1 --mpirun "" --engines torch          without any MPI
+
+Start it without mpirun, on a cluster inside a job: it starts mpirun itself, once for each engine
+and number of ranks, and lets these groups take turns (all but one are stopped; on more than one
+node a group lives only for its own turn, and is started again for the next). So a slow spell of
+the machine hits all of them, and ratios are medians over rounds of figures that were measured one
+after the other.
+
+weak      fixed batch of a rank; strong: fixed global batch, that of the most ranks
+ceiling   as many processes side by side as there are ranks, each training alone: what the machine
+          gives when nobody communicates. `weak_efficiency_ENGINE` is the engine's throughput over
+          the ceiling's; `weak_efficiency_absolute_ENGINE` over that of one process alone times
+          the number of ranks
+exposed   time from a rank's last gradient to the averaged ones, on the rank that waits least: what
+          the backward pass did not hide. What the others wait beyond that is for slower ranks.
+          On GPUs, where the host cannot see it: the step's time beyond the ceiling's
+overhead  the engine on one rank against a loop written by hand without trainer or engine
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import ctypes
+import json
+import math
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from ranks_figure import draw
+
+from hpc_xvr import log
+from hpc_xvr.config import Simulate
+from hpc_xvr.data.phantom import simulate_corpus
+from hpc_xvr.dist.launch import discover
+from hpc_xvr.train.meters import describe_machine
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+ROOT = HERE.parent
+
+QUICK = (
+    "model.embed_dim=48",
+    "model.depths=[2,2]",
+    "data.patch=64",
+)
+HALF_WIDTH = ("model.embed_dim=96",)  # the published depth at half its width
+Row = dict[str, Any]
+
+
+def _end_with_me() -> None:
+    """mpirun ends its ranks, stopped ones too, when this program is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+class Group:
+    """Ranks started by mpirun that measure when told to, and are stopped while others do."""
+
+    def __init__(self, kind: str, size: int, arguments: list[str], mpirun: list[str]) -> None:
+        self.kind, self.size = kind, size
+        self._command = [*mpirun, "-n", str(size)] if mpirun else []
+        self._command += [sys.executable, str(HERE / "scaling_worker.py"), kind, *arguments]
+        self._process: subprocess.Popen | None = None
+        self._pids: list[int] = []
+        self.hello: dict[str, Any] = {}
+
+    def start(self) -> Group:
+        """Start the ranks; returns at once."""
+        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+            preexec_fn=_end_with_me,
+        )
+        return self
+
+    def ready(self) -> None:
+        """Wait until all ranks have built their models."""
+        self.hello = self._read()
+        log.logger.info("%s on %d rank(s) is ready", self.kind, self.size)
+        self._pids = [rank["pid"] for rank in self.hello["ranks"]]
+
+    @property
+    def one_node(self) -> bool:
+        return len({rank["host"] for rank in self.hello["ranks"]}) == 1
+
+    def run(self, what: str, steps: int) -> list[Row]:
+        """Every rank's measurement."""
+        assert self._process and self._process.stdin
+        self._process.stdin.write(f"{what} {steps}\n")
+        self._process.stdin.flush()
+        return self._read()["ranks"]
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process and self._process.stdout
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise click.ClickException(f"{' '.join(self._command)} ended: see its message above")
+
+    def pause(self) -> None:
+        for pid in self._pids:
+            os.kill(pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        for pid in self._pids:
+            os.kill(pid, signal.SIGCONT)
+
+    def end(self) -> None:
+        if self._process is None:
+            return
+        if self.hello and self.one_node:
+            self.go_on()
+        assert self._process.stdin
+        with contextlib.suppress(OSError):  # mpirun does not hand on the end of a file
+            self._process.stdin.write("end\n")
+            self._process.stdin.flush()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait(10)
+        self._process = None
+
+
+def take_turns(groups: list[Group], rounds: int, steps: int) -> dict[tuple, list[list[Row]]]:
+    """(kind, ranks, what) -> every round's ranks; groups take turns within each round."""
+    results: dict[tuple, list[list[Row]]] = {}
+    groups[-1].start().ready()  # the most ranks
+    apart = not groups[-1].one_node
+    if apart:
+        groups[-1].end()
+    else:
+        groups[-1].pause()
+        for group in groups[:-1]:
+            group.start()
+        for group in groups[:-1]:
+            group.ready()
+            group.pause()
+    for _ in log.track(range(rounds), "rounds"):
+        for group in groups:
+            if apart:
+                group.start().ready()
+            else:
+                group.go_on()
+            for what in group.hello["runs"]:
+                rows = group.run(what, steps)
+                results.setdefault((group.kind, group.size, what), []).append(rows)
+            if apart:
+                group.end()
+            else:
+                group.pause()
+    whole = groups[-1].size * groups[-1].hello["runs"]["weak"]
+    for group in groups:  # where the strong batch is the weak one, it was measured already
+        runs = group.hello["runs"]
+        if "strong" not in runs and runs["weak"] * group.size == whole:
+            runs["strong"] = runs["weak"]
+            results[group.kind, group.size, "strong"] = results[group.kind, group.size, "weak"]
+    return results
+
+
+def summarise(
+    results: dict[tuple, list[list[Row]]], groups: list[Group], on_gpu: bool
+) -> tuple[list[Row], dict[str, float]]:
+    """A row for each group and batch, and the figures that go on record."""
+    about = {(g.kind, g.size): g.hello for g in groups}
+    rate = {key: _rates(rounds, about[key[:2]]["runs"][key[2]]) for key, rounds in results.items()}
+    rows = []
+    for key, rounds in results.items():
+        kind, size, what = key
+        row = _row(rounds, about[kind, size]["runs"][what], about[kind, size])
+        base = "weak" if (kind, size) == ("independent", 1) and what == "plain" else what
+        alone = rate.get(("independent", 1, base), rate["independent", 1, "weak"])
+        row |= {
+            "engine": "by hand" if what == "plain" else kind,
+            "ranks": size,
+            "scaling": "weak" if what == "plain" else what,
+            "efficiency": _ratio(rate[key], alone) / size,
+        }
+        side = rate.get(("independent", size, what))
+        if side and kind != "independent":
+            row["of_ceiling"] = _ratio(rate[key], side)
+            if not row["exposed"]:  # on GPUs
+                row["exposed"] = max(0.0, 1 - row["of_ceiling"])
+        row["compute"] = 1 - row["data"] - row["exposed"] - row["straggling"]
+        rows.append(row)
+    return rows, _figures(rows, rate, on_gpu)
+
+
+def _figures(rows: list[Row], rate: dict[tuple, list[float]], on_gpu: bool) -> dict[str, float]:
+    fits = math.inf if on_gpu else os.cpu_count() or 1
+    most = max(row["ranks"] for row in rows if row["ranks"] <= fits)  # a core for each rank
+    figures: dict[str, float] = {}
+    exposed = []
+    for row in rows:
+        name = f"{row['engine']},{row['ranks']},{row['scaling']}"
+        figures[f"samples_per_s[{name}]"] = row["samples_per_s"]
+        figures[f"step_s[{name}]"] = row["step_median_s"]
+        figures[f"step_cv[{name}]"] = row["step_cv"]
+        if row["engine"] in ("horovod", "torch") and row["ranks"] > 1:
+            figures[f"{row['scaling']}_efficiency[{name}]"] = row["efficiency"]
+            figures[f"exposed[{name}]"] = row["exposed"]
+            if row["ranks"] == most and row["scaling"] == "weak":
+                figures[f"weak_efficiency_{row['engine']}"] = row["of_ceiling"]
+                figures[f"weak_efficiency_absolute_{row['engine']}"] = row["efficiency"]
+                exposed.append(row["exposed"])
+    if exposed:
+        figures["exposed_communication_fraction"] = max(exposed)
+    plain = rate["independent", 1, "plain"]
+    for kind, size, what in rate:
+        if size == 1 and what == "weak":
+            name = "trainer" if kind == "independent" else kind
+            figures[f"overhead_{name}"] = _ratio(plain, rate[kind, size, what]) - 1
+    return figures
+
+
+def _rates(rounds: list[list[Row]], batch: int) -> list[float]:
+    """Samples a second of all ranks together, from the median step of each, in each round."""
+    return [sum(batch / statistics.median(r["steps"]) for r in ranks) for ranks in rounds]
+
+
+def _ratio(a: list[float], b: list[float]) -> float:
+    """Median over rounds of a / b."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def _row(rounds: list[list[Row]], batch: int, about: dict[str, Any]) -> Row:
+    steps = [s for ranks in rounds for r in ranks for s in r["steps"]]
+    medians = [
+        statistics.median(s for ranks in rounds for s in ranks[i]["steps"])
+        for i in range(len(rounds[0]))
+    ]
+    total = sum(steps)
+    least, rest = 0.0, 0.0
+    for ranks in rounds:
+        for waits in zip(*(r["wait"] for r in ranks), strict=True):
+            least += min(waits) * len(waits)
+            rest += sum(waits) - min(waits) * len(waits)
+    return {
+        "batch_of_rank": batch,
+        "global_batch": batch * len(medians),
+        "step_min_s": min(medians),
+        "step_median_s": statistics.median(medians),
+        "step_max_s": max(medians),
+        "step_cv": statistics.stdev(steps) / statistics.mean(steps) if len(steps) > 1 else 0.0,
+        "samples_per_s": statistics.median(_rates(rounds, batch)),
+        "of_ceiling": None,
+        "data": sum(w for ranks in rounds for r in ranks for w in r["data"]) / total,
+        "exposed": least / total,
+        "straggling": rest / total,
+        "memory_gb": max(r["memory"] for ranks in rounds for r in ranks) / 1e9,
+        "versions": about["engine"],
+    }
+
+
+COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
+    ("engine", lambda r: "none" if r["engine"] == "independent" else r["engine"]),
+    ("ranks", lambda r: str(r["ranks"])),
+    ("scaling", lambda r: r["scaling"]),
+    ("batch", lambda r: str(r["batch_of_rank"])),
+    ("step s", lambda r: f"{r['step_median_s']:.3f}"),
+    ("samples/s", lambda r: f"{r['samples_per_s']:.2f}"),
+    ("eff. %", lambda r: f"{100 * r['efficiency']:.0f}"),
+    ("ceiling %", lambda r: _percent(r["of_ceiling"])),
+    ("exposed %", lambda r: _percent(r["exposed"])),
+    ("late %", lambda r: _percent(r["straggling"])),
+    ("data %", lambda r: _percent(r["data"])),
+    ("GB", lambda r: f"{r['memory_gb']:.2f}"),
+]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def save(rows: list[Row], figures: dict[str, float], context: dict[str, Any], out: Path) -> None:
+    """JSON, and the CSV and the figure beside it."""
+    known = {name: value for name, value in figures.items() if value is not None}
+    out.write_text(json.dumps({**known, "context": context}, indent=1) + "\n")
+    with out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, context, out.with_suffix(".png"))
+    print(f"written: {out}, .csv, .png")
+
+
+@click.command(help=__doc__)
+@click.option("--quick", is_flag=True)
+@click.option("--json", "out", type=click.Path(path_type=Path))
+@click.option("--ranks", default="1,2", help="Numbers of ranks; 1 is always among them.")
+@click.option("--engines", default="horovod,torch")
+@click.option("--config", default=str(ROOT / "configs/published.yaml"))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE")
+@click.option("--batch", default=1, help="Samples of a rank in weak scaling.")
+@click.option("--rounds", type=int)
+@click.option("--steps", type=int, help="Of a group in a round.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+@click.option("--mpirun", default="mpirun --oversubscribe", help="How ranks are started.")
+@click.option("--corpus", type=click.Path(path_type=Path), help="Default: a simulated one.")
+def main(
+    quick: bool,
+    out: Path | None,
+    ranks: str,
+    engines: str,
+    config: str,
+    overrides: tuple[str, ...],
+    batch: int,
+    rounds: int | None,
+    steps: int | None,
+    device: str,
+    mpirun: str,
+    corpus: Path | None,
+) -> None:
+    log.setup()
+    if discover().launcher:
+        raise click.UsageError("start it without mpirun: it starts mpirun itself")
+    sizes = sorted({1, *map(int, ranks.split(","))})
+    if sizes[-1] > 1 and not mpirun:
+        raise click.UsageError("more than one rank needs --mpirun")
+    settings = [f"run.device={device}", "train.steps=1000000", "dist.timeout_s=86400"]
+    if device == "cpu":  # a core for each rank; half width, or a step takes too long here
+        settings += ["run.threads=1", "data.workers=0"]
+        settings += QUICK if quick else HALF_WIDTH
+    with tempfile.TemporaryDirectory() as work:
+        if corpus is None:
+            corpus = Path(work) / "corpus"
+            side = 128 if not quick else 64
+            about = Simulate(videos=4, size=(16, side, side), scenes=["bubbles"])
+            splits = {"train": 1.0}
+            simulate_corpus(about.model_copy(update={"splits": splits}), corpus)
+        settings += [f"data.corpus={corpus}", f"run.dir={work}/runs", *overrides]
+        arguments = [config, str(batch), str(batch * sizes[-1]), *settings]
+        groups = [
+            Group(kind, size, arguments, shlex.split(mpirun))
+            for size in sizes
+            for kind in ("independent", *engines.split(","))
+        ]
+        try:
+            results = take_turns(
+                groups, rounds or (3 if quick else 5), steps or (4 if quick else 3)
+            )
+        finally:
+            for group in groups:
+                group.end()
+    rows, figures = summarise(results, groups, device == "cuda")
+    log.print_table(
+        "scaling",
+        [title for title, _ in COLUMNS],
+        [[show(row) for _, show in COLUMNS] for row in rows],
+    )
+    log.print_table(
+        "on record",
+        ["figure", "value"],
+        [(n, f"{v:.3f}") for n, v in figures.items() if "[" not in n],
+    )
+    hello = groups[0].hello
+    context = describe_machine(torch.device(device)) | {
+        "config": config,
+        "settings": [*settings[3:-2], *overrides],
+        "batch_of_rank": batch,
+        "rounds": rounds or (3 if quick else 5),
+        "ranks": sizes,
+        "one_node": groups[-1].one_node,
+        "cores": os.cpu_count(),
+        "gradient_bytes": hello["gradient_bytes"],
+        "steps_alone": [
+            round(s, 5) for ranks in results["independent", 1, "weak"] for s in ranks[0]["steps"]
+        ],
+        "flops_per_sample": hello["flops_per_sample"],
+    }
+    if out is None and not quick:
+        from model import file_name
+
+        RESULTS.mkdir(exist_ok=True)
+        out = RESULTS / file_name("scaling", context)
+    if out:
+        save(rows, figures, context, out)
+
+
+if __name__ == "__main__":
+    main()
