@@ -294,7 +294,7 @@ class Dist(Section):
     """auto: serial on one rank; on more Horovod where it is installed, else torch.distributed."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds without a sign of life from a rank, or without any progress of the run, after which
-    the job is ended with a message that names the rank and its step."""
+    the job is ended with a message that names the rank and its step (60 more at the start)."""
     compression: Literal["none", "fp16", "bf16"] = "none"
     """Number format in which gradients travel; they are summed in it too. bf16 needs the torch
     engine: Horovod does not know it."""

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from hpc_xvr.dist.comm import Comm
 
 EXIT_CODE = 1
+# More patience outside of training: what is imported there keeps a process's other threads waiting.
+_STARTING_S = 60.0
 # What a rank does in a step, in that order: of ranks that wait for each other, the one that is
 # furthest behind is the one the others wait for.
 ORDER = ("data", "forward", "backward", "gradients", "update", "logging", "saving", "validation")
@@ -136,6 +138,9 @@ class Watch:
         if self._comm.is_root and threading.current_thread() is not self._thread:
             self._thread.join(2)  # it says goodbye to the others
 
+    def _patience(self, step: int | None) -> float:
+        return self._limit + (0 if step else _STARTING_S)
+
     # Ranks other than 0.
 
     def _follow(self) -> None:
@@ -163,12 +168,14 @@ class Watch:
                 os._exit(EXIT_CODE)
             if said:
                 heard = now
-            if said == b"" or now - heard > self._limit:
+            if said == b"" or now - heard > self._patience(self._comm.place.step):
                 # Rank 1 speaks; if it is gone too, the next one does.
                 time.sleep(min(0.2 * (self._comm.rank - 1), 3.0))
                 step = self._comm.place.step
                 where = f", about when this rank was in step {step}" if step else ""
-                what = "died" if said == b"" else f"has given no sign of life for {self._limit:g} s"
+                what = "died"
+                if said != b"":
+                    what = f"has given no sign of life for {self._patience(step):g} s"
                 self._end(f"[rank {self._comm.rank}] rank 0 {what}{where}")
 
     # Rank 0.
@@ -249,9 +256,10 @@ class Watch:
 
     def _silent(self, peers: dict[int, _Peer], now: float) -> str | None:
         for peer in peers.values():
-            if peer.doing != "left" and peer.link and now - peer.heard > self._limit:
+            patience = self._patience(peer.step)
+            if peer.doing != "left" and peer.link and now - peer.heard > patience:
                 return (
-                    f"{peer.name} has given no sign of life for {self._limit:g} s; it was "
+                    f"{peer.name} has given no sign of life for {patience:g} s; it was "
                     f"{peer.place}"
                 )
         return None

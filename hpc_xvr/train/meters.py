@@ -106,6 +106,7 @@ class Stopwatch:
         self.since: dict[str, float] = {}  # when each part was last begun
         self._doing = "starting"
         self._since = time.perf_counter()
+        self.parts: dict[str, float] = {}  # seconds of each part since the last report
         self.reset()
 
     def enter(self, doing: str) -> None:
@@ -118,10 +119,11 @@ class Stopwatch:
     def reset(self) -> None:
         """Start a new report."""
         synchronise(self._device)
-        for part, seconds in getattr(self, "parts", {}).items():
+        self.enter(self._doing)
+        for part, seconds in self.parts.items():
             self.all[part] = self.all.get(part, 0.0) + seconds
         self._start, self.steps = time.perf_counter(), 0
-        self.parts: dict[str, float] = {}
+        self.parts = {}
 
     def report(self, samples: int, flops_per_sample: int, ranks: int) -> dict[str, float]:
         """Throughput since the last reset; resets.

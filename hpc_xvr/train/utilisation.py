@@ -169,7 +169,7 @@ def _uuid(device: torch.device) -> str | None:
 
 
 def sum_up(
-    comm: Comm, folder: Path, parts: dict[str, float], threads: int, mfu: float | None, cost: float
+    comm: Comm, folder: Path, parts: dict[str, float], mfu: float | None, cost: float
 ) -> None:
     """Write utilisation.json and .png of the run and name ranks that were idle or slow; all ranks
     call it, after `Sampler.stop`.
@@ -179,7 +179,8 @@ def sum_up(
         mfu: model FLOP/s over the device's peak, where that is known.
         cost: share of a core that the sampler took.
     """
-    everyone = comm.gather((socket.gethostname(), parts, threads, cost))
+    parts = {part: s for part, s in parts.items() if part != "starting"}
+    everyone = comm.gather((socket.gethostname(), parts, torch.get_num_threads(), cost))
     if not comm.is_root:
         return
     rows = read(folder)

@@ -88,9 +88,10 @@ def test_steps_that_do_not_log_send_nothing_but_gradients_and_one_flag(
     monkeypatch.setattr(td, "all_reduce", counted)
     assert trainer.run()
     trainer.close()
-    # A flag a step, the loss once; then the scores of the model and of the baselines.
-    assert sizes[:9] == [1] * 9
-    assert len(sizes) == 9 + 2
+    # A flag at the start and in each step, the loss once; then the scores of the model and of the
+    # baselines.
+    assert sizes[:10] == [1] * 10
+    assert len(sizes) == 10 + 2
     torch_engine.barrier()
 
 
