@@ -306,14 +306,57 @@ class Dist(Section):
 
 
 class Evaluate(Section):
+    """What `hpc-xvr evaluate` compares, on what, and with how much noise."""
+
     split: Split = "test"
     """Recordings that are evaluated."""
-    methods: list[str] = ["bicubic", "nearest_hr", "linear_hr", "detail", "adaptive"]
-    """Methods compared with the trained model."""
-    gap: Positive | None = None
-    """Frames from key frame to key frame. Default: data.hr_gap."""
-    photons: Annotated[float, Field(gt=0)] | None = None
-    """Photons per pixel at full scale on the low-resolution frames; none: no noise."""
+    methods: list[str] = ["bicubic", "nearest_hr", "linear_hr", "detail", "adaptive", "bayes"]
+    """Methods that are compared: names of those without learning, run folders, files of weights;
+    NAME=PATH gives a model a name."""
+    reference: str = "detail"
+    """The method that all others are compared with, recording by recording."""
+    corpora: list[Path] = []
+    """Corpora that are evaluated. Default: data.corpus."""
+    gap: list[Annotated[int, Field(ge=2)]] | None = None
+    """Frames from key frame to key frame, one or several. Default: data.hr_gap."""
+    noise: Annotated[list[str], Field(min_length=1)] = ["none"]
+    """Noise on the low-resolution frames: none, a number of photons per pixel at full scale
+    (photon noise), or KIND:PHOTONS."""
+    pictures: NotNegative = 3
+    """Recordings of each corpus that pictures are made of."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, tree: Any) -> Any:
+        """One value may stand for a list; `photons` is what noise was called before."""
+        if not isinstance(tree, dict):
+            return tree
+        tree = dict(tree)
+        photons = tree.pop("photons", None)
+        if photons is not None:
+            tree.setdefault("noise", photons)
+        for key in ("gap", "noise", "corpora", "methods"):
+            if key in tree and tree[key] is not None and not isinstance(tree[key], list):
+                tree[key] = [tree[key]]
+        if isinstance(tree.get("noise"), list):
+            tree["noise"] = [str(level) for level in tree["noise"]]
+        return tree
+
+
+class Fetch(Section):
+    """Where `hpc-xvr fetch` finds published data sets, and what it does with them."""
+
+    address: dict[str, str] = {
+        name: f"https://g-a0400.fd635.8443.data.globus.org/{name}/{name}.zip"
+        for name in ("rad_00001", "rad_00002")
+    }
+    """Web address of each data set's ZIP archive (those of TomoBank by default)."""
+    sha256: dict[str, str] = {}
+    """Checksum of an archive, where it is known; the download is refused if it differs."""
+    folder: Path = Path("downloads")
+    """Archives and their files stay here."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a byte after which a connection counts as broken."""
 
 
 class Config(Section):
@@ -329,6 +372,19 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     dist: Dist = Dist()
     evaluate: Evaluate = Evaluate()
+    fetch: Fetch = Fetch()
+
+    def with_evaluate(self, **values: Any) -> Config:
+        """The same with other values in the section `evaluate`, checked as `load` does.
+
+        Raises:
+            InputError: a value that is not allowed.
+        """
+        try:
+            section = Evaluate.model_validate({**self.evaluate.model_dump(), **values})
+        except ValidationError as error:
+            raise InputError(_explain(error, "evaluate", {})) from None
+        return self.model_copy(update={"evaluate": section})
 
     @model_validator(mode="after")
     def _edvr(self) -> Config:

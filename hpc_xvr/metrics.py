@@ -1,9 +1,9 @@
-"""How far a reconstructed frame is from the true one: PSNR, SSIM and AAD as published.
+"""How far a reconstructed frame is from the true one: PSNR, SSIM and AAD as published, and more.
 
-Frames are (H, W), float, 0 dark to 1 full scale; what lies outside is clipped. Except for
-psnr_float they are rounded to the 256 steps of an 8-bit picture first. No border is cut off.
-A frame that holds a NaN gives NaN. All functions are symmetric and raise InputError for frames
-that are not two-dimensional or differ in shape.
+Frames are (H, W), float, 0 dark to 1 full scale; what lies outside is clipped. psnr, ssim and aad
+round them to the 256 steps of an 8-bit picture first, as published; psnr_float, psnr_gradient and
+flicker do not. No border is cut off. A frame that holds a NaN gives NaN. All functions are
+symmetric and raise InputError for frames that are not two-dimensional or differ in shape.
 """
 
 from __future__ import annotations
@@ -27,6 +27,30 @@ def psnr_float(a: ArrayLike, b: ArrayLike) -> float:
     """Peak signal-to-noise ratio in dB without rounding to 8 bits, 10 log10(1 / MSE)."""
     a, b = _frames(a, b)
     return _decibel(a, b, 1)
+
+
+def psnr_gradient(a: ArrayLike, b: ArrayLike) -> float:
+    """Edge sharpness: PSNR in dB of the frames' gradients, 10 log10(1 / MSE), not rounded.
+
+    Both components count, intensity a pixel: central differences inside, one-sided at the edge.
+    """
+    a, b = _frames(a, b)
+    if min(a.shape) < 2:
+        raise InputError(f"gradients of frames of {a.shape} pixels: both sides must be 2 or longer")
+    return _decibel(np.stack(np.gradient(a)), np.stack(np.gradient(b)), 1)
+
+
+def flicker(a0: ArrayLike, a1: ArrayLike, b0: ArrayLike, b1: ArrayLike) -> float:
+    """Temporal consistency: mean |(a1 - a0) - (b1 - b0)| in grey levels of 255, not rounded.
+
+    `a0`, `a1` follow each other in one sequence, `b0`, `b1` in the other: 0 where all changes from
+    frame to frame are the same, however far the frames themselves are apart.
+    """
+    a0, b0 = _frames(a0, b0)
+    a1, b1 = _frames(a1, b1)
+    if a0.shape != a1.shape:
+        raise InputError(f"frames of a sequence have shapes {a0.shape} and {a1.shape}")
+    return float(STEPS * np.abs((a1 - a0) - (b1 - b0)).mean())
 
 
 def aad(a: ArrayLike, b: ArrayLike) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from hpc_xvr import __version__
-from hpc_xvr.cli import data, results, submit, train
+from hpc_xvr.cli import data, fetch, results, submit, train
 from hpc_xvr.cli.ending import run
 
 
@@ -32,6 +32,7 @@ def cli() -> None:
 for _command in (
     data.simulate,
     data.ingest,
+    fetch.fetch,
     data.inspect,
     train.train,
     results.evaluate,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -13,22 +14,65 @@ from hpc_xvr.cli.common import (
     configured_device,
     connect,
     device_of_run,
+    settings,
     which_checkpoint,
 )
 from hpc_xvr.cli.common import engine as engine_option
 from hpc_xvr.errors import InputError
+
+if TYPE_CHECKING:
+    from hpc_xvr.config import Config
+
+
+def _evaluation_config(
+    path: Path | None, overrides: tuple[str, ...], wanted: dict[str, Any]
+) -> Config:
+    """The config of a file, with the options that were given in its section `evaluate`."""
+    from hpc_xvr.config import load
+
+    given = {
+        key: [str(v) if isinstance(v, Path) else v for v in value]
+        if isinstance(value, tuple)
+        else value
+        for key, value in wanted.items()
+        if value not in (None, ())
+    }
+    return load(path, overrides).with_evaluate(**given)
+
+
+def _data_of(weights: Path) -> tuple[str, ...]:
+    """The section `data` that a file of weights of ours was trained with, as an override."""
+    from hpc_xvr.reconstruct.weights import read_weights
+
+    try:
+        config = read_weights(weights).config
+    except InputError:  # the authors' weights say nothing of data; others are refused later
+        return ()
+    return (f"data={json.dumps(config.model_dump(mode='json')['data'])}",)
 
 
 @click.command(
     cls=Examples,
     examples="""
     hpc-xvr evaluate runs/quickstart
-    mpirun -n 2 hpc-xvr evaluate runs/quickstart --gap 8 --photons 1000
-    hpc-xvr evaluate runs/quickstart --corpus other --split train
+    mpirun -n 2 hpc-xvr evaluate runs/a runs/b --gap 4 --gap 20 --noise none --noise 1e3
+    hpc-xvr evaluate bicubic bayes --corpus corpus --out comparison
+    hpc-xvr evaluate peer=net_g_latest.pth --config configs/compare/published_protocol.yaml
 """,
 )
-@a_run
-@click.option("--corpus", type=click.Path(path_type=Path), help="Default: the run's own.")
+@click.argument("what", nargs=-1)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    help="Sections evaluate, data and run of this file. [default: those of the first run]",
+)
+@click.option(
+    "--corpus",
+    "corpora",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="May be given many times. [default: the run's own]",
+)
 @click.option(
     "--split",
     type=click.Choice(["train", "validation", "test"]),
@@ -36,41 +80,78 @@ from hpc_xvr.errors import InputError
 )
 @click.option(
     "--gap",
+    multiple=True,
     type=click.IntRange(2),
-    help="Frames from key frame to key frame. [default: the run's data.hr_gap]",
+    help="Frames from key frame to key frame. May be given many times. "
+    "[default: the run's data.hr_gap]",
 )
 @click.option(
-    "--photons",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Photons per pixel at full scale on the fast camera. [default: no noise]",
+    "--noise",
+    multiple=True,
+    metavar="LEVEL",
+    help="Noise on the fast camera's frames: none, photons per pixel at full scale (1e3), or "
+    "KIND:PHOTONS. May be given many times. [default: none]",
 )
 @click.option(
     "--method",
     "methods",
     multiple=True,
-    help="Compare with this method: bicubic, "
-    "nearest_hr, linear_hr, detail, adaptive. May be given many times. [default: all]",
+    help="Compare with this method: bicubic, nearest_hr, linear_hr, detail, adaptive, bayes. "
+    "May be given many times. [default: all, unless WHAT names some]",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/evaluation.")
+@click.option("--reference", help="Method all others are compared with. [default: detail]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder of the results. [default: RUN/evaluation of the first run]",
+)
+@click.option("--restart", is_flag=True, help="Score again what an earlier call finished.")
+@settings
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Default: as the first run was trained.",
+)
 @which_checkpoint
-@device_of_run
 @engine_option
-def evaluate(run: Path, engine: str | None, device: str | None, **options: Any) -> None:
-    """Compare the model of RUN with methods that need no training, on held-out recordings.
+def evaluate(
+    what: tuple[str, ...],
+    config: Path | None,
+    out: Path | None,
+    restart: bool,
+    overrides: tuple[str, ...],
+    engine: str | None,
+    device: str | None,
+    which: Literal["newest", "best"],
+    **wanted: Any,
+) -> None:
+    """Compare trained models and methods that need no training, on held-out recordings.
 
-    RUN is a run folder, or a file of hpc-xvr export.
-
-    Each recording is degraded to what the fast camera would see, reconstructed from it and from a
-    key frame every --gap frames, and compared with the truth: PSNR (dB), SSIM and AAD on the
-    8-bit scale, key frames excluded. Ranks share the recordings.
+    WHAT are run folders, files of weights (ours or the authors'), NAME=PATH to call one NAME, or
+    methods by name. Each recording is degraded to what the fast camera would see, reconstructed
+    from it and from a key frame every --gap frames, and compared with the truth: PSNR (dB), SSIM
+    and AAD on the 8-bit scale, edge sharpness and flicker; key frames excluded. Ranks share the
+    recordings. A call that was stopped goes on where it was.
     """
     from hpc_xvr.config import Dist
 
+    models = [path for path in (Path(text.rpartition("=")[2]) for text in what) if path.exists()]
+    if not models and out is None:
+        raise InputError("evaluate: without a run folder say where the results go: --out FOLDER")
+    folder = out or (models[0] if models[0].is_dir() else models[0].with_suffix("")) / "evaluation"
+    if config is None and models:
+        if models[0].is_dir():
+            config = models[0] / "config.yaml"
+        else:
+            overrides = (*_data_of(models[0]), *overrides)
+    cfg = _evaluation_config(config, overrides, wanted)
+    if not wanted["methods"] and any("=" not in text and not Path(text).exists() for text in what):
+        cfg = cfg.with_evaluate(methods=[])  # those without learning are named: no others
     patient = Dist(timeout_s=7 * 86400)  # ranks may have very different recordings
-    comm = connect(engine or "auto", device or configured_device(run), patient)
-    from hpc_xvr.evaluate.workflow import evaluate_run
+    comm = connect(engine or "auto", device or cfg.run.device, patient)
+    from hpc_xvr.evaluate.workflow import evaluate as run
 
-    evaluate_run(run, comm, **options)
+    run(cfg, what, comm, folder, restart, which)
     comm.close()
     comm.leave(0)
 
@@ -156,6 +237,7 @@ def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) ->
 def report(run: Path) -> None:
     """Write RUN/report.html: one page with curves, tables, pictures and settings.
 
+    For a folder that `evaluate --out` made: its comparison.html, with tables and pictures.
     The page needs nothing but itself: send it, archive it, open it anywhere.
     """
     from hpc_xvr.evaluate.report import write_report

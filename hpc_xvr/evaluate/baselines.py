@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hpc_xvr.errors import InputError
+from hpc_xvr.evaluate.bayes import BayesianFusion
 from hpc_xvr.model.bases import (
     interpolate_keys,
     key_weights,
@@ -25,10 +26,13 @@ Sample = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method with the line that tables and help texts show for it."""
+    """A method with what tables, pictures and help texts say of it."""
 
+    title: str
     description: str
     method: Callable[[Sample], Tensor]
+    flops_per_pixel: int
+    """Operations for a pixel of the sharp frame, counted by hand at scale 4."""
 
     def __call__(self, sample: Sample) -> Tensor:
         """lr (B, N, 1, h, w), hr (B, 2, 1, H, W), hr_offset (B, 2) -> (B, 1, 1, H, W)."""
@@ -76,12 +80,40 @@ def _adaptive(sample: Sample) -> Tensor:
     return transfer_matching_detail(_centre(sample), sample["hr"], sample["hr_offset"])
 
 
+# Bicubic interpolation takes 16 products a pixel; the detail of two key frames takes two more of
+# them, binning and a difference; conjugate gradients 30 times two convolutions of 7 + 7 taps.
 BASELINES: dict[str, Baseline] = {
-    "bicubic": Baseline("bicubic interpolation of the low-resolution frame", _bicubic),
-    "nearest_hr": Baseline(
-        "the key frame that is nearer in time (the earlier one half-way)", _nearest_hr
+    "bicubic": Baseline(
+        "bicubic", "bicubic interpolation of the low-resolution frame", _bicubic, 32
     ),
-    "linear_hr": Baseline("the two key frames interpolated linearly in time", _linear_hr),
-    "detail": Baseline("bicubic plus the key frames' fine detail interpolated in time", _detail),
-    "adaptive": Baseline("the same, without the detail of places that have moved since", _adaptive),
+    "nearest_hr": Baseline(
+        "nearest key frame",
+        "the key frame that is nearer in time (the earlier one half-way)",
+        _nearest_hr,
+        0,
+    ),
+    "linear_hr": Baseline(
+        "linear between key frames",
+        "the two key frames interpolated linearly in time",
+        _linear_hr,
+        3,
+    ),
+    "detail": Baseline(
+        "detail transfer",
+        "bicubic plus the key frames' fine detail interpolated in time",
+        _detail,
+        104,
+    ),
+    "adaptive": Baseline(
+        "detail transfer where still",
+        "the same, without the detail of places that have moved since",
+        _adaptive,
+        128,
+    ),
+    "bayes": Baseline(
+        "Bayesian fusion",
+        "Bayesian data fusion (Xue et al. 2017): conditional mean",
+        BayesianFusion(),
+        2000,
+    ),
 }

@@ -2,52 +2,56 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from hpc_xvr import metrics
-from hpc_xvr.checkpoint import write_atomic
 from hpc_xvr.config import Data
-from hpc_xvr.data.batches import key_frames
 from hpc_xvr.data.corpus import Video
 from hpc_xvr.errors import InputError
-from hpc_xvr.log import print_table, progress_bar
-from hpc_xvr.model.bases import upsample
-from hpc_xvr.reconstruct.pipeline import Method, reconstruct, recording_streams
-from hpc_xvr.reconstruct.writers import written_whole
+from hpc_xvr.evaluate.methods import Entry
+from hpc_xvr.evaluate.noise import Noise
+from hpc_xvr.reconstruct.pipeline import KeyFrames, Stream, reconstruct, recording_streams
 
-TITLES = {
-    "bicubic": "bicubic",
-    "nearest_hr": "nearest key frame",
-    "linear_hr": "linear between key frames",
-    "detail": "detail transfer",
-    "adaptive": "detail transfer where still",
+METRICS = {
+    "psnr": "PSNR dB",
+    "ssim": "SSIM",
+    "aad": "AAD",
+    "psnr_float": "PSNR dB, not rounded",
+    "psnr_gradient": "gradient PSNR dB",
+    "flicker": "flicker",
 }
-"""Baselines as they are called in pictures and on the report's page."""
+"""Field of a row -> what tables call it. Higher is better of those not in LOWER."""
+LOWER = ("aad", "flicker")
 
-Methods = Mapping[str, tuple[Method, int]]
-"""Name -> (method, frames it gives: 1 or data.lr_frames)."""
+
+@dataclass(frozen=True)
+class Condition:
+    """What the methods were given: a corpus, a key frame every `gap` frames, a noise level."""
+
+    corpus: str
+    gap: int
+    noise: str
+    """As `Noise.name`."""
+
+    def __str__(self) -> str:
+        noise = "" if self.noise == "none" else f", {Noise.parse(self.noise).label}"
+        return f"{Path(self.corpus).name}: a key frame every {self.gap} frames{noise}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one recording; the numbers are means over its counted frames."""
+    """One method on one recording under one condition; means over its counted frames."""
 
-    method: str
+    condition: Condition
     recording: str
+    scene: str
+    method: str
     frames: int
     """Frames compared with the truth."""
     keys: int
@@ -57,315 +61,176 @@ class Row:
     ssim: float
     aad: float
     """Mean absolute difference in 8-bit grey levels."""
+    psnr_float: float
+    """dB without rounding to 8 bits."""
+    psnr_gradient: float
+    """dB of the gradients: edge sharpness."""
+    flicker: float
+    """Error of the change from frame to frame, in grey levels of 255."""
     seconds_per_frame: float
+    flops_per_frame: float = 0.0
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Scores of all methods on all recordings, and how they were obtained."""
+class Unit:
+    """The piece of work that is done as a whole: one recording under one condition."""
 
-    rows: list[Row]
-    settings: dict[str, object]
-
-    def methods(self) -> list[str]:
-        """Names in the order they were given."""
-        return list(dict.fromkeys(row.method for row in self.rows))
-
-    def means(self) -> list[Row]:
-        """One row a method: every recording counts the same; frames and keys are totals."""
-        return [
-            mean_row([row for row in self.rows if row.method == name]) for name in self.methods()
-        ]
-
-    def best(self, names: Iterable[str]) -> str:
-        """The name of highest mean PSNR."""
-        names = set(names)
-        return max(
-            (row for row in self.means() if row.method in names), key=lambda row: row.psnr
-        ).method
-
-    def show(self) -> None:
-        """Print the means as a table."""
-        columns = ["method", "PSNR dB", "SSIM", "AAD", "frames", "key frames left out", "ms/frame"]
-        print_table(
-            f"{self.settings.get('recordings', '')} recordings, a key frame every "
-            f"{self.settings.get('gap', '?')} frames".strip(),
-            columns,
-            [
-                (
-                    row.method,
-                    f"{row.psnr:.2f}",
-                    f"{row.ssim:.4f}",
-                    f"{row.aad:.3f}",
-                    row.frames,
-                    row.keys,
-                    f"{1000 * row.seconds_per_frame:.1f}",
-                )
-                for row in self.means()
-            ],
-        )
-
-    def save(self, folder: Path | str) -> None:
-        """Write evaluation.json and evaluation.csv into `folder` (made if missing).
-
-        An infinite PSNR (a method met the truth exactly) is null in the JSON, inf in the CSV.
-
-        Raises:
-            InputError: the disk refuses.
-        """
-        folder = Path(folder)
-        tree = {
-            "settings": self.settings,
-            "means": [_finite(asdict(row)) for row in self.means()],
-            "rows": [_finite(asdict(row)) for row in self.rows],
-        }
-        document = json.dumps(tree, indent=1, allow_nan=False) + "\n"
-        write_atomic(folder / "evaluation.json", lambda file: file.write(document.encode()))
-        text = io.StringIO(newline="")
-        table = csv.DictWriter(text, [field.name for field in fields(Row)])
-        table.writeheader()
-        table.writerows(asdict(row) for row in [*self.rows, *self.means()])
-        write_atomic(folder / "evaluation.csv", lambda file: file.write(text.getvalue().encode()))
+    condition: Condition
+    video: Video = field(repr=False)
 
 
-def _finite(row: dict[str, object]) -> dict[str, object]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
-
-
-def mean_row(rows: Sequence[Row]) -> Row:
-    """Mean over recordings of one method."""
-
-    def mean(name: str) -> float:
-        return float(np.mean([getattr(row, name) for row in rows]))
-
-    return Row(
-        rows[0].method,
-        "mean",
-        sum(row.frames for row in rows),
-        sum(row.keys for row in rows),
-        mean("psnr"),
-        mean("ssim"),
-        mean("aad"),
-        mean("seconds_per_frame"),
-    )
-
-
-def evaluate(
-    methods: Methods,
-    videos: Sequence[Video],
-    *,
-    data: Data,
-    gap: int,
-    photons: float | None = None,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    precision: str = "float32",
-    rank: int = 0,
-    world: int = 1,
-) -> Evaluation:
-    """Score each method on each frame between the key frames of each recording.
-
-    All methods see the same low-resolution frames (same noise). Of `world` ranks each scores
-    videos[rank::world]; `merge` joins their rows. Times are those of the method alone (transfer to
-    and from the device included), after one pass to warm up.
+def recording_seen(
+    video: Video, gap: int, noise: Noise, data: Data, seed: int
+) -> tuple[Stream, KeyFrames]:
+    """What the two cameras see of a recording. The same noise whoever asks, in any order.
 
     Raises:
-        InputError: no recordings, or one without a frame between two key frames.
+        InputError: noise on a recorded stream, which has its own; frames that do not fit.
     """
-    if not videos:
-        raise InputError(
-            "evaluate: there are no recordings in this split; see evaluate.split and "
-            "the splits in the corpus' manifest"
-        )
-    own = list(videos)[rank::world]
-    total = sum(video.shape[0] for video in own)
-    rows = []
-    with progress_bar("evaluate", total, "frames") as advance:
-        for video in own:
-            rows += _score(methods, video, data, gap, photons, seed, device, precision, advance)
-    settings = {
-        "gap": gap,
-        "photons": photons,
-        "seed": seed,
-        "precision": precision,
-        "lr_frames": data.lr_frames,
-        "scale": data.scale,
-        "lr_source": data.lr_source,
-        "recordings": len(videos),
-        "device": str(device),
-    }
-    return Evaluation(rows, settings)
+    grid = (video.shape[1] // data.scale, video.shape[2] // data.scale)
+    camera = noise.camera(video.id, grid, data.pattern, seed)
+    return recording_streams(video, gap, data, camera, seed)
 
 
-def merge(parts: Iterable[Sequence[Row]]) -> list[Row]:
-    """Rows of all ranks in the order a single rank would have given them: by recording."""
-    rows = [row for part in parts for row in part]
-    order = {name: i for i, name in enumerate(dict.fromkeys(row.method for row in rows))}
-    assert len({(row.method, row.recording) for row in rows}) == len(rows), "scored twice"
-    return sorted(rows, key=lambda row: (row.recording, order[row.method]))
-
-
-def _score(
-    methods: Methods,
-    video: Video,
+def score(
+    entries: Mapping[str, Entry],
+    unit: Unit,
+    *,
     data: Data,
-    gap: int,
-    photons: float | None,
-    seed: int,
-    device: str | torch.device,
-    precision: str,
-    advance,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    advance: Callable[[int], None] = lambda n: None,
 ) -> list[Row]:
-    lr_stream, key_stream = recording_streams(video, gap, data, photons, seed)
+    """A row for each method; all see the same low-resolution frames.
+
+    Times are those of the method alone (transfer to and from the device included), after one pass
+    to warm up.
+
+    Raises:
+        InputError: a recording without a frame between two key frames, or of the wrong size.
+    """
+    video, condition = unit.video, unit.condition
+    noise = Noise.parse(condition.noise)
+    lr_stream, key_stream = recording_seen(video, condition.gap, noise, data, seed)
     lr, keys = list(lr_stream), dict(key_stream)  # once, not once a method
-    if len(keys) == len(lr):
+    between = [t for t in range(len(lr)) if t not in keys]
+    if not between:
         raise InputError(
             f"recording {video.id}: all its {len(lr)} frames are key frames at gap "
-            f"{gap}; set evaluate.gap to 2 or more"
+            f"{condition.gap}; set evaluate.gap to 2 or more"
         )
-    options = {"lr_frames": data.lr_frames, "device": device, "precision": precision}
-    scores: dict[str, list[tuple[float, float, float]]] = {name: [] for name in methods}
-    seconds = dict.fromkeys(methods, 0.0)
-    between = [t for t in range(len(lr)) if t not in keys]
-    runs = {}
-    for name, (method, n_out) in methods.items():
-        next(reconstruct(method, lr, keys, n_out=n_out, only={between[0]}, **options))
-        runs[name] = reconstruct(method, lr, keys, n_out=n_out, only=set(between), **options)
+    runs = {name: _Run(entry, lr, keys, between, data, device) for name, entry in entries.items()}
+    truth = keys[0]
     for t in between:
+        before = keys.get(t - 1, truth)
         truth = video.intensity(t)
-        for name, run in runs.items():
-            start = time.perf_counter()
-            found, frame = next(run)
-            seconds[name] += time.perf_counter() - start
-            assert found == t
-            scores[name].append(
-                (metrics.psnr(frame, truth), metrics.ssim(frame, truth), metrics.aad(frame, truth))
-            )
-        advance()
+        for run in runs.values():
+            run.take(t, truth, before, keys.get(t + 1))
+        advance(1)
     advance(len(keys))
+    h, w = lr_stream.shape[1:]
     return [
         Row(
-            name,
+            condition,
             video.id,
+            video.info.scene,
+            name,
             len(between),
             len(keys),
-            *(float(np.mean(column)) for column in zip(*scores[name], strict=True)),
-            seconds[name] / len(between),
+            **{key: float(np.mean(values)) for key, values in run.values.items()},
+            seconds_per_frame=run.seconds / len(between),
+            flops_per_frame=entries[name].flops(h, w, data.scale),
         )
-        for name in methods
+        for name, run in runs.items()
     ]
 
 
-def side_by_side(
-    path: Path | str,
-    video: Video,
-    methods: Methods,
-    t: int,
-    *,
-    data: Data,
-    gap: int,
-    photons: float | None = None,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    precision: str = "float32",
-) -> Path:
-    """Picture of frame `t`: the fast camera's view, each method, the truth; details; errors.
+class _Run:
+    """One method going through one recording."""
 
-    First row whole frames with PSNR, second row the region that the methods find hardest, third
-    row absolute error in 8-bit grey levels on one scale.
+    def __init__(
+        self,
+        entry: Entry,
+        lr: Sequence[np.ndarray],
+        keys: Mapping[int, np.ndarray],
+        between: Sequence[int],
+        data: Data,
+        device: str | torch.device,
+    ) -> None:
+        options = {
+            "lr_frames": entry.lr_frames or data.lr_frames,
+            "n_out": entry.n_out,
+            "device": device,
+            "precision": entry.precision,
+        }
+        next(reconstruct(entry.method, lr, keys, only={between[0]}, **options))
+        self._frames = reconstruct(entry.method, lr, keys, only=set(between), **options)
+        self._keys = keys
+        self._last: np.ndarray | None = None
+        self.values: dict[str, list[float]] = {name: [] for name in METRICS}
+        self.seconds = 0.0
+
+    def take(self, t: int, truth: np.ndarray, before: np.ndarray, after: np.ndarray | None) -> None:
+        """Make frame `t` and score it; `before` and `after` are the truth, after at a key only."""
+        start = time.perf_counter()
+        found, frame = next(self._frames)
+        self.seconds += time.perf_counter() - start
+        assert found == t
+        for name in ("psnr", "ssim", "aad", "psnr_float", "psnr_gradient"):
+            self.values[name].append(getattr(metrics, name)(frame, truth))
+        # In the movie key frames stand among the others: a jump from and to them is flicker too.
+        last = self._keys.get(t - 1, self._last)
+        self.values["flicker"].append(metrics.flicker(last, frame, before, truth))
+        if after is not None:
+            self.values["flicker"].append(metrics.flicker(frame, after, truth, after))
+        self._last = frame
+
+
+def reconstruct_one(
+    entry: Entry,
+    video: Video,
+    t: int,
+    streams: tuple[Stream, KeyFrames],
+    around: tuple[int, int],
+    data: Data,
+    device: str | torch.device = "cpu",
+) -> np.ndarray:
+    """Frame `t` of a recording, (H, W), from the key frames at the two times `around`."""
+    lr, keys = streams
+    frames = reconstruct(
+        entry.method,
+        lr,
+        {key: keys[key] for key in around},
+        lr_frames=entry.lr_frames or data.lr_frames,
+        n_out=entry.n_out,
+        device=device,
+        precision=entry.precision,
+        only={t},
+    )
+    return next(frame for _, frame in frames)
+
+
+def check_methods(entries: Mapping[str, Entry], data: Data) -> None:
+    """Refuse models that work on another ratio of the grids than the data have.
 
     Raises:
-        InputError: `t` is a key frame or lies outside the recording.
+        InputError: names the method and both scales.
     """
-    lr, keys = recording_streams(video, gap, data, photons, seed)
-    if t in keys or not 0 <= t < len(lr):
-        raise InputError(
-            f"frame {t} of {video.id}: is a key frame or outside 0..{len(lr) - 1}; "
-            f"choose one between key frames ({', '.join(map(str, keys))})"
-        )
-    truth = video.intensity(t)
-    around = {key: keys[key] for key in key_frames(t, gap, len(lr))}
-    coarse = upsample(torch.from_numpy(np.ascontiguousarray(lr[t]))[None, None, None], data.scale)
-    panels = {"fast camera, bicubic": np.clip(coarse[0, 0, 0].numpy(), 0, 1)}
-    for name, (method, n_out) in methods.items():
-        panels[TITLES.get(name, name)] = next(
-            frame
-            for _, frame in reconstruct(
-                method,
-                lr,
-                around,
-                lr_frames=data.lr_frames,
-                n_out=n_out,
-                device=device,
-                precision=precision,
-                only={t},
+    for entry in entries.values():
+        if entry.scale not in (None, data.scale):
+            raise InputError(
+                f"{entry.name}: works at scale {entry.scale}, the low-resolution frames are made "
+                f"at data.scale {data.scale}; set it to {entry.scale}, or leave the method out"
             )
-        )
-    title = f"{video.id}, frame {t}: key frames {min(around)} and {max(around)}"
-    if photons is not None:
-        title += f", {photons:g} photons a pixel"
-    figure = _figure(panels, truth, title)
-    path = Path(path)
-    with written_whole(path) as beside:
-        figure.savefig(beside, format=path.suffix[1:] or "png", dpi=110)
-    return path
 
 
-def _worst_region(error: np.ndarray) -> tuple[int, int, int]:
-    """(y, x, side) of the square with the largest summed error."""
-    side = max(min(error.shape) * 3 // 10, min(16, *error.shape))
-    total = np.pad(error.astype(float).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    strips = total[side:] - total[:-side]
-    squares = strips[:, side:] - strips[:, :-side]
-    y, x = np.unravel_index(squares.argmax(), squares.shape)
-    return int(y), int(x), side
+def in_order(rows: Sequence[Row], methods: Sequence[str]) -> list[Row]:
+    """Rows by recording and method, whoever made them and in whichever order."""
+    order = {name: i for i, name in enumerate(methods)}
+    unique = {(row.condition, row.recording, row.method): row for row in rows}
+    return sorted(unique.values(), key=lambda row: (row.recording, order[row.method]))
 
 
-def _figure(panels: dict[str, np.ndarray], truth: np.ndarray, title: str) -> Figure:
-    errors = {name: 255 * np.abs(frame - truth) for name, frame in panels.items()}
-    # Each method's error weighs the same, or the blur of the coarsest would decide alone.
-    y, x, side = _worst_region(
-        sum(error / max(float(error.mean()), 1e-6) for error in errors.values())
-    )
-    low, high = np.percentile(truth, (0.2, 99.8))
-    grey = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6), "interpolation": "nearest"}
-    top = max(float(np.percentile(np.stack(list(errors.values())), 99.5)), 1.0)
-    columns = len(panels) + 1
-    height, width = truth.shape
-    cell = 12.8 / columns
-    rows = (cell * height / width, cell, cell * height / width)
-    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 9}):
-        figure = Figure(figsize=(12.8, sum(rows) + 1.15), layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(3, columns, squeeze=False, height_ratios=rows)
-        figure.suptitle(title, fontsize=11)
-        zoom = np.s_[y : y + side, x : x + side]
-        for i, (name, frame) in enumerate([*panels.items(), ("truth", truth)]):
-            axes[0, i].imshow(frame, **grey)
-            axes[0, i].add_patch(
-                Rectangle(
-                    (x - 0.5, y - 0.5), side, side, fill=False, edgecolor="#e8590c", linewidth=1.2
-                )
-            )
-            score = "" if name == "truth" else f"\n{metrics.psnr(frame, truth):.2f} dB"
-            axes[0, i].set_title(name + score)
-            axes[1, i].imshow(frame[zoom], **grey)
-            for row in axes[:, i]:
-                row.set_xticks([])
-                row.set_yticks([])
-            if name == "truth":
-                axes[2, i].axis("off")
-            else:
-                shown = axes[2, i].imshow(
-                    errors[name], cmap="magma", vmin=0, vmax=top, interpolation="nearest"
-                )
-        for row, label in zip(axes[:, 0], ("frame", "zoom", "absolute error"), strict=True):
-            row.set_ylabel(label)
-        for spine in (spine for cell in axes[1] for spine in cell.spines.values()):
-            spine.set_edgecolor("#e8590c")
-        inset = axes[2, -1].inset_axes([0.02, 0.06, 0.06, 0.88])
-        figure.colorbar(shown, cax=inset, label="grey levels of 255")
-    return figure
+def renamed(row: Row, corpus: str) -> Row:
+    """The row with its corpus called by another path (a folder that has moved)."""
+    return replace(row, condition=replace(row.condition, corpus=corpus))

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import numpy as np
 import yaml
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from PIL import Image
 
 from hpc_xvr import __version__, config
 from hpc_xvr.checkpoint import write_atomic
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.evaluation import TITLES
+from hpc_xvr.evaluate.baselines import BASELINES
+from hpc_xvr.evaluate.page import (
+    Pictures,
+    data_uri,
+    movies,
+    natural,
+    pictures_of,
+    template,
+    write_page,
+)
+from hpc_xvr.evaluate.results import Evaluation
 from hpc_xvr.log import logger
 
-PICTURE_LIMIT = 900_000  # bytes; larger pictures are stored again as WebP
-PAGE_LIMIT = 5_500_000  # bytes of base64 text of all pictures
 CURVE_POINTS = 800
-TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp"}
 BLUE, ORANGE, GREY = "#1c5d99", "#d9480f", "#868e96"
 
 
@@ -43,9 +45,11 @@ def write_report(run_dir: Path | str) -> Path:
     run = Path(run_dir)
     if not run.is_dir():
         raise InputError(f"{run}: no such run folder; `hpc-xvr train` makes one (run.dir)")
+    if (run / "evaluation.json").exists():  # an evaluation's own folder
+        return write_page(run)
     settings = _settings(run / "config.yaml")
     lines, unreadable = _metrics(run / "metrics.jsonl")
-    evaluation = _json(run / "evaluation" / "evaluation.json")
+    evaluation = Evaluation.load(run / "evaluation")
     if not settings and not lines and not evaluation:
         raise InputError(
             f"{run}: holds no run (no config.yaml, metrics.jsonl or evaluation/"
@@ -53,27 +57,28 @@ def write_report(run_dir: Path | str) -> Path:
         )
     train, validation, events = (_of_kind(lines, kind) for kind in ("train", "validation", "event"))
     pictures = Pictures(run)
-    samples = _natural(run.glob("samples/*.png"))
-    comparison = _comparison(evaluation, settings) if evaluation else None
-    page = _template().render(
+    samples = natural(run.glob("samples/*.png"))
+    charts, sides = pictures_of(run / "evaluation")
+    page = template("report.html").render(
         name=run.resolve().name,
         folder=str(run),
         version=__version__,
         written=datetime.now().strftime("%d %B %Y, %H:%M"),
-        headline=_headline(comparison, validation),
-        comparison=comparison,
+        headline=_headline(evaluation, validation),
+        evaluation=evaluation,
+        charts=pictures.take(charts, 4),
         progress=_progress(train, validation, settings),
         events=events,
         unreadable=unreadable,
         curves=_curves(train, validation, events),
-        movies=pictures.take(_movies(run / "reconstruction"), 2),
-        comparisons=pictures.take(_natural(run.glob("evaluation/*.png")), 4),
+        movies=pictures.take(movies(run / "reconstruction") or movies(run / "evaluation"), 2),
+        comparisons=pictures.take(sides, 4),
         samples=pictures.take(dict.fromkeys([*samples[:1], *samples[-1:]]), 2),
         left_out=pictures.left_out,
         settings={
             section: _shown(config.flat(values))
             for section, values in settings.items()
-            if isinstance(values, dict)
+            if isinstance(values, dict) and section != "fetch"  # no part of the run
         },
         environment=_environment(_json(run / "environment.json") or {}),
     )
@@ -159,81 +164,26 @@ def _of_kind(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [line for _, line in sorted({line["step"]: line for line in chosen}.items())]
 
 
-def _number(value: Any) -> float:
-    """What a null stands for in the evaluation: an exact reconstruction."""
-    return math.inf if value is None else float(value)
-
-
-def _comparison(evaluation: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Rows of the tables; which method is the trained one, which numbers are the best."""
-    means = evaluation["means"]
-    names = [row["method"] for row in means]
-    model = evaluation.get("settings", {}).get("model") or (settings.get("model") or {}).get("name")
-    learned = [name for name in names if name not in TITLES]
-    trained = model if model in names else next(iter(learned), None)
-    psnr = {row["method"]: _number(row["psnr"]) for row in means}
-    # As they are shown: what looks the same is the same.
-    best = {
-        "psnr": round(max(psnr.values()), 2),
-        "ssim": round(max(r["ssim"] for r in means), 4),
-        "aad": round(min(row["aad"] for row in means), 3),
-    }
-    low, high = min(psnr.values()), max(v for v in [*psnr.values(), 0] if math.isfinite(v))
-    rows = [
-        {
-            "name": TITLES.get(row["method"], row["method"]),
-            "trained": row["method"] == trained,
-            "psnr": _number(row["psnr"]),
-            "ssim": row["ssim"],
-            "aad": row["aad"],
-            "gain": _number(row["psnr"]) - psnr["bicubic"] if "bicubic" in psnr else None,
-            "ms": 1000 * row["seconds_per_frame"],
-            "bar": 100 * min((_number(row["psnr"]) - low + 0.5) / (high - low + 0.5), 1.0),
-            "best": {
-                key
-                for (key, value), digits in zip(best.items(), (2, 4, 3), strict=True)
-                if round(_number(row[key]), digits) == value
-            },
-        }
-        for row in sorted(means, key=lambda row: psnr[row["method"]])
-    ]
-    recordings: dict[str, dict[str, float]] = {}
-    for row in evaluation["rows"]:
-        recordings.setdefault(row["recording"], {})[row["method"]] = round(_number(row["psnr"]), 2)
-    return {
-        "rows": rows,
-        "names": names,
-        "titles": [TITLES.get(n, n) for n in names],
-        "recordings": recordings,
-        "psnr": psnr,
-        "trained": trained,
-        "frames": means[0]["frames"],
-        "keys": means[0]["keys"],
-        "settings": {
-            "gap": None,
-            "photons": None,
-            "device": None,
-            **evaluation.get("settings", {}),
-        },
-        "trained_row": next((row for row in rows if row["trained"]), None),
-    }
-
-
 def _headline(
-    comparison: dict[str, Any] | None,
-    validation: list[dict[str, Any]],
+    evaluation: Evaluation | None, validation: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
     """The number people ask for first, and what it is better or worse than."""
-    if comparison and comparison["trained_row"]:
-        psnr = comparison["psnr"]
-        own = psnr[comparison["trained"]]
-        gains = [(own - psnr[name], TITLES[name]) for name in ("bicubic", "detail") if name in psnr]
+    learned = [f.name for f in evaluation.methods if f.learned] if evaluation else []
+    if evaluation and learned:
+        first = evaluation.conditions[0]
+        table = {summary.method: summary for summary in evaluation.table(first)}
+        own = table[learned[0]]
         return {
-            "psnr": own,
-            "gains": gains,
-            "ssim": comparison["trained_row"]["ssim"],
-            "ms": comparison["trained_row"]["ms"],
+            "psnr": own.values["psnr"].mean,
+            "gains": [
+                (own.values["psnr"].mean - table[name].values["psnr"].mean, BASELINES[name].title)
+                for name in ("bicubic", "detail")
+                if name in table
+            ],
+            "ssim": own.values["ssim"].mean,
+            "ms": 1000 * own.seconds_per_frame,
             "source": "evaluation",
+            "recordings": own.recordings,
         }
     scored = [line for line in validation if isinstance(line.get("psnr"), (int, float))]
     if not scored:
@@ -244,8 +194,9 @@ def _headline(
         "ssim": last.get("ssim"),
         "ms": None,
         "source": "validation",
+        "recordings": None,
         "gains": [
-            (last["psnr"] - last[f"psnr_{name}"], TITLES[name])
+            (last["psnr"] - last[f"psnr_{name}"], BASELINES[name].title)
             for name in ("bicubic", "detail")
             if f"psnr_{name}" in last
         ],
@@ -282,7 +233,7 @@ def _curves(
         for name, colour in (("detail", "#495057"), ("bicubic", "#adb5bd")):
             base = _series(validation, f"psnr_{name}")
             if len(base[0]):
-                lines.append((*base, colour, TITLES[name]))
+                lines.append((*base, colour, BASELINES[name].title))
         curves.append(("Validation", _chart("PSNR (dB)", lines, resumes, marks=True)))
     rate = _series(train, "samples_per_s")
     if len(rate[0]) > 1:
@@ -360,85 +311,4 @@ def _chart(
             axes.legend(frameon=False, fontsize=8)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _uri("image/svg+xml", buffer.getvalue())
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _natural(paths: Iterable[Path]) -> list[Path]:
-    return sorted(
-        paths,
-        key=lambda path: [
-            (int(part), "") if part.isdigit() else (-1, part)
-            for part in re.split(r"(\d+)", path.name)
-        ],
-    )
-
-
-def _movies(folder: Path) -> list[Path]:
-    """One file a movie: WebP, which is smaller, where there is a GIF of the same name too."""
-    chosen = {path.stem: path for kind in ("gif", "webp") for path in folder.glob(f"*.{kind}")}
-    return _natural(chosen.values())
-
-
-class Pictures:
-    """Embeds pictures until the page is full; keeps the names of those that found no room."""
-
-    def __init__(self, run: Path):
-        self.run = run
-        self.room = PAGE_LIMIT
-        self.left_out: list[str] = []
-
-    def take(self, paths: Iterable[Path], most: int) -> list[tuple[str, str]]:
-        """(file name, data URI) of the first `most` of `paths` that there is room for."""
-        taken: list[tuple[str, str]] = []
-        for path in paths:
-            uri = self._embedded(path) if len(taken) < most else None
-            if uri is None:
-                self.left_out.append(str(path.relative_to(self.run)))
-            else:
-                taken.append((path.stem, uri))
-        return taken
-
-    def _embedded(self, path: Path) -> str | None:
-        try:
-            data, kind = path.read_bytes(), TYPES[path.suffix]
-            if len(data) > PICTURE_LIMIT:
-                data, kind = _smaller(data), TYPES[".webp"]
-        except (OSError, ValueError) as error:
-            logger.warning("%s: left out of the report (%s)", path, error)
-            return None
-        uri = _uri(kind, data)
-        if len(uri) > self.room:
-            return None
-        self.room -= len(uri)
-        return uri
-
-
-def _smaller(data: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with Image.open(io.BytesIO(data)) as image:
-        if getattr(image, "n_frames", 1) > 1:
-            image.save(buffer, "WEBP", save_all=True, quality=60, method=4)
-        else:
-            picture = image.convert("RGB")
-            picture.thumbnail((1800, 4000))
-            picture.save(buffer, "WEBP", quality=85, method=4)
-    return buffer.getvalue()
-
-
-def _template() -> jinja2.Template:
-    # Not PackageLoader: it wants the package to be importable as a plain folder of its own.
-    source = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["signed"] = lambda value, digits=2: f"{value:+.{digits}f}".replace(
-        "-", "\u2212"
-    )
-    environment.filters["fixed"] = lambda value, digits=2: (
-        f"{value:.{digits}f}" if math.isfinite(value) else "exact"
-    )
-    return environment.from_string(source)
+    return data_uri("image/svg+xml", buffer.getvalue())

@@ -20,10 +20,11 @@ from hpc_xvr.config import Data
 from hpc_xvr.data.batches import key_frames
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.corpus import Video
-from hpc_xvr.data.degrade import bin_down, poisson
+from hpc_xvr.data.degrade import CameraNoise, bin_down
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
+CLEAN = CameraNoise()
 Method = Callable[[dict[str, Tensor]], Tensor]
 """Batched sample without target -> (B, N_out, 1, H, W)."""
 
@@ -212,12 +213,12 @@ def _run(method: Method, sample: dict[str, Tensor], n_out: int, precision: str) 
 
 
 def recording_streams(
-    video: Video, gap: int, data: Data, photons: float | None = None, seed: int = 0
+    video: Video, gap: int, data: Data, noise: CameraNoise = CLEAN, seed: int = 0
 ) -> tuple[Stream, KeyFrames]:
     """What the two cameras would have seen of a recording whose every sharp frame is known.
 
-    Low-resolution frames are binned from the sharp ones, with Poisson noise of `photons` at full
-    scale where given (drawn from seed, recording and frame: the same whoever asks, in any order),
+    Low-resolution frames are binned from the sharp ones, with the fast camera's
+    `noise` (drawn from seed, recording and frame: the same whoever asks, in any order),
     or taken from the recording's own stream (`data.lr_source: recorded`). Key frames: every
     `gap`-th frame and the last one.
     """
@@ -232,22 +233,20 @@ def recording_streams(
         )
     grid = (height // data.scale, width // data.scale)
     if data.lr_source == "recorded":
-        lr = _recorded_stream(video, grid, photons)
+        lr = _recorded_stream(video, grid, noise)
     else:
         name = zlib.crc32(video.id.encode())
 
         def binned(t: int) -> np.ndarray:
             frame = bin_down(video.intensity(t), data.scale)
-            if photons is None:
-                return frame
-            return poisson(frame, photons, np.random.default_rng([seed, name, t]))
+            return noise.apply(frame, np.random.default_rng([seed, name, t]))
 
         lr = Stream((frames, *grid), binned)
     times = sorted({k for t in range(frames) for k in key_frames(t, gap, frames)})
     return lr, KeyFrames(times, (height, width), video.intensity)
 
 
-def _recorded_stream(video: Video, grid: tuple[int, int], photons: float | None) -> Stream:
+def _recorded_stream(video: Video, grid: tuple[int, int], noise: CameraNoise) -> Stream:
     if video.lr_shape is None:
         raise InputError(
             f"recording {video.id}: has no low-resolution stream of its own; set "
@@ -259,10 +258,10 @@ def _recorded_stream(video: Video, grid: tuple[int, int], photons: float | None)
             f"{video.lr_shape[1]}x{video.lr_shape[2]}, data.scale needs "
             f"{grid[0]}x{grid[1]}; register the two cameras and ingest again"
         )
-    if photons is not None:
+    if noise is not CLEAN:
         raise InputError(
-            "photons: noise is only put on binned low-resolution frames, a recorded "
-            "stream has its own; leave photons out, or set data.lr_source to binned"
+            "noise is only put on binned low-resolution frames, a recorded stream has its own; "
+            "leave it out, or set data.lr_source to binned"
         )
     lr_times = np.asarray(video.info.lr_times, float)
     nearest = [int(np.abs(lr_times - t).argmin()) for t in range(video.shape[0])]

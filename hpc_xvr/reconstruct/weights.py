@@ -11,7 +11,8 @@ from typing import Any, Literal
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from hpc_xvr import __version__, checkpoint
 from hpc_xvr.config import Config, check, load
@@ -290,6 +291,19 @@ def initial_weights(model: nn.Module, path: Path) -> None:
     load_weights(model, state, path)
 
 
+def _on_whole_blocks(model: EDVR, lr: Tensor, hr: Tensor, hr_offset: Tensor) -> Tensor:
+    """EDVR halves its grid twice: frames are continued to multiples of 4 and cut off again."""
+    scale = hr.shape[-1] // lr.shape[-1]
+    bottom, right = (-n % 4 for n in lr.shape[-2:])
+
+    def continued(x: Tensor, factor: int) -> Tensor:
+        pad = (0, factor * right, 0, factor * bottom)
+        return F.pad(x.flatten(0, 1), pad, mode="replicate").unflatten(0, x.shape[:2])
+
+    out = model(continued(lr, 1), continued(hr, scale), hr_offset)
+    return out[..., : hr.shape[-2], : hr.shape[-1]]
+
+
 def as_method(model: nn.Module) -> tuple[Method, int]:
     """A model as what `pipeline.reconstruct` calls, and the number of frames it gives."""
 
@@ -299,7 +313,7 @@ def as_method(model: nn.Module) -> tuple[Method, int]:
         hr = sample["hr"]
         try:
             if not isinstance(model, SwinXVR):
-                return model(sample["lr"], hr, sample["hr_offset"])
+                return _on_whole_blocks(model, sample["lr"], hr, sample["hr_offset"])
             if known.get("hr") is not hr:
                 known.update(hr=hr, features=model.hr_features(hr))
             return model(sample["lr"], hr, sample["hr_offset"], known["features"])

@@ -93,7 +93,7 @@ def test_detail_restores_a_scene_that_stands_still():
 
 
 def test_every_method_can_be_found_and_explained():
-    assert list(BASELINES) == ["bicubic", "nearest_hr", "linear_hr", "detail", "adaptive"]
+    assert list(BASELINES) == ["bicubic", "nearest_hr", "linear_hr", "detail", "adaptive", "bayes"]
     for name, baseline in BASELINES.items():
         assert find_baseline(name) is baseline
         assert 10 < len(baseline.description) < 80 and "\n" not in baseline.description
@@ -101,5 +101,6 @@ def test_every_method_can_be_found_and_explained():
     with pytest.raises(InputError) as error:
         find_baseline("lanczos")
     assert str(error.value) == (
-        "unknown method 'lanczos': choose from bicubic, nearest_hr, linear_hr, detail, adaptive"
+        "unknown method 'lanczos': choose from bicubic, nearest_hr, linear_hr, detail, "
+        "adaptive, bayes"
     )

@@ -55,6 +55,86 @@ def test_the_quick_benchmark_measures_everything_it_promises(tmp_path):
     assert result["context"]["packages"]["torch"] and result["context"]["device"]
 
 
+def test_models_are_compared_on_one_budget(monkeypatch):
+    """Steps times what a step costs is the budget, at every width."""
+    import compare
+
+    for kind in (["--quick"], [], ["--published", "--corpus", "corpus"]):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *kind])
+        args = compare.parse()
+        seen = set()
+        for name in compare.MODELS:
+            config, overrides = compare.settings(name, args, Path("corpus"))
+            spent = compare.step_flops(config) * config.train.steps / 1e12
+            assert spent == pytest.approx(args.budget, rel=0.15 if kind == ["--quick"] else 0.01)
+            assert f"train.steps={config.train.steps}" in overrides
+            data = config.data.model_dump()
+            seen.add(str({**data, "seed": config.run.seed, "batch": config.train.global_batch}))
+        assert len(seen) == 1  # the same samples for all
+
+
+def test_the_comparison_runs_from_corpus_to_tables(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "compare.py"), "--quick", "--threads", "1"]
+    command += ["--models", "edvr_stf", "swin_sequence", "--budget", "0.001"]
+    command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    out = tmp_path / "results" / "compare-quick"
+    written = json.loads((out / "training.json").read_text())
+    assert set(written["models"]) == {"edvr_stf", "swin_sequence"}
+    for facts in written["models"].values():
+        assert facts["tflop"] == pytest.approx(0.001, rel=0.4) and facts["parameters"] > 1000
+    assert len(written["commands"]) == 3
+    tree = json.loads((out / "evaluation.json").read_text())
+    learned = {facts["name"]: facts["title"] for facts in tree["methods"] if facts["learned"]}
+    assert learned == {"edvr_stf": "EDVR-STF", "swin_sequence": "SWIN-XVR sequence"}
+    assert len(tree["methods"]) == 8
+    assert "EDVR-STF loses to detail transfer" in (out / "tables.md").read_text()
+    assert (out / "comparison.html").exists() and (out / "psnr-flops.png").exists()
+    assert not (out / "cells").exists()
+
+
+def test_the_noise_study_says_what_its_numbers_say(tmp_path):
+    import noise_study
+
+    def summary(method, noise, psnr):
+        return {
+            "method": method,
+            "scene": None,
+            "condition": {"noise": noise},
+            "recordings": 5,
+            "values": {"psnr": {"mean": psnr}},
+        }
+
+    scores = {
+        "train_none": (35.0, 24.0),
+        "train_poisson": (34.0, 30.0),
+        "bicubic": (27.0, 22.0),
+        "detail": (33.0, 24.5),
+        "bayes": (33.5, 30.5),
+    }
+    tree = {
+        "summaries": [
+            summary(method, noise, value)
+            for method, values in scores.items()
+            for noise, value in zip(("none", "100"), values, strict=True)
+        ]
+    }
+    result = noise_study.study(tree, ("none", "poisson"))
+    assert result["psnr_db"] == {
+        "none": {"none": 35.0, "100": 24.0},
+        "poisson": {"none": 34.0, "100": 30.0},
+    }
+    assert "ested with none, training with none is best (35.00 dB, 1.00 dB above" in result["says"]
+    assert "tested with 100, training with poisson is best (30.00 dB, 6.00 dB" in result["says"]
+    assert (
+        "least over all tests is poisson: at most 1.00 dB, against 6.00 dB for none"
+        in (result["says"])
+    )
+    assert "above all of them at 100 (bayes, 30.50 dB)." in result["says"]
+    noise_study.draw(result, tmp_path / "matrix.png")
+    assert (tmp_path / "matrix.png").stat().st_size > 10_000
+
+
 @pytest.mark.timeout(600)  # four starts of two ranks: half a minute, more where cores are busy
 def test_a_run_killed_and_started_again_ends_as_the_undisturbed_one(tmp_path, pulse_corpus):
     """The short form of chaos.py: which kills it gets depends on the seed, which it prints."""

@@ -1,20 +1,27 @@
 """Scores must be those one gets by hand, whoever computes them and however they are shared out."""
 
-import csv
-import json
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from hpc_xvr import metrics
 from hpc_xvr.config import Data
 from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.baselines import BASELINES
-from hpc_xvr.evaluate.evaluation import Evaluation, evaluate, merge, side_by_side
+from hpc_xvr.evaluate import figures
+from hpc_xvr.evaluate.cells import Cells, key_of
+from hpc_xvr.evaluate.evaluation import (
+    Condition,
+    Unit,
+    check_methods,
+    reconstruct_one,
+    recording_seen,
+    score,
+)
+from hpc_xvr.evaluate.methods import Entry, baseline_entry
+from hpc_xvr.evaluate.noise import Noise
 
 DATA = Data(lr_frames=3)
 
@@ -66,103 +73,164 @@ def shifted(sample):
     return up + 0.01 * torch.arange(lr.shape[1]).view(1, -1, 1, 1, 1)
 
 
-METHODS = {
-    "bicubic": (BASELINES["bicubic"], 1),
-    "detail": (BASELINES["detail"], 1),
-    "shifted": (shifted, 3),
+ENTRIES = {
+    "bicubic": baseline_entry("bicubic"),
+    "detail": baseline_entry("detail"),
+    "shifted": Entry("shifted", "shifted", shifted, n_out=3, flops=lambda h, w, s: h * w * s),
 }
+SETTING = Condition("corpus", 4, "none")
+
+
+def scored(videos, noise="none", entries=ENTRIES, **options):
+    condition = Condition("corpus", options.pop("gap", 4), noise)
+    return [
+        row
+        for video in videos
+        for row in score(entries, Unit(condition, video), data=DATA, **options)
+    ]
 
 
 def scores(frame, truth):
-    return metrics.psnr(frame, truth), metrics.ssim(frame, truth), metrics.aad(frame, truth)
+    """PSNR, SSIM and AAD as published, by scikit-image."""
+    a, b = (np.round(np.clip(x, 0, 1) * 255).astype(np.uint8) for x in (frame, truth))
+    return (
+        peak_signal_noise_ratio(a, b, data_range=255),
+        structural_similarity(a, b, data_range=255),
+        np.abs(a.astype(int) - b).mean(),
+        peak_signal_noise_ratio(frame.clip(0, 1), truth, data_range=1),
+    )
 
 
 def test_numbers_equal_direct_computation(videos):
-    found = evaluate(METHODS, videos[:2], data=DATA, gap=4)
+    found = scored(videos[:2])
     for video in videos[:2]:
         frames = video.intensity(range(video.shape[0]))
         binned = frames.reshape(len(frames), frames.shape[1] // 4, 4, -1, 4).mean((2, 4))
         last = len(frames) - 1
-        by_hand = {"bicubic": [], "shifted": []}
+        movies = {name: [] for name in ("bicubic", "shifted")}
         for t in range(len(frames)):
             if t % 4 == 0 or t == last:
+                for movie in movies.values():
+                    movie.append(frames[t])
                 continue
             coarse = torch.from_numpy(binned[t])[None, None]
-            by_hand["bicubic"].append(
-                scores(
-                    F.interpolate(coarse, scale_factor=4, mode="bicubic")[0, 0].numpy(), frames[t]
-                )
+            movies["bicubic"].append(
+                F.interpolate(coarse, scale_factor=4, mode="bicubic")[0, 0].numpy().clip(0, 1)
             )
             # Gaps of 4 hold one window of 3, whose frames are 0, 1 and 2 from its start.
             end = min(t // 4 * 4 + 4, last)
             start = t // 4 * 4 + 1 if end - t // 4 * 4 == 4 else (t // 4 * 4 + end) // 2 - 1
             level = 0.01 * (t - start)
-            by_hand["shifted"].append(
-                scores(
-                    np.kron(binned[t], np.ones((4, 4), np.float32)) + np.float32(level), frames[t]
-                )
+            movies["shifted"].append(
+                (np.kron(binned[t], np.ones((4, 4), np.float32)) + np.float32(level)).clip(0, 1)
             )
-        for name, values in by_hand.items():
-            row = next(r for r in found.rows if (r.method, r.recording) == (name, video.id))
-            assert row.frames == len(values)
-            assert row.frames + row.keys == len(frames)
+        for name, movie in movies.items():
+            row = next(r for r in found if (r.method, r.recording) == (name, video.id))
+            between = [t for t in range(len(frames)) if t % 4 and t != last]
+            assert (row.frames, row.keys) == (len(between), len(frames) - len(between))
             np.testing.assert_allclose(
-                (row.psnr, row.ssim, row.aad), np.mean(values, axis=0), rtol=1e-4
+                (row.psnr, row.ssim, row.aad, row.psnr_float),
+                np.mean([scores(movie[t], frames[t]) for t in between], axis=0),
+                rtol=1e-4,
             )
+            # All changes from frame to frame but those from one key frame to the next.
+            change = np.abs(np.diff(movie, axis=0) - np.diff(frames, axis=0)).mean((1, 2)) * 255
+            keys = [t for t in range(len(frames)) if t not in between]
+            counted = [t for t in range(last) if not (t in keys and t + 1 in keys)]
+            assert row.flicker == pytest.approx(change[counted].mean(), rel=1e-4)
+            gradients = [np.stack(np.gradient(x, axis=(1, 2))) for x in (np.array(movie), frames)]
+            errors = np.square(gradients[0] - gradients[1]).mean((0, 2, 3))[between]
+            assert row.psnr_gradient == pytest.approx(-10 * np.log10(errors).mean(), rel=1e-4)
             assert 0 < row.seconds_per_frame < 5
-    mean = next(row for row in found.means() if row.method == "detail")
-    each = [row for row in found.rows if row.method == "detail"]
-    assert mean.psnr == pytest.approx((each[0].psnr + each[1].psnr) / 2)
-    assert mean.frames == each[0].frames + each[1].frames
-    assert found.methods() == list(METHODS)
-    assert found.best(METHODS) == "detail" and found.best(["shifted", "bicubic"]) == "bicubic"
+    assert {row.flops_per_frame for row in found if row.method == "shifted"} == {
+        8 * 8 * 4,
+        6 * 6 * 4,
+    }
 
 
 def test_noise_lowers_the_score_and_is_the_same_again(videos):
-    quiet = evaluate(METHODS, videos[:1], data=DATA, gap=4)
-    noisy = evaluate(METHODS, videos[:1], data=DATA, gap=4, photons=200, seed=1)
-    again = evaluate(METHODS, videos[:1], data=DATA, gap=4, photons=200, seed=1)
-    assert [r.psnr for r in noisy.rows] == [r.psnr for r in again.rows]
-    assert noisy.rows[0].psnr < quiet.rows[0].psnr - 0.5
+    def numbers(rows):
+        return [row.psnr for row in rows]
+
+    quiet, noisy = scored(videos[:1]), scored(videos[:1], "200", seed=1)
+    assert numbers(noisy) == numbers(scored(videos[:1], "200", seed=1))
+    assert numbers(noisy) != numbers(scored(videos[:1], "200", seed=2))
+    assert noisy[0].psnr < quiet[0].psnr - 0.5
+    read = scored(videos[:1], "poisson_gaussian:200:0.05", seed=1)
+    assert read[0].psnr < noisy[0].psnr
 
 
-def test_ranks_share_the_recordings(videos):
-    alone = evaluate(METHODS, videos, data=DATA, gap=4)
-    parts = [evaluate(METHODS, videos, data=DATA, gap=4, rank=r, world=4).rows for r in range(4)]
-    assert [len(part) for part in parts] == [3, 3, 3, 0]
-    joined = merge(reversed(parts))
+def test_a_fixed_pattern_stays_the_same_throughout_a_recording(videos):
+    clean, _ = recording_seen(videos[0], 4, Noise(), DATA, 1)
+    noise = Noise.parse("fixed_pattern:1e9:1e-6")
+    stream = recording_seen(videos[0], 4, noise, DATA, 1)[0]
+    pattern = [stream[t] / clean[t] for t in (1, 2)]
+    assert 0.01 < pattern[0].std() < 0.04
+    np.testing.assert_allclose(pattern[0], pattern[1], atol=2e-3)
 
-    def known(row):
-        return row.method, row.recording, row.frames, row.psnr, row.ssim, row.aad
 
-    assert list(map(known, joined)) == list(map(known, alone.rows))
+@pytest.mark.parametrize(
+    ("text", "name", "label"),
+    [
+        ("none", "none", "no noise"),
+        ("1e3", "1000", "photon noise: 1000 photons a pixel"),
+        ("poisson:1e3", "1000", "photon noise: 1000 photons a pixel"),
+        (
+            "poisson_gaussian:50",
+            "poisson_gaussian:50",
+            "photon and read noise: 50 photons a pixel, read noise 0.5 %",
+        ),
+        (
+            "fixed_pattern:50:0.02",
+            "fixed_pattern:50:0.02",
+            "photon and read noise, fixed pattern: 50 photons a pixel, read noise 2 %",
+        ),
+    ],
+)
+def test_noise_levels_have_one_name(text, name, label):
+    noise = Noise.parse(text)
+    assert (noise.name, noise.label) == (name, label)
+    assert Noise.parse(noise.name) == noise
+
+
+@pytest.mark.parametrize("text", ["some", "-3", "0", "poisson:1:2", "none:3", "1e3:", "inf"])
+def test_noise_that_cannot_be(text):
+    with pytest.raises(InputError, match=r"noise '.*': give none, a number of photons.*kinds: "):
+        Noise.parse(text)
+
+
+def test_finished_rows_are_found_again_and_unfinished_ones_are_not(videos, tmp_path):
+    unit = Unit(SETTING, videos[0])
+    rows = scored(videos[:1])
+    keys = {row.method: key_of(unit, ENTRIES[row.method], DATA, 0) for row in rows}
+    first, second = Cells(tmp_path, 0), Cells(tmp_path, 1)
+    first.add([(keys["bicubic"], rows[0])])
+    with (tmp_path / "cells" / "rank-0000.jsonl").open("a") as file:
+        file.write('{"key": "abc", "row": {"condi')  # killed here
+    first.add([(keys["detail"], rows[1])])
+    second.add([(keys["shifted"], rows[2])])
+    assert first.load() == {keys[row.method]: row for row in rows}
+    # What numbers depend on makes another key; what they do not, does not.
+    key = keys["shifted"]
+    again = Entry("shifted", "another title", shifted, n_out=3)
+    moved = Unit(Condition("elsewhere", 4, "none"), videos[0])
+    assert key == key_of(moved, again, DATA, 0)
+    for other in (
+        key_of(Unit(SETTING, videos[1]), again, DATA, 0),
+        key_of(Unit(Condition("corpus", 5, "none"), videos[0]), again, DATA, 0),
+        key_of(Unit(Condition("corpus", 4, "10"), videos[0]), again, DATA, 0),
+        key_of(unit, Entry("shifted", "", shifted, fingerprint="other weights"), DATA, 0),
+        key_of(unit, again, DATA, 1),
+        key_of(unit, again, Data(lr_frames=5), 0),
+    ):
+        assert other != key
 
 
 def test_bad_input_is_refused(videos):
-    with pytest.raises(InputError, match=r"no recordings.*split"):
-        evaluate(METHODS, [], data=DATA, gap=4)
     with pytest.raises(InputError, match=r"clip0: all its 9 frames are key frames.*evaluate\.gap"):
-        evaluate(METHODS, videos, data=DATA, gap=1)
-
-
-def test_files_and_table(videos, tmp_path, capsys):
-    found = evaluate(METHODS, videos, data=DATA, gap=4, photons=1000)
-
-    found.save(tmp_path / "evaluation")
-    tree = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
-    assert tree["settings"]["gap"] == 4 and tree["settings"]["photons"] == 1000
-    assert [row["method"] for row in tree["means"]] == list(METHODS)
-    assert len(tree["rows"]) == 9 and tree["rows"][0]["psnr"] == found.rows[0].psnr
-    with (tmp_path / "evaluation" / "evaluation.csv").open() as file:
-        table = list(csv.DictReader(file))
-    assert len(table) == 12 and table[-1]["recording"] == "mean"
-    assert float(table[0]["ssim"]) == found.rows[0].ssim
-    assert len(list((tmp_path / "evaluation").iterdir())) == 2
-    found.show()
-    shown = capsys.readouterr().out
-    assert "3 recordings" in shown
-    for row in found.means():
-        assert f"{row.psnr:.2f}" in shown and f"{row.ssim:.4f}" in shown
+        scored(videos, gap=1)
+    with pytest.raises(InputError, match=r"peer: works at scale 2, .*data\.scale 4"):
+        check_methods({"peer": Entry("peer", "", shifted, scale=2)}, DATA)
 
 
 def test_a_method_that_meets_the_truth_exactly(videos, tmp_path):
@@ -175,28 +243,31 @@ def test_a_method_that_meets_the_truth_exactly(videos, tmp_path):
             frames.dtype,
             {"camera": "test", "bit_depth": 12, "scene": "blob", "split": "test", "source": "s"},
         )
-    found = evaluate({"nearest_hr": (BASELINES["nearest_hr"], 1)}, [still], data=DATA, gap=4)
-    assert found.rows[0].psnr == float("inf") and found.rows[0].aad == 0
-    found.save(tmp_path)
-    assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][0]["psnr"] is None
-    assert ",inf," in (tmp_path / "evaluation.csv").read_text()
+    row = scored([still], entries={"nearest_hr": baseline_entry("nearest_hr")})[0]
+    assert row.psnr == row.psnr_float == float("inf") and row.aad == row.flicker == 0
+    Cells(tmp_path, 0).add([("key", row)])
+    assert Cells(tmp_path, 0).load() == {"key": row}
 
 
-def test_unwritable_folder_is_one_line(videos, tmp_path):
-    found = Evaluation(evaluate(METHODS, videos[:1], data=DATA, gap=4).rows, {})
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError) as error:
-        found.save(tmp_path / "file" / "evaluation")
-    assert "\n" not in str(error.value)
-
-
-def test_side_by_side_shows_frames_details_and_errors(videos, tmp_path):
-    path = side_by_side(tmp_path / "p.png", videos[0], METHODS, 6, data=DATA, gap=4, photons=500)
+def test_side_by_side_shows_frames_details_errors_and_a_profile(videos, tmp_path):
+    streams = recording_seen(videos[0], 4, Noise.parse("500"), DATA, 0)
+    panels = {
+        name: reconstruct_one(entry, videos[0], 6, streams, (4, 8), DATA)
+        for name, entry in ENTRIES.items()
+    }
+    figure = figures.side_by_side(panels, videos[0].intensity(6), "clip0")
+    path = figures.save(figure, tmp_path / "p.png")
     with Image.open(path) as image:
-        assert image.width == pytest.approx(1408, abs=4) and image.height > 700
+        assert image.width == pytest.approx(1408, abs=4) and image.height > 900
         pixels = np.asarray(image.convert("RGB")).astype(int)
     coloured = np.ptp(pixels, axis=2) > 60
-    assert coloured[: image.height // 2].any() and coloured[image.height * 3 // 4 :].mean() > 0.01
-    with pytest.raises(InputError, match=r"frame 8 of clip0: is a key frame"):
-        side_by_side(tmp_path / "q.png", videos[0], METHODS, 8, data=DATA, gap=4)
+    assert coloured[: image.height // 3].any()
+    assert coloured[image.height // 2 : image.height * 3 // 4].mean() > 0.01
+    profile = figure.axes[-1]
+    labels = profile.get_legend_handles_labels()[1]
+    assert labels == ["truth", *ENTRIES]
+    truth = profile.lines[0].get_ydata()
+    x = profile.lines[0].get_xdata()
+    row = int(profile.get_xlabel().partition("row ")[2].rstrip(")"))
+    np.testing.assert_array_equal(truth, videos[0].intensity(6)[row, x[0] : x[-1] + 1])
     assert [p.name for p in tmp_path.iterdir()] == ["p.png"]

@@ -262,6 +262,7 @@ def test_help_and_config_errors_need_neither_torch_nor_mpi(tmp_path):
     [
         "simulate",
         "ingest",
+        "fetch",
         "inspect",
         "train",
         "evaluate",

@@ -8,9 +8,9 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from hpc_xvr.errors import InputError
-from hpc_xvr.metrics import aad, psnr, psnr_float, ssim
+from hpc_xvr.metrics import aad, flicker, psnr, psnr_float, psnr_gradient, ssim
 
-ALL = (psnr, psnr_float, ssim, aad)
+ALL = (psnr, psnr_float, psnr_gradient, ssim, aad)
 
 
 def pair(kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -41,6 +41,38 @@ def test_scikit_image_agrees(kind):
     assert psnr_float(a, b) == pytest.approx(exact, abs=1e-10)
     for metric in ALL:
         assert metric(a, b) == metric(b, a)
+    padded = [np.pad(p.clip(0, 1), 1, mode="reflect", reflect_type="odd") for p in (a, b)]
+    with np.errstate(divide="ignore"):  # flat frames have equal gradients
+        exact = peak_signal_noise_ratio(*(central(p) for p in padded), data_range=1)
+    assert psnr_gradient(a, b) == pytest.approx(exact, abs=1e-10)
+
+
+def central(p: np.ndarray) -> np.ndarray:
+    """Differences over two pixels; odd reflection makes them one-sided at the edge."""
+    return np.stack([p[2:, 1:-1] - p[:-2, 1:-1], p[1:-1, 2:] - p[1:-1, :-2]]) / 2
+
+
+def test_flicker_sees_changes_and_not_levels():
+    a, b = pair("similar")
+    assert flicker(a, a * 0.9, a, a * 0.9) == 0
+    assert flicker(a * 0.5, a * 0.6, a * 0.5 + 0.1, a * 0.6 + 0.1) == pytest.approx(0, abs=1e-12)
+    half = np.full((8, 8), 0.5)
+    assert flicker(half, half + 0.1, half, half - 0.1) == pytest.approx(0.2 * 255)
+    first, second = np.random.default_rng(0).random((2, 2, 8, 9))
+    expected = np.abs(np.diff(first, axis=0) - np.diff(second, axis=0)).mean() * 255
+    assert flicker(*first, *second) == pytest.approx(expected)
+    with pytest.raises(InputError, match="must be the same"):
+        flicker(a, b, a, half)
+    with pytest.raises(InputError, match="frames of a sequence"):
+        flicker(a, half, a, half)
+
+
+def test_blur_costs_edges_more_than_a_shift_of_level():
+    x = np.tile(np.arange(40), (40, 1))
+    edge = (x > 20) * 0.6 + 0.2
+    blurred = 0.2 + 0.6 * np.clip((x - 17) / 7, 0, 1)
+    assert psnr_gradient(edge, edge + 0.05) > 200
+    assert psnr_gradient(edge, blurred) < 30
 
 
 def test_scikit_image_agrees_on_a_large_frame():

@@ -96,7 +96,7 @@ def test_training_evaluation_and_report_run_on_it(corpus, run):
     assert len(losses) == 4
     assert np.isfinite(losses).all()
     table = hpc_xvr("evaluate", run).stdout
-    assert "swin_xvr" in table
+    assert "SWIN-XVR" in table
     rows = json.loads((run / "evaluation/evaluation.json").read_text())["rows"]
     psnr = {row["method"]: row["psnr"] for row in rows if "cine_781" in row["recording"]}
     assert psnr["detail"] > psnr["bicubic"] > 25

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hpc_xvr.config import Data
+from hpc_xvr.data.degrade import CameraNoise
 from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 from hpc_xvr.reconstruct import writers
@@ -229,15 +230,15 @@ def test_binned_stream_and_keys(corpus):
 
 def test_noise_depends_on_seed_recording_and_frame_only(corpus):
     clean = recording_streams(corpus.plain, 4, Data())[0]
-    noisy, _ = recording_streams(corpus.plain, 4, Data(), photons=1e4, seed=5)
+    noisy, _ = recording_streams(corpus.plain, 4, Data(), noise=CameraNoise(1e4), seed=5)
     backwards = [noisy[t] for t in reversed(range(11))][::-1]
-    again = recording_streams(corpus.plain, 7, Data(), photons=1e4, seed=5)[0]
+    again = recording_streams(corpus.plain, 7, Data(), noise=CameraNoise(1e4), seed=5)[0]
     for t in range(11):
         np.testing.assert_array_equal(backwards[t], again[t])
         assert 0.5 < (noisy[t] - clean[t]).std() / np.sqrt(clean[t].mean() / 1e4) < 1.6
     # The same frame every time, so that only the noise can differ.
     a, b, other = (
-        recording_streams(video, 4, Data(), photons=1e4, seed=seed)[0]
+        recording_streams(video, 4, Data(), noise=CameraNoise(1e4), seed=seed)[0]
         for video, seed in zip((*corpus.stills, corpus.stills[0]), (5, 5, 6), strict=True)
     )
     assert (a[0] != a[1]).any() and (a[0] != b[0]).any() and (a[0] != other[0]).any()
@@ -251,7 +252,7 @@ def test_recorded_stream_is_taken_at_the_nearest_time(corpus):
     with pytest.raises(InputError, match=r"plain.*binned"):
         recording_streams(corpus.plain, 4, data)
     with pytest.raises(InputError, match="noise"):
-        recording_streams(corpus.twin, 4, data, photons=100)
+        recording_streams(corpus.twin, 4, data, noise=CameraNoise(100))
     with pytest.raises(InputError, match=r"twin: .*4x6, data\.scale needs 8x12"):
         recording_streams(corpus.twin, 4, Data(lr_source="recorded", scale=2))
 

@@ -1,0 +1,207 @@
+"""EDVR, EDVR-STF and SWIN-XVR trained on the same corpus, samples and FLOPs, then compared.
+
+Each config of configs/compare gets as many steps as its network's stated FLOPs allow within one
+budget (a training step counts three forward passes of each of its samples). The samples of step k
+are the same for all. Then everything is compared with the methods that need no training.
+
+    python benchmarks/compare.py             # reduced widths, two CPU cores, under 40 minutes
+    python benchmarks/compare.py --quick     # the same in about a minute, to see that it runs
+    python benchmarks/compare.py --published --corpus corpus --ranks 4 --device cuda
+
+A call that was stopped goes on where it was, as training and evaluation do. Results (JSON, tables,
+charts, page) go to --results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from hpc_xvr.config import Config, load
+from hpc_xvr.reconstruct.weights import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "compare"
+MODELS = ("edvr", "edvr_stf", "swin_centre", "swin_sequence", "swin_adaptive")
+REDUCED = [
+    "data.patch=64",
+    "data.photons_log10=[2,7]",
+    "optim.lr=1.0e-3",
+    "optim.ema=0.98",
+    "optim.warmup=10",
+    "optim.clip_norm=1.0",
+    "train.global_batch=8",
+    "train.log_every=20",
+    "validation.every=100",
+    "validation.frames=16",
+    "validation.patch=128",
+    "checkpoint.every=100",
+    "model.up_features=32",
+]
+WIDTH = {  # about 200,000 parameters each
+    "edvr": ["model.embed_dim=32", "model.heads=4", "model.depths=[2,4]"],
+    "edvr_stf": ["model.embed_dim=32", "model.heads=4", "model.depths=[2,4]"],
+    "swin": ["model.embed_dim=48", "model.depths=[2,4]", "model.drop_path=0.0"],
+}
+SIMULATED = "{videos: 40, size: [48, 128, 128], splits: {train: 0.7, validation: 0.05, test: 0.25}}"
+QUICK = [
+    "data.patch=32",
+    "data.hr_gap=8",
+    "train.global_batch=4",
+    "train.log_every=1",
+    "validation.frames=2",
+    "validation.patch=32",
+]
+QUICK_WIDTH = {
+    "edvr": ["model.embed_dim=8", "model.heads=2", "model.depths=[1,1]"],
+    "edvr_stf": ["model.embed_dim=8", "model.heads=2", "model.depths=[1,1]"],
+    "swin": ["model.embed_dim=12", "model.depths=[2]", "model.drop_path=0.0"],
+}
+QUICK_SIMULATED = (
+    "{videos: 6, size: [16, 64, 64], splits: {train: 0.5, validation: 0.17, test: 0.33}}"
+)
+BUDGET = {"quick": 0.004, "reduced": 10.0, "published": 2000.0}  # TFLOP a model
+
+
+def main() -> None:
+    """Train, evaluate, write down what was done."""
+    args = parse()
+    args.results.mkdir(parents=True, exist_ok=True)
+    begin, commands = time.time(), []
+    corpus = args.corpus or args.work / "corpus"
+    trained = {}
+    for name in args.models:
+        trained[name] = train(name, args, corpus, commands)
+        print(json.dumps({name: trained[name]}), flush=True)
+    out = args.results / args.name
+    evaluation = [
+        *(str(args.work / name) for name in args.models),
+        *("--corpus", str(corpus), "--out", str(out)),
+        *("--set", f"evaluate.pictures={1 if args.quick else 5}"),
+    ]
+    if args.threads:
+        evaluation += ["--set", f"run.threads={args.threads}"]
+    for gap in (8,) if args.quick else (8, 20):
+        evaluation += ["--gap", str(gap)]
+    for noise in ("none",) if args.quick else ("none", "1e3", "poisson_gaussian:1e3"):
+        evaluation += ["--noise", noise]
+    commands.append(call(["evaluate", *evaluation], args))
+    shutil.rmtree(out / "cells")  # the rows are in evaluation.json
+    summary = {
+        "budget_tflop": args.budget,
+        "seconds": round(time.time() - begin, 1),
+        "models": trained,
+        "commands": commands,
+        "context": context(args),
+    }
+    (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"results: {out}")
+
+
+def train(name: str, args: argparse.Namespace, corpus: Path, commands: list[str]) -> dict:
+    """Train one config on the budget; what it cost."""
+    config, overrides = settings(name, args, corpus)
+    start = time.time()
+    path = CONFIGS / f"{name}.yaml"
+    options = [option for text in overrides for option in ("--set", text)]
+    commands.append(call(["train", str(path), *options, "--resume"], args))
+    model = build_model(config)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "gflop_a_sample": round(forward(config) / 1e9, 4),
+        "steps": config.train.steps,
+        "samples": config.train.steps * config.train.global_batch,
+        "tflop": round(step_flops(config) * config.train.steps / 1e12, 5),
+        "seconds": round(time.time() - start, 1),
+    }
+
+
+def settings(name: str, args: argparse.Namespace, corpus: Path) -> tuple[Config, list[str]]:
+    """The config of a model with the steps that the budget allows, and how it is overridden."""
+    overrides = [f"run.dir={args.work / name}", f"data.corpus={corpus}"]
+    overrides += [f"run.device={args.device}"]
+    if args.threads:
+        overrides += [f"run.threads={args.threads}"]
+    if not args.published:
+        kind = "swin" if name.startswith("swin") else name
+        overrides += REDUCED + WIDTH[kind]
+        if args.quick:
+            overrides += QUICK + QUICK_WIDTH[kind]
+        if not args.corpus:
+            overrides += [f"simulate={QUICK_SIMULATED if args.quick else SIMULATED}"]
+    overrides += args.set
+    config = load(CONFIGS / f"{name}.yaml", overrides)
+    steps = max(round(args.budget * 1e12 / step_flops(config)), 1)
+    overrides += [f"train.steps={steps}"]
+    return load(CONFIGS / f"{name}.yaml", overrides), overrides
+
+
+def forward(config: Config) -> float:
+    """FLOPs of a training sample's forward pass, as the network states them."""
+    side = config.data.patch // config.data.scale
+    return build_model(config).flops(side, side)
+
+
+def step_flops(config: Config) -> float:
+    """Of a training step: the backward pass costs twice the forward pass."""
+    return 3 * forward(config) * config.train.global_batch
+
+
+def call(arguments: list[str], args: argparse.Namespace) -> str:
+    """Run hpc-xvr on the ranks; the command as one would type it."""
+    launcher = ["mpirun", "-n", str(args.ranks), "--oversubscribe"] if args.ranks > 1 else []
+    if arguments[0] == "evaluate":
+        arguments = [*arguments, "--device", args.device]
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    subprocess.run(
+        [*launcher, sys.executable, "-m", "hpc_xvr", *arguments],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+    return " ".join([*launcher, "hpc-xvr", *arguments]).replace(f"{ROOT}/", "")
+
+
+def context(args: argparse.Namespace) -> dict:
+    """Versions, device and date."""
+    from model import describe_machine
+    from torch import device
+
+    kind = "cuda" if args.device == "cuda" else "cpu"
+    return {**describe_machine(device(kind)), "ranks": args.ranks}
+
+
+def parse() -> argparse.Namespace:
+    """The command line; folders and ranks have defaults for the kind of run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="about a minute, tiny networks")
+    parser.add_argument("--published", action="store_true", help="published widths (needs a GPU)")
+    parser.add_argument("--budget", type=float, help="TFLOP that each model is trained with")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--corpus", type=Path, help="default: a simulated one")
+    parser.add_argument("--work", type=Path, help="runs and corpus [runs/compare-KIND]")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--ranks", type=int, help="[1; 2 for reduced widths]")
+    parser.add_argument("--threads", type=int, help="CPU threads of a rank")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    args = parser.parse_args()
+    kind = "quick" if args.quick else "published" if args.published else "reduced"
+    if args.published and not args.corpus:
+        parser.error("--published needs --corpus: reduced simulated recordings would not do")
+    args.ranks = args.ranks or (2 if kind == "reduced" else 1)
+    args.budget = args.budget or BUDGET[kind]
+    args.name = f"compare-{kind}"
+    args.work = (args.work or ROOT / "runs" / args.name).resolve()
+    args.results = args.results.resolve()
+    args.corpus = args.corpus and args.corpus.resolve()
+    return args
+
+
+if __name__ == "__main__":
+    main()

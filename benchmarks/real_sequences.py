@@ -1,0 +1,70 @@
+"""The methods on real high-speed sequences: two drops that merge, a falling ball, foam, and more.
+
+The sharp frames are a camera's own; the low-resolution ones are made by binning, so the truth is
+known. Trained models (run folders) may join in.
+
+    python benchmarks/real_sequences.py --data FOLDER [RUN ...]
+
+FOLDER holds pims_cine/cine_781.cine, pims_cine/cine_legacy.cine, photron_pymraw/ball_12bit.cihx and
+the folder trackpy_foam, as their projects distribute them; what is missing is left out, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import compare
+
+SEQUENCES = {
+    "merging drops": "pims_cine/cine_781.cine",
+    "jet": "pims_cine/cine_legacy.cine",
+    "falling ball": "photron_pymraw/ball_12bit.cihx",
+    "foam": "trackpy_foam",
+}
+
+
+def main() -> None:
+    """Ingest what is there, evaluate it, copy the tables to the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", help="trained models that join in")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--gap", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--noise", nargs="+", default=["none"])
+    parser.add_argument("--name", default="real-sequences")
+    parser.add_argument("--results", type=Path, default=compare.ROOT / "benchmarks" / "results")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
+    args = parser.parse_args()
+    out = args.results.resolve() / args.name
+    with tempfile.TemporaryDirectory() as work:
+        corpus = Path(work) / "real-sequences"
+        for scene, name in SEQUENCES.items():
+            if not (args.data / name).exists():
+                print(f"left out: {name} is not in {args.data}")
+                continue
+            ingest = ["ingest", str(args.data / name), "--corpus", str(corpus), "--split", "test"]
+            one = argparse.Namespace(ranks=1, device=args.device)
+            compare.call([*ingest, "--scene", scene, "--crop"], one)
+        wanted = [*map(str, args.runs), "--corpus", str(corpus), "--split", "test"]
+        wanted += ["--out", str(out), "--set", f"evaluate.pictures={len(SEQUENCES)}"]
+        for gap in args.gap:
+            wanted += ["--gap", str(gap)]
+        for noise in args.noise:
+            wanted += ["--noise", noise]
+        if args.threads:
+            wanted += ["--set", f"run.threads={args.threads}"]
+        command = compare.call(["evaluate", *wanted], args)
+    shutil.rmtree(out / "cells")
+    text = command.replace(str(corpus), "real-sequences").replace(str(args.data), "FOLDER")
+    facts = {"command": text, "context": compare.context(args)}
+    (out / "context.json").write_text(json.dumps(facts, indent=1) + "\n")
+    print(f"results: {out}")
+
+
+if __name__ == "__main__":
+    main()

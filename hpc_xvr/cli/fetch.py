@@ -1,0 +1,49 @@
+"""The command that downloads published test sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hpc_xvr.cli.common import Examples, settings
+
+
+@click.command(
+    cls=Examples,
+    examples="""
+    hpc-xvr fetch rad_00001 --corpus published/rad_00001
+    hpc-xvr fetch rad_00002 --corpus published/rad_00002 --set fetch.folder=/scratch/downloads
+    hpc-xvr fetch mine --corpus mine --set fetch.address.mine=https://host/frames.zip
+""",
+)
+@click.argument("name")
+@click.option(
+    "--corpus",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the corpus: made if missing, added to if there.",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    default="test",
+    show_default=True,
+    help="Split that the recording goes into.",
+)
+@click.option("--config", type=click.Path(path_type=Path), help="File with a section fetch.")
+@settings
+def fetch(
+    name: str, corpus: Path, split: str, config: Path | None, overrides: tuple[str, ...]
+) -> None:
+    """Download the published test set NAME (rad_00001, rad_00002) into a corpus.
+
+    The archive is kept in fetch.folder. A download that was stopped goes on where it was; it is
+    checked against fetch.sha256 where one is given, unpacked, and its sharp and low-resolution
+    frames become one recording. No GPU, torch or MPI is needed.
+    """
+    from hpc_xvr.config import load
+    from hpc_xvr.data.fetch import fetch as run
+
+    cfg = load(config, overrides)
+    click.echo(f"{corpus}: {run(name, corpus, cfg.fetch, split=split, scale=cfg.data.scale)} added")

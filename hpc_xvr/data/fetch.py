@@ -1,0 +1,267 @@
+"""Published test sets: download that goes on where it stopped, check, unpack, put into a corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import shutil
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from hpc_xvr import config
+from hpc_xvr.data.cameras import Recording, open_files
+from hpc_xvr.data.layout import disk_errors
+from hpc_xvr.data.sources import find_recordings
+from hpc_xvr.data.writer import CorpusWriter
+from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger, progress_bar
+
+PIECE = 1 << 20  # bytes
+ATTEMPTS = 6
+PAUSE_S = 2.0  # before the second attempt; doubles
+
+
+def fetch(
+    name: str,
+    corpus: Path | str,
+    settings: config.Fetch,
+    *,
+    split: str = "test",
+    scale: int = 4,
+    store: str = "zarr",
+) -> str:
+    """Make a published data set a recording of a corpus; returns its id.
+
+    The sharp frames become its frames and, where the set has low-resolution frames of the same
+    instants, those its `lr` stream. What an interrupted call has done is kept.
+
+    Raises:
+        InputError: an unknown name, a server or disk that refuses, a wrong checksum, an archive
+            that holds something else.
+    """
+    if name not in settings.address:
+        raise InputError(
+            f"{name}: no address is known for it; known are {', '.join(settings.address)}; give "
+            f"one with --set fetch.address.{name}=URL"
+        )
+    folder = settings.folder / name
+    address = settings.address[name]
+    archive = folder / (PurePosixPath(urllib.parse.urlparse(address).path).name or f"{name}.zip")
+    download(address, archive, settings.sha256.get(name), settings.timeout_s)
+    unpacked = unpack(archive, folder / "files")
+    sharp, coarse = _two_streams(unpacked, scale)
+    with CorpusWriter(corpus, store=store) as writer:
+        _add(writer, name, sharp, coarse, split, address)
+    return name
+
+
+def download(address: str, path: Path, sha256: str | None = None, timeout_s: float = 60.0) -> Path:
+    """The file at a web address, whole and checked, or not there.
+
+    Bytes go to `path`.part; a later call, or the next attempt after a broken connection, asks for
+    the rest alone, unless the file on the server has changed since.
+
+    Raises:
+        InputError: the server refuses or cannot be reached, the disk is full, wrong checksum.
+    """
+    if urllib.parse.urlparse(address).scheme not in ("http", "https"):
+        raise InputError(f"{address}: give an address that begins with https:// or http://")
+    part = path.with_name(path.name + ".part")
+    with disk_errors(path.parent):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for attempt in range(ATTEMPTS):
+                if attempt:
+                    time.sleep(PAUSE_S * 2 ** (attempt - 1))
+                problem = _continue(address, part, timeout_s)
+                if problem is None:
+                    break
+                logger.warning("%s: %s", address, problem)
+            else:
+                raise InputError(
+                    f"{address}: {problem}; {part} keeps what has arrived, call again to go on"
+                )
+            _check(part, sha256, address)
+            part.replace(path)
+            _facts(part).unlink(missing_ok=True)
+        else:
+            _check(path, sha256, address)
+    return path
+
+
+def _continue(address: str, part: Path, timeout_s: float) -> str | None:
+    """Ask for what is missing and append it; what went wrong, if it may go better next time."""
+    have, mark = _have(part)
+    request = urllib.request.Request(address)
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+        request.add_header("If-Range", mark)
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            whole = answer.status != 206
+            total = _length(answer, 0 if whole else have)
+            mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+            if whole:
+                have = 0
+                # Without a mark of its version the file may be another one next time.
+                part.unlink(missing_ok=True)
+                _facts(part).write_text(json.dumps({"mark": mark}))
+            with (
+                part.open("wb" if whole else "ab") as file,
+                progress_bar(part.stem, total and total // PIECE, "MiB") as advance,
+            ):
+                advance(have // PIECE)
+                while piece := answer.read(PIECE):
+                    file.write(piece)
+                    have += len(piece)
+                    advance(1)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # what we have is longer than the file: it has changed
+            part.unlink(missing_ok=True)
+            return "the file on the server has changed: starting again"
+        if 400 <= error.code < 500 and error.code not in (408, 429):
+            raise InputError(
+                f"{address}: the server answers {error.code} {error.reason}; look whether the "
+                "address is right (fetch.address)"
+            ) from None
+        return f"the server answers {error.code} {error.reason}"
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
+        return f"no connection ({getattr(e, 'reason', None) or e})"
+    if total is not None and have < total:
+        return f"the connection broke off at {have} of {total} bytes"
+    return None
+
+
+def _length(answer: http.client.HTTPResponse, before: int) -> int | None:
+    length = answer.headers.get("Content-Length")
+    return before + int(length) if length and length.isdigit() else None
+
+
+def _have(part: Path) -> tuple[int, str]:
+    """Bytes that can be gone on with, and the version they are of."""
+    try:
+        mark = json.loads(_facts(part).read_text())["mark"]
+        size = part.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, ""
+    return (size, mark) if mark else (0, "")
+
+
+def _facts(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def _check(path: Path, sha256: str | None, address: str) -> None:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    found = digest.hexdigest()
+    if sha256 is None:
+        logger.info("%s: sha256 %s (fetch.sha256 would check it)", path.name, found)
+    elif found != sha256.lower():
+        path.unlink()
+        raise InputError(
+            f"{address}: what arrived has the sha256 {found}, expected was {sha256}; it was "
+            "deleted: call again, or correct fetch.sha256"
+        )
+
+
+def unpack(archive: Path, folder: Path) -> Path:
+    """A ZIP archive's files under `folder`: all of them, each with its own checksum, or none.
+
+    Raises:
+        InputError: no ZIP archive, a damaged one, one that would write elsewhere, a full disk.
+    """
+    if folder.is_dir():
+        return folder
+    beside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with disk_errors(folder.parent), zipfile.ZipFile(archive) as file:
+            members = file.infolist()
+            for member in members:
+                parts = PurePosixPath(member.filename.replace("\\", "/"))
+                if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[:1]:
+                    raise InputError(
+                        f"{archive}: holds {member.filename}, which lies outside; not unpacked"
+                    )
+            needed = sum(member.file_size for member in members)
+            free = shutil.disk_usage(archive.parent).free
+            if needed > free:
+                raise InputError(
+                    f"{archive}: its files need {needed / 1e9:.2f} GB, {archive.parent} has "
+                    f"{free / 1e9:.2f} GB left; set fetch.folder to another disk"
+                )
+            for member in members:
+                file.extract(member, beside)
+            beside.mkdir(exist_ok=True)
+            beside.replace(folder)
+    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+        raise InputError(
+            f"{archive}: is no whole ZIP archive ({error}); delete it and call again"
+        ) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def _two_streams(folder: Path, scale: int) -> tuple[Recording, Recording | None]:
+    """The sharp recording, and that of the same instants whose pixels are `scale` times larger."""
+    found = [open_files(source.files) for source in find_recordings([folder])]
+    found.sort(key=lambda recording: recording.shape[1] * recording.shape[2])
+    sharp = found[-1]
+    grid = (sharp.shape[1] // scale, sharp.shape[2] // scale)
+    if len(found) == 1:
+        return sharp, None
+    if len(found) == 2 and found[0].shape == (sharp.shape[0], *grid):
+        return sharp, found[0]
+    shapes = ", ".join("x".join(map(str, recording.shape)) for recording in found)
+    raise InputError(
+        f"{folder}: holds recordings of {shapes}; expected was one, or two whose pixel counts are "
+        f"{scale} times apart; put what you need into a corpus with hpc-xvr ingest"
+    )
+
+
+def _add(
+    writer: CorpusWriter,
+    name: str,
+    sharp: Recording,
+    coarse: Recording | None,
+    split: str,
+    address: str,
+) -> None:
+    info = {
+        "camera": sharp.camera,
+        "frame_rate_hz": sharp.frame_rate_hz,
+        "pixel_size_um": sharp.pixel_size_um,
+        "exposure_s": sharp.exposure_s,
+        "bit_depth": sharp.bit_depth,
+        "scene": name,
+        "split": split,
+        "source": address,
+        "metadata": {"sharp": sharp.path.parent.name},
+    }
+    lr = None
+    if coarse is not None:
+        lr = np.stack(list(coarse.frames()))
+        info |= {
+            "lr_times": [float(t) for t in range(coarse.shape[0])],
+            "lr_bit_depth": coarse.bit_depth,
+            "metadata": {**info["metadata"], "coarse": coarse.path.parent.name},
+        }
+    with progress_bar(name, sharp.shape[0], "frames") as advance:
+
+        def frames():
+            for frame in sharp.frames():
+                advance(1)
+                yield frame
+
+        writer.add(name, frames(), sharp.shape, sharp.dtype, info, lr=lr)

@@ -1,0 +1,288 @@
+"""Pictures of an evaluation: frames with errors and profiles, PSNR against noise, gap and cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from hpc_xvr import metrics
+from hpc_xvr.evaluate.evaluation import METRICS, Condition
+from hpc_xvr.evaluate.noise import KINDS, Noise
+from hpc_xvr.evaluate.results import Evaluation
+from hpc_xvr.evaluate.summary import Summary
+from hpc_xvr.reconstruct.writers import written_whole
+
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#868e96",
+    "axes.labelcolor": "#343a40",
+    "xtick.color": "#495057",
+    "ytick.color": "#495057",
+}
+PLAIN = {  # colour and dashes of methods without learning: they stay behind the others
+    "bicubic": ("#adb5bd", "-"),
+    "nearest_hr": ("#adb5bd", ":"),
+    "linear_hr": ("#868e96", ":"),
+    "detail": ("#868e96", "-"),
+    "adaptive": ("#343a40", "-"),
+    "bayes": ("#8d6e63", "--"),
+}
+COLOURS = ("#1c5d99", "#d9480f", "#2b8a3e", "#9c36b5", "#0b7285", "#e67700")
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a picture whole; the suffix says the format."""
+    with written_whole(path) as beside:
+        figure.savefig(beside, format=path.suffix[1:] or "png", dpi=110)
+    return path
+
+
+def side_by_side(panels: Mapping[str, np.ndarray], truth: np.ndarray, title: str) -> Figure:
+    """Whole frames with PSNR, the region methods find hardest, absolute errors, a profile.
+
+    `panels`: title -> (H, W) in [0, 1], a handful. All panels of a row share one scale; the profile
+    runs through the middle of the region.
+    """
+    errors = {name: 255 * np.abs(frame - truth) for name, frame in panels.items()}
+    # Each method's error weighs the same, or the blur of the coarsest would decide alone.
+    y, x, side = worst_region(
+        sum(error / max(float(error.mean()), 1e-6) for error in errors.values())
+    )
+    low, high = np.percentile(truth, (0.2, 99.8))
+    grey = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6), "interpolation": "nearest"}
+    top = max(float(np.percentile(np.stack(list(errors.values())), 99.5)), 1.0)
+    columns = len(panels) + 1
+    height, width = truth.shape
+    cell = 12.8 / columns
+    rows = (cell * height / width, cell, cell * height / width, 1.8)
+    with matplotlib.rc_context(STYLE | {"axes.spines.top": True, "axes.spines.right": True}):
+        figure = Figure(figsize=(12.8, sum(rows) + 1.6), layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(4, columns, height_ratios=rows)
+        axes = np.array(
+            [[figure.add_subplot(grid[r, c]) for c in range(columns)] for r in range(3)]
+        )
+        figure.suptitle(title, fontsize=11)
+        zoom = np.s_[y : y + side, x : x + side]
+        for i, (name, frame) in enumerate([*panels.items(), ("truth", truth)]):
+            axes[0, i].imshow(frame, **grey)
+            axes[0, i].add_patch(
+                Rectangle(
+                    (x - 0.5, y - 0.5), side, side, fill=False, edgecolor="#e8590c", linewidth=1.2
+                )
+            )
+            score = "" if name == "truth" else f"\n{metrics.psnr(frame, truth):.2f} dB"
+            axes[0, i].set_title(_broken(name) + score, fontsize=8.5)
+            axes[1, i].imshow(frame[zoom], **grey)
+            axes[1, i].axhline(side // 2, color="#e8590c", linewidth=0.8, linestyle=":")
+            for row in axes[:, i]:
+                row.set_xticks([])
+                row.set_yticks([])
+            if name == "truth":
+                axes[2, i].axis("off")
+            else:
+                shown = axes[2, i].imshow(
+                    errors[name], cmap="magma", vmin=0, vmax=top, interpolation="nearest"
+                )
+        for row, label in zip(axes[:, 0], ("frame", "zoom", "absolute error"), strict=True):
+            row.set_ylabel(label)
+        for spine in (spine for panel in axes[1] for spine in panel.spines.values()):
+            spine.set_edgecolor("#e8590c")
+        inset = axes[2, -1].inset_axes([0.02, 0.06, 0.06, 0.88])
+        figure.colorbar(shown, cax=inset, label="grey levels of 255")
+        _profile(figure.add_subplot(grid[3, :]), panels, truth, y + side // 2, x, side)
+    return figure
+
+
+def _profile(
+    axes: Axes, panels: Mapping[str, np.ndarray], truth: np.ndarray, row: int, x: int, side: int
+) -> None:
+    at = np.arange(x, x + side)
+    axes.plot(at, truth[row, x : x + side], color="black", linewidth=2.2, label="truth")
+    for (name, frame), colour in zip(panels.items(), cycle(("#adb5bd", *COLOURS))):
+        axes.plot(at, frame[row, x : x + side], color=colour, linewidth=1.1, label=name)
+    axes.set_xlim(at[0], at[-1])
+    axes.set_xlabel(f"pixel along the dotted line (row {row})")
+    axes.set_ylabel("intensity")
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=len(panels) + 1,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def worst_region(error: np.ndarray) -> tuple[int, int, int]:
+    """(y, x, side) of the square with the largest summed error."""
+    side = max(min(error.shape) * 3 // 10, min(16, *error.shape))
+    total = np.pad(error.astype(float).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    strips = total[side:] - total[:-side]
+    squares = strips[:, side:] - strips[:, :-side]
+    y, x = np.unravel_index(squares.argmax(), squares.shape)
+    return int(y), int(x), side
+
+
+def charts(evaluation: Evaluation) -> dict[str, Figure]:
+    """File name -> figure, of those that the conditions allow: noise, gap, FLOPs."""
+    found = {}
+    corpora = list(dict.fromkeys(c.corpus for c in evaluation.conditions))
+    for corpus in corpora:
+        own = [c for c in evaluation.conditions if c.corpus == corpus]
+        name = Path(corpus).name
+        suffix = f"-{name}" if len(corpora) > 1 else ""
+        if len({c.noise for c in own}) > 1:
+            found[f"psnr-noise{suffix}.png"] = _against_noise(evaluation, own, name)
+        if len({c.gap for c in own}) > 1:
+            found[f"psnr-gap{suffix}.png"] = _against_gap(evaluation, own, name)
+        if any(s.flops_per_frame for s in evaluation.table(own[0])):
+            found[f"psnr-flops{suffix}.png"] = _against_flops(evaluation, own[0])
+    return found
+
+
+def _against_noise(evaluation: Evaluation, own: Sequence[Condition], corpus: str) -> Figure:
+    gaps = sorted({c.gap for c in own})
+    kinds = [k for k in KINDS if k in {Noise.parse(c.noise).kind for c in own}]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(len(kinds) * len(gaps), f"{corpus}: PSNR against noise")
+        for axis, (kind, gap) in zip(axes, [(k, g) for k in kinds for g in gaps], strict=True):
+            part = [c for c in own if c.gap == gap and Noise.parse(c.noise).kind in (kind, "none")]
+            levels = {c: Noise.parse(c.noise).photons for c in part}
+            finite = [v for v in levels.values() if v is not None]
+            clean = 10 * max(finite)  # its own place behind the brightest
+            _lines(evaluation, axis, {c: clean if v is None else v for c, v in levels.items()})
+            axis.set_xscale("log")
+            ticks = sorted(set(finite)) + [clean] * (None in levels.values())
+            axis.set_xticks(ticks, ["none" if v == clean else _power(v) for v in ticks])
+            axis.minorticks_off()
+            axis.set_xlabel(f"{KINDS[kind]}: photons a pixel")
+            axis.set_title(f"a key frame every {gap} frames", fontsize=9)
+        _legend(figure, axes)
+    return figure
+
+
+def _against_gap(evaluation: Evaluation, own: Sequence[Condition], corpus: str) -> Figure:
+    noises = list(dict.fromkeys(c.noise for c in own))[:4]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(len(noises), f"{corpus}: PSNR against the distance of key frames")
+        for axis, noise in zip(axes, noises, strict=True):
+            part = {c: c.gap for c in own if c.noise == noise}
+            _lines(evaluation, axis, part)
+            axis.set_xscale("log")
+            axis.set_xticks(sorted(part.values()), [f"{g}" for g in sorted(part.values())])
+            axis.minorticks_off()
+            axis.set_xlabel("frames from key frame to key frame")
+            axis.set_title(Noise.parse(noise).label, fontsize=9)
+        _legend(figure, axes)
+    return figure
+
+
+def _against_flops(evaluation: Evaluation, condition: Condition) -> Figure:
+    rows = [s for s in evaluation.table(condition) if s.flops_per_frame]
+    rows = [s for s in rows if math.isfinite(s.values["psnr"].mean)]
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = _panels(1, str(condition))
+        style = _styles(evaluation)
+        for summary in rows:
+            colour, _ = style[summary.method]
+            value, cost = summary.values["psnr"], summary.flops_per_frame / 1e9
+            if value.low is not None:
+                axis.plot([cost, cost], [value.low, value.high], color=colour, linewidth=1)
+            axis.plot(cost, value.mean, "o", color=colour, label=evaluation.title(summary.method))
+        axis.set_xscale("log")
+        axis.set_xlabel("GFLOP a frame")
+        axis.set_ylabel(METRICS["psnr"])
+        _legend(figure, [axis])
+    return figure
+
+
+def _lines(evaluation: Evaluation, axis: Axes, places: Mapping[Condition, float]) -> None:
+    """A line for each method through its conditions, its interval as a band."""
+    style = _styles(evaluation)
+    for facts in evaluation.methods:
+        found: list[tuple[float, Summary]] = sorted(
+            (
+                (places[s.condition], s)
+                for s in evaluation.summaries
+                if s.method == facts.name and s.scene is None and s.condition in places
+            ),
+            key=lambda pair: pair[0],
+        )
+        found = [pair for pair in found if math.isfinite(pair[1].values["psnr"].mean)]
+        if not found:
+            continue
+        x = [place for place, _ in found]
+        values = [s.values["psnr"] for _, s in found]
+        colour, dashes = style[facts.name]
+        axis.plot(
+            x,
+            [v.mean for v in values],
+            dashes,
+            color=colour,
+            marker="o",
+            markersize=3,
+            linewidth=1.8 if facts.learned else 1.2,
+            label=facts.title,
+        )
+        if facts.learned and all(v.low is not None for v in values):
+            low, high = ([getattr(v, end) for v in values] for end in ("low", "high"))
+            axis.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+    axis.set_ylabel(METRICS["psnr"])
+
+
+def _styles(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
+    colours = cycle(COLOURS)
+    return {
+        facts.name: PLAIN.get(facts.name) or (next(colours), "-") for facts in evaluation.methods
+    }
+
+
+def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    columns = min(count, 4)
+    rows = -(-count // columns)
+    figure = Figure(
+        figsize=(max(3.1 * columns, 4.2) + 1.9, 3.0 * rows + 0.4),
+        layout="constrained",
+        facecolor="white",
+    )
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for axis in axes:
+        axis.grid(axis="y", color="#e9ecef", linewidth=0.8)
+        axis.set_axisbelow(True)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    return figure, list(axes[:count])
+
+
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+
+
+def _power(value: float) -> str:
+    """A power of ten as one writes it, other numbers plainly."""
+    exponent = math.log10(value)
+    return f"$10^{{{exponent:.0f}}}$" if abs(exponent - round(exponent)) < 1e-9 else f"{value:g}"
+
+
+def _broken(name: str, width: int = 20) -> str:
+    """Long titles on two lines."""
+    if len(name) <= width:
+        return name
+    cut = name.rfind(" ", 0, width + 4)
+    return name if cut < 0 else f"{name[:cut]}\n{name[cut + 1 :]}"

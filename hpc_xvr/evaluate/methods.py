@@ -1,0 +1,163 @@
+"""One registry of everything that can be compared: baselines by name, trained models by path."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hpc_xvr import __version__
+from hpc_xvr.config import Config
+from hpc_xvr.errors import InputError
+from hpc_xvr.evaluate.baselines import BASELINES, find_baseline
+from hpc_xvr.model.xfusion import load_xfusion
+from hpc_xvr.model.xvr import SwinXVR
+from hpc_xvr.reconstruct.pipeline import Method
+from hpc_xvr.reconstruct.weights import SUFFIX, Which, as_method, model_of_run, prepare
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method as an evaluation sees it: frames in, frames out, and what it costs."""
+
+    name: str
+    """Unique in an evaluation."""
+    title: str
+    """As tables and pictures call it."""
+    method: Method
+    """Batched sample -> (B, n_out, 1, H, W)."""
+    n_out: int = 1
+    lr_frames: int | None = None
+    """Low-resolution frames it takes; None: any number."""
+    scale: int | None = None
+    """Ratio of the two grids it works with; None: any."""
+    parameters: int = 0
+    flops: Callable[[int, int, int], float] = lambda h, w, scale: 0.0
+    """(h, w, scale) -> floating-point operations for a frame that comes out."""
+    precision: str = "float32"
+    learned: bool = False
+    fingerprint: str = ""
+    """Changes when the method may give other pictures."""
+
+
+def open_methods(
+    what: Iterable[str | Path],
+    device: torch.device | str = "cpu",
+    which: Which = "newest",
+) -> tuple[dict[str, Entry], dict[str, Config]]:
+    """The methods named, and the configs of those that are runs.
+
+    Each is the name of a baseline, a run folder (of which `which` tells the checkpoint), or a file
+    of weights (of hpc-xvr export, a checkpoint of ours, or of the authors' program); NAME=PATH
+    calls a model NAME, else it is called as its folder or file.
+
+    Raises:
+        InputError: neither, without valid weights, or two of one name.
+    """
+    entries: dict[str, Entry] = {}
+    configs: dict[str, Config] = {}
+    for text in dict.fromkeys(map(str, what)):
+        if text in BASELINES:
+            entry = baseline_entry(text)
+        else:
+            entry, config = _open_model(text, torch.device(device), which)
+            if config:
+                configs[entry.name] = config
+        if entry.name in entries or (entry.learned and entry.name in BASELINES):
+            raise InputError(
+                f"{text}: there is a method called {entry.name} already; give this one another "
+                f"name, as in NAME={text.partition('=')[2] or text}"
+            )
+        entries[entry.name] = entry
+    return _distinct(entries), configs
+
+
+def baseline_entry(name: str) -> Entry:
+    """A method without learning.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    baseline = find_baseline(name)
+    return Entry(
+        name,
+        baseline.title,
+        baseline,
+        flops=lambda h, w, scale: float(baseline.flops_per_pixel * h * w * scale**2),
+        fingerprint=f"{name} {__version__}",
+    )
+
+
+def model_entry(name: str, model: nn.Module, precision: str = "float32") -> Entry:
+    """A network in eval mode, on its device."""
+    method, n_out = as_method(model)
+    block = 1 if isinstance(model, SwinXVR) else 4  # EDVR's frames are continued to multiples
+    return Entry(
+        name,
+        _title(model),
+        method,
+        n_out,
+        model.lr_frames,
+        getattr(model, "scale", 4),
+        sum(p.numel() for p in model.parameters()),
+        lambda h, w, scale: model.flops(*(-(-n // block) * block for n in (h, w))) / n_out,
+        precision,
+        True,
+        _fingerprint(model, precision),
+    )
+
+
+def _open_model(text: str, device: torch.device, which: Which) -> tuple[Entry, Config | None]:
+    name, sign, where = text.partition("=")
+    path = Path(where if sign else text)
+    if not path.exists():
+        raise InputError(
+            f"{text}: neither a run folder or file of weights, nor a method; methods without "
+            f"learning: {', '.join(BASELINES)}"
+        )
+    if not sign:
+        name = path.resolve().name if path.is_dir() else path.stem
+    try:
+        model, config, _ = model_of_run(path, which)
+    except InputError:
+        if path.is_dir() or path.suffix == SUFFIX:
+            raise
+        model, config = _authors_model(path), None
+    return model_entry(name, model, prepare(model, config or Config(), device)), config
+
+
+def _authors_model(path: Path) -> nn.Module:
+    try:
+        return load_xfusion(path)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _title(model: nn.Module) -> str:
+    if not isinstance(model, SwinXVR):
+        return {"EDVRSTF": "EDVR-STF"}.get(type(model).__name__, type(model).__name__)
+    base = "" if model.base == "none" else f", base {model.base}"
+    return f"SWIN-XVR {model.output}{base}"
+
+
+def _distinct(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Titles that two methods share get the methods' names."""
+    titles = [entry.title for entry in entries.values()]
+    return {
+        name: entry
+        if titles.count(entry.title) == 1
+        else Entry(**{**entry.__dict__, "title": f"{entry.title} ({name})"})
+        for name, entry in entries.items()
+    }
+
+
+def _fingerprint(model: nn.Module, precision: str) -> str:
+    digest = hashlib.sha256(f"{_title(model)} {precision}".encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
