@@ -122,7 +122,12 @@ def draw(curves: dict[str, dict[int, float]], fits: dict[str, tuple], path: Path
 @click.option("--ranks", default="2")
 @click.option("--engines", default="horovod,torch")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-@click.option("--mpirun", default="mpirun --oversubscribe", help="How ranks are started.")
+@click.option(
+    "--mpirun",
+    default="mpirun --oversubscribe",
+    envvar="XVR_MPIRUN",  # what the site's file says, in a job of hpc-xvr submit
+    help="How ranks are started.",
+)
 @click.option("--worker", "engine", hidden=True)
 @click.option("--sizes", hidden=True)
 @click.option("--seconds", type=float, hidden=True)

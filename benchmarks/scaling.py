@@ -317,7 +317,12 @@ def save(rows: list[Row], figures: dict[str, float], context: dict[str, Any], ou
 @click.option("--rounds", type=int)
 @click.option("--steps", type=int, help="Of a group in a round.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-@click.option("--mpirun", default="mpirun --oversubscribe", help="How ranks are started.")
+@click.option(
+    "--mpirun",
+    default="mpirun --oversubscribe",
+    envvar="XVR_MPIRUN",  # what the site's file says, in a job of hpc-xvr submit
+    help="How ranks are started.",
+)
 @click.option("--corpus", type=click.Path(path_type=Path), help="Default: a simulated one.")
 def main(
     quick: bool,

@@ -16,21 +16,41 @@ xvr_constraints=${HPC_XVR_CONSTRAINTS:-$xvr_root/jobs/constraints.txt}
 
 xvr_fail() { echo "setup: $*" >&2; return 2; }
 
-# One-line compiler wrapper: Horovod asks for C++14 where torch needs C++20. Little optimisation and
-# no debug information: the work is done by MPI and NCCL, and the build takes a third less time. No
-# pip cache: it would hand out a wheel that was built with other settings.
+# The compiler Horovod is built with: it asks for C++14 where torch needs C++20. Little optimisation
+# and no debug information: the work is done by MPI and NCCL, and the build takes a third less time.
+# With the MPI from PyPI no folder of this environment stays in the result: the libraries are looked
+# for beside it, so the wheel fits every environment that is made later, wherever it lives.
+xvr_compiler() {
+    cat >"$1" <<'COMPILER'
+#!/usr/bin/env bash
+kept=()
+for argument in "$@"; do
+    case $HPC_XVR_MPI:$argument in
+        wheel:-Wl,-rpath | wheel:-Wl,-rpath,* | wheel:-Wl,/*) ;;
+        *) kept+=("$argument") ;;
+    esac
+done
+[ "$HPC_XVR_MPI" = wheel ] && kept+=('-Wl,-rpath,$ORIGIN/../../../..:$ORIGIN/../../torch/lib')
+exec c++ "${kept[@]}" -std=c++20 -O1 -g0
+COMPILER
+    chmod +x "$1"
+}
+
+# No pip cache: it would hand out a wheel that was built with other settings.
 xvr_build_horovod() {
-    local work=$1 key wheels
+    local work=$1 place="" key wheels
     command -v c++ >/dev/null || { echo "no C++ compiler (c++)" >"$work/log"; return 1; }
+    [ "$HPC_XVR_MPI" = wheel ] || place=$(command -v mpicc)
     key=$(python -c 'import sys, torch, hashlib; print(hashlib.sha256(
         " ".join([sys.version, torch.__version__, *sys.argv[1:]]).encode()).hexdigest()[:16])' \
-        "$xvr_gpu" "$(mpirun --version | head -n 1)" "$HPC_XVR_MPI" "$(command -v mpicc)")
+        "$xvr_gpu" "$(mpirun --version | head -n 1)" "$HPC_XVR_MPI" "$place" relocatable)
     wheels=${XDG_CACHE_HOME:-$HOME/.cache}/hpc_xvr/horovod-$key
     if ! ls "$wheels"/horovod-*.whl >/dev/null 2>&1; then
         echo "setup: building Horovod (about three minutes, once)"
-        printf '#!/bin/sh\nexec c++ "$@" -std=c++20 -O1 -g0\n' >"$work/c++20" && chmod +x "$work/c++20"
+        xvr_compiler "$work/c++20"
         command -v cmake >/dev/null || pip install -q 'cmake<4' || return 1
-        env CXX="$work/c++20" HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
+        env CXX="$work/c++20" HPC_XVR_MPI="$HPC_XVR_MPI" \
+            HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITHOUT_GLOO=1 \
             HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
             ${xvr_gpu:+HOROVOD_GPU_OPERATIONS=NCCL} MAKEFLAGS="-j$(nproc)" \
             pip wheel -q --no-cache-dir --no-deps --no-build-isolation -w "$work" horovod==0.28.1 \

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from hpc_xvr import __version__
-from hpc_xvr.cli import data, results, train
+from hpc_xvr.cli import data, results, submit, train
 from hpc_xvr.cli.ending import run
 
 
@@ -22,6 +22,7 @@ def cli() -> None:
       mpirun -n 4 hpc-xvr evaluate runs/NAME          compare on held-out recordings
       hpc-xvr reconstruct runs/NAME --lr fast.tif --hr slow.tif --gap 20 --out movie.tif
       hpc-xvr report runs/NAME                        one page with curves, tables, pictures
+      hpc-xvr submit --site polaris ... train my.yaml the same as a job of a cluster
 
     No camera files yet? `hpc-xvr simulate configs/quickstart.yaml` makes a corpus of simulated
     experiments. Every value of a config can be changed with --set section.key=value.
@@ -37,6 +38,7 @@ for _command in (
     results.reconstruct,
     results.export,
     results.report,
+    submit.submit,
 ):
     cli.add_command(_command)
 

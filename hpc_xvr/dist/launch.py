@@ -135,8 +135,8 @@ def gpu_index(launch: Launch, gpus: int) -> int | None:
     Raises:
         InputError: more ranks on the node than GPUs.
     """
-    if gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
-        return 0  # the site's wrapper or scheduler gave this rank one GPU
+    if gpus == 1 and any(f"{name}_VISIBLE_DEVICES" in os.environ for name in ("CUDA", "ROCR")):
+        return 0  # jobs/affinity.sh or the scheduler gave this rank one GPU
     if launch.local_rank is None:
         return 0 if launch.size == 1 else None
     if launch.local_rank >= gpus:

@@ -30,7 +30,7 @@ from hpc_xvr.train.stopping import Stopping
 from hpc_xvr.train.utilisation import Sampler, sum_up
 from hpc_xvr.train.validation import Validator
 
-SLOW_DISK = 50e6  # bytes/s, until a checkpoint has been written
+SLOW_DISK = 50e6  # bytes/s; what --max-time reckons with until a disk proves slower
 
 
 class Trainer:
@@ -80,6 +80,8 @@ class Trainer:
             cfg.checkpoint.keep_every,
             cfg.checkpoint.failures,
         )
+        size = 4 * sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.writer.slowest = size / SLOW_DISK  # at least, for all we know
         self.clock = Stopwatch(comm.device)
         # Steps without finite gradients: in a row, the longest row, all of them.
         self._bad, self._worst, self._skipped = torch.zeros(3, device=comm.device)
@@ -234,7 +236,7 @@ class Trainer:
             last = self.done == cfg.train.steps
             if last or self.done % cfg.train.log_every == 0:
                 self._log()
-            stop = self.comm.any_lagged(self.stopping.asked(self._saving_time())) and not last
+            stop = self.comm.any_lagged(self.stopping.asked(self.writer.slowest)) and not last
             self._unvalidated = last or self.done % cfg.validation.every == 0
             improved = self._unvalidated and not stop and self._validate()
             if stop or last or improved or self.done % cfg.checkpoint.every == 0:
@@ -414,13 +416,6 @@ class Trainer:
             },
             spared=[self.best["step"]] if self.best else (),
         )
-
-    def _saving_time(self) -> float:
-        """Seconds a checkpoint may take: the slowest so far, or a guess from its size."""
-        if self.writer.slowest or not self.comm.is_root:
-            return self.writer.slowest
-        size = 4 * sum(p.numel() * p.element_size() for p in self.model.parameters())
-        return size / SLOW_DISK
 
     def close(self) -> None:
         """Close files and leave the run folder; safe to call twice."""

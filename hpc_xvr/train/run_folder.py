@@ -28,6 +28,8 @@ FREE_TO_CHANGE = (
     "simulate.",
     "data.workers",
     "data.corpus",
+    "data.damaged",
+    "data.stage_dir",
     "train.log_every",
     "train.micro_batch",
     "train.weights",

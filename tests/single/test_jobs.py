@@ -240,7 +240,8 @@ def test_help_and_config_errors_need_neither_torch_nor_mpi(tmp_path):
         "import sys\nfor name in ('torch', 'mpi4py', 'horovod', 'zarr', 'tensorstore', 'h5py',"
         " 'scipy', 'skimage', 'matplotlib', 'tifffile', 'pims'):\n    sys.modules[name] = None"
     )
-    for arguments in (["--help"], ["train", "--help"], ["ingest", "--help"], ["--version"]):
+    helps = (["--help"], ["train", "--help"], ["ingest", "--help"], ["submit", "--help"])
+    for arguments in (*helps, ["--version"]):
         done = subprocess.run(
             [*patched(block), *arguments], cwd=ROOT, capture_output=True, text=True
         )
@@ -258,7 +259,17 @@ def test_help_and_config_errors_need_neither_torch_nor_mpi(tmp_path):
 
 @pytest.mark.parametrize(
     "command",
-    ["simulate", "ingest", "inspect", "train", "evaluate", "reconstruct", "export", "report"],
+    [
+        "simulate",
+        "ingest",
+        "inspect",
+        "train",
+        "evaluate",
+        "reconstruct",
+        "export",
+        "report",
+        "submit",
+    ],
 )
 def test_every_command_teaches_with_examples(command):
     done = subprocess.run([*CLI, command, "--help"], cwd=ROOT, capture_output=True, text=True)

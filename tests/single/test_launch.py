@@ -76,6 +76,9 @@ def test_each_local_rank_takes_its_own_gpu_and_never_shares_one(monkeypatch):
     assert launch.gpu_index(launch.Launch("srun", 5, 8), 4) is None  # MPI must tell
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     assert launch.gpu_index(launch.Launch("Open MPI", 5, 8, 3, 4), 1) == 0  # a wrapper chose
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "4")
+    assert launch.gpu_index(launch.Launch("Open MPI", 5, 8, 3, 4), 1) == 0
 
 
 def test_threads_are_the_cores_a_rank_is_bound_to_or_its_share(monkeypatch):

@@ -1,0 +1,211 @@
+"""The command that hands a job to a scheduler."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hpc_xvr.cli.common import Examples
+from hpc_xvr.errors import InputError
+
+
+def _time(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    from hpc_xvr.submit import seconds
+
+    try:
+        return seconds(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: write HH:MM:SS, or minutes") from None
+
+
+def _nodes(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
+    try:
+        nodes = [int(part) for part in value.split(",")]
+    except ValueError:
+        nodes = [0]
+    if min(nodes) < 1:
+        raise click.BadParameter(f"{value!r}: write a number, or several such as 1,2,4")
+    return nodes
+
+
+def _chain(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    if value == "until-done":
+        return None
+    if not value.isdigit() or not 1 <= int(value) <= 100:
+        raise click.BadParameter(f"{value!r}: write a number up to 100, or until-done")
+    return int(value)
+
+
+def _assignments(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> tuple[str, ...]:
+    for value in values:
+        if not value.partition("=")[0].isidentifier() or "=" not in value:
+            raise click.BadParameter(f"{value!r}: write KEY=VALUE")
+    return values
+
+
+@click.command(
+    cls=Examples,
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    examples="""
+    hpc-xvr submit --site polaris --nodes 10 --time 3:00:00 --queue prod --account MYPROJECT \\
+        --chain until-done train configs/published.yaml --set train.global_batch=40 \\
+        --set data.corpus=corpus --set data.stage_dir={scratch}/corpus
+    hpc-xvr submit --site slurm --nodes 2 --time 30 --dry-run train configs/recommended.yaml
+    hpc-xvr submit --site perlmutter --nodes 4 --time 30 --account m1234 --queue debug \\
+        benchmarks/scaling.py --ranks 4,8,16 --device cuda
+""",
+)
+@click.option("--site", required=True, help="A file of jobs/sites by name, or the path of yours.")
+@click.option(
+    "--nodes",
+    default="1",
+    show_default=True,
+    callback=_nodes,
+    help="Several, such as 1,2,4: a job for each.",
+)
+@click.option(
+    "--time", required=True, metavar="HH:MM:SS", callback=_time, help="Of one job. Also minutes."
+)
+@click.option("--account", help="The project that pays.")
+@click.option("--queue", help="Queue, partition or quality of service. [default: the site's]")
+@click.option(
+    "--chain",
+    default="1",
+    metavar="N|until-done",
+    callback=_chain,
+    help="N jobs, one after the other; or one that starts itself again until the run is done.",
+)
+@click.option("--ranks-per-node", type=click.IntRange(1), help="[default: one a GPU]")
+@click.option(
+    "--margin",
+    type=click.IntRange(1),
+    metavar="SECONDS",
+    help="Stop the run that long before the time is up. [default: a tenth of it, at most 300]",
+)
+@click.option(
+    "--env",
+    "variables",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_assignments,
+    help="Another value for a line of the site's file, or one more variable. Many times if needed.",
+)
+@click.option(
+    "--directive",
+    "directives",
+    multiple=True,
+    help="One more for the scheduler, such as --gpus-per-node=4. May be given many times.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the script and send nothing.")
+@click.argument("job", nargs=-1, required=True, type=click.UNPROCESSED)
+def submit(
+    site: str,
+    nodes: list[int],
+    chain: int | None,
+    dry_run: bool,
+    job: tuple[str, ...],
+    **asked: Any,
+) -> None:
+    """Hand JOB to a cluster's scheduler: a command of hpc-xvr, or a script, with all it takes.
+
+    The job uses the environment this command runs in. A training run stops in good order before
+    the time is up, and goes on where it was when it starts again; a run that fails without a new
+    checkpoint is not started again. Script, log and a record of the starts are in RUN/jobs.
+
+    {nodes} in JOB becomes the number of nodes, {scratch} the site's disk in each node.
+
+    What the queue or the job itself would refuse is refused here, with the reason.
+    """
+    from hpc_xvr.submit import Job, check, read_site, render, send
+
+    where = read_site(site, asked["variables"])
+    jobs = []
+    for count in nodes:
+        arguments = [where.fill(text, count) for text in job]
+        inspect = _inspect_script if arguments[0].endswith(".py") else _inspect_command
+        folder, of_run, ranks_fit = inspect(arguments)
+        made = Job(
+            site=where,
+            arguments=arguments,
+            nodes=count,
+            folder=folder,
+            name=_free_name(folder, Path(arguments[0]).stem, len(jobs)),
+            venv=Path(sys.prefix),
+            directory=Path.cwd(),
+            until_done=chain is None,
+            **of_run,
+            **asked,
+        )
+        check(made)
+        ranks_fit(count * made.per_node)
+        if chain != 1 and not made.run:
+            raise InputError(f"--chain is for train; {arguments[0]} has nothing to go on from")
+        jobs.append(made)
+    for made in jobs:
+        if dry_run:
+            click.echo(render(made), nl=False)
+            continue
+        sent = send(made, chain or 1)
+        click.echo(f"{', '.join(sent)}: {made.nodes} node(s), log {made.folder / made.name}.log")
+
+
+_Inspected = tuple[Path, dict[str, Any], Callable[[int], None]]
+
+
+def _inspect_script(arguments: list[str]) -> _Inspected:
+    if not Path(arguments[0]).is_file():
+        raise InputError(f"{arguments[0]}: no such file")
+    return Path("runs/jobs").resolve(), {}, lambda ranks: None
+
+
+def _inspect_command(arguments: list[str]) -> _Inspected:
+    """Read the command as it will be read in the job, so that what is wrong is said now."""
+    from hpc_xvr.cli import cli
+
+    name = arguments[0]
+    command = cli.get_command(click.Context(cli), name)
+    if command is None or name == "submit":
+        known = ", ".join(n for n in sorted(cli.commands) if n != "submit")
+        raise InputError(f"{name}: neither a script (NAME.py) nor a command; there are {known}")
+    given = command.make_context(f"hpc-xvr {name}", arguments[1:]).params
+    if name != "train" or given["find_batch"]:
+        run = given.get("run")
+        in_run = run is not None and not run.is_file()  # a file of hpc-xvr export
+        return (run / "jobs" if in_run else Path("runs/jobs")).resolve(), {}, lambda ranks: None
+    return _inspect_training(given)
+
+
+def _inspect_training(given: dict[str, Any]) -> _Inspected:
+    from hpc_xvr.config import load
+    from hpc_xvr.data.shards import slots_of_rank
+
+    cfg = load(given["config"], given["overrides"])
+    run = cfg.run.dir.resolve()
+    used = (run / "metrics.jsonl").exists() or any(run.glob("checkpoints/*.pt"))
+    if used and not given["resume"]:
+        raise InputError(
+            f"run folder {run} is already used; add --resume to continue it, or choose another "
+            "with --set run.dir=..."
+        )
+    if cfg.simulate is None and not cfg.data.corpus.exists():
+        raise InputError(f"data.corpus {cfg.data.corpus}: no such folder")
+
+    def ranks_fit(ranks: int) -> None:
+        slots_of_rank(0, ranks, cfg.train.global_batch)
+
+    return run / "jobs", {"run": run, "steps": cfg.train.steps}, ranks_fit
+
+
+def _free_name(folder: Path, stem: str, taken: int) -> str:
+    numbers = [
+        int(p.stem.rpartition("-")[2])
+        for p in folder.glob(f"{stem}-*.*")
+        if p.stem.rpartition("-")[2].isdigit()
+    ]
+    return f"{stem}-{max(numbers, default=0) + 1 + taken}"

@@ -1,0 +1,149 @@
+"""What happens to a run at night: warnings, time limits, cancelled jobs, ranks that die."""
+
+import datetime
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+from slurm_runs import FOREVER, ROOT, about, ranks_of, wait_for
+
+from hpc_xvr.checkpoint import list_checkpoints, load
+
+
+def test_two_nodes_run_to_the_end_and_the_dry_run_is_the_script(whole):
+    assert json.loads((whole.folder / "done.json").read_text())["step"] == 12
+    assert "2 rank(s)" in whole.log
+    assert "done at step 12" in whole.log
+    assert [step for step, *_ in whole.curve()] == list(range(1, 13))
+    assert about(whole.jobs[0])["NumNodes"] == "2"
+    assert whole.printed == (whole.folder / "jobs/train-1.sbatch").read_text()
+
+
+def test_a_warning_means_checkpoint_requeue_resume_and_the_same_losses(run, whole):
+    job = run.submit("--chain", "until-done")
+    run.reaches(3)
+    run.warn(job)
+    again = subprocess.run(run.command(), capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 2
+    assert "already used; add --resume" in again.stderr
+    again = subprocess.run([*run.command(), "--resume"], capture_output=True, text=True, cwd=ROOT)
+    assert again.returncode == 2
+    assert f"job {job} of {run.folder} waits or runs" in again.stderr
+    assert run.ends(job, "COMPLETED")["Restarts"] == "1"
+    assert run.curve() == whole.curve()
+    assert [r["psnr"] for r in run.metrics("validation")] == [
+        r["psnr"] for r in whole.metrics("validation")
+    ]
+    assert "start 1, 2 node(s), from step 0" in run.log  # both in one log
+
+    stopped = int(re.search(r"checkpoint of step (\d+)", run.log)[1])
+    assert f"start 2, 2 node(s), from step {stopped}" in run.log
+    asked = re.search(r"== (\S+ \S+) USR1: asking", run.log)[1]
+    # From the batch script to the ranks a signal needs a moment.
+    asked = datetime.datetime.strptime(asked, "%Y-%m-%d %H:%M:%S.%f").timestamp() + 0.1
+    after = [r["step"] for r in run.metrics() if r["step"] <= stopped and r["time"] > asked]
+    assert len(after) <= 2, (stopped, after, asked)
+    assert load(list_checkpoints(run.folder / "checkpoints")[-1][1])["step"] == stopped
+
+
+def test_the_script_by_hand_evaluates_on_two_nodes(whole):
+    """The warning that comes at once, 5 minutes before the end, is for others."""
+    command = ["sbatch", "--parsable", "--wait", "--nodes=2", "--time=5"]
+    command += [f"--output={whole.folder}/by-hand.log", "jobs/slurm/train.sbatch"]
+    command += ["--venv", sys.prefix, "evaluate", str(whole.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    log = (whole.folder / "by-hand.log").read_text(errors="replace")
+    assert done.returncode == 0, done.stderr + log
+    assert "USR1: the time is nearly up, and there is nothing to save" in log
+    assert "evaluate ended with exit code 0" in log
+    assert list((whole.folder / "evaluation").iterdir())
+
+
+def test_a_chain_stops_once_the_run_is_done(whole):
+    first, second = whole.jobs
+    assert whole.waits_for.startswith(f"afterany:{first}")
+    whole.ends(second, "CANCELLED")
+    assert "start 2" not in whole.log
+
+
+def test_the_time_limit_is_never_reached_and_the_next_job_of_the_chain_goes_on(run):
+    """Slurm itself sends the warning."""
+    run.submit("--time", "2", "--margin", "100", "--chain", "2", overrides=FOREVER)
+    first, second = run.jobs
+    assert run.ends(first, "FAILED")["ExitCode"] == "75:0"
+    assert "USR1: asking the ranks for a checkpoint" in run.log
+    assert "the next job of the chain goes on" in run.log
+    ((step, path),) = list_checkpoints(run.folder / "checkpoints")
+    assert load(path)["step"] == step == run.metrics()[-1]["step"]
+    started = f"job {second}, start 2, 2 node(s), from step {step}"
+    wait_for("the second job", lambda: started in run.log)
+
+
+def test_a_cancelled_job_leaves_no_rank_behind_and_can_be_resumed(run):
+    job = run.submit(
+        "--chain", "until-done", overrides=[*FOREVER, "checkpoint.every=2", "checkpoint.keep=2"]
+    )
+    run.reaches(4)
+    subprocess.run(["scancel", job], check=True)
+    run.ends(job, "CANCELLED")
+    wait_for("the ranks' end", lambda: not ranks_of(run.folder))
+    step, path = list_checkpoints(run.folder / "checkpoints")[0]
+    assert load(path)["step"] == step >= 2
+
+
+def test_a_rank_that_dies_ends_the_job_and_is_not_tried_for_ever(run):
+    job = run.submit("--chain", "until-done", overrides=FOREVER)
+    run.reaches(1)
+    pid = next(pid for pid, rank in ranks_of(run.folder).items() if rank == 1)
+    os.kill(pid, signal.SIGKILL)
+    said = run.ends(job, "FAILED")
+    assert said["Restarts"] == "0"
+    assert "no checkpoint since step 0: not started again" in run.log
+    wait_for("the other rank's end", lambda: not ranks_of(run.folder))
+
+
+def test_scaling_is_a_job_for_each_number_of_nodes(tmp_path):
+    script = tmp_path / "size.py"
+    script.write_text(
+        "import os, subprocess, sys\nfrom pathlib import Path\n"
+        "command = [*os.environ['XVR_MPIRUN'].split(), '-n', sys.argv[2]]\n"
+        "program = 'from mpi4py.MPI import COMM_WORLD as w; print(w.size if w.rank == 0 else 0)'\n"
+        "done = subprocess.run([*command, sys.executable, '-c', program], capture_output=True)\n"
+        "Path(sys.argv[1]).write_text(str(max(map(int, done.stdout.split()))))\n"
+    )
+    command = ["hpc-xvr", "submit", "--site", "slurm", "--nodes", "1,2", "--time", "1"]
+    done = subprocess.run(
+        [*command, str(script), "ranks-{nodes}.txt", "{nodes}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for nodes in ("1", "2"):
+        written = tmp_path / f"ranks-{nodes}.txt"
+        wait_for(f"the job of {nodes} node(s)", lambda p=written: p.exists() and p.read_text())
+        assert written.read_text() == nodes
+
+
+def test_a_pbs_job_stops_by_its_own_clock_and_sends_itself_again(run):
+    """Through Debian's qsub, which runs #PBS scripts on Slurm."""
+    options = ["--chain", "until-done", "--margin", "282", "--env", "XVR_MAX_STARTS=2"]
+    first = run.submit(*options, site="pbs", overrides=FOREVER)
+    run.ends(first, "FAILED")
+    second = re.search(r"goes on as job (\d+)", run.log)[1]
+    run.jobs.append(second)
+    run.ends(second, "FAILED")
+    third = re.findall(r"goes on as job (\d+)", run.log)[-1]
+    run.jobs.append(third)
+    run.ends(third, "FAILED")
+    assert run.log.count("max-time is nearly over") == 2, run.log
+    assert "this would be start 3; XVR_MAX_STARTS is 2" in run.log
+    steps = [r["step"] for r in run.metrics()]
+    assert steps == list(range(1, len(steps) + 1))
+    stops = [int(step) for step in re.findall(r"checkpoint of step (\d+)", run.log)]
+    assert 0 < stops[0] < stops[1] == steps[-1]
+    assert (run.folder / "jobs/train-1.pbs").read_text().startswith("#!/usr/bin/env bash\n#PBS ")
+    assert str(ROOT) in run.log
