@@ -278,15 +278,14 @@ def _row(rounds: list[list[Row]], batch: int, about: dict[str, Any]) -> Row:
 COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("engine", lambda r: "none" if r["engine"] == "independent" else r["engine"]),
     ("ranks", lambda r: str(r["ranks"])),
-    ("scaling", lambda r: r["scaling"]),
-    ("batch", lambda r: str(r["batch_of_rank"])),
+    ("batch", lambda r: f"{r['scaling']} {r['batch_of_rank']}"),
     ("step s", lambda r: f"{r['step_median_s']:.3f}"),
     ("samples/s", lambda r: f"{r['samples_per_s']:.2f}"),
-    ("eff. %", lambda r: f"{100 * r['efficiency']:.0f}"),
-    ("ceiling %", lambda r: _percent(r["of_ceiling"])),
-    ("exposed %", lambda r: _percent(r["exposed"])),
-    ("late %", lambda r: _percent(r["straggling"])),
-    ("data %", lambda r: _percent(r["data"])),
+    ("eff.", lambda r: f"{100 * r['efficiency']:.0f}"),
+    ("of ceiling", lambda r: _percent(r["of_ceiling"])),
+    ("exposed", lambda r: _percent(r["exposed"])),
+    ("late", lambda r: _percent(r["straggling"])),
+    ("data", lambda r: _percent(r["data"])),
     ("GB", lambda r: f"{r['memory_gb']:.2f}"),
 ]
 
@@ -372,7 +371,7 @@ def main(
                 group.end()
     rows, figures = summarise(results, groups, device == "cuda")
     log.print_table(
-        "scaling",
+        "scaling (efficiencies and shares in %)",
         [title for title, _ in COLUMNS],
         [[show(row) for _, show in COLUMNS] for row in rows],
     )
