@@ -28,7 +28,7 @@ def _evaluation_config(
     path: Path | None, overrides: tuple[str, ...], wanted: dict[str, Any]
 ) -> Config:
     """The config of a file, with the options that were given in its section `evaluate`."""
-    from hpc_xvr.config import load
+    from hpc_xvr.config import load, with_evaluate
 
     given = {
         key: [str(v) if isinstance(v, Path) else v for v in value]
@@ -37,7 +37,7 @@ def _evaluation_config(
         for key, value in wanted.items()
         if value not in (None, ())
     }
-    return load(path, overrides).with_evaluate(**given)
+    return with_evaluate(load(path, overrides), **given)
 
 
 def _data_of(weights: Path) -> tuple[str, ...]:
@@ -133,7 +133,7 @@ def evaluate(
     and AAD on the 8-bit scale, edge sharpness and flicker; key frames excluded. Ranks share the
     recordings. A call that was stopped goes on where it was.
     """
-    from hpc_xvr.config import Dist
+    from hpc_xvr.config import Dist, with_evaluate
 
     models = [path for path in (Path(text.rpartition("=")[2]) for text in what) if path.exists()]
     if not models and out is None:
@@ -146,7 +146,7 @@ def evaluate(
             overrides = (*_data_of(models[0]), *overrides)
     cfg = _evaluation_config(config, overrides, wanted)
     if not wanted["methods"] and any("=" not in text and not Path(text).exists() for text in what):
-        cfg = cfg.with_evaluate(methods=[])  # those without learning are named: no others
+        cfg = with_evaluate(cfg, methods=[])  # those without learning are named: no others
     patient = Dist(timeout_s=7 * 86400)  # ranks may have very different recordings
     comm = connect(engine or "auto", device or cfg.run.device, patient)
     from hpc_xvr.evaluate.workflow import evaluate as run

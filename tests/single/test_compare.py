@@ -13,7 +13,7 @@ import pytest
 from test_methods import SMALL, a_run
 
 from hpc_xvr.cli.results import _evaluation_config
-from hpc_xvr.config import load
+from hpc_xvr.config import load, with_evaluate
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.dist.comm import Comm
 from hpc_xvr.errors import InputError
@@ -103,7 +103,7 @@ def test_killed_at_any_time_it_goes_on_and_two_ranks_find_the_same(runs, pulse_c
 
 def settings(corpus, **values):
     tree = {"pictures": 1, "corpora": [str(corpus)], **values}
-    return load(None, ["run.threads=1"]).with_evaluate(**tree)
+    return with_evaluate(load(None, ["run.threads=1"]), **tree)
 
 
 def test_rows_are_kept_and_methods_can_join_later(runs, pulse_corpus, tmp_path, caplog):
@@ -149,7 +149,7 @@ def test_options_of_the_command(pulse_corpus, tmp_path, runs):
     assert config.evaluate.noise == ["1e2"] and config.evaluate.split == "test"
     assert config.model.name == "edvr_stf"
     with pytest.raises(InputError, match=r"evaluate: gap\.0: .*greater than or equal to 2"):
-        config.with_evaluate(gap=[1])
+        with_evaluate(config, gap=[1])
     old = load(None, ["evaluate.photons=1000", "evaluate.gap=8"])  # as runs were written before
     assert old.evaluate.noise == ["1000"] and old.evaluate.gap == [8]
     refused = hpc_xvr("evaluate", "bayes", "--corpus", pulse_corpus, code=2)

@@ -1,20 +1,11 @@
-"""The typed config tree: YAML file + `--set a.b=value`, checked whole before anything starts.
-
-Every value has a type, a range and a default; an unknown key is an error that lists the keys
-there are. The tree as resolved is written into the run folder and can be read back from there.
-"""
+"""The sections of the config tree: every value has a type, a range and a default."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from hpc_xvr.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -374,18 +365,6 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     fetch: Fetch = Fetch()
 
-    def with_evaluate(self, **values: Any) -> Config:
-        """The same with other values in the section `evaluate`, checked as `load` does.
-
-        Raises:
-            InputError: a value that is not allowed.
-        """
-        try:
-            section = Evaluate.model_validate({**self.evaluate.model_dump(), **values})
-        except ValidationError as error:
-            raise InputError(_explain(error, "evaluate", {})) from None
-        return self.model_copy(update={"evaluate": section})
-
     @model_validator(mode="after")
     def _edvr(self) -> Config:
         if self.model.name == "swin_xvr":
@@ -413,124 +392,3 @@ class Config(Section):
                 f"{self.data.scale} must be equal"
             )
         return self
-
-
-def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config, apply `a.b=value` overrides in order, check everything.
-
-    Raises:
-        InputError: the file is missing or no YAML mapping, a key is unknown, a value has the
-            wrong type or is out of range. One line: key, what was found, what is allowed.
-    """
-    tree = _read_yaml(Path(path)) if path is not None else {}
-    sources = {}
-    for text in overrides:
-        key, sign, value = text.partition("=")
-        if not sign or not key.strip():
-            raise InputError(
-                f"--set {text}: write it as --set section.key=value, for example "
-                "--set train.steps=100"
-            )
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"--set {text}: the value is not valid YAML") from None
-        _assign(tree, key.strip().split("."), parsed, text)
-        sources[key.strip()] = f"--set {text}"
-    return check(tree, str(path or "--set"), sources)
-
-
-def check(tree: Any, source: str, overrides: dict[str, str] | None = None) -> Config:
-    """The typed tree of plain dicts from `source`; `overrides` tells where keys came from.
-
-    Raises:
-        InputError: as `load`.
-    """
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise InputError(_explain(error, source, overrides or {})) from None
-
-
-def dump(config: Config) -> str:
-    """The resolved tree as YAML; `load` reads it back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'train': {'steps': 5}} -> {'train.steps': 5}."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            out.update(flat(value, f"{prefix}{key}."))
-        else:
-            out[prefix + key] = value
-    return out
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"config {path}{where}: not valid YAML") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"config {path}: must be sections with keys, such as 'train: {{steps: 10}}'"
-        )
-    return tree
-
-
-def _assign(tree: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
-    for key in keys[:-1]:
-        tree = tree.setdefault(key, {})
-        if not isinstance(tree, dict):
-            raise InputError(f"--set {text}: {key} is no section")
-    tree[keys[-1]] = value
-
-
-def _explain(error: ValidationError, source: str, overrides: dict[str, str]) -> str:
-    """The first problem as one line: where, what, allowed."""
-    problem = error.errors()[0]
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    source = next(
-        (
-            text
-            for name, text in overrides.items()
-            if key == name or key.startswith(name + ".") or name.startswith(key + ".")
-        ),
-        source,
-    )
-    if problem["type"] == "extra_forbidden":
-        section = _section(location[:-1])
-        valid = sorted(section.model_fields) if section else []
-        close = difflib.get_close_matches(location[-1], valid, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        where = ".".join(location[:-1]) or "the config"
-        return f"{source}: unknown key {key}{hint} Keys of {where}: {', '.join(valid)}".replace(
-            "? Keys", "? Keys"
-        ).replace(f"{key} Keys", f"{key}. Keys")
-    message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
-    shown = "" if isinstance(problem["input"], (dict, BaseModel)) else f", got {problem['input']!r}"
-    return f"{source}: {key + ': ' if key else ''}{message}{shown}"
-
-
-def _section(location: list[str]) -> type[BaseModel] | None:
-    section: Any = Config
-    for name in location:
-        field = section.model_fields.get(name)
-        if field is None:
-            return None
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if section is None:
-            return None
-    return section

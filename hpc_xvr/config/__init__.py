@@ -1,0 +1,31 @@
+"""The typed config tree: YAML file + `--set a.b=value`, checked whole before anything starts.
+
+An unknown key is an error that lists the keys there are. The tree as resolved is written into the
+run folder and can be read back from there.
+"""
+
+from hpc_xvr.config.loading import check, dump, flat, load, with_evaluate
+from hpc_xvr.config.sections import (
+    Config,
+    Data,
+    Dist,
+    Fetch,
+    Noise,
+    Optim,
+    Simulate,
+)
+
+__all__ = [
+    "Config",
+    "Data",
+    "Dist",
+    "Fetch",
+    "Noise",
+    "Optim",
+    "Simulate",
+    "check",
+    "dump",
+    "flat",
+    "load",
+    "with_evaluate",
+]
