@@ -186,7 +186,7 @@ def main(
     )
     context: dict[str, Any] = describe_machine(torch.device(device)) | {"engines": about}
     if out is None and not quick:
-        from model import file_name
+        from filing import file_name
 
         RESULTS.mkdir(exist_ok=True)
         out = RESULTS / file_name("allreduce", context)

@@ -39,7 +39,7 @@ import click
 import psutil
 import torch
 from damaged import corrupt
-from model import RESULTS, file_name
+from filing import file_result
 
 from hpc_xvr import checkpoint, log
 from hpc_xvr.config import load
@@ -389,12 +389,7 @@ def main(
     log.print_table("killed and started again", ["figure", "value"], rows)
     context = describe_machine(torch.device("cpu")) | {"platform": platform.platform()}
     context["seed"] = seed
-    if out is None and not quick:
-        RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / file_name("chaos", context)
-    if out:
-        out.write_text(json.dumps({**result, "context": context}, indent=1) + "\n")
-        print(f"written: {out}")
+    file_result("chaos", result, context, out, quick)
     if not (result["weights_bitwise_equal"] and result["exit_code"] == 0):
         raise SystemExit(1)
 

@@ -13,7 +13,6 @@ of one core, which do not depend on who else uses the machine.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import statistics
@@ -29,7 +28,7 @@ keep_freed_memory()
 
 import click  # noqa: E402
 import torch  # noqa: E402
-from model import RESULTS, file_name  # noqa: E402
+from filing import file_result  # noqa: E402
 
 from hpc_xvr import checkpoint, log  # noqa: E402
 from hpc_xvr.config import Config, load  # noqa: E402
@@ -153,12 +152,7 @@ def main(
     log.print_table(f"a checkpoint every {EVERY} steps", ["figure", "value"], rows)
     context = describe_machine(where) | {"platform": platform.platform()}
     context |= {"every": EVERY, "steps": steps, "rounds": rounds}
-    if out is None and not quick:
-        RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / file_name("checkpoint", context)
-    if out:
-        out.write_text(json.dumps({**result, "context": context}, indent=1) + "\n")
-        print(f"written: {out}")
+    file_result("checkpoint", result, context, out, quick)
 
 
 if __name__ == "__main__":

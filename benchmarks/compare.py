@@ -169,8 +169,9 @@ def call(arguments: list[str], args: argparse.Namespace) -> str:
 
 def context(args: argparse.Namespace) -> dict:
     """Versions, device and date."""
-    from model import describe_machine
     from torch import device
+
+    from hpc_xvr.train.meters import describe_machine
 
     kind = "cuda" if args.device == "cuda" else "cpu"
     return {**describe_machine(device(kind)), "ranks": args.ranks}

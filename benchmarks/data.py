@@ -14,7 +14,6 @@ is told to forget the files first.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shutil
@@ -31,7 +30,7 @@ import click
 import numpy as np
 import psutil
 import torch
-from model import RESULTS, file_name
+from filing import file_result
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -353,12 +352,7 @@ def main(quick: bool, out: Path | None) -> None:
         (name, f"{value:.3g}") for name, value in result.items() if "samples_per" not in name
     ]
     log.print_table("figures", ["figure", "value"], figures)
-    if out is None and not quick:
-        out = RESULTS / file_name("data", context)
-    if out:
-        known = {name: value for name, value in result.items() if math.isfinite(value)}
-        out.write_text(json.dumps({**known, "context": context}, indent=1) + "\n")
-        print(f"written: {out}")
+    file_result("data", result, context, out, quick)
 
 
 if __name__ == "__main__":

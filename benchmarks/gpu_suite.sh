@@ -21,7 +21,8 @@ name=$(cd benchmarks && python - "$device" <<'PYTHON'
 import sys, torch
 if sys.argv[1] == "cuda" and not torch.cuda.is_available():
     sys.exit("gpu_suite: torch sees no GPU here; run it on a GPU node, with jobs/setup.sh --gpu")
-from model import describe_machine, file_name
+from filing import file_name
+from hpc_xvr.train.meters import describe_machine
 print(file_name("", describe_machine(torch.device(sys.argv[1]))).removesuffix(".json"))
 PYTHON
 )

@@ -11,7 +11,6 @@ medians and the spread (largest - smallest) / median are reported. Ratios are ba
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import re
@@ -31,6 +30,7 @@ keep_freed_memory()  # for all contestants, and before torch is imported
 
 import click  # noqa: E402
 import torch  # noqa: E402
+from filing import file_result  # noqa: E402
 from plain_swin import PlainSwinXVR  # noqa: E402
 
 from hpc_xvr import log  # noqa: E402
@@ -46,7 +46,6 @@ from hpc_xvr.train.meters import (  # noqa: E402
 )
 from hpc_xvr.train.optim import MovingAverage  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
 SMALL = {"embed_dim": 64, "depths": (2, 2), "heads": 1, "window": 4, "up_features": 32}
 
 # What the profiler calls operations, by the part of the work they belong to; first match counts.
@@ -444,13 +443,6 @@ def measure_small(device: torch.device) -> dict[str, float]:
     }
 
 
-def file_name(what: str, context: dict[str, Any]) -> str:
-    """Such as model-intel-xeon-processor-2-cores-torch-2.13.0.json."""
-    device = re.sub(r"\(.*?\)", "", context["device"])
-    words = f"{what} {device} torch {context['packages']['torch'].split('+')[0]}"
-    return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-") + ".json"
-
-
 def ratios(result: dict[str, float]) -> Iterable[tuple[str, str]]:
     return ((name, f"{value:.3g}") for name, value in result.items() if "[" not in name)
 
@@ -490,13 +482,7 @@ def main(
         log.print_table("ratios are baseline / ours", ["figure", "value"], list(ratios(result)))
         context |= {"forward_size": what.forward, "train_size": what.crop}
         context |= {"train_batch": what.batch, "rounds": what.rounds}
-    if out is None and not quick:
-        RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / file_name("memory" if table else "model", context)
-    if out:
-        known = {name: value for name, value in result.items() if math.isfinite(value)}
-        out.write_text(json.dumps({**known, "context": context}, indent=1) + "\n")
-        print(f"written: {out}")
+    file_result("memory" if table else "model", result, context, out, quick)
 
 
 if __name__ == "__main__":

@@ -396,7 +396,7 @@ def main(
         "flops_per_sample": hello["flops_per_sample"],
     }
     if out is None and not quick:
-        from model import file_name
+        from filing import file_name
 
         RESULTS.mkdir(exist_ok=True)
         out = RESULTS / file_name("scaling", context)

@@ -48,7 +48,11 @@ def console() -> Console:
     """Standard output for tables; 100 columns wide where it is no terminal (log files)."""
     plain = _launched or not sys.stdout.isatty()
     return Console(
-        width=100 if plain else None, force_terminal=not plain, no_color=plain, quiet=_rank != 0
+        width=100 if plain else None,
+        force_terminal=not plain,
+        no_color=plain,
+        quiet=_rank != 0,
+        markup=False,  # names may have brackets
     )
 
 
