@@ -59,7 +59,7 @@ ROOT = HERE.parent
 QUICK = (
     "model.embed_dim=48",
     "model.depths=[2,2]",
-    "data.patch=64",
+    "data.patch=48",
 )
 HALF_WIDTH = ("model.embed_dim=96",)  # the published depth at half its width
 Row = dict[str, Any]
