@@ -6,7 +6,8 @@
     python benchmarks/model.py --memory-table   peak memory against batch and patch
 
 Contestants take turns (A B C A B C ...), so that a slow spell of the machine hits all alike;
-medians and the spread (largest - smallest) / median are reported. Ratios are baseline / ours.
+medians and the spread (largest - smallest) / median are reported. Ratios are baseline / ours, which
+runs in bf16 where the device multiplies it itself, else in float32.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ class Sizes:
 
 def sizes(quick: bool, device: torch.device) -> Sizes:
     if quick:
-        return Sizes((24, 24), (16, 16), 1, 1)
+        if precision_of(device) == "bf16":
+            return Sizes((24, 24), (16, 16), 1, 1)
+        return Sizes((16, 16), (16, 8), 1, 1)  # such a CPU takes its time
     if device.type == "cuda":
         return Sizes((100, 256), (24, 24), 32, 5)
     return Sizes((64, 104), (24, 24), 4, 3)
@@ -99,6 +102,11 @@ def build(
     speed.compile_model(model, compile, device)
     speed.recompute_activations(model, recompute)
     return model
+
+
+def precision_of(device: torch.device) -> str:
+    """What ours runs in: bf16 or float32."""
+    return speed.resolve_precision("auto", device)
 
 
 def forward(model: SwinXVR, size: tuple[int, int], bf16: bool, device: torch.device) -> Callable:
@@ -156,8 +164,9 @@ def race(contestants: dict[str, Callable], rounds: int, device: torch.device) ->
 
 
 def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a large bf16 matrix product: what this machine gives at most, here and now."""
-    a = torch.randn(4096, 4096, device=device).bfloat16()
+    """FLOP/s of a large matrix product: what this machine gives at most, here and now."""
+    dtype = torch.bfloat16 if precision_of(device) == "bf16" else torch.float32
+    a = torch.randn(4096, 4096, device=device).to(dtype)
     times = race({"": lambda: a @ a}, 5, device)[""]
     return 2 * 4096**3 / min(times)
 
@@ -235,7 +244,8 @@ def memory_of_step(kind: str, size: tuple[int, int], count: int, device: torch.d
 def _memory_of_step(kind: str, size: tuple[int, int], count: int, device: torch.device) -> int:
     plain = kind == "plain"
     model = build(PlainSwinXVR if plain else SwinXVR, device, recompute="none" if plain else kind)
-    step = training(model, size, count, not plain, device)
+    bf16 = not plain and precision_of(device) == "bf16"
+    step = training(model, size, count, bf16, device)
     reset_peak_memory(device)
     before = peak_memory(device)
     step()
@@ -266,7 +276,14 @@ def memory_table(device: torch.device) -> dict[str, float]:
     ]
     log.print_table(
         "peak GB of a training step, published configuration",
-        ["patch", "batch", "plain float32", "ours bf16", "recompute mlp", "recompute blocks"],
+        [
+            "patch",
+            "batch",
+            "plain float32",
+            f"ours {precision_of(device)}",
+            "recompute mlp",
+            "recompute blocks",
+        ],
         rows,
     )
     return out
@@ -291,14 +308,16 @@ def forward_contestants(
     size: tuple[int, int], device: torch.device, quick: bool, **options: Any
 ) -> dict[str, tuple[SwinXVR, bool]]:
     """Name -> model, bf16?"""
+    fast = precision_of(device)
     plain, ours = build(PlainSwinXVR, device, **options), build(SwinXVR, device, **options)
     sequence = build(SwinXVR, device, output="sequence", **options)
-    runs = {
-        "plain, float32": (plain, False),
-        "plain, bf16 autocast": (plain, True),
+    runs = {"plain, float32": (plain, False)}
+    if fast == "bf16":
+        runs["plain, bf16 autocast"] = (plain, True)
+    runs |= {
         "ours, float32": (ours, False),
-        "ours, bf16": (ours, True),
-        "ours, bf16, sequence": (sequence, True),
+        f"ours, {fast}": (ours, fast == "bf16"),
+        f"ours, {fast}, sequence": (sequence, fast == "bf16"),
     }
     if quick:
         return runs
@@ -311,10 +330,13 @@ def forward_contestants(
         except InputError as error:
             print(f"left out: {error}")
             continue
-        runs[f"ours, bf16, compile {kind}"] = (compiled, True)
-        runs[f"ours, bf16, compile {kind}, sequence"] = (in_sequence, True)
+        runs[f"ours, {fast}, compile {kind}"] = (compiled, fast == "bf16")
+        runs[f"ours, {fast}, compile {kind}, sequence"] = (in_sequence, fast == "bf16")
     if device.type == "cuda":
-        runs["ours, bf16, flex"] = (build(SwinXVR, device, attention="flex", **options), True)
+        runs[f"ours, {fast}, flex"] = (
+            build(SwinXVR, device, attention="flex", **options),
+            fast == "bf16",
+        )
     return runs
 
 
@@ -322,35 +344,43 @@ def training_contestants(
     device: torch.device, quick: bool, **options: Any
 ) -> dict[str, tuple[SwinXVR, bool]]:
     """Name -> model, bf16?"""
+    fast = precision_of(device)
     plain, ours = build(PlainSwinXVR, device, **options), build(SwinXVR, device, **options)
-    runs = {
-        "plain, float32": (plain, False),
-        "plain, bf16 autocast": (plain, True),
+    runs = {"plain, float32": (plain, False)}
+    if fast == "bf16":
+        runs["plain, bf16 autocast"] = (plain, True)
+    runs |= {
         "ours, float32": (ours, False),
-        "ours, bf16": (ours, True),
-        "ours, bf16, recompute blocks": (
+        f"ours, {fast}": (ours, fast == "bf16"),
+        f"ours, {fast}, recompute blocks": (
             build(SwinXVR, device, recompute="blocks", **options),
-            True,
+            fast == "bf16",
         ),
     }
     if not quick:
-        runs["ours, bf16, recompute mlp"] = (
+        runs[f"ours, {fast}, recompute mlp"] = (
             build(SwinXVR, device, recompute="mlp", **options),
-            True,
+            fast == "bf16",
         )
     if device.type == "cuda" and not quick:
         for kind in ("parts", "blocks"):
-            runs[f"ours, bf16, compile {kind}"] = (build(SwinXVR, device, kind, **options), True)
-        runs["ours, bf16, flex"] = (build(SwinXVR, device, attention="flex", **options), True)
+            runs[f"ours, {fast}, compile {kind}"] = (
+                build(SwinXVR, device, kind, **options),
+                fast == "bf16",
+            )
+        runs[f"ours, {fast}, flex"] = (
+            build(SwinXVR, device, attention="flex", **options),
+            fast == "bf16",
+        )
     return runs
 
 
 def best(medians: dict[str, float], sequence: bool) -> float:
-    """The fastest of ours in bf16 without recomputing, centre or sequence."""
+    """The fastest of ours without recomputing, centre or sequence."""
     return min(
         seconds
         for name, seconds in medians.items()
-        if name.startswith("ours, bf16")
+        if name.startswith("ours")
         and "recompute" not in name
         and name.endswith("sequence") == sequence
     )
@@ -358,6 +388,7 @@ def best(medians: dict[str, float], sequence: bool) -> float:
 
 def measure(what: Sizes, quick: bool, device: torch.device) -> dict[str, float]:
     """The published configuration: everything the project promises numbers for."""
+    fast = precision_of(device)
     result: dict[str, float] = {"matmul_tflops": matmul_rate(device) / 1e12}
     contestants = forward_contestants(what.forward, device, quick)
     flops = {name: float(model.flops(*what.forward)) for name, (model, _) in contestants.items()}
@@ -367,41 +398,42 @@ def measure(what: Sizes, quick: bool, device: torch.device) -> dict[str, float]:
     plain = f["plain, float32"]
     result |= {
         "forward_speedup": plain / best(f, sequence=False),
-        "forward_speedup_eager": plain / f["ours, bf16"],
-        "forward_speedup_over_autocast": f["plain, bf16 autocast"] / best(f, sequence=False),
+        "forward_speedup_eager": plain / f[f"ours, {fast}"],
+        "forward_speedup_over_autocast": f.get("plain, bf16 autocast", math.nan)
+        / best(f, sequence=False),
         "sequence_speedup_per_frame": 3 * plain / best(f, sequence=True),
         "sequence_frames_per_s": 3 / best(f, sequence=True),
         "sequence_speedup_over_plain_sequence": f.get("plain, float32, sequence", math.nan)
         / best(f, sequence=True),
         "forward_times_floor": best(f, False)
-        / (flops["ours, bf16"] / 1e12 / result["matmul_tflops"]),
+        / (flops[f"ours, {fast}"] / 1e12 / result["matmul_tflops"]),
         **{f"forward_s[{name}]": value for name, value in f.items()},
     }
     if not quick:
-        shares = profile_parts("parts of a bf16 forward pass", runs["ours, bf16"], device)
+        shares = profile_parts(f"parts of a {fast} forward pass", runs[f"ours, {fast}"], device)
         result |= {f"forward_share[{part}]": share for part, share in shares.items()}
 
     contestants = training_contestants(device, quick)
-    step_flops = 3.0 * what.batch * contestants["ours, bf16"][0].flops(*what.crop)
+    step_flops = 3.0 * what.batch * contestants[f"ours, {fast}"][0].flops(*what.crop)
     runs = {
         n: training(m, what.crop, what.batch, bf16, device) for n, (m, bf16) in contestants.items()
     }
     title = "training step, LR {}x{}, batch {}".format(*what.crop, what.batch)
     t = show(title, race(runs, what.rounds, device), dict.fromkeys(runs, step_flops), device)
-    fast = best(t, sequence=False)
+    ours = best(t, sequence=False)
     result |= {
-        "train_speedup": t["plain, float32"] / fast,
-        "train_speedup_over_autocast": t["plain, bf16 autocast"] / fast,
-        "train_tflops": step_flops / fast / 1e12,
-        "train_times_floor": fast / (step_flops / 1e12 / result["matmul_tflops"]),
-        "checkpointing_time_ratio": t["ours, bf16, recompute blocks"] / t["ours, bf16"],
-        "bookkeeping_share": bookkeeping(contestants["ours, bf16"][0], device) / fast,
+        "train_speedup": t["plain, float32"] / ours,
+        "train_speedup_over_autocast": t.get("plain, bf16 autocast", math.nan) / ours,
+        "train_tflops": step_flops / ours / 1e12,
+        "train_times_floor": ours / (step_flops / 1e12 / result["matmul_tflops"]),
+        "checkpointing_time_ratio": t[f"ours, {fast}, recompute blocks"] / t[f"ours, {fast}"],
+        "bookkeeping_share": bookkeeping(contestants[f"ours, {fast}"][0], device) / ours,
         **{f"train_s[{name}]": value for name, value in t.items()},
     }
     if peak_tflops(device):
         result["train_mfu"] = result["train_tflops"] / peak_tflops(device)
     if not quick:
-        shares = profile_parts("parts of a bf16 training step", runs["ours, bf16"], device)
+        shares = profile_parts(f"parts of a {fast} training step", runs[f"ours, {fast}"], device)
         result |= {f"train_share[{part}]": share for part, share in shares.items()}
     del contestants, runs
     return result | _memory(what, quick, device)
@@ -411,7 +443,7 @@ def _memory(what: Sizes, quick: bool, device: torch.device) -> dict[str, float]:
     kinds = ("plain", "none", "blocks") if quick else ("plain", "none", "mlp", "blocks")
     memory = {kind: memory_of_step(kind, what.crop, what.batch, device) for kind in kinds}
     log.print_table(
-        "peak memory of a training step (ours in bf16, by what is recomputed)",
+        f"peak memory of a training step (ours in {precision_of(device)}, by what is recomputed)",
         ["contestant", "GB", "% of plain"],
         [(k, f"{v / 1e9:.2f}", f"{100 * v / memory['plain']:.0f}") for k, v in memory.items()],
     )
@@ -424,6 +456,7 @@ def _memory(what: Sizes, quick: bool, device: torch.device) -> dict[str, float]:
 def measure_small(device: torch.device) -> dict[str, float]:
     """A small configuration (that of the quickstart): where overheads count."""
     size, crop, count, rounds = (32, 32), (16, 16), 8, 5
+    fast = precision_of(device)
     contestants = forward_contestants(size, device, True, **SMALL)
     flops = {name: float(model.flops(*size)) for name, (model, _) in contestants.items()}
     runs = {n: forward(m, size, bf16, device) for n, (m, bf16) in contestants.items()}
@@ -431,15 +464,15 @@ def measure_small(device: torch.device) -> dict[str, float]:
     plain, ours = build(PlainSwinXVR, device, **SMALL), build(SwinXVR, device, **SMALL)
     runs = {
         "plain, float32": training(plain, crop, count, False, device),
-        "ours, bf16": training(ours, crop, count, True, device),
+        f"ours, {fast}": training(ours, crop, count, fast == "bf16", device),
     }
     step_flops = dict.fromkeys(runs, 3.0 * count * ours.flops(*crop))
     title = f"training step, LR 16x16, batch {count}, small configuration"
     t = show(title, race(runs, rounds, device), step_flops, device)
     return {
-        "small_forward_speedup": f["plain, float32"] / f["ours, bf16"],
-        "small_sequence_speedup_per_frame": 3 * f["plain, float32"] / f["ours, bf16, sequence"],
-        "small_train_speedup": t["plain, float32"] / t["ours, bf16"],
+        "small_forward_speedup": f["plain, float32"] / f[f"ours, {fast}"],
+        "small_sequence_speedup_per_frame": 3 * f["plain, float32"] / f[f"ours, {fast}, sequence"],
+        "small_train_speedup": t["plain, float32"] / t[f"ours, {fast}"],
     }
 
 
@@ -473,6 +506,7 @@ def main(
     torch.backends.cudnn.allow_tf32 = False
     what = sizes(quick, where)
     context = describe_machine(where) | {"platform": platform.platform()}
+    context["precision"] = precision_of(where)
     if table:
         result = memory_table(where)
     else:

@@ -50,8 +50,10 @@ def test_the_quick_benchmark_measures_everything_it_promises(tmp_path):
         "bookkeeping_share",
     ):
         assert result[name] > 0, name
-    assert result["train_memory_ratio"] < 0.5
-    assert result["checkpointing_memory_ratio"] < 0.35  # 0.2 at the size of real training
+    small = result["context"]["precision"] == "bf16"
+    assert result["train_memory_ratio"] < (0.5 if small else 0.75)
+    # 0.2 at the size of real training in bf16
+    assert result["checkpointing_memory_ratio"] < (0.35 if small else 0.5)
     assert result["context"]["packages"]["torch"] and result["context"]["device"]
 
 
