@@ -201,13 +201,13 @@ class Trainer:
                 self.comm.mark(None, "summing up")
                 self.clock.reset()
                 sum_up(self.comm, self.cfg.run.dir, self.clock.all, self._mfu, sampler.cost)
+            self.comm.mark(None, "after training")  # where it failed stays known otherwise
             return finished
         except Exception:
             self.writer.wait(60)  # what is being written may be the last good one
             raise
         finally:
             sampler.stop()
-            self.comm.mark(None, "after training")
             self.stopping.unlisten()
 
     def _run(self) -> bool:

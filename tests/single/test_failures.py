@@ -1,6 +1,7 @@
 """A rank that is killed, stopped or hangs ends the whole job, soon, and is named with its step."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -75,14 +76,16 @@ def gone(process):
     [
         ("horovod", "killed", "rank 1 (process {pid} on {host}) died in step 4 ("),
         ("torch", "killed", "rank 1 (process {pid} on {host}) died in step 4 ("),
-        ("horovod", "stopped", "has given no sign of life for 3 s; it was in step 4 ("),
-        ("torch", "stopped", "has given no sign of life for 3 s; it was in step 4 ("),
+        ("horovod", "stopped", "has given no sign of life for 3 s; it was in step {step} ("),
+        ("torch", "stopped", "has given no sign of life for 3 s; it was in step {step} ("),
         ("torch", "hanging", "the others wait for rank 1 (process {pid} on {host}) in step 4 ("),
     ],
 )
 def test_a_lost_rank_ends_the_job_and_is_named(engine, fate, message, pulse_corpus, tmp_path):
     log, seconds, process = run(engine, fate, 1, pulse_corpus, tmp_path)
-    assert message.format(pid=process, host=os.uname().nodename) in log, log
+    # What is told of a stopped rank may be a moment old.
+    said = [message.format(pid=process, host=os.uname().nodename, step=step) for step in (3, 4)]
+    assert any(text in log for text in said[fate != "stopped" :]), log
     told = [line for line in log.splitlines() if "hpc-xvr: error:" in line]
     assert len(told) == 1, log
     assert "Traceback" not in log, log
@@ -95,7 +98,7 @@ def test_a_lost_rank_ends_the_job_and_is_named(engine, fate, message, pulse_corp
 def test_the_others_notice_that_rank_0_is_lost(pulse_corpus, tmp_path):
     log, seconds, process = run("horovod", "stopped", 0, pulse_corpus, tmp_path)
     assert "[rank 1] rank 0 has given no sign of life for 3 s, about when" in log, log
-    assert "this rank was in step 4" in log, log
+    assert re.search("this rank was in step [34]", log), log
     assert seconds < LIMIT + 5
     if not gone(process):
         time.sleep(1)

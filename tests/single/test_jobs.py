@@ -125,7 +125,7 @@ def test_an_exception_on_one_rank_ends_all_with_its_traceback(engine, job, tmp_p
     start = time.monotonic()
     done = job(engine, program=patched(RAISE))
     assert done.returncode != 0
-    assert "[rank 1] failed in step 3" in done.stderr
+    assert "[rank 1] failed in step 3" in done.stderr, done.stderr
     assert "RuntimeError: lens cap on" in done.stderr
     assert time.monotonic() - start < 60
     assert max(steps_of(tmp_path / "run")) == 3
