@@ -349,7 +349,7 @@ def main(quick: bool, out: Path | None) -> None:
         result = measure(Path(folder), quick)
     context = describe_machine(torch.device("cpu")) | {"platform": platform.platform()}
     figures = [
-        (name, f"{value:.3g}") for name, value in result.items() if "samples_per" not in name
+        (name, f"{value:.3g}") for name, value in result.items() if "_per_s[" not in name
     ]
     log.print_table("figures", ["figure", "value"], figures)
     file_result("data", result, context, out, quick)
