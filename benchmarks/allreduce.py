@@ -25,6 +25,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from filing import usage
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.optimize import nnls
@@ -116,7 +117,7 @@ def draw(curves: dict[str, dict[int, float]], fits: dict[str, tuple], path: Path
     figure.savefig(path)
 
 
-@click.command(help=__doc__)
+@click.command(help=usage(__doc__))
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 @click.option("--ranks", default="2")

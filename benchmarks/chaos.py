@@ -39,7 +39,7 @@ import click
 import psutil
 import torch
 from damaged import corrupt
-from filing import file_result
+from filing import file_result, usage
 
 from hpc_xvr import checkpoint, log
 from hpc_xvr.config import load
@@ -373,7 +373,7 @@ def measure(kills: int, seconds: float, seed: int, corpus: Path | None) -> dict[
     return result
 
 
-@click.command(help=__doc__)
+@click.command(help=usage(__doc__))
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 @click.option("--kills", type=click.IntRange(1), help="At most. Default: 50, quick 3.")

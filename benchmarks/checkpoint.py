@@ -28,7 +28,7 @@ keep_freed_memory()
 
 import click  # noqa: E402
 import torch  # noqa: E402
-from filing import file_result  # noqa: E402
+from filing import file_result, usage  # noqa: E402
 
 from hpc_xvr import checkpoint, log  # noqa: E402
 from hpc_xvr.config import Config, load  # noqa: E402
@@ -126,7 +126,7 @@ def measure(folder: Path, steps: int, rounds: int, device: torch.device) -> dict
     }
 
 
-@click.command(help=__doc__)
+@click.command(help=usage(__doc__))
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 @click.option("--folder", type=click.Path(path_type=Path, file_okay=False, exists=True))

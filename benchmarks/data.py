@@ -30,7 +30,7 @@ import click
 import numpy as np
 import psutil
 import torch
-from filing import file_result
+from filing import file_result, usage
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -339,7 +339,7 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
     return result
 
 
-@click.command(help=__doc__)
+@click.command(help=usage(__doc__))
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 def main(quick: bool, out: Path | None) -> None:
@@ -348,9 +348,7 @@ def main(quick: bool, out: Path | None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), quick)
     context = describe_machine(torch.device("cpu")) | {"platform": platform.platform()}
-    figures = [
-        (name, f"{value:.3g}") for name, value in result.items() if "_per_s[" not in name
-    ]
+    figures = [(name, f"{value:.3g}") for name, value in result.items() if "_per_s[" not in name]
     log.print_table("figures", ["figure", "value"], figures)
     file_result("data", result, context, out, quick)
 

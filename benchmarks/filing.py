@@ -31,3 +31,8 @@ def file_result(
     out.write_text(json.dumps({**known, "context": context}, indent=1) + "\n")
     print(f"written: {out}")
     return out
+
+
+def usage(text: str) -> str:
+    """A module's description as help of click, which keeps the lines of its examples apart."""
+    return re.sub(r"\n\n(?= {4})", "\n\n\b\n", text)

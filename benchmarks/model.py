@@ -31,7 +31,7 @@ keep_freed_memory()  # for all contestants, and before torch is imported
 
 import click  # noqa: E402
 import torch  # noqa: E402
-from filing import file_result  # noqa: E402
+from filing import file_result, usage  # noqa: E402
 from plain_swin import PlainSwinXVR  # noqa: E402
 
 from hpc_xvr import log  # noqa: E402
@@ -480,7 +480,7 @@ def ratios(result: dict[str, float]) -> Iterable[tuple[str, str]]:
     return ((name, f"{value:.3g}") for name, value in result.items() if "[" not in name)
 
 
-@click.command(help=__doc__)
+@click.command(help=usage(__doc__))
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -44,6 +44,7 @@ from typing import Any
 
 import click
 import torch
+from filing import usage
 from ranks_figure import draw
 
 from hpc_xvr import log
@@ -306,7 +307,7 @@ def save(rows: list[Row], figures: dict[str, float], context: dict[str, Any], ou
     print(f"written: {out}, .csv, .png")
 
 
-@click.command(help=__doc__)
+@click.command(help=usage(__doc__))
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
 @click.option("--ranks", default="1,2", help="Numbers of ranks; 1 is always among them.")

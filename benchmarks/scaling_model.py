@@ -24,6 +24,7 @@ from typing import Any
 
 import click
 import numpy as np
+from filing import usage
 
 from hpc_xvr import log
 
@@ -232,7 +233,7 @@ def newest(kind: str) -> Path:
     return found[-1]
 
 
-@click.command(help=__doc__)
+@click.command(help=usage(__doc__))
 @click.option("--scaling", type=click.Path(path_type=Path, exists=True))
 @click.option("--allreduce", type=click.Path(path_type=Path, exists=True))
 @click.option("--json", "out", type=click.Path(path_type=Path))
