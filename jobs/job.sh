@@ -85,7 +85,7 @@ xvr_options() {
         esac
         shift 2
     done
-    arguments=("$@") training=""
+    arguments=("${@//"{task}"/${SLURM_ARRAY_TASK_ID:-${PBS_ARRAY_INDEX:-}}}") training=""
     if [ $# = 0 ]; then xvr_stop 2 "no command; name a subcommand of hpc-xvr or a script"; fi
     if [ "$1" = train ] && [[ " $* " != *" --find-batch "* ]]; then training=yes; fi
     if [ -n "$training" ] && [ -z "$run" ]; then

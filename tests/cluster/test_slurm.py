@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from slurm_runs import FOREVER, ROOT, about, ranks_of, wait_for
 
 from hpc_xvr.checkpoint import list_checkpoints, load
@@ -105,7 +106,9 @@ def test_a_rank_that_dies_ends_the_job_and_is_not_tried_for_ever(run):
     wait_for("the other rank's end", lambda: not ranks_of(run.folder))
 
 
-def test_scaling_is_a_job_for_each_number_of_nodes(tmp_path):
+@pytest.fixture
+def size_of_world(tmp_path):
+    """A script that starts as many ranks as its second argument says and writes how many met."""
     script = tmp_path / "size.py"
     script.write_text(
         "import os, subprocess, sys\nfrom pathlib import Path\n"
@@ -114,9 +117,13 @@ def test_scaling_is_a_job_for_each_number_of_nodes(tmp_path):
         "done = subprocess.run([*command, sys.executable, '-c', program], capture_output=True)\n"
         "Path(sys.argv[1]).write_text(str(max(map(int, done.stdout.split()))))\n"
     )
+    return script
+
+
+def test_scaling_is_a_job_for_each_number_of_nodes(size_of_world, tmp_path):
     command = ["hpc-xvr", "submit", "--site", "slurm", "--nodes", "1,2", "--time", "1"]
     done = subprocess.run(
-        [*command, str(script), "ranks-{nodes}.txt", "{nodes}"],
+        [*command, str(size_of_world), "ranks-{nodes}.txt", "{nodes}"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -126,6 +133,17 @@ def test_scaling_is_a_job_for_each_number_of_nodes(tmp_path):
         written = tmp_path / f"ranks-{nodes}.txt"
         wait_for(f"the job of {nodes} node(s)", lambda p=written: p.exists() and p.read_text())
         assert written.read_text() == nodes
+
+
+def test_scaling_as_an_array(size_of_world, tmp_path):
+    command = ["sbatch", "--wait", "--array=1-2", "--nodes=2", "--time=1"]
+    command += [f"--output={tmp_path}/array-%a.log", "jobs/slurm/train.sbatch"]
+    command += ["--venv", sys.prefix, "--folder", str(tmp_path), str(size_of_world)]
+    command += [f"{tmp_path}/task-{{task}}.txt", "{task}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    logs = "".join(p.read_text(errors="replace") for p in tmp_path.glob("array-*.log"))
+    assert done.returncode == 0, done.stderr + logs
+    assert [(tmp_path / f"task-{n}.txt").read_text() for n in (1, 2)] == ["1", "2"]
 
 
 def test_a_pbs_job_stops_by_its_own_clock_and_sends_itself_again(run):
