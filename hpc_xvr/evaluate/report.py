@@ -74,6 +74,7 @@ def write_report(run_dir: Path | str) -> Path:
         movies=pictures.take(movies(run / "reconstruction") or movies(run / "evaluation"), 2),
         comparisons=pictures.take(sides, 4),
         samples=pictures.take(dict.fromkeys([*samples[:1], *samples[-1:]]), 2),
+        utilisation=pictures.take(run.glob("utilisation.png"), 1),
         left_out=pictures.left_out,
         settings={
             section: _shown(config.flat(values))

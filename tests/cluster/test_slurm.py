@@ -51,13 +51,17 @@ def test_a_warning_means_checkpoint_requeue_resume_and_the_same_losses(run, whol
 
 
 def test_the_script_by_hand_evaluates_on_two_nodes(whole):
-    """The warning that comes at once, 5 minutes before the end, is for others."""
-    command = ["sbatch", "--parsable", "--wait", "--nodes=2", "--time=5"]
-    command += [f"--output={whole.folder}/by-hand.log", "jobs/slurm/train.sbatch"]
-    command += ["--venv", sys.prefix, "evaluate", str(whole.folder)]
+    """A warning is for runs that can save something; `evaluate` goes on to its end."""
+    path = whole.folder / "by-hand.log"
+    command = ["sbatch", "--parsable", "--nodes=2", "--time=30", f"--output={path}"]
+    command += ["jobs/slurm/train.sbatch", "--venv", sys.prefix, "evaluate", str(whole.folder)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    log = (whole.folder / "by-hand.log").read_text(errors="replace")
-    assert done.returncode == 0, done.stderr + log
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.strip()
+    wait_for("the job's mpirun", lambda: path.exists() and "mpirun -n 2" in path.read_text())
+    whole.warn(job)
+    whole.ends(job, "COMPLETED")
+    log = path.read_text(errors="replace")
     assert "USR1: the time is nearly up, and there is nothing to save" in log
     assert "evaluate ended with exit code 0" in log
     assert list((whole.folder / "evaluation").iterdir())

@@ -132,6 +132,7 @@ def run(tmp_path):
     noise(run / "samples" / "step_2.png", seed=1)
     noise(run / "samples" / "step_10.png", seed=2)
     noise(run / "samples" / "step_9.png", seed=3)
+    noise(run / "utilisation.png")
     noise(run / "reconstruction" / "movie.gif", frames=3, colour=False)
     noise(run / "reconstruction" / "movie.webp", frames=3)
     return run
@@ -168,6 +169,7 @@ def test_whole_run(run):
         "6 with device H200, threads 8",
         "abc123",
         "earlier starts 2",
+        "how busy the ranks were, and with what",
     ):
         assert words in text, words
     assert text.index("38.62 dB PSNR") < text.index("Comparison") < text.index("Settings")
