@@ -160,8 +160,8 @@ def take_turns(groups: list[Group], rounds: int, steps: int) -> dict[tuple, list
         for group in groups[:-1]:
             group.ready()
             group.pause()
-    for _ in log.track(range(rounds), "rounds"):
-        for group in groups:
+    for number in log.track(range(rounds), "rounds"):
+        for group in groups[:: -1 if number % 2 else 1]:  # nobody always comes first
             if apart:
                 group.start().ready()
             else:
@@ -184,8 +184,8 @@ def take_turns(groups: list[Group], rounds: int, steps: int) -> dict[tuple, list
 
 def summarise(
     results: dict[tuple, list[list[Row]]], groups: list[Group], on_gpu: bool
-) -> tuple[list[Row], dict[str, float]]:
-    """A row for each group and batch, and the figures that go on record."""
+) -> tuple[list[Row], dict[str, float], dict[str, list[float]]]:
+    """A row for each group and batch, the figures that go on record, and some of each round."""
     about = {(g.kind, g.size): g.hello for g in groups}
     rate = {key: _rates(rounds, about[key[:2]]["runs"][key[2]]) for key, rounds in results.items()}
     rows = []
@@ -207,13 +207,17 @@ def summarise(
                 row["exposed"] = max(0.0, 1 - row["of_ceiling"])
         row["compute"] = 1 - row["data"] - row["exposed"] - row["straggling"]
         rows.append(row)
-    return rows, _figures(rows, rate, on_gpu)
+    return rows, *_figures(rows, rate, on_gpu)
 
 
-def _figures(rows: list[Row], rate: dict[tuple, list[float]], on_gpu: bool) -> dict[str, float]:
+def _figures(
+    rows: list[Row], rate: dict[tuple, list[float]], on_gpu: bool
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Medians that go on record, and what some of them were in each round."""
     fits = math.inf if on_gpu else os.cpu_count() or 1
     most = max(row["ranks"] for row in rows if row["ranks"] <= fits)  # a core for each rank
     figures: dict[str, float] = {}
+    rounds: dict[str, list[float]] = {}
     exposed = []
     for row in rows:
         name = f"{row['engine']},{row['ranks']},{row['scaling']}"
@@ -225,6 +229,8 @@ def _figures(rows: list[Row], rate: dict[tuple, list[float]], on_gpu: bool) -> d
             figures[f"exposed[{name}]"] = row["exposed"]
             if row["ranks"] == most and row["scaling"] == "weak":
                 figures[f"weak_efficiency_{row['engine']}"] = row["of_ceiling"]
+                mine, side = (rate[k, most, "weak"] for k in (row["engine"], "independent"))
+                rounds[f"weak_efficiency_{row['engine']}"] = _each(mine, side)
                 figures[f"weak_efficiency_absolute_{row['engine']}"] = row["efficiency"]
                 exposed.append(row["exposed"])
     if exposed:
@@ -233,8 +239,9 @@ def _figures(rows: list[Row], rate: dict[tuple, list[float]], on_gpu: bool) -> d
     for kind, size, what in rate:
         if size == 1 and what == "weak":
             name = "trainer" if kind == "independent" else kind
-            figures[f"overhead_{name}"] = _ratio(plain, rate[kind, size, what]) - 1
-    return figures
+            rounds[f"overhead_{name}"] = [r - 1 for r in _each(plain, rate[kind, size, what])]
+            figures[f"overhead_{name}"] = statistics.median(rounds[f"overhead_{name}"])
+    return figures, rounds
 
 
 def _rates(rounds: list[list[Row]], batch: int) -> list[float]:
@@ -242,9 +249,13 @@ def _rates(rounds: list[list[Row]], batch: int) -> list[float]:
     return [sum(batch / statistics.median(r["steps"]) for r in ranks) for ranks in rounds]
 
 
+def _each(a: list[float], b: list[float]) -> list[float]:
+    return [x / y for x, y in zip(a, b, strict=True)]
+
+
 def _ratio(a: list[float], b: list[float]) -> float:
     """Median over rounds of a / b."""
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+    return statistics.median(_each(a, b))
 
 
 def _row(rounds: list[list[Row]], batch: int, about: dict[str, Any]) -> Row:
@@ -370,16 +381,11 @@ def main(
         finally:
             for group in groups:
                 group.end()
-    rows, figures = summarise(results, groups, device == "cuda")
+    rows, figures, by_round = summarise(results, groups, device == "cuda")
     log.print_table(
         "scaling (efficiencies and shares in %)",
         [title for title, _ in COLUMNS],
         [[show(row) for _, show in COLUMNS] for row in rows],
-    )
-    log.print_table(
-        "on record",
-        ["figure", "value"],
-        [(n, f"{v:.3f}") for n, v in figures.items() if "[" not in n],
     )
     hello = groups[0].hello
     context = describe_machine(torch.device(device)) | {
@@ -395,7 +401,18 @@ def main(
             round(s, 5) for ranks in results["independent", 1, "weak"] for s in ranks[0]["steps"]
         ],
         "flops_per_sample": hello["flops_per_sample"],
+        "by_round": {n: [round(v, 4) for v in values] for n, values in by_round.items()},
     }
+    log.print_table(
+        "on record",
+        ["figure", "value"],
+        [(n, f"{v:.3f}") for n, v in figures.items() if "[" not in n],
+    )
+    log.print_table(
+        "the same in each round",
+        ["figure", *(str(i) for i in range(1, context["rounds"] + 1))],
+        [(n, *(f"{v:.3f}" for v in values)) for n, values in context["by_round"].items()],
+    )
     if out is None and not quick:
         from filing import file_name
 
