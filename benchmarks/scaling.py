@@ -21,7 +21,8 @@ ceiling   as many processes side by side as there are ranks, each training alone
 exposed   time from a rank's last gradient to the averaged ones, on the rank that waits least: what
           the backward pass did not hide. What the others wait beyond that is for slower ranks.
           On GPUs, where the host cannot see it: the step's time beyond the ceiling's
-overhead  the engine on one rank against a loop written by hand without trainer or engine
+overhead  a step of the engine on one rank against one of a loop written by hand without trainer or
+          engine, in the same process, one after the other: the median of such pairs
 """
 
 from __future__ import annotations
@@ -169,6 +170,9 @@ def take_turns(groups: list[Group], rounds: int, steps: int) -> dict[tuple, list
             for what in group.hello["runs"]:
                 rows = group.run(what, steps)
                 results.setdefault((group.kind, group.size, what), []).append(rows)
+            if group.size == 1:
+                rows = group.run("beside", 2 * steps)
+                results.setdefault((group.kind, 1, "beside"), []).append(rows)
             if apart:
                 group.end()
             else:
@@ -187,17 +191,17 @@ def summarise(
 ) -> tuple[list[Row], dict[str, float], dict[str, list[float]]]:
     """A row for each group and batch, the figures that go on record, and some of each round."""
     about = {(g.kind, g.size): g.hello for g in groups}
+    pairs = {key[0]: results.pop(key) for key in [*results] if key[2] == "beside"}
     rate = {key: _rates(rounds, about[key[:2]]["runs"][key[2]]) for key, rounds in results.items()}
     rows = []
     for key, rounds in results.items():
         kind, size, what = key
         row = _row(rounds, about[kind, size]["runs"][what], about[kind, size])
-        base = "weak" if (kind, size) == ("independent", 1) and what == "plain" else what
-        alone = rate.get(("independent", 1, base), rate["independent", 1, "weak"])
+        alone = rate.get(("independent", 1, what), rate["independent", 1, "weak"])
         row |= {
-            "engine": "by hand" if what == "plain" else kind,
+            "engine": kind,
             "ranks": size,
-            "scaling": "weak" if what == "plain" else what,
+            "scaling": what,
             "efficiency": _ratio(rate[key], alone) / size,
         }
         side = rate.get(("independent", size, what))
@@ -207,7 +211,15 @@ def summarise(
                 row["exposed"] = max(0.0, 1 - row["of_ceiling"])
         row["compute"] = 1 - row["data"] - row["exposed"] - row["straggling"]
         rows.append(row)
-    return rows, *_figures(rows, rate, on_gpu)
+    figures, by_round = _figures(rows, rate, on_gpu)
+    for kind, rounds in pairs.items():
+        name = f"overhead_{'trainer' if kind == 'independent' else kind}"
+        each = [_each(ranks[0]["steps"], ranks[0]["plain"]) for ranks in rounds]
+        figures[name] = statistics.median(ratio for ratios in each for ratio in ratios) - 1
+        by_round[name] = [statistics.median(ratios) - 1 for ratios in each]
+    by_hand = [s for ranks in pairs["independent"] for s in ranks[0]["plain"]]
+    figures["step_by_hand_s"] = statistics.median(by_hand)
+    return rows, figures, by_round
 
 
 def _figures(
@@ -235,12 +247,6 @@ def _figures(
                 exposed.append(row["exposed"])
     if exposed:
         figures["exposed_communication_fraction"] = max(exposed)
-    plain = rate["independent", 1, "plain"]
-    for kind, size, what in rate:
-        if size == 1 and what == "weak":
-            name = "trainer" if kind == "independent" else kind
-            rounds[f"overhead_{name}"] = [r - 1 for r in _each(plain, rate[kind, size, what])]
-            figures[f"overhead_{name}"] = statistics.median(rounds[f"overhead_{name}"])
     return figures, rounds
 
 
@@ -307,15 +313,16 @@ def _percent(value: float | None) -> str:
 
 
 def save(rows: list[Row], figures: dict[str, float], context: dict[str, Any], out: Path) -> None:
-    """JSON, and the CSV and the figure beside it."""
+    """JSON, and beside it the CSV and, of more than one number of ranks, the figure."""
     known = {name: value for name, value in figures.items() if value is not None}
     out.write_text(json.dumps({**known, "context": context}, indent=1) + "\n")
     with out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    draw(rows, context, out.with_suffix(".png"))
-    print(f"written: {out}, .csv, .png")
+    if len(context["ranks"]) > 1:
+        draw(rows, context, out.with_suffix(".png"))
+    print(f"written: {out} and what is beside it")
 
 
 @click.command(help=usage(__doc__))

@@ -1,8 +1,8 @@
 """One rank of a group that scaling.py measures: the trainer's own step, timed when it is told to.
 
 Not started by hand. Rank 0 reads commands from standard input and prints one line of JSON for
-each: `weak 5` or `strong 5` are five steps of the trainer, `plain 5` five of a loop written by
-hand around the same model, without trainer and engine.
+each: `weak 5` or `strong 5` are five steps of the trainer; `beside 5`, on one rank, are five more,
+each beside one of a loop written by hand around the same model, without trainer and engine.
 """
 
 from __future__ import annotations
@@ -133,6 +133,22 @@ def measure(step: Callable[[], tuple[float, float]], count: int, comm: Comm, con
     return {"steps": times, "data": data, "wait": gradients, "total": total, "memory": memory}
 
 
+def beside(step: Timed, plain: Plain, count: int) -> dict:
+    """Seconds of each step and of the loop by hand, done in turns: they share every slow spell."""
+    device = step.trainer.comm.device
+    seconds: dict[str, list[float]] = {"steps": [], "plain": []}
+    turns = [("steps", step), ("plain", plain)]
+    for i in range(-1, count):  # one to warm up
+        for name, one in turns[:: -1 if i % 2 else 1]:
+            synchronise(device)
+            start = time.perf_counter()
+            one()
+            synchronise(device)
+            if i >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {**seconds, "memory": peak_memory(device)}
+
+
 def give_memory_back() -> None:
     """What was freed, to the system: other groups have their turn, and all of them are alive."""
     with contextlib.suppress(AttributeError):  # glibc has it
@@ -169,8 +185,7 @@ def main() -> None:
         run = cfg.run.model_copy(update={"dir": folder})
         train = cfg.train.model_copy(update={"global_batch": batch * comm.size})
         steps[what] = Timed(cfg.model_copy(update={"run": run, "train": train}), comm)
-    if kind == "independent" and control.size == 1:
-        steps["plain"] = Plain(steps["weak"].trainer)
+    plain = Plain(steps["weak"].trainer) if control.size == 1 else None
     about = control.gather({"pid": os.getpid(), "host": os.uname().nodename})
     hello = {
         "ranks": about,
@@ -186,7 +201,10 @@ def main() -> None:
         order = control.broadcast(order if control.is_root else None)
         if not order or order == ["end"]:
             break
-        mine = measure(steps[order[0]], int(order[1]), comm, control)
+        if order[0] == "beside":
+            mine = beside(steps["weak"], plain, int(order[1]))
+        else:
+            mine = measure(steps[order[0]], int(order[1]), comm, control)
         give_memory_back()
         hello = {"ranks": control.gather(mine)}
     control.close()
