@@ -6,7 +6,7 @@
 
 Start it without mpirun: it starts mpirun itself. What is timed is what the trainer calls, from the
 call to the sum on the slowest rank; for Horovod that includes the wait for its next cycle. The fit
-is t = latency + 2 (N-1)/N bytes / bandwidth, as of a ring, by least squares of relative errors.
+is t = latency + 2 (N-1)/N bytes / bandwidth, as of a ring, by least squares of logarithms.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from filing import usage
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from scipy.optimize import nnls
+from scipy.optimize import least_squares
 
 from hpc_xvr import log
 from hpc_xvr.dist.launch import discover
@@ -69,14 +69,19 @@ def worker(engine: str, device: str, sizes: list[int], seconds: float) -> None:
 
 
 def fit(ranks: int, times: dict[int, float]) -> tuple[float, float]:
-    """(latency in s, bandwidth in bytes/s) of least relative squares, neither negative."""
+    """(latency in s, bandwidth in bytes/s): too long by a factor weighs as too short by it."""
     sizes, seconds = (np.array(list(v), float) for v in (times.keys(), times.values()))
-    travelling = 2 * (ranks - 1) / ranks * sizes
-    solution, _ = nnls(np.stack([1 / seconds, travelling / seconds], axis=1), np.ones(len(sizes)))
-    return float(solution[0]), float(1 / max(solution[1], 1e-15))
+
+    def errors(logs: np.ndarray) -> np.ndarray:
+        return np.log(predict(ranks, sizes, *np.exp(logs)) / seconds)
+
+    start = np.log([seconds.min(), (sizes / seconds).max()])
+    latency, bandwidth = np.exp(least_squares(errors, start).x)
+    return float(latency), float(bandwidth)
 
 
-def predict(ranks: int, size: float, latency: float, bandwidth: float) -> float:
+def predict(ranks: int, size: Any, latency: float, bandwidth: float) -> Any:
+    """Seconds for each of `size` bytes."""
     return latency + 2 * (ranks - 1) / ranks * size / bandwidth
 
 

@@ -79,27 +79,29 @@ def draw(
     most = 1.15 * max(max(row["measured_s"], row["predicted_s"]) for row in checked)
     check.plot([0, most], [0, most], ":", color="black", lw=1)
     for engine, colour in (("horovod", "#0072b2"), ("torch", "#d55e00")):
-        mine = [row for row in checked if row["engine"] == engine]
-        check.plot(
-            [row["measured_s"] for row in mine],
-            [row["predicted_s"] for row in mine],
-            "o",
-            ms=5,
-            color=colour,
-            label=engine,
-        )
-        for row in mine:
-            check.annotate(
-                f"{row['ranks']} {row['scaling']}",
-                (row["measured_s"], row["predicted_s"]),
-                xytext=(5, -8),
-                textcoords="offset points",
-                fontsize=6,
+        for scaling, marker in (("weak", "o"), ("strong", "s")):
+            mine = [r for r in checked if (r["engine"], r["scaling"]) == (engine, scaling)]
+            check.plot(
+                [row["measured_s"] for row in mine],
+                [row["predicted_s"] for row in mine],
+                marker,
+                ms=5,
+                color=colour,
+                label=f"{engine}, {scaling}",
             )
+            for row in mine:
+                check.annotate(
+                    str(row["ranks"]),
+                    (row["measured_s"], row["predicted_s"]),
+                    xytext=(-9, 3) if engine == "horovod" else (5, -8),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=colour,
+                )
     error = np.median([abs(row["error"]) for row in checked])
     check.set(
         xlabel="measured step, s",
-        ylabel="predicted step, s",
+        ylabel="predicted step, s (numbers: ranks)",
         title=f"checked on the measured machine: median error {100 * error:.1f} %",
         xlim=(0, most),
         ylim=(0, most),

@@ -92,13 +92,13 @@ class Reading:
         scale = None if self.lr_flat is None else self.full_scale
         return Treatment(
             Camera(
-                _field(self.flat),
-                _field(self.dark),
+                field_of(self.flat),
+                field_of(self.dark),
                 self.bit_depth,
                 self.full_scale,
                 self.flip_rows,
             ),
-            Camera(_field(self.lr_flat), _field(self.lr_dark), self.lr_bit_depth, scale),
+            Camera(field_of(self.lr_flat), field_of(self.lr_dark), self.lr_bit_depth, scale),
             self.pairing,
             self.multiple_of,
             self.crop,
@@ -106,7 +106,8 @@ class Reading:
         )
 
 
-def _field(path: Path | str | None) -> np.ndarray | None:
+def field_of(path: Path | str | None) -> np.ndarray | None:
+    """The mean frame of a flat or dark field's file, (H, W)."""
     return None if path is None else mean_frame(open_recording(path, own_flat=False))
 
 

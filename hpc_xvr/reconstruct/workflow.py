@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from hpc_xvr.config import Config
-from hpc_xvr.data.cameras import open_recording
+from hpc_xvr.data.cameras import Recording, open_recording
+from hpc_xvr.data.cameras.flatfield import transmission
 from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.treatment import Reading, field_of
 from hpc_xvr.dist.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, track
@@ -40,15 +43,19 @@ def reconstruct_run(
     hr_dataset: str | None = None,
     lr_bit_depth: int | None = None,
     hr_bit_depth: int | None = None,
+    lr_flat: Path | None = None,
+    lr_dark: Path | None = None,
+    hr_flat: Path | None = None,
+    hr_dark: Path | None = None,
     flip_rows: bool = False,
     which: Which = "newest",
 ) -> Path:
     """Reconstruct every frame from the first key frame to the last and write `out`.
 
     Either `lr` and `hr` (camera files) or `video` (a recording of `corpus`, degraded to what the
-    two cameras would have seen). Dataset, bit depth and row order of the camera files: as they
-    were ingested for training (`flip_rows` is the fast camera's). `movie` shows low resolution and
-    result side by side, and the truth where it is known.
+    two cameras would have seen). Dataset, bit depth, flat and dark fields and row order of the
+    camera files: as they were ingested for training (`flip_rows` is the fast camera's). `movie`
+    shows low resolution and result side by side, and the truth where it is known.
 
     Raises:
         InputError: no trained run, unreadable or unfitting files, an unwritable result.
@@ -66,8 +73,9 @@ def reconstruct_run(
             config, corpus or config.data.corpus, video, gap
         )
     else:
-        low = open_recording(lr, dataset=lr_dataset, bit_depth=lr_bit_depth, flip_rows=flip_rows)
-        sharp = open_recording(hr, dataset=hr_dataset, bit_depth=hr_bit_depth)
+        assert lr and hr
+        low = _opened(lr, lr_flat, lr_dark, flip_rows, dataset=lr_dataset, bit_depth=lr_bit_depth)
+        sharp = _opened(hr, hr_flat, hr_dark, dataset=hr_dataset, bit_depth=hr_bit_depth)
         fast, keys = streams_from_files(low, sharp, gap, config.data.scale)
         calibration, truth = Calibration(low.frame_rate_hz, sharp.pixel_size_um), None
     precision = prepare(model, config, device)
@@ -109,6 +117,17 @@ def reconstruct_run(
 def use_threads() -> None:
     """Give torch the cores of this rank."""
     torch.set_num_threads(cpu_threads(discover()))
+
+
+def _opened(
+    path: Path, flat: Path | None, dark: Path | None, flip_rows: bool = False, **options: Any
+) -> Recording:
+    """A camera's file as ingest reads it."""
+    Reading(flat=flat, dark=dark).check()
+    recording = open_recording(path, own_flat=flat is None, **options)
+    if (light := field_of(flat)) is not None:
+        recording = transmission(recording, light, field_of(dark))
+    return recording.flipped() if flip_rows else recording
 
 
 def _from_corpus(config: Config, corpus: Path, name: str, gap: int):

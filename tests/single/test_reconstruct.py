@@ -15,7 +15,7 @@ from hpc_xvr.config import Data
 from hpc_xvr.data.degrade import CameraNoise
 from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
-from hpc_xvr.reconstruct import writers
+from hpc_xvr.reconstruct import workflow, writers
 from hpc_xvr.reconstruct.pipeline import (
     reconstruct,
     recording_streams,
@@ -449,3 +449,20 @@ def test_wide_frames_are_stacked_and_scaled_down(tmp_path):
     path = writers.write_movie(tmp_path / "m.gif", panels, 20, ["a", "b", "c"])
     with Image.open(path) as image:
         assert image.width == 716 and image.height > 3 * 275
+
+
+def test_flat_and_dark_fields_of_a_camera_file(tmp_path):
+    """Raw = dark + light x transmission; what comes out is the transmission, rows turned."""
+    rng = np.random.default_rng(0)
+    seen = rng.uniform(0.2, 1.2, (3, 6, 8))
+    light, dark = rng.uniform(20000, 40000, (6, 8)), rng.uniform(500, 900, (6, 8))
+    files = {"raw": dark + light * seen, "flat": np.stack([dark + light] * 2), "dark": dark[None]}
+    for name, frames in files.items():
+        whole = frames.round().astype(np.uint16)
+        tifffile.imwrite(tmp_path / f"{name}.tif", whole, photometric="minisblack")
+    raw, flat, shade = (tmp_path / f"{name}.tif" for name in files)
+    recording = workflow._opened(raw, flat, shade, flip_rows=True)
+    found = recording.full_scale * np.stack([f / 65535 for f in recording.frames()])
+    np.testing.assert_allclose(found, seen[:, ::-1], atol=2e-4)
+    with pytest.raises(InputError, match="needs a flat field beside it"):
+        workflow._opened(raw, None, shade)
