@@ -8,8 +8,8 @@ are the same for all. Then everything is compared with the methods that need no 
     python benchmarks/compare.py --quick     # the same in about a minute, to see that it runs
     python benchmarks/compare.py --published --corpus corpus --ranks 4 --device cuda
 
-A call that was stopped goes on where it was, as training and evaluation do. Results (JSON, tables,
-charts, page) go to --results.
+A call that was stopped goes on where it was, as training and evaluation do. The page with all
+pictures stays in --work; rows, tables, charts and how they were made go to --results.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from hpc_xvr.reconstruct.weights import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "compare"
-MODELS = ("edvr", "edvr_stf", "swin_centre", "swin_sequence", "swin_adaptive")
+MODELS = ("edvr", "edvr_stf", "swin_centre", "swin_sequence", "swin_adaptive", "swin_bayes")
 REDUCED = [
     "data.patch=64",
     "data.photons_log10=[2,7]",
@@ -73,13 +74,13 @@ def main() -> None:
     """Train, evaluate, write down what was done."""
     args = parse()
     args.results.mkdir(parents=True, exist_ok=True)
-    begin, commands = time.time(), []
+    commands: list[str] = []
     corpus = args.corpus or args.work / "corpus"
     trained = {}
     for name in args.models:
         trained[name] = train(name, args, corpus, commands)
         print(json.dumps({name: trained[name]}), flush=True)
-    out = args.results / args.name
+    begin, out = time.time(), args.work / "evaluation"
     evaluation = [
         *(str(args.work / name) for name in args.models),
         *("--corpus", str(corpus), "--out", str(out)),
@@ -92,16 +93,27 @@ def main() -> None:
     for noise in ("none",) if args.quick else ("none", "1e3", "poisson_gaussian:1e3"):
         evaluation += ["--noise", noise]
     commands.append(call(["evaluate", *evaluation], args))
-    shutil.rmtree(out / "cells")  # the rows are in evaluation.json
     summary = {
         "budget_tflop": args.budget,
-        "seconds": round(time.time() - begin, 1),
         "models": trained,
+        "training_seconds": round(sum(model["seconds"] for model in trained.values()), 1),
+        "evaluation_seconds": round(time.time() - begin, 1),  # of this call
         "commands": commands,
         "context": context(args),
     }
-    (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"results: {out}")
+    file_results(out, args.results / args.name, 1, summary)
+
+
+def file_results(out: Path, folder: Path, pictures: int, about: dict) -> None:
+    """Copy an evaluation's rows, tables, charts and some of its pictures; say how it was made."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    charts = sorted(out.glob("psnr-*.png"))
+    shown = sorted(path for path in out.glob("*.png") if path not in charts)[:pictures]
+    for path in (out / "evaluation.csv", out / "tables.md", out / "tables.tex", *charts, *shown):
+        shutil.copy(path, folder)
+    (folder / "how.json").write_text(json.dumps(about, indent=1) + "\n")
+    print(f"results: {folder}; page with all pictures: {out / 'comparison.html'}")
 
 
 def train(name: str, args: argparse.Namespace, corpus: Path, commands: list[str]) -> dict:
@@ -111,14 +123,16 @@ def train(name: str, args: argparse.Namespace, corpus: Path, commands: list[str]
     path = CONFIGS / f"{name}.yaml"
     options = [option for text in overrides for option in ("--set", text)]
     commands.append(call(["train", str(path), *options, "--resume"], args))
-    model = build_model(config)
+    model, clock = build_model(config), args.work / name / "seconds"
+    if not clock.exists():  # else it was trained by an earlier call
+        clock.write_text(f"{time.time() - start:.1f}")
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "gflop_a_sample": round(forward(config) / 1e9, 4),
         "steps": config.train.steps,
         "samples": config.train.steps * config.train.global_batch,
         "tflop": round(step_flops(config) * config.train.steps / 1e12, 5),
-        "seconds": round(time.time() - start, 1),
+        "seconds": float(clock.read_text()),
     }
 
 
@@ -164,7 +178,7 @@ def call(arguments: list[str], args: argparse.Namespace) -> str:
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
-    return " ".join([*launcher, "hpc-xvr", *arguments]).replace(f"{ROOT}/", "")
+    return shlex.join([*launcher, "hpc-xvr", *arguments]).replace(f"{ROOT}/", "")
 
 
 def context(args: argparse.Namespace) -> dict:

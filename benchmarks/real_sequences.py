@@ -12,9 +12,6 @@ the folder trackpy_foam, as their projects distribute them; what is missing is l
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
-import tempfile
 from pathlib import Path
 
 import compare
@@ -35,35 +32,32 @@ def main() -> None:
     parser.add_argument("--gap", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--noise", nargs="+", default=["none"])
     parser.add_argument("--name", default="real-sequences")
+    parser.add_argument("--work", type=Path, default=compare.ROOT / "runs" / "real-sequences")
     parser.add_argument("--results", type=Path, default=compare.ROOT / "benchmarks" / "results")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
     args = parser.parse_args()
-    out = args.results.resolve() / args.name
-    with tempfile.TemporaryDirectory() as work:
-        corpus = Path(work) / "real-sequences"
-        for scene, name in SEQUENCES.items():
-            if not (args.data / name).exists():
-                print(f"left out: {name} is not in {args.data}")
-                continue
-            ingest = ["ingest", str(args.data / name), "--corpus", str(corpus), "--split", "test"]
-            one = argparse.Namespace(ranks=1, device=args.device)
-            compare.call([*ingest, "--scene", scene, "--crop"], one)
-        wanted = [*map(str, args.runs), "--corpus", str(corpus), "--split", "test"]
-        wanted += ["--out", str(out), "--set", f"evaluate.pictures={len(SEQUENCES)}"]
-        for gap in args.gap:
-            wanted += ["--gap", str(gap)]
-        for noise in args.noise:
-            wanted += ["--noise", noise]
-        if args.threads:
-            wanted += ["--set", f"run.threads={args.threads}"]
-        command = compare.call(["evaluate", *wanted], args)
-    shutil.rmtree(out / "cells")
-    text = command.replace(str(corpus), "real-sequences").replace(str(args.data), "FOLDER")
-    facts = {"command": text, "context": compare.context(args)}
-    (out / "context.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"results: {out}")
+    corpus, out = args.work / "real-sequences", args.work / "evaluation"
+    for scene, name in SEQUENCES.items():
+        if not (args.data / name).exists():
+            print(f"left out: {name} is not in {args.data}")
+            continue
+        ingest = ["ingest", str(args.data / name), "--corpus", str(corpus), "--split", "test"]
+        one = argparse.Namespace(ranks=1, device=args.device)
+        compare.call([*ingest, "--scene", scene, "--crop"], one)
+    wanted = [*map(str, args.runs), "--corpus", str(corpus), "--split", "test"]
+    wanted += ["--out", str(out), "--set", f"evaluate.pictures={len(SEQUENCES)}"]
+    for gap in args.gap:
+        wanted += ["--gap", str(gap)]
+    for noise in args.noise:
+        wanted += ["--noise", noise]
+    if args.threads:
+        wanted += ["--set", f"run.threads={args.threads}"]
+    command = compare.call(["evaluate", *wanted], args)
+    text = command.replace(f"{args.work}/", "").replace(str(args.data), "FOLDER")
+    about = {"command": text, "context": compare.context(args)}
+    compare.file_results(out, args.results.resolve() / args.name, 2, about)
 
 
 if __name__ == "__main__":

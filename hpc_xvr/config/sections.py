@@ -158,9 +158,10 @@ class Model(Section):
     """Which network."""
     output: Literal["centre", "sequence"] = "centre"
     """Frames that come out: the centre one, or one for each low-resolution frame."""
-    base: Literal["none", "bicubic", "detail", "adaptive"] = "none"
+    base: Literal["none", "bicubic", "detail", "adaptive", "bayes"] = "none"
     """Picture the network adds its output to: none as published, bicubic interpolation, detail
-    transfer, or detail transfer where the scene has not moved, corrected by the network."""
+    transfer, detail transfer where the scene has not moved, corrected by the network, or Bayesian
+    fusion."""
     embed_dim: Positive = 192
     """Channels of the transformer (EDVR: of all features)."""
     depths: Annotated[list[Positive], Field(min_length=1)] = [2, 2, 18, 2]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.bayes import BayesianFusion
 from hpc_xvr.model.bases import (
     interpolate_keys,
     key_weights,
@@ -20,6 +19,7 @@ from hpc_xvr.model.bases import (
     transfer_matching_detail,
     upsample,
 )
+from hpc_xvr.model.bayes import BayesianFusion
 
 Sample = dict[str, Tensor]
 
@@ -76,12 +76,16 @@ def _detail(sample: Sample) -> Tensor:
     return transfer_detail(_centre(sample), sample["hr"], sample["hr_offset"])
 
 
+def _bayes(sample: Sample) -> Tensor:
+    return BayesianFusion()(_centre(sample), sample["hr"])
+
+
 def _adaptive(sample: Sample) -> Tensor:
     return transfer_matching_detail(_centre(sample), sample["hr"], sample["hr_offset"])
 
 
 # Bicubic interpolation takes 16 products a pixel; the detail of two key frames takes two more of
-# them, binning and a difference; conjugate gradients 30 times two convolutions of 7 + 7 taps.
+# them, binning and a difference; conjugate gradients about 20 times two convolutions of 7 + 7 taps.
 BASELINES: dict[str, Baseline] = {
     "bicubic": Baseline(
         "bicubic", "bicubic interpolation of the low-resolution frame", _bicubic, 32
@@ -113,7 +117,7 @@ BASELINES: dict[str, Baseline] = {
     "bayes": Baseline(
         "Bayesian fusion",
         "Bayesian data fusion (Xue et al. 2017): conditional mean",
-        BayesianFusion(),
-        2000,
+        _bayes,
+        1400,
     ),
 }

@@ -15,11 +15,15 @@ from torch import Tensor, nn
 
 from hpc_xvr.model.attention import Kind
 from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsample
+from hpc_xvr.model.bayes import BayesianFusion
 from hpc_xvr.model.linear import conv_of_one_channel
 from hpc_xvr.model.swin import SwinBlock, SwinStage, conv2d, grid
 
+BAYES = BayesianFusion(tolerance=0, steps=10)
+"""As a base: more steps change a picture by less than 0.1 grey levels on average."""
+
 Output = Literal["centre", "sequence"]
-Base = Literal["none", "bicubic", "detail", "adaptive"]
+Base = Literal["none", "bicubic", "detail", "adaptive", "bayes"]
 
 
 class SwinXVR(nn.Module):
@@ -30,9 +34,10 @@ class SwinXVR(nn.Module):
         output: "centre" reconstructs the middle frame, "sequence" all N. The weights of the two
             have the same shapes, so the attribute may be changed on a built model.
         base: picture that the network's output is added to: "none" as published, "bicubic"
-            interpolation, "detail" (bicubic plus the key frames' detail), or "adaptive" (only the
-            detail that still fits, which the network corrects pixel by pixel). With a base the
-            last convolution starts at zero, so that training starts from the base.
+            interpolation, "detail" (bicubic plus the key frames' detail), "adaptive" (only the
+            detail that still fits, which the network corrects pixel by pixel), or "bayes" (the
+            conditional mean of Bayesian fusion). With a base the last convolution starts at zero,
+            so that training starts from the base.
         scale: H / h, 2 or 4.
         embed_dim, depths, heads, window, mlp_ratio, drop_path: transformer width, blocks of each
             stage, attention heads, window side, MLP width / embed_dim, stochastic depth rate.
@@ -151,6 +156,9 @@ class SwinXVR(nn.Module):
         elif self.base == "adaptive":
             gate = conv2d(self.gate_conv, y).movedim(-1, 2)  # B, n_out, 2, h, w
             out = out + transfer_matching_detail(lr[:, keep], hr, hr_offset, gate)
+        elif self.base == "bayes":
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                out = out + BAYES(lr[:, keep], hr)
         return out
 
     def lr_features(self, lr: Tensor) -> Tensor:

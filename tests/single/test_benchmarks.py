@@ -81,18 +81,19 @@ def test_the_comparison_runs_from_corpus_to_tables(tmp_path):
     command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
     subprocess.run(command, check=True, capture_output=True, timeout=280)
     out = tmp_path / "results" / "compare-quick"
-    written = json.loads((out / "training.json").read_text())
+    written = json.loads((out / "how.json").read_text())
     assert set(written["models"]) == {"edvr_stf", "swin_sequence"}
     for facts in written["models"].values():
         assert facts["tflop"] == pytest.approx(0.001, rel=0.4) and facts["parameters"] > 1000
     assert len(written["commands"]) == 3
-    tree = json.loads((out / "evaluation.json").read_text())
+    whole = tmp_path / "work" / "evaluation"
+    tree = json.loads((whole / "evaluation.json").read_text())
     learned = {facts["name"]: facts["title"] for facts in tree["methods"] if facts["learned"]}
     assert learned == {"edvr_stf": "EDVR-STF", "swin_sequence": "SWIN-XVR sequence"}
     assert len(tree["methods"]) == 8
     assert "EDVR-STF loses to detail transfer" in (out / "tables.md").read_text()
-    assert (out / "comparison.html").exists() and (out / "psnr-flops.png").exists()
-    assert not (out / "cells").exists()
+    assert (whole / "comparison.html").exists() and (out / "psnr-flops.png").exists()
+    assert len(list(out.iterdir())) == 6  # tables, rows, how, a chart and a picture
 
 
 def test_the_noise_study_says_what_its_numbers_say(tmp_path):

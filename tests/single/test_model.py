@@ -13,7 +13,7 @@ from hpc_xvr.model.attention import window_attention
 from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsample
 from hpc_xvr.model.swin import WindowAttention, grid, relative_position
 from hpc_xvr.model.xfusion import load_xfusion
-from hpc_xvr.model.xvr import SwinXVR
+from hpc_xvr.model.xvr import BAYES, SwinXVR
 
 SMALL = dict(embed_dim=24, depths=(2, 2), heads=3, up_features=16, drop_path=0.0)
 VECTORS = ["centre_small", "centre_padded", "sequence_small", "edvr_small", "edvr_stf_small"]
@@ -210,6 +210,7 @@ BASES = {
     "bicubic": lambda lr, hr, offset: upsample(lr, 4),
     "detail": transfer_detail,
     "adaptive": transfer_matching_detail,
+    "bayes": lambda lr, hr, offset: BAYES(lr, hr),
 }
 
 

@@ -40,8 +40,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -61,7 +61,7 @@ class Prior:
 
 @dataclass(frozen=True)
 class BayesianFusion:
-    """Call it with a sample for the centre frame.
+    """Call it with low-resolution frames and the key frames around them.
 
     Args:
         window: side in coarse pixels of the neighbourhood whose statistics are taken; odd.
@@ -72,7 +72,8 @@ class BayesianFusion:
         key_noise: standard deviation of the key frames' noise; keeps equal ones apart.
         tile: side in coarse pixels of the tiles that large frames are worked on in; bounds memory.
         tolerance, steps: of conjugate gradients: the residual's norm that is enough, relative to
-            the first, and the steps that are taken at most.
+            the first, and the steps that are taken at most. Tolerance 0 takes them all, and never
+            waits for a GPU.
     """
 
     window: int = 5
@@ -83,10 +84,10 @@ class BayesianFusion:
     tolerance: float = 3e-4
     steps: int = 30
 
-    def __call__(self, sample: dict[str, Tensor]) -> Tensor:
-        """lr (B, N, 1, h, w), hr (B, 2, 1, H, W) -> (B, 1, 1, H, W)."""
-        lr, hr = sample["lr"], sample["hr"]
-        y, z = lr[:, lr.shape[1] // 2], hr.squeeze(2)  # B, 1, h, w; B, 2, H, W
+    def __call__(self, lr: Tensor, hr: Tensor) -> Tensor:
+        """Each frame by itself: lr (B, N, 1, h, w), hr (B, 2, 1, H, W) -> (B, N, 1, H, W)."""
+        y = lr.flatten(0, 1)  # B*N, 1, h, w
+        z = hr.squeeze(2).repeat_interleave(lr.shape[1], dim=0)  # B*N, 2, H, W
         variance = self.noise_variance(y, z)  # of whole frames: a tile is too small for it
         h, w = y.shape[-2:]
         out = torch.empty_like(z[:, :1])
@@ -102,7 +103,7 @@ class BayesianFusion:
                 out[
                     ..., top * scale : (top + height) * scale, left * scale : (left + width) * scale
                 ] = part[..., i : i + height * scale, j : j + width * scale]
-        return out[:, None]
+        return out.unflatten(0, lr.shape[:2])
 
     def estimate(self, y: Tensor, z: Tensor, variance: Tensor) -> Tensor:
         """y (B, 1, h, w), z (B, 2, H, W), noise variance (B, 1, h, w) -> (B, 1, H, W)."""
@@ -121,7 +122,9 @@ class BayesianFusion:
             return self.observe(covariance(coarse), scale) + variance * coarse
 
         innovation = y - self.observe(prior.mean, scale)
-        return prior.mean + covariance(_solve(system, innovation, self.tolerance, self.steps))
+        # What a coarse pixel varies by itself: nearly the system's diagonal.
+        own = _kept(scale) * F.avg_pool2d(prior.deviation.square(), scale) + variance
+        return prior.mean + covariance(_solve(system, innovation, own, self.tolerance, self.steps))
 
     def prior(self, y: Tensor, z: Tensor, variance: Tensor) -> Prior:
         """Step 2 of the derivation."""
@@ -208,13 +211,17 @@ def _spread_weights(scale: int) -> list[float]:
     return [1 - abs(d) / scale for d in range(1 - scale, scale)]
 
 
+@cache
 def _kept(scale: int) -> float:
     """Variance of a coarse pixel / that of a sharp one, of what is correlated as G G' says."""
-    triangle = np.array(_spread_weights(scale))
-    spread = np.convolve(triangle, triangle)
-    lags = np.arange(1 - scale, scale)
-    share = (scale - np.abs(lags)) / scale**2
-    return float((spread[len(spread) // 2 + lags] / spread.max() * share).sum() ** 2)
+    triangle = _spread_weights(scale)
+
+    def alike(lag: int) -> float:
+        return sum(a * b for a, b in zip(triangle[lag:], triangle, strict=False))
+
+    lags = [abs(lag) for lag in range(1 - scale, scale)]
+    together = sum((scale - lag) / scale**2 * alike(lag) for lag in lags)
+    return (together / alike(0)) ** 2
 
 
 def _convolve(x: Tensor, weights: list[float]) -> Tensor:
@@ -236,25 +243,34 @@ def _convolve(x: Tensor, weights: list[float]) -> Tensor:
 
 
 def _solve(
-    system: Callable[[Tensor], Tensor], right: Tensor, tolerance: float, steps: int
+    system: Callable[[Tensor], Tensor],
+    right: Tensor,
+    diagonal: Tensor,
+    tolerance: float,
+    steps: int,
 ) -> Tensor:
-    """Conjugate gradients for each of B positive definite systems: (B, 1, h, w) -> same."""
+    """Conjugate gradients for each of B positive definite systems: (B, 1, h, w) -> same.
+
+    Preconditioned by `diagonal`: where things move, pixels vary a thousand times as much as
+    elsewhere.
+    """
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum((1, 2, 3), keepdim=True)
 
     solution = torch.zeros_like(right)
     residual = right.clone()
-    direction = residual.clone()
-    energy = dot(residual, residual)
+    direction = residual / diagonal
+    energy = dot(residual, direction)
     enough = tolerance**2 * energy + 1e-30
     for _ in range(steps):
-        if bool((energy <= enough).all()):
+        if tolerance and bool((energy <= enough).all()):
             break
         image = system(direction)
         length = energy / dot(direction, image).clamp(min=1e-30)
         solution = solution + length * direction
         residual = residual - length * image
-        energy, before = dot(residual, residual), energy
-        direction = residual + (energy / before.clamp(min=1e-30)) * direction
+        scaled = residual / diagonal
+        energy, before = dot(residual, scaled), energy
+        direction = scaled + (energy / before.clamp(min=1e-30)) * direction
     return solution
