@@ -180,7 +180,8 @@ def test_whole_run(run):
     assert "SWIN-XVR" in trained and "38.62" in trained
     assert page.count("data:image/svg+xml;base64,") == 3
     assert "clip0_frame7" in text and "movie" in text
-    assert "sample step_2 " in text and "sample step_10 " in text and "sample step_9" not in text
+    assert "step_2: fast camera, model" in text and "step_10: fast" in text
+    assert "step_9" not in text.partition("Not on this page")[0]
     assert page.count("data:image/webp") == 1 and "data:image/gif" not in page
 
 
