@@ -361,6 +361,7 @@ def main(
     if discover().launcher:
         raise click.UsageError("start it without mpirun: it starts mpirun itself")
     sizes = sorted({1, *map(int, ranks.split(","))})
+    rounds, steps = rounds or (2 if quick else 5), steps or (4 if quick else 2)
     if sizes[-1] > 1 and not mpirun:
         raise click.UsageError("more than one rank needs --mpirun")
     settings = [f"run.device={device}", "train.steps=1000000", "dist.timeout_s=86400"]
@@ -382,9 +383,7 @@ def main(
             for kind in ("independent", *engines.split(","))
         ]
         try:
-            results = take_turns(
-                groups, rounds or (3 if quick else 5), steps or (4 if quick else 3)
-            )
+            results = take_turns(groups, rounds, steps)
         finally:
             for group in groups:
                 group.end()
@@ -399,7 +398,7 @@ def main(
         "config": config,
         "settings": [*settings[3:-2], *overrides],
         "batch_of_rank": batch,
-        "rounds": rounds or (3 if quick else 5),
+        "rounds": rounds,
         "ranks": sizes,
         "one_node": groups[-1].one_node,
         "cores": os.cpu_count(),
