@@ -158,7 +158,8 @@ class SwinXVR(nn.Module):
             out = out + transfer_matching_detail(lr[:, keep], hr, hr_offset, gate)
         elif self.base == "bayes":
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                out = out + BAYES(lr[:, keep], hr)
+                fused = BAYES(lr[:, keep], hr)
+            out = out + fused
         return out
 
     def lr_features(self, lr: Tensor) -> Tensor:

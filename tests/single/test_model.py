@@ -225,6 +225,14 @@ def test_an_untrained_model_with_a_base_returns_the_base(base):
     torch.testing.assert_close(model(lr, hr, offset), expected)
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_a_base_lets_the_network_learn(base):
+    model = SwinXVR(base=base, **SMALL)
+    lr, hr = inputs(model)
+    model(lr, hr, torch.tensor([[-3.0, 5.0]])).square().mean().backward()
+    assert model.last_conv.weight.grad.abs().max() > 0
+
+
 def test_adaptive_transfer_takes_detail_from_the_key_frame_that_fits_and_leaves_moved_places_out():
     g = torch.Generator().manual_seed(0)
     detail = torch.rand(1, 1, 1, 64, 64, generator=g) * 0.2 - 0.1
