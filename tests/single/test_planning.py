@@ -117,7 +117,7 @@ def test_the_benchmarks_run_from_measurement_to_plan(tmp_path):
     assert {"overhead_trainer", "overhead_torch"} <= scaling.keys()
     assert scaling["context"]["one_node"] is True
     rows = (tmp_path / "0.csv").read_text().splitlines()
-    assert rows[0].startswith("batch_of_rank,") and len(rows) == 1 + 9
+    assert rows[0].startswith("batch_of_rank,") and len(rows) == 1 + 8
     assert travel["latency_us[torch,2]"] > 0 and travel["bandwidth_gb_s[torch,2]"] > 0
     assert plan["prediction_error_median"] >= 0
     assert 0.5 < plan["weak_efficiency[A100,40]"] < 1
