@@ -361,7 +361,7 @@ def main(
     if discover().launcher:
         raise click.UsageError("start it without mpirun: it starts mpirun itself")
     sizes = sorted({1, *map(int, ranks.split(","))})
-    rounds, steps = rounds or (2 if quick else 5), steps or (4 if quick else 2)
+    rounds, steps = rounds or (2 if quick else 5), steps or (3 if quick else 2)
     if sizes[-1] > 1 and not mpirun:
         raise click.UsageError("more than one rank needs --mpirun")
     settings = [f"run.device={device}", "train.steps=1000000", "dist.timeout_s=86400"]
