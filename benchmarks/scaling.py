@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py                     1 and 2 ranks; files its results in results/
     python benchmarks/scaling.py --ranks 1,2,4       more ranks than cores share them
-    python benchmarks/scaling.py --quick             a tiny model, under 50 s, files nothing
+    python benchmarks/scaling.py --quick             a tiny model, about 50 s, files nothing
     python benchmarks/scaling.py --ranks 1,2,4,8 --device cuda --config configs/recommended.yaml
     python benchmarks/scaling.py --mpirun "mpiexec --ppn 4 --depth 8" --engines torch
     python benchmarks/scaling.py --ranks 1 --mpirun "" --engines torch          without any MPI
