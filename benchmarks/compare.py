@@ -110,7 +110,9 @@ def file_results(out: Path, folder: Path, pictures: int, about: dict) -> None:
     folder.mkdir(parents=True)
     charts = sorted(out.glob("psnr-*.png"))
     shown = sorted(path for path in out.glob("*.png") if path not in charts)[:pictures]
-    for path in (out / "evaluation.csv", out / "tables.md", out / "tables.tex", *charts, *shown):
+    for name in ("evaluation.csv", "tables.md", "tables.tex"):
+        (folder / name).write_text((out / name).read_text().replace(f"{ROOT}/", ""))
+    for path in (*charts, *shown):
         shutil.copy(path, folder)
     (folder / "how.json").write_text(json.dumps(about, indent=1) + "\n")
     print(f"results: {folder}; page with all pictures: {out / 'comparison.html'}")

@@ -395,7 +395,7 @@ def main(
     )
     hello = groups[0].hello
     context = describe_machine(torch.device(device)) | {
-        "config": config,
+        "config": config.removeprefix(f"{ROOT}/"),
         "settings": [*settings[3:-2], *overrides],
         "batch_of_rank": batch,
         "rounds": rounds,
