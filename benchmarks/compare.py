@@ -8,8 +8,8 @@ are the same for all. Then everything is compared with the methods that need no 
     python benchmarks/compare.py --quick     # the same in about a minute, to see that it runs
     python benchmarks/compare.py --published --corpus corpus --ranks 4 --device cuda
 
-A call that was stopped goes on where it was, as training and evaluation do. The page with all
-pictures stays in --work; rows, tables, charts and how they were made go to --results.
+A call that was stopped goes on where it was, as training and evaluation do. The page with
+its pictures stays in --work; rows, tables, charts and how they were made go to --results.
 """
 
 from __future__ import annotations
@@ -101,21 +101,19 @@ def main() -> None:
         "commands": commands,
         "context": context(args),
     }
-    file_results(out, args.results / args.name, 1, summary)
+    file_results(out, args.results / args.name, summary)
 
 
-def file_results(out: Path, folder: Path, pictures: int, about: dict) -> None:
-    """Copy an evaluation's rows, tables, charts and some of its pictures; say how it was made."""
+def file_results(out: Path, folder: Path, about: dict) -> None:
+    """Copy an evaluation's rows, tables and charts; say how it was made."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    charts = sorted(out.glob("psnr-*.png"))
-    shown = sorted(path for path in out.glob("*.png") if path not in charts)[:pictures]
     for name in ("evaluation.csv", "tables.md", "tables.tex"):
         (folder / name).write_text((out / name).read_text().replace(f"{ROOT}/", ""))
-    for path in (*charts, *shown):
+    for path in out.glob("psnr-*.png"):
         shutil.copy(path, folder)
     (folder / "how.json").write_text(json.dumps(about, indent=1) + "\n")
-    print(f"results: {folder}; page with all pictures: {out / 'comparison.html'}")
+    print(f"results: {folder}; page with pictures: {out / 'comparison.html'}")
 
 
 def train(name: str, args: argparse.Namespace, corpus: Path, commands: list[str]) -> dict:

@@ -57,7 +57,7 @@ def main() -> None:
     command = compare.call(["evaluate", *wanted], args)
     text = command.replace(f"{args.work}/", "").replace(str(args.data), "FOLDER")
     about = {"command": text, "context": compare.context(args)}
-    compare.file_results(out, args.results.resolve() / args.name, 2, about)
+    compare.file_results(out, args.results.resolve() / args.name, about)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def test_the_comparison_runs_from_corpus_to_tables(tmp_path):
     assert len(tree["methods"]) == 8
     assert "EDVR-STF loses to detail transfer" in (out / "tables.md").read_text()
     assert (whole / "comparison.html").exists() and (out / "psnr-flops.png").exists()
-    assert len(list(out.iterdir())) == 6  # tables, rows, how, a chart and a picture
+    assert len(list(out.iterdir())) == 5  # tables, rows, how and a chart
 
 
 def test_the_noise_study_says_what_its_numbers_say(tmp_path):
