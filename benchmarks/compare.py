@@ -119,21 +119,28 @@ def file_results(out: Path, folder: Path, about: dict) -> None:
 def train(name: str, args: argparse.Namespace, corpus: Path, commands: list[str]) -> dict:
     """Train one config on the budget; what it cost."""
     config, overrides = settings(name, args, corpus)
-    start = time.time()
     path = CONFIGS / f"{name}.yaml"
     options = [option for text in overrides for option in ("--set", text)]
     commands.append(call(["train", str(path), *options, "--resume"], args))
-    model, clock = build_model(config), args.work / name / "seconds"
-    if not clock.exists():  # else it was trained by an earlier call
-        clock.write_text(f"{time.time() - start:.1f}")
+    model = build_model(config)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "gflop_a_sample": round(forward(config) / 1e9, 4),
         "steps": config.train.steps,
         "samples": config.train.steps * config.train.global_batch,
         "tflop": round(step_flops(config) * config.train.steps / 1e12, 5),
-        "seconds": float(clock.read_text()),
+        "seconds": round(seconds_of(args.work / name), 1),
     }
+
+
+def seconds_of(run: Path) -> float:
+    """Of all training steps, however many starts they took; validation not counted."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    total, before = 0.0, 0
+    for line in (line for line in lines if line["kind"] == "train"):
+        total += line["step_s"] * (line["step"] - before)
+        before = line["step"]
+    return total
 
 
 def settings(name: str, args: argparse.Namespace, corpus: Path) -> tuple[Config, list[str]]:

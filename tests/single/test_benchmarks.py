@@ -85,6 +85,7 @@ def test_the_comparison_runs_from_corpus_to_tables(tmp_path):
     assert set(written["models"]) == {"edvr_stf", "swin_sequence"}
     for facts in written["models"].values():
         assert facts["tflop"] == pytest.approx(0.001, rel=0.4) and facts["parameters"] > 1000
+        assert 0 < facts["seconds"] < 280
     assert len(written["commands"]) == 3
     whole = tmp_path / "work" / "evaluation"
     tree = json.loads((whole / "evaluation.json").read_text())
