@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hpc_xvr.config import Data
+from hpc_xvr.config import Config, Data
 from hpc_xvr.data.degrade import CameraNoise
 from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
@@ -466,3 +466,18 @@ def test_flat_and_dark_fields_of_a_camera_file(tmp_path):
     np.testing.assert_allclose(found, seen[:, ::-1], atol=2e-4)
     with pytest.raises(InputError, match="needs a flat field beside it"):
         workflow._opened(raw, None, shade)
+
+
+@pytest.mark.parametrize(("camera", "flat"), [("lr", "sharp"), ("hr", "fast")])
+def test_each_camera_gets_its_own_flat_field(tmp_path, monkeypatch, camera, flat):
+    """The other camera's field has another shape: the file it was given for is named."""
+    paths = {}
+    for name, shape in (("fast", (3, 4, 4)), ("sharp", (2, 16, 16))):
+        paths[name] = tmp_path / f"{name}.tif"
+        tifffile.imwrite(paths[name], np.ones(shape, np.uint8), photometric="minisblack")
+    monkeypatch.setattr(workflow, "model_of_run", lambda run, which: (None, Config(), 0))
+    files = {"lr": paths["fast"], "hr": paths["sharp"], f"{camera}_flat": paths[flat]}
+    with pytest.raises(InputError, match=f"{files[camera].name}: frames are"):
+        workflow.reconstruct_run(
+            tmp_path, torch.device("cpu"), out=tmp_path / "o.tif", gap=2, **files
+        )
