@@ -176,10 +176,14 @@ def evaluate(
 @click.option("--hr-dataset", help="Dataset inside an HDF5 --hr file.")
 @click.option("--lr-bit-depth", type=click.IntRange(1, 16), help="As for ingest: --lr file.")
 @click.option("--hr-bit-depth", type=click.IntRange(1, 16), help="As for ingest: --hr file.")
-@click.option("--lr-flat", type=click.Path(path_type=Path), help="As for ingest: --lr file.")
-@click.option("--lr-dark", type=click.Path(path_type=Path), help="As for ingest: --lr file.")
-@click.option("--hr-flat", type=click.Path(path_type=Path), help="As --flat of ingest: --hr file.")
-@click.option("--hr-dark", type=click.Path(path_type=Path), help="As --dark of ingest: --hr file.")
+@click.option(
+    "--lr-flat", type=click.Path(path_type=Path), help="Beam without sample, fast camera."
+)
+@click.option("--lr-dark", type=click.Path(path_type=Path), help="Fast camera without beam.")
+@click.option(
+    "--hr-flat", type=click.Path(path_type=Path), help="Beam without sample, sharp camera."
+)
+@click.option("--hr-dark", type=click.Path(path_type=Path), help="Sharp camera without beam.")
 @click.option("--flip-rows", is_flag=True, help="As for ingest: Shimadzu --lr file.")
 @click.option("--corpus", type=click.Path(path_type=Path), help="Default: the run's own.")
 @click.option("--video", help="Reconstruct this recording of the corpus instead of two files.")
