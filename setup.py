@@ -1,11 +1,40 @@
 """Packaging of hpc_xvr. `bash jobs/setup.sh` makes the whole environment, MPI and Horovod too."""
 
+import platform
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 here = Path(__file__).parent
+
+
+def kernels() -> list[Extension]:
+    """hpc_xvr/model/kernels.cpp, where torch is there to be built against (pip's
+    --no-build-isolation) and the machine is an x86-64. Without it all works, slower on CPUs."""
+    try:
+        from torch.utils import cpp_extension
+    except ImportError:
+        return []
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return []
+    # No -march=native: login and compute nodes differ, and what is not there is not called.
+    able = [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")]
+    return [
+        Extension(
+            "hpc_xvr.model._kernels",
+            ["hpc_xvr/model/kernels.cpp"],
+            include_dirs=cpp_extension.include_paths(),
+            library_dirs=cpp_extension.library_paths(),
+            libraries=["torch_cpu", "c10"],
+            extra_compile_args=["-std=c++20", "-O3", "-g0", "-w", "-fopenmp", "-mfma", *able],
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,  # an old compiler, or none
+        )
+    ]
+
+
 version = re.search(r'__version__ = "(.+)"', (here / "hpc_xvr/__init__.py").read_text())[1]
 
 setup(
@@ -18,6 +47,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["hpc_xvr", "hpc_xvr.*"]),
     package_data={"hpc_xvr.evaluate": ["*.html"]},
+    ext_modules=kernels(),
     entry_points={"console_scripts": ["hpc-xvr = hpc_xvr.cli:main"]},
     install_requires=[
         "click>=8.1",

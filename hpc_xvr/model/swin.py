@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hpc_xvr.model import kernels
 from hpc_xvr.model.attention import Kind, window_attention
-from hpc_xvr.model.linear import linear, to_matmul_type
+from hpc_xvr.model.linear import autocast_to_bf16_on_cpu, linear, to_matmul_type
 
 Recompute = Literal["none", "mlp", "blocks"]
 
@@ -240,15 +241,17 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, keep: slice | None = None) -> Tensor:
         """(T, C) tokens in window order -> (T, C), or those of the frames `keep` only."""
+        return linear(self.proj, self.mix(linear(self.qkv, x), layout, keep))
+
+    def mix(self, qkv: Tensor, layout: Layout, keep: slice | None = None) -> Tensor:
+        """Attention without its linear layers: (T, 3*C) -> (T, C)."""
         groups = layout.groups
-        qkv = linear(self.qkv, x)
         biases = [
             self.bias(group, relative, qkv.dtype)
             for group, relative in zip(groups, layout.relative, strict=True)
         ]
         rows = [group.rows(keep) for group in groups] if keep else None
-        y = window_attention(qkv, biases, [group.count for group in groups], rows, self.kind)
-        return linear(self.proj, y)
+        return window_attention(qkv, biases, [group.count for group in groups], rows, self.kind)
 
 
 class SwinBlock(nn.Module):
@@ -277,10 +280,12 @@ class SwinBlock(nn.Module):
 
     def forward(
         self, x: Tensor, branch: Tensor | None, step: Step, keep: slice | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Tokens (T, C) and the branch before, still to be added to them (None: nothing is) ->
         the same of this block, in its own token order; of the frames `keep` only, where given."""
         layout, sample = step.layout, step.layout.sample
+        if keep is None and branch is None and self._fits_own_kernels(x):
+            return self._forward_in_tiles(x, step), None
         x, y = self.add_norm(x, branch, self.norm1, step)
         if keep:
             x, sample = (keep_frames(t, layout.groups, keep) for t in (x, sample))
@@ -294,6 +299,31 @@ class SwinBlock(nn.Module):
 
     def _mlp(self, y: Tensor) -> Tensor:
         return linear(self.fc2, F.gelu(linear(self.fc1, y)))
+
+    def _fits_own_kernels(self, x: Tensor) -> bool:
+        return (
+            self.attn.kind == "auto"
+            and not torch.is_grad_enabled()
+            and not (self.training and self.drop_path.rate)
+            and kernels.fit(x, x.shape[1] // self.attn.heads)
+            and x.dtype == self.fc1.weight.dtype == torch.float32
+            and autocast_to_bf16_on_cpu()
+            and self.fc1.out_features % 16 == 0
+        )
+
+    def _forward_in_tiles(self, x: Tensor, step: Step) -> Tensor:
+        """The same in inference on a CPU: a tile of tokens stays in the cache between products."""
+        ops, attn, norm1, norm2 = torch.ops.hpc_xvr, self.attn, self.norm1, self.norm2
+        layout = step.layout
+        qkv = ops.norm_linear(
+            *(x, step.there, layout.valid, norm1.weight, norm1.bias, norm1.eps),
+            *(attn.qkv.weight, attn.qkv.bias),
+        )
+        return ops.close_attention_and_mlp(
+            *(attn.mix(qkv, layout), x, step.there, attn.proj.weight, attn.proj.bias),
+            *(norm2.weight, norm2.bias, norm2.eps),
+            *(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias),
+        )
 
 
 def keep_frames(x: Tensor, groups: tuple[Group, ...], frames: slice) -> Tensor:
@@ -337,7 +367,8 @@ class SwinStage(nn.Module):
             g = grid(batch, keep.stop - keep.start, height, width, self.window, image.device)
             image = image[:, keep]
         layout = (g.plain, g.shifted)[(len(self.blocks) - 1) % 2]
-        x = _Gather.apply(x + branch, layout.to_image, layout.from_image, layout.valid)
+        x = x if branch is None else x + branch
+        x = _Gather.apply(x, layout.to_image, layout.from_image, layout.valid)
         x = x.view(image.shape)
         with torch.autocast(x.device.type, enabled=False) if keep else nullcontext():
             return conv2d(self.conv, x) + image

@@ -12,7 +12,7 @@ from torch import nn
 
 from hpc_xvr.errors import InputError
 from hpc_xvr.model.attention import Kind
-from hpc_xvr.model.linear import cpu_has_bf16
+from hpc_xvr.model.kernels import cpu_has_bf16
 from hpc_xvr.model.swin import Recompute, SwinBlock, WindowAttention, add_norm
 
 Precision = Literal["auto", "float32", "bf16", "float64"]

@@ -1,0 +1,157 @@
+"""Our own CPU kernels compute what the readable formulas do, and are there where they can be."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hpc_xvr.model import attention, kernels
+from hpc_xvr.model.swin import SwinBlock
+from hpc_xvr.model.xvr import SwinXVR
+
+needs_kernels = pytest.mark.skipif(
+    not kernels.cpu_has_bf16() or platform.machine() not in ("x86_64", "AMD64"),
+    reason="needs an x86-64 CPU with bf16 arithmetic (AVX-512 BF16)",
+)
+
+
+def distance(ours, exact):
+    return float((ours.double() - exact.double()).norm() / exact.double().norm())
+
+
+@needs_kernels
+def test_the_kernels_were_built():
+    assert kernels.available(), "bash jobs/setup.sh builds hpc_xvr/model/kernels.cpp"
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "heads, channels, groups",  # a group: windows, tokens, those that ask
+    [
+        (3, 64, [(4, 320, slice(0, 320)), (2, 160, slice(0, 160)), (1, 80, slice(0, 80))]),
+        (2, 16, [(3, 45, slice(9, 18))]),
+        (1, 32, [(5, 20, slice(4, 8)), (2, 5, slice(0, 5))]),
+        (3, 64, [(4, 320, slice(64, 128))]),
+    ],
+)
+def test_attention_and_its_gradients(heads, channels, groups):
+    g = torch.Generator().manual_seed(0)
+    counts, sizes, rows = zip(*groups, strict=True)
+    tokens = sum(n * size for n, size in zip(counts, sizes, strict=True))
+    qkv = torch.randn(tokens, 3 * heads * channels, generator=g).bfloat16()
+    biases = [torch.randn(1, heads, n, n, generator=g).bfloat16() for n in sizes]
+    asking = sum(n * (r.stop - r.start) for n, r in zip(counts, rows, strict=True))
+    probe = torch.randn(asking, heads * channels, generator=g).bfloat16()
+
+    def run(kind, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (qkv, *biases)]
+        out = attention.window_attention(leaves[0], leaves[1:], list(counts), list(rows), kind)
+        return [out.detach(), *torch.autograd.grad(out, leaves, probe.to(out.dtype))]
+
+    exact = run("explicit", torch.float64)
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            for ours, reference in zip(run("auto", torch.bfloat16), exact, strict=True):
+                assert distance(ours, reference) < 4e-3
+        finally:
+            torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_large_logits_neither_overflow_nor_vanish():
+    qkv = torch.zeros(32, 3 * 16, dtype=torch.bfloat16)
+    qkv[:, :32] = 1e4  # every logit 4e8
+    qkv[:, 32:] = torch.arange(32)[:, None]
+    out = attention.window_attention(qkv, [torch.zeros(1, 1, 32, 32)], [1])
+    torch.testing.assert_close(out, torch.full_like(out, 15.5))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dim, hidden, tokens, padded", [(192, 384, 130, 0), (48, 80, 70, 9)])
+def test_a_tile_of_tokens_goes_through_norms_and_linear_layers(dim, hidden, tokens, padded):
+    assert kernels.available()
+    torch.manual_seed(0)
+    norm, qkv, proj = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+    fc1, fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x, y = torch.randn(tokens - padded, dim), torch.randn(tokens, dim).bfloat16()
+    there = torch.cat((torch.randperm(tokens - padded), torch.zeros(padded, dtype=torch.int64)))
+    valid = (torch.arange(tokens) < tokens - padded).float()[:, None] if padded else None
+    with torch.no_grad():
+        ours = torch.ops.hpc_xvr.norm_linear(
+            x, there, valid, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias
+        )
+        exact = norm(x[there])
+        exact = qkv(exact * valid if padded else exact)
+        assert distance(ours, exact) < 4e-3
+        ours = torch.ops.hpc_xvr.close_attention_and_mlp(
+            *(y, x, there, proj.weight, proj.bias, norm.weight, norm.bias, norm.eps),
+            *(fc1.weight, fc1.bias, fc2.weight, fc2.bias),
+        )
+        total = x[there] + proj(y.float())
+        mlp = fc2(F.gelu(fc1(norm(total))))
+        assert distance(ours - total, mlp) < 1e-2
+        assert distance(ours, total + mlp) < 4e-3
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [(16, 24), (13, 9)])  # the second needs padding
+def test_a_model_in_tiles_is_the_same_model(size, monkeypatch):
+    torch.manual_seed(0)
+    model = SwinXVR(embed_dim=48, depths=(2, 2), heads=3, window=4, up_features=16).eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.05)
+    lr, hr = torch.rand(2, 3, 1, *size), torch.rand(2, 2, 1, *(4 * n for n in size))
+    used = []
+    tiles = SwinBlock._forward_in_tiles
+    monkeypatch.setattr(SwinBlock, "_forward_in_tiles", lambda *a: used.append(1) or tiles(*a))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        ours = model(lr, hr)
+        assert len(used) == 3  # all but the last block, which drops frames
+        monkeypatch.setattr(kernels, "available", lambda: False)
+        torchs = model(lr, hr)
+        assert len(used) == 3
+    with torch.inference_mode():
+        exact = model(lr, hr)
+    assert distance(ours, exact) < 1.1 * distance(torchs, exact) + 1e-4
+
+
+def test_without_the_kernels_a_model_runs_and_says_nothing(tmp_path):
+    """A checkout that was never built, or a CPU without bf16: torch's kernels, no warning."""
+    program = (
+        "import importlib.util, torch\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda n: None if n.endswith('_kernels') else find(n)\n"
+        "from hpc_xvr.model import attention, kernels\n"
+        "assert not kernels.available()\n"
+        "x = torch.randn(32, 96).bfloat16()\n"
+        "print(attention.window_attention(x, [torch.zeros(1, 2, 32, 32)], [1]).shape)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "[32, 32]" in done.stdout, done.stderr
+
+
+@needs_kernels
+def test_kernels_built_for_another_torch_are_left_alone_with_a_warning(tmp_path):
+    broken = tmp_path / "_kernels.so"
+    broken.write_bytes(b"not a library")
+    program = (
+        "import importlib.util, types\n"
+        "find = importlib.util.find_spec\n"
+        f"spec = types.SimpleNamespace(origin={os.fspath(broken)!r})\n"
+        "importlib.util.find_spec = lambda n: spec if n.endswith('_kernels') else find(n)\n"
+        "from hpc_xvr.model import kernels\n"
+        "print(kernels.available())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "False" and "bash jobs/setup.sh" in done.stderr, done.stderr
