@@ -177,8 +177,9 @@ class Model(Section):
     up_features: Positive = 64
     """Channels of the upsampling convolutions."""
     attention: Literal["auto", "fused", "flex", "explicit"] = "auto"
-    """How attention is computed. auto: the fastest measured, which is fused (torch's kernels);
-    flex: FlexAttention, to be compared on GPUs; explicit: the whole matrix, for checks."""
+    """How attention is computed. auto: the fastest measured, which is fused on GPUs, and our own
+    kernels for bf16 on CPUs that multiply it themselves; fused: torch's kernels; flex:
+    FlexAttention, to be compared on GPUs; explicit: the whole matrix, for checks."""
 
     @model_validator(mode="after")
     def _fits(self) -> Model:

@@ -42,8 +42,9 @@ class SwinXVR(nn.Module):
         embed_dim, depths, heads, window, mlp_ratio, drop_path: transformer width, blocks of each
             stage, attention heads, window side, MLP width / embed_dim, stochastic depth rate.
         up_features: channels of the upsampling convolutions.
-        attention: how attention is computed: "auto" (fused), "fused" (torch's scaled dot-product
-            kernels), "flex" (FlexAttention) or "explicit" (the whole matrix, for checks).
+        attention: how attention is computed: "auto" (our own kernels for bf16 on CPUs, else
+            fused), "fused" (torch's scaled dot-product kernels), "flex" (FlexAttention) or
+            "explicit" (the whole matrix, for checks).
     """
 
     def __init__(
