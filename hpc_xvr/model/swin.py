@@ -314,7 +314,7 @@ class SwinBlock(nn.Module):
     def _forward_in_tiles(self, x: Tensor, step: Step) -> Tensor:
         """The same in inference on a CPU: a tile of tokens stays in the cache between products."""
         ops, attn, norm1, norm2 = torch.ops.hpc_xvr, self.attn, self.norm1, self.norm2
-        layout = step.layout
+        layout, x = step.layout, x.contiguous()
         qkv = ops.norm_linear(
             *(x, step.there, layout.valid, norm1.weight, norm1.bias, norm1.eps),
             *(attn.qkv.weight, attn.qkv.bias),

@@ -65,6 +65,14 @@ def test_attention_and_its_gradients(heads, channels, groups):
 
 
 @needs_kernels
+def test_rows_need_not_lie_one_after_the_other():
+    qkv = torch.randn(96, 32).bfloat16().t()  # 32 tokens, a column each
+    bias = torch.randn(1, 2, 32, 32)
+    exact = attention.window_attention(qkv.double(), [bias.double()], [1], kind="explicit")
+    assert distance(attention.window_attention(qkv, [bias], [1]), exact) < 4e-3
+
+
+@needs_kernels
 def test_large_logits_neither_overflow_nor_vanish():
     qkv = torch.zeros(32, 3 * 16, dtype=torch.bfloat16)
     qkv[:, :32] = 1e4  # every logit 4e8
