@@ -1,4 +1,5 @@
-// Window attention for CPUs that multiply bf16 matrices themselves (AVX-512 BF16, AMX).
+// For CPUs that multiply bf16 matrices themselves (AVX-512 BF16, AMX): window attention, and for
+// inference the linear layers around it.
 //
 // torch's fused attention looks its matrix products up in a library one small block at a time, and
 // has no gradient for the bias. Here a task is one head of one window: keys and values are brought
@@ -49,7 +50,7 @@ void store(BFloat16* at, __m512 x) {
 
 // 2^x to 2e-7, or 2^-126 below that: a polynomial between -1/2 and 1/2, scaled by the whole part.
 __m512 power_of_two(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);  // in this order NaN stays NaN
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 rest = _mm512_sub_ps(x, whole);
     __m512 y = _mm512_set1_ps(1.33335581e-3f);
@@ -115,7 +116,7 @@ std::vector<Group> groups_of(at::TensorList biases, at::IntArrayRef counts, at::
     return groups;
 }
 
-// Run work(group, window, head, thread) for every head of every window; the windows of a head
+// Run work(group, window, head, scratch) for every head of every window; the windows of a head
 // follow each other, so that a thread keeps its bias in the cache.
 template <class Scratch, class Work>
 void for_each_head(const std::vector<Group>& groups, int64_t heads, const Work& work) {
@@ -532,21 +533,18 @@ Tensor close_attention_and_mlp(const Tensor& y, const Tensor& x, const Tensor& t
 
 TORCH_LIBRARY(hpc_xvr, m) {
     m.def(
-        "window_attention(Tensor qkv, Tensor[] biases, int[] counts, int[] first, int[] last) -> "
-        "(Tensor, Tensor)");
+        "window_attention(Tensor qkv, Tensor[] biases, int[] counts, int[] first, int[] last)"
+        " -> (Tensor, Tensor)");
     m.def(
-        "window_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor sums, Tensor[] "
-        "biases, "
-        "int[] counts, int[] first, int[] last) -> (Tensor, Tensor[])");
+        "window_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor sums,"
+        " Tensor[] biases, int[] counts, int[] first, int[] last) -> (Tensor, Tensor[])");
     m.def(
-        "norm_linear(Tensor x, Tensor there, Tensor? valid, Tensor norm_weight, Tensor norm_bias, "
-        "float eps, "
-        "Tensor weight, Tensor bias) -> Tensor");
+        "norm_linear(Tensor x, Tensor there, Tensor? valid, Tensor norm_weight, Tensor norm_bias,"
+        " float eps, Tensor weight, Tensor bias) -> Tensor");
     m.def(
-        "close_attention_and_mlp(Tensor y, Tensor x, Tensor there, Tensor proj_weight, Tensor "
-        "proj_bias, "
-        "Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight, Tensor fc1_bias, "
-        "Tensor fc2_weight, Tensor fc2_bias) -> Tensor");
+        "close_attention_and_mlp(Tensor y, Tensor x, Tensor there, Tensor proj_weight,"
+        " Tensor proj_bias, Tensor norm_weight, Tensor norm_bias, float eps, Tensor fc1_weight,"
+        " Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(hpc_xvr, CPU, m) {

@@ -82,6 +82,18 @@ def test_large_logits_neither_overflow_nor_vanish():
 
 
 @needs_kernels
+def test_a_number_that_is_none_comes_out_again():
+    """Training stops on NaN; a softmax that swallowed one would hide it."""
+    qkv = torch.randn(64, 3 * 16).bfloat16()
+    qkv[3, 5] = float("nan")  # a query of the first of two windows
+    leaf = qkv.clone().requires_grad_()
+    out = attention.window_attention(leaf, [torch.zeros(1, 1, 32, 32)], [2])
+    assert out[3].isnan().all() and out[:3].isfinite().all() and out[4:].isfinite().all()
+    out.sum().backward()
+    assert leaf.grad[:32].isnan().any() and leaf.grad[32:].isfinite().all()
+
+
+@needs_kernels
 @pytest.mark.parametrize("dim, hidden, tokens, padded", [(192, 384, 130, 0), (48, 80, 70, 9)])
 def test_a_tile_of_tokens_goes_through_norms_and_linear_layers(dim, hidden, tokens, padded):
     assert kernels.available()
@@ -132,7 +144,7 @@ def test_a_model_in_tiles_is_the_same_model(size, monkeypatch):
     assert distance(ours, exact) < 1.1 * distance(torchs, exact) + 1e-4
 
 
-def test_without_the_kernels_a_model_runs_and_says_nothing(tmp_path):
+def test_without_the_kernels_a_model_runs_and_says_nothing():
     """A checkout that was never built, or a CPU without bf16: torch's kernels, no warning."""
     program = (
         "import importlib.util, torch\n"
