@@ -129,7 +129,7 @@ class _OwnKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv: Tensor, windows: Windows, *biases: Tensor) -> Tensor:
-        qkv, biases = qkv.contiguous(), tuple(bias.to(qkv.dtype) for bias in biases)
+        qkv = qkv.contiguous()
         out, sums = torch.ops.hpc_xvr.window_attention(qkv, biases, *windows.numbers)
         ctx.save_for_backward(qkv, out, sums, *biases)
         ctx.windows = windows

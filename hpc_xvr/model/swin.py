@@ -284,8 +284,8 @@ class SwinBlock(nn.Module):
         """Tokens (T, C) and the branch before, still to be added to them (None: nothing is) ->
         the same of this block, in its own token order; of the frames `keep` only, where given."""
         layout, sample = step.layout, step.layout.sample
-        if keep is None and branch is None and self._fits_own_kernels(x):
-            return self._forward_in_tiles(x, step), None
+        if branch is None and self._fits_own_kernels(x):
+            return self._forward_by_windows(x, step, keep), None
         x, y = self.add_norm(x, branch, self.norm1, step)
         if keep:
             x, sample = (keep_frames(t, layout.groups, keep) for t in (x, sample))
@@ -311,18 +311,21 @@ class SwinBlock(nn.Module):
             and self.fc1.out_features % 16 == 0
         )
 
-    def _forward_in_tiles(self, x: Tensor, step: Step) -> Tensor:
-        """The same in inference on a CPU: a tile of tokens stays in the cache between products."""
-        ops, attn, norm1, norm2 = torch.ops.hpc_xvr, self.attn, self.norm1, self.norm2
-        layout, x = step.layout, x.contiguous()
-        qkv = ops.norm_linear(
-            *(x, step.there, layout.valid, norm1.weight, norm1.bias, norm1.eps),
-            *(attn.qkv.weight, attn.qkv.bias),
-        )
-        return ops.close_attention_and_mlp(
-            *(attn.mix(qkv, layout), x, step.there, attn.proj.weight, attn.proj.bias),
-            *(norm2.weight, norm2.bias, norm2.eps),
-            *(self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias),
+    def _forward_by_windows(self, x: Tensor, step: Step, keep: slice | None) -> Tensor:
+        """The same in inference on a CPU: a window stays in the cache from beginning to end."""
+        layout, attn = step.layout, self.attn
+        layers = (self.norm1, attn.qkv, attn.proj, self.norm2, self.fc1, self.fc2)
+        biases = [
+            attn.bias(group, relative, torch.float32)
+            for group, relative in zip(layout.groups, layout.relative, strict=True)
+        ]
+        rows = [group.rows(keep) if keep else slice(0, group.tokens) for group in layout.groups]
+        return torch.ops.hpc_xvr.swin_block(
+            *(x.contiguous(), step.there, layout.valid),
+            [p for layer in layers for p in (layer.weight, layer.bias)],
+            *(self.norm1.eps, self.norm2.eps, biases),
+            [group.count for group in layout.groups],
+            *([r.start for r in rows], [r.stop for r in rows]),
         )
 
 

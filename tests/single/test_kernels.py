@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from hpc_xvr.model import attention, kernels
 from hpc_xvr.model.swin import SwinBlock
@@ -94,51 +93,22 @@ def test_a_number_that_is_none_comes_out_again():
 
 
 @needs_kernels
-@pytest.mark.parametrize("dim, hidden, tokens, padded", [(192, 384, 130, 0), (48, 80, 70, 9)])
-def test_a_tile_of_tokens_goes_through_norms_and_linear_layers(dim, hidden, tokens, padded):
-    assert kernels.available()
-    torch.manual_seed(0)
-    norm, qkv, proj = nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-    fc1, fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    x, y = torch.randn(tokens - padded, dim), torch.randn(tokens, dim).bfloat16()
-    there = torch.cat((torch.randperm(tokens - padded), torch.zeros(padded, dtype=torch.int64)))
-    valid = (torch.arange(tokens) < tokens - padded).float()[:, None] if padded else None
-    with torch.no_grad():
-        ours = torch.ops.hpc_xvr.norm_linear(
-            x, there, valid, norm.weight, norm.bias, norm.eps, qkv.weight, qkv.bias
-        )
-        exact = norm(x[there])
-        exact = qkv(exact * valid if padded else exact)
-        assert distance(ours, exact) < 4e-3
-        ours = torch.ops.hpc_xvr.close_attention_and_mlp(
-            *(y, x, there, proj.weight, proj.bias, norm.weight, norm.bias, norm.eps),
-            *(fc1.weight, fc1.bias, fc2.weight, fc2.bias),
-        )
-        total = x[there] + proj(y.float())
-        mlp = fc2(F.gelu(fc1(norm(total))))
-        assert distance(ours - total, mlp) < 1e-2
-        assert distance(ours, total + mlp) < 4e-3
-
-
-@needs_kernels
 @pytest.mark.parametrize("size", [(16, 24), (13, 9)])  # the second needs padding
-def test_a_model_in_tiles_is_the_same_model(size, monkeypatch):
+def test_a_model_of_whole_blocks_is_the_same_model(size, monkeypatch):
     torch.manual_seed(0)
     model = SwinXVR(embed_dim=48, depths=(2, 2), heads=3, window=4, up_features=16).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.05)
     lr, hr = torch.rand(2, 3, 1, *size), torch.rand(2, 2, 1, *(4 * n for n in size))
     used = []
-    tiles = SwinBlock._forward_in_tiles
-    monkeypatch.setattr(SwinBlock, "_forward_in_tiles", lambda *a: used.append(1) or tiles(*a))
+    whole = SwinBlock._forward_by_windows
+    monkeypatch.setattr(SwinBlock, "_forward_by_windows", lambda *a: used.append(1) or whole(*a))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         ours = model(lr, hr)
-        assert len(used) == 3  # all but the last block, which drops frames
+        assert len(used) == 4
         monkeypatch.setattr(kernels, "available", lambda: False)
         torchs = model(lr, hr)
-        assert len(used) == 3
+        assert len(used) == 4
     with torch.inference_mode():
         exact = model(lr, hr)
     assert distance(ours, exact) < 1.1 * distance(torchs, exact) + 1e-4
