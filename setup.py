@@ -10,7 +10,7 @@ here = Path(__file__).parent
 
 
 def kernels() -> list[Extension]:
-    """hpc_xvr/model/kernels.cpp, where torch is there to be built against (pip's
+    """hpc_xvr/model/cpu, where torch is there to be built against (pip's
     --no-build-isolation) and the machine is an x86-64. Without it all works, slower on CPUs."""
     try:
         from torch.utils import cpp_extension
@@ -23,7 +23,8 @@ def kernels() -> list[Extension]:
     return [
         Extension(
             "hpc_xvr.model._kernels",
-            ["hpc_xvr/model/kernels.cpp"],
+            ["hpc_xvr/model/cpu/block.cpp"],
+            depends=["hpc_xvr/model/cpu/attention.h", "hpc_xvr/model/cpu/vectors.h"],
             include_dirs=cpp_extension.include_paths(),
             library_dirs=cpp_extension.library_paths(),
             libraries=["torch_cpu", "c10"],

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hpc_xvr.model import kernels
-
 Kind = Literal["auto", "fused", "flex", "explicit"]
 
 # cuDNN's kernel, torch's first choice on Hopper, has given NaN gradients for masks with token
@@ -39,9 +37,6 @@ def window_attention(
         [(n, bias.shape[2], 3, bias.shape[1]) for n, bias in zip(counts, biases, strict=True)],
         rows or [slice(0, bias.shape[2]) for bias in biases],
     )
-    channels = qkv.shape[1] // 3 // windows.shapes[0][3]
-    if kind == "auto" and qkv.dtype == torch.bfloat16 and kernels.fit(qkv, channels):
-        return _OwnKernel.apply(qkv, windows, *biases)
     fused = kind in ("auto", "fused")
     if fused and qkv.device.type == "cpu" and torch.is_grad_enabled() and biases[0].requires_grad:
         return _FusedOnCPU.apply(qkv, windows, *biases)
@@ -75,12 +70,6 @@ class Windows:
             shape[0] * (rows.stop - rows.start)
             for shape, rows in zip(self.shapes, self.rows, strict=True)
         ]
-
-    @property
-    def numbers(self) -> tuple[list[int], list[int], list[int]]:
-        """Per group: windows, first token that asks, the one after the last."""
-        counts = [shape[0] for shape in self.shapes]
-        return counts, [rows.start for rows in self.rows], [rows.stop for rows in self.rows]
 
     def out(self, y: Tensor) -> Iterator[Tensor]:
         """Views (n, A, asking tokens, c) of the output, for each group."""
@@ -122,27 +111,6 @@ def _compiled_flex():  # compiled on first use; not compiled it would build the 
     if not _flex_cache:
         _flex_cache.append(torch.compile(flex_attention, dynamic=False))
     return _flex_cache[0]
-
-
-class _OwnKernel(torch.autograd.Function):
-    """kernels.cpp: bf16 on CPUs, with the bias' gradient."""
-
-    @staticmethod
-    def forward(ctx, qkv: Tensor, windows: Windows, *biases: Tensor) -> Tensor:
-        qkv = qkv.contiguous()
-        out, sums = torch.ops.hpc_xvr.window_attention(qkv, biases, *windows.numbers)
-        ctx.save_for_backward(qkv, out, sums, *biases)
-        ctx.windows = windows
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        qkv, out, sums, *biases = ctx.saved_tensors
-        grad = grad.to(qkv.dtype).contiguous()
-        grad_qkv, grad_biases = torch.ops.hpc_xvr.window_attention_backward(
-            grad, qkv, out, sums, biases, *ctx.windows.numbers
-        )
-        return grad_qkv, None, *grad_biases
 
 
 class _FusedOnCPU(torch.autograd.Function):

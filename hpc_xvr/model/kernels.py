@@ -1,4 +1,4 @@
-"""Our own kernels (kernels.cpp, built by setup.py) for CPUs that multiply bf16 themselves."""
+"""Our own kernels (cpu/, built by setup.py) for CPUs that multiply bf16 themselves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from functools import cache
 
 import torch
+from torch import Tensor
 
 
 def cpu_has_bf16() -> bool:
@@ -34,8 +35,8 @@ def available() -> bool:
     except OSError as error:  # built for another torch
         warnings.warn(
             f"{built.origin} does not fit torch {torch.__version__} ({error.__cause__}); install "
-            "hpc_xvr again (bash jobs/setup.sh). Attention takes torch's kernels, about half as "
-            "fast on this CPU.",
+            "hpc_xvr again (bash jobs/setup.sh). Blocks take torch's kernels, about half as fast "
+            "on this CPU.",
             stacklevel=2,
         )
         return False
@@ -50,6 +51,63 @@ def fit(x: torch.Tensor, channels: int) -> bool:
         and not torch.compiler.is_compiling()
         and available()
     )
+
+
+def swin_block(
+    x: Tensor,
+    there: Tensor,
+    valid: Tensor | None,
+    *,
+    drops: list[Tensor | None],
+    parameters: list[Tensor],
+    eps: tuple[float, float],
+    biases: list[Tensor],
+    counts: list[int],
+    rows: list[slice],
+    recompute: str,
+) -> Tensor:
+    """A whole block on T tokens in window order, differentiable, its products in bf16.
+
+    Args:
+        x: residual stream (any rows, C) float32.
+        there: (T,) row of x of each token.
+        valid: (T, 1), 0 for padding; None where there is none.
+        drops: factors (T,) of the attention and of the MLP branch; None for 1.
+        parameters: weight and bias of norm1, qkv, proj, norm2, fc1, fc2, float32.
+        eps: of the two norms.
+        biases, counts, rows: per group of windows the position bias (1, A, N, N), how many there
+            are, and which of a window's tokens ask and come out.
+        recompute: what the backward pass computes again: "none", "mlp" or "blocks".
+
+    Returns:
+        (asking tokens, C) float32.
+    """
+    save = ("blocks", "mlp", "none").index(recompute) if torch.is_grad_enabled() else 0
+    windows = (list(counts), [r.start for r in rows], [r.stop for r in rows])
+    x = x.contiguous()
+    return _SwinBlock.apply(x, there, valid, drops, eps, windows, save, *parameters, *biases)
+
+
+class _SwinBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, there, valid, drops, eps, windows, save: int, *rest: Tensor):
+        parameters, biases = rest[:12], rest[12:]
+        out, saved = torch.ops.hpc_xvr.swin_block(
+            x, there, valid, *drops, parameters, *eps, biases, *windows, save
+        )
+        ctx.save_for_backward(x, there, valid, *drops, *saved, *rest)
+        ctx.eps, ctx.windows = eps, windows
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, there, valid, drop1, drop2, *rest = ctx.saved_tensors
+        saved, parameters, biases = rest[:4], rest[4:16], rest[16:]
+        grad_x, grad_parameters, grad_biases = torch.ops.hpc_xvr.swin_block_backward(
+            *(grad.float().contiguous(), x, there, valid, drop1, drop2, parameters),
+            *(*ctx.eps, biases, *ctx.windows, saved),
+        )
+        return (grad_x, *(None,) * 6, *grad_parameters, *grad_biases)
 
 
 def _is_x86() -> bool:

@@ -183,11 +183,15 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor, sample: Tensor, batch: int) -> Tensor:
         """(T, C) -> (T, C), row i being of sample `sample[i]`."""
+        factor = self.factor(sample, batch)
+        return x if factor is None else x * factor[:, None].to(x.dtype)
+
+    def factor(self, sample: Tensor, batch: int) -> Tensor | None:
+        """What each token's branch is multiplied by now, (T,) float32; None where nothing drops."""
         if not self.training or self.rate == 0:
-            return x
-        keep = torch.rand(batch, device=x.device) >= self.rate
-        factor = keep.to(x.dtype) / (1 - self.rate)
-        return x * factor[sample, None]
+            return None
+        keep = torch.rand(batch, device=sample.device) >= self.rate
+        return (keep.float() / (1 - self.rate))[sample]
 
 
 def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, step: Step | None = None):
@@ -284,7 +288,7 @@ class SwinBlock(nn.Module):
         """Tokens (T, C) and the branch before, still to be added to them (None: nothing is) ->
         the same of this block, in its own token order; of the frames `keep` only, where given."""
         layout, sample = step.layout, step.layout.sample
-        if branch is None and self._fits_own_kernels(x):
+        if branch is None and self.fits_own_kernels(x):
             return self._forward_by_windows(x, step, keep), None
         x, y = self.add_norm(x, branch, self.norm1, step)
         if keep:
@@ -300,11 +304,10 @@ class SwinBlock(nn.Module):
     def _mlp(self, y: Tensor) -> Tensor:
         return linear(self.fc2, F.gelu(linear(self.fc1, y)))
 
-    def _fits_own_kernels(self, x: Tensor) -> bool:
+    def fits_own_kernels(self, x: Tensor) -> bool:
+        """Whether this block runs in our CPU kernels, which recompute for themselves."""
         return (
             self.attn.kind == "auto"
-            and not torch.is_grad_enabled()
-            and not (self.training and self.drop_path.rate)
             and kernels.fit(x, x.shape[1] // self.attn.heads)
             and x.dtype == self.fc1.weight.dtype == torch.float32
             and autocast_to_bf16_on_cpu()
@@ -312,20 +315,24 @@ class SwinBlock(nn.Module):
         )
 
     def _forward_by_windows(self, x: Tensor, step: Step, keep: slice | None) -> Tensor:
-        """The same in inference on a CPU: a window stays in the cache from beginning to end."""
+        """The same, a window at a time in the cache."""
         layout, attn = step.layout, self.attn
         layers = (self.norm1, attn.qkv, attn.proj, self.norm2, self.fc1, self.fc2)
-        biases = [
-            attn.bias(group, relative, torch.float32)
-            for group, relative in zip(layout.groups, layout.relative, strict=True)
-        ]
         rows = [group.rows(keep) if keep else slice(0, group.tokens) for group in layout.groups]
-        return torch.ops.hpc_xvr.swin_block(
-            *(x.contiguous(), step.there, layout.valid),
-            [p for layer in layers for p in (layer.weight, layer.bias)],
-            *(self.norm1.eps, self.norm2.eps, biases),
-            [group.count for group in layout.groups],
-            *([r.start for r in rows], [r.stop for r in rows]),
+        return kernels.swin_block(
+            x,
+            step.there,
+            layout.valid,
+            drops=[self.drop_path.factor(layout.sample, step.batch) for _ in range(2)],
+            parameters=[p for layer in layers for p in (layer.weight, layer.bias)],
+            eps=(self.norm1.eps, self.norm2.eps),
+            biases=[
+                attn.bias(group, relative, torch.float32)
+                for group, relative in zip(layout.groups, layout.relative, strict=True)
+            ],
+            counts=[group.count for group in layout.groups],
+            rows=rows,
+            recompute=self.recompute,
         )
 
 
@@ -362,7 +369,8 @@ class SwinStage(nn.Module):
             # The last block of the last stage lets only those frames ask that are kept.
             last = i == len(self.blocks) - 1
             inputs = x, branch, step, keep if last else None
-            if block.recompute == "blocks" and torch.is_grad_enabled():
+            again = block.recompute == "blocks" and torch.is_grad_enabled()
+            if again and not block.fits_own_kernels(x):
                 x, branch = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, branch = block(*inputs)
