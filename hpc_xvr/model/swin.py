@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpc_xvr.model import kernels
 from hpc_xvr.model.attention import Kind, window_attention
+from hpc_xvr.model.derived import Derived
 from hpc_xvr.model.linear import autocast_to_bf16_on_cpu, linear, to_matmul_type
 
 Recompute = Literal["none", "mlp", "blocks"]
@@ -219,7 +220,7 @@ class WindowAttention(nn.Module):
         self.bias_table = nn.Parameter(torch.empty(rows, heads))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self._biases: dict[tuple, tuple[Tensor, tuple[int, int], Tensor]] = {}
+        self._biases = Derived()
 
     def bias(self, group: Group, relative: Tensor, dtype: torch.dtype) -> Tensor:
         """Additive bias of a window shape, (1, A, N, N).
@@ -228,20 +229,13 @@ class WindowAttention(nn.Module):
         call until the table changes.
         """
         table, shape = self.bias_table, (1, self.heads, group.tokens, group.tokens)
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
-            self._biases.clear()  # a step will follow; fused Adam leaves no trace on the table
-        if torch.is_grad_enabled() or compiling or table.is_inference():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or table.is_inference():
+            self._biases.clear()
             return table.t().index_select(1, relative).view(shape)
         key = (group.height, group.width, dtype)
-        state = (table.data_ptr(), table._version)
-        kept = self._biases.get(key)
-        if kept is not None and kept[0] is table and kept[1] == state:
-            return kept[2]
-        with torch.inference_mode(False), torch.no_grad():
-            bias = table.t().index_select(1, relative).view(shape).to(dtype)
-        self._biases[key] = (table, state, bias)
-        return bias
+        return self._biases.get(
+            key, (table,), lambda: table.t().index_select(1, relative).view(shape).to(dtype)
+        )
 
     def forward(self, x: Tensor, layout: Layout, keep: slice | None = None) -> Tensor:
         """(T, C) tokens in window order -> (T, C), or those of the frames `keep` only."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -283,8 +284,8 @@ def test_wrong_shapes_are_refused_with_the_shapes(lr, hr):
 def test_flops_agree_with_torchs_counter(output):
     model = SwinXVR(output=output, **SMALL).eval()
     lr, hr = inputs(model, h=24, w=16)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(lr, hr)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(lr, hr)  # without gradients it folds its last convolutions into one
     assert model.flops(24, 16) == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -352,7 +353,27 @@ def test_cached_biases_follow_an_optimizer_that_leaves_no_trace_on_the_weights()
         optimizer.step()
     with torch.no_grad():
         after = model(lr, hr)
-    assert torch.allclose(after, model(lr, hr).detach(), atol=1e-4)
+    assert torch.allclose(after, model(lr, hr).detach(), atol=1e-2)  # of thousands
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("size", [(3, 9), (4, 4), (10, 13)])
+def test_convolutions_folded_for_inference_are_the_same(scale, size, monkeypatch):
+    """To the border; and they follow the weights, folded once for each."""
+    torch.manual_seed(0)
+    options = SMALL | {"scale": scale, "output": "sequence"}
+    model = SwinXVR(**options).double().eval()
+    folds, fold = [], model._fold
+    monkeypatch.setattr(model, "_fold", lambda: folds.append(1) or fold())
+    lr, hr = inputs(model, 2, *size, dtype=torch.float64)
+    for times in (1, 2):
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.2)
+        exact = model(lr, hr).detach()
+        for mode in (torch.no_grad(), torch.inference_mode(), torch.no_grad()):
+            with mode:
+                torch.testing.assert_close(model(lr, hr), exact, rtol=1e-10, atol=1e-10)
+        assert len(folds) == (times if min(size) > 3 else 0)
 
 
 @pytest.mark.parametrize("kind", ["fused", "explicit"])

@@ -1,0 +1,39 @@
+"""What is computed from parameters once for many inference passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Derived:
+    """Keeps values made from parameters until these change, in passes without gradients.
+
+    A pass with gradients must call `clear`: the optimizer's step will follow, and fused Adam leaves
+    no trace on the parameters it changes.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[tuple[Tensor, ...], list, Any]] = {}
+
+    def get(self, key: Hashable, sources: tuple[Tensor, ...], make: Callable[[], Any]) -> Any:
+        """The value of `key`, made anew where one of `sources` is another or was changed."""
+        state = [(source.data_ptr(), source._version) for source in sources]
+        kept = self._kept.get(key)
+        if kept is not None and kept[1] == state and all(map(_same, kept[0], sources)):
+            return kept[2]
+        with torch.inference_mode(False), torch.no_grad():
+            value = make()
+        self._kept[key] = (sources, state, value)
+        return value
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._kept.clear()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a is b
