@@ -36,6 +36,7 @@ from plain_swin import PlainSwinXVR  # noqa: E402
 
 from hpc_xvr import log  # noqa: E402
 from hpc_xvr.errors import InputError  # noqa: E402
+from hpc_xvr.model import kernels  # noqa: E402
 from hpc_xvr.model.xvr import SwinXVR  # noqa: E402
 from hpc_xvr.reconstruct import speed  # noqa: E402
 from hpc_xvr.train.meters import (  # noqa: E402
@@ -52,6 +53,7 @@ SMALL = {"embed_dim": 64, "depths": (2, 2), "heads": 1, "window": 4, "up_feature
 # What the profiler calls operations, by the part of the work they belong to; first match counts.
 PARTS = {
     "optimizer": r"adam|foreach|lerp",
+    "blocks in our CPU kernels": r"swin_?block",
     "attention": r"attention|softmax|fmha|flash",
     "convolution": r"conv|cudnn|implicit_gemm|xmma_fprop|wgrad|dgrad",
     "matrix products": r"mm$|addmm|bmm|linear|gemm|cutlass|nvjet",
@@ -323,7 +325,10 @@ def forward_contestants(
         return runs
     in_sequence = build(PlainSwinXVR, device, output="sequence", **options)
     runs["plain, float32, sequence"] = (in_sequence, False)
-    for kind in ("parts", "blocks") if device.type == "cuda" else ("parts",):
+    kinds = ["parts", "blocks"] if device.type == "cuda" else ["parts"]
+    if device.type == "cpu" and fast == "bf16" and kernels.available():
+        kinds = []  # whole blocks are one kernel there already
+    for kind in kinds:
         try:
             compiled = build(SwinXVR, device, kind, **options)
             in_sequence = build(SwinXVR, device, kind, output="sequence", **options)

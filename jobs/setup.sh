@@ -75,7 +75,7 @@ xvr_setup() {
     command -v "$python" >/dev/null || { xvr_fail "no $python; load a Python module, or set PYTHON"; return; }
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { xvr_fail "$("$python" --version) is too old; 3.10 or later is needed (set PYTHON)"; return; }
-    wanted=$(cat "$xvr_constraints" "$xvr_root/setup.py" "$xvr_root/hpc_xvr/model/kernels.cpp" \
+    wanted=$(cat "$xvr_constraints" "$xvr_root/setup.py" "$xvr_root"/hpc_xvr/model/cpu/* \
         "${BASH_SOURCE[0]}" | cksum)
     wanted="$wanted $xvr_root $HPC_XVR_MPI $xvr_gpu $("$python" --version)"
     stamp=$xvr_venv/.hpc_xvr
