@@ -149,6 +149,21 @@ def test_a_model_of_whole_blocks_is_the_same_model(size, monkeypatch):
     assert distance(ours, exact) < 1.1 * distance(torchs, exact) + 1e-4
 
 
+@needs_kernels
+@pytest.mark.parametrize("output", ["centre", "sequence"])
+def test_the_published_model_in_bf16_is_within_half_a_percent(output):
+    torch.manual_seed(0)
+    model = SwinXVR(output=output).eval()
+    for stage in model.stages:
+        for block in stage.blocks:
+            nn.init.normal_(block.attn.bias_table, std=0.5)
+    lr, hr = torch.rand(1, 3, 1, 16, 24), torch.rand(1, 2, 1, 64, 96)
+    with torch.inference_mode():
+        exact = model(lr, hr)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert distance(model(lr, hr), exact) < 5e-3
+
+
 def test_without_the_kernels_a_model_runs_and_says_nothing():
     """A checkout that was never built, or a CPU without bf16: torch's kernels, no warning."""
     program = (

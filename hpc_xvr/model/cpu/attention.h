@@ -2,7 +2,8 @@
 //
 // A window holds N tokens; `asking` of them (M) ask, all N answer; a head has c channels. Keys and
 // values are brought once into the order the matrix unit wants, and what a block of queries needs
-// stays in the cache. The products are torch's own (at::native::cpublas::brgemm), with float32 sums.
+// stays in the cache. The products are torch's own (at::native::cpublas::brgemm), their sums
+// float32.
 
 #pragma once
 
@@ -113,8 +114,8 @@ struct Shape {
 };
 
 struct AttentionScratch {
-    std::vector<BFloat16> keys, values, weights;
-    std::vector<float> logits, mixed, shares;
+    Buffer<BFloat16> keys, values, weights;
+    Buffer<float> logits, mixed, shares;
 };
 
 // -> mixed values (M, c) in rows `width` apart, and log2 of each softmax's sum. bias: (M, N filled
@@ -123,12 +124,12 @@ void attend(const Rows<const BFloat16>& in, const Shape& shape, const BFloat16* 
             int64_t width, float* log_sums, AttentionScratch& s) {
     const int64_t n = shape.tokens, c = shape.channels, full = round_up(n);
     const float scale = kLog2e * shape.scale();
-    BFloat16* keys = room(s.keys, full * c);
-    BFloat16* values = room(s.values, full * c);
-    BFloat16* weights = room(s.weights, kQueries * full);
-    float* logits = room(s.logits, kQueries * full);
-    float* mixed = room(s.mixed, kQueries * c);
-    float* shares = room(s.shares, kQueries);
+    BFloat16* keys = s.keys.room(full * c);
+    BFloat16* values = s.values.room(full * c);
+    BFloat16* weights = s.weights.room(kQueries * full);
+    float* logits = s.logits.room(kQueries * full);
+    float* mixed = s.mixed.room(kQueries * c);
+    float* shares = s.shares.room(kQueries);
     pack_transposed(in.k, in.stride, n, c, full, keys);
     pack(in.v, in.stride, n, c, full, values);
 
@@ -156,9 +157,9 @@ void attend(const Rows<const BFloat16>& in, const Shape& shape, const BFloat16* 
 }
 
 struct AttentionGradScratch {
-    std::vector<BFloat16> queries, queries_t, grads, grads_t, keys, keys_t, weights, changes;
-    std::vector<uint32_t> pairs;
-    std::vector<float> logits, weight_grads, product, query_grads, query_grads_t, log_sums, deltas;
+    Buffer<BFloat16> queries, queries_t, grads, grads_t, keys, keys_t, weights, changes;
+    Buffer<uint32_t> pairs;
+    Buffer<float> logits, weight_grads, product, query_grads, query_grads_t, log_sums, deltas;
 };
 
 // Gradients of queries, keys and values, from that of the mixed values `out` (both in rows `width`
@@ -172,22 +173,22 @@ void attend_backward(const Rows<const BFloat16>& in, const Shape& shape, const B
     const int64_t n = shape.tokens, m = shape.asking, c = shape.channels, stride = in.stride,
                   full = round_up(m), even = round_up(n);
     const float scale = shape.scale();
-    BFloat16* queries = room(s.queries, full * c);
-    BFloat16* queries_t = room(s.queries_t, full * c);
-    BFloat16* grads = room(s.grads, full * c);
-    BFloat16* grads_t = room(s.grads_t, full * c);
-    BFloat16* keys = room(s.keys, even * c);
-    BFloat16* keys_t = room(s.keys_t, even * c);  // (c, even)
-    BFloat16* weights = room(s.weights, kKeys * full);
-    BFloat16* changes = room(s.changes, kKeys * full);  // of the logits
-    uint32_t* pairs = room(s.pairs, kKeys / 2 * full);  // the same as a right side
-    float* logits = room(s.logits, kKeys * full);
-    float* weight_grads = room(s.weight_grads, kKeys * full);
-    float* product = room(s.product, kKeys * c);
-    float* query_grads = room(s.query_grads, full * c);
-    float* query_grads_t = room(s.query_grads_t, full * c);
-    float* log_sums = room(s.log_sums, full);
-    float* deltas = room(s.deltas, full);
+    BFloat16* queries = s.queries.room(full * c);
+    BFloat16* queries_t = s.queries_t.room(full * c);
+    BFloat16* grads = s.grads.room(full * c);
+    BFloat16* grads_t = s.grads_t.room(full * c);
+    BFloat16* keys = s.keys.room(even * c);
+    BFloat16* keys_t = s.keys_t.room(even * c);  // (c, even)
+    BFloat16* weights = s.weights.room(kKeys * full);
+    BFloat16* changes = s.changes.room(kKeys * full);  // of the logits
+    uint32_t* pairs = s.pairs.room(kKeys / 2 * full);  // the same as a right side
+    float* logits = s.logits.room(kKeys * full);
+    float* weight_grads = s.weight_grads.room(kKeys * full);
+    float* product = s.product.room(kKeys * c);
+    float* query_grads = s.query_grads.room(full * c);
+    float* query_grads_t = s.query_grads_t.room(full * c);
+    float* log_sums = s.log_sums.room(full);
+    float* deltas = s.deltas.room(full);
     // Numbers 0, 0', 1, 1', ... of two vectors, and those of their second halves.
     const __m512i lower = _mm512_set_epi16(
         47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //

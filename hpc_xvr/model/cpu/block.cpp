@@ -6,8 +6,9 @@
 // the input and, where wanted, queries, keys, values, mixed values and the MLP's inner layer before
 // GELU (bf16); the rest is computed once more. Branches that stochastic depth drops cost nothing.
 //
-// Shapes: T tokens in window order; groups of n windows of N tokens; A heads of c channels, C = A*c;
-// H inner channels of the MLP. The tokens first..last of each window ask (M of them), all N answer.
+// Shapes: T tokens in window order; groups of n windows of N tokens; A heads of c channels,
+// C = A*c; H inner channels of the MLP. The tokens first..last of each window ask (M of them), all
+// N answer.
 
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -15,6 +16,7 @@
 #include <atomic>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "attention.h"
 
@@ -231,8 +233,8 @@ struct Kept {
 
 struct BlockScratch {
     AttentionScratch attention;
-    std::vector<BFloat16> normed, qkv, mixed, hidden;
-    std::vector<float> product, log_sums;
+    Buffer<BFloat16> normed, qkv, mixed, hidden;
+    Buffer<float> product, log_sums;
 };
 
 void normalise(const Call& call, const Group& group, int64_t token, BFloat16* normed) {
@@ -269,8 +271,8 @@ void attention_branch(const Call& call, const Group& group, const BFloat16* norm
     }
 }
 
-// Close the attention branch for a tile, from asking token `at` of a window on: the stream (tile, C)
-// and its norm.
+// Close the attention branch for a tile, from asking token `at` of a window on: the stream
+// (tile, C) and its norm.
 void close_attention(const Call& call, const Group& group, int64_t token, int64_t at, int64_t tile,
                      const BFloat16* mixed, float* sum, BFloat16* normed, float* product) {
     const int64_t width = call.width;
@@ -292,9 +294,9 @@ void forward_window(const Call& call, const Group& group, int64_t window, Kept k
                     BlockScratch& s) {
     const int64_t width = call.width, token = group.row + window * group.tokens;
     const Linear &fc1 = call.block.fc1, &fc2 = call.block.fc2;
-    float* product = room(s.product, kTile * std::max(kColumns, width));
-    BFloat16* normed = room(s.normed, group.tokens * width);
-    BFloat16* hidden = room(s.hidden, kTile * fc1.out);
+    float* product = s.product.room(kTile * std::max(kColumns, width));
+    BFloat16* normed = s.normed.room(group.tokens * width);
+    BFloat16* hidden = s.hidden.room(kTile * fc1.out);
     if (call.keep1(token) != 0) {
         normalise(call, group, token, normed);
         attention_branch(call, group, normed, kept, product, s.attention);
@@ -307,13 +309,13 @@ void forward_window(const Call& call, const Group& group, int64_t window, Kept k
         for_each_part(fc1.out, kColumns, [&](int64_t column, int64_t count) {
             fc1.forward(normed, tile, column, count, product);
             for (int64_t r = 0; r < tile; ++r) {
+                const auto inner = [&](int64_t j) {
+                    return fc1.with_bias(product + r * count, j, column);
+                };
                 if (kept.inner)
-                    for_each_vector(count, kept.inner + (at + r) * fc1.out + column, [&](int64_t j) {
-                        return fc1.with_bias(product + r * count, j, column);
-                    });
-                for_each_vector(count, hidden + r * fc1.out + column, [&](int64_t j) {
-                    return gelu(fc1.with_bias(product + r * count, j, column));
-                });
+                    for_each_vector(count, kept.inner + (at + r) * fc1.out + column, inner);
+                for_each_vector(count, hidden + r * fc1.out + column,
+                                [&](int64_t j) { return gelu(inner(j)); });
             }
         });
         fc2.forward(hidden, tile, 0, width, product);
@@ -341,9 +343,9 @@ struct Saved {
             kept.log_sums = log_sums.data_ptr<float>() + row;
             kept.sums_step = log_sums.size(1);
         } else {
-            kept.qkv = room(s.qkv, group.tokens * 3 * (overwrite ? c : width));
-            kept.mixed = room(s.mixed, group.asking * width);
-            kept.log_sums = room(s.log_sums, call.heads * group.asking);
+            kept.qkv = s.qkv.room(group.tokens * 3 * (overwrite ? c : width));
+            kept.mixed = s.mixed.room(group.asking * width);
+            kept.log_sums = s.log_sums.room(call.heads * group.asking);
             kept.sums_step = group.asking;
         }
         kept.part_step = overwrite ? c : width;
@@ -386,8 +388,8 @@ std::tuple<Tensor, std::vector<Tensor>> swin_block(
 struct GradScratch {
     BlockScratch forward;
     AttentionGradScratch attention;
-    std::vector<BFloat16> normed1, normed2, hidden, inner, branch, mixed, qkv, pairs, left, right;
-    std::vector<float> stream, product;
+    Buffer<BFloat16> normed1, normed2, hidden, inner, branch, mixed, qkv, pairs, left, right;
+    Buffer<float> stream, product;
 };
 
 // Sums of gradients over a chunk's windows, all in one row: the twelve parameters', the bias'.
@@ -400,9 +402,9 @@ struct Sums {
 void add_outer_product(const BFloat16* a, int64_t out, const BFloat16* b, int64_t in, int64_t rows,
                        float* sum, GradScratch& s) {
     const int64_t full = round_up(rows);
-    BFloat16* pairs = room(s.pairs, full * out);
-    BFloat16* left = room(s.left, full * out);
-    BFloat16* right = room(s.right, full * in);
+    BFloat16* pairs = s.pairs.room(full * out);
+    BFloat16* left = s.left.room(full * out);
+    BFloat16* right = s.right.room(full * in);
     pack(a, out, rows, out, full, pairs);
     transpose(pairs, out, full / 2, out, full / 2, left);
     pack(b, in, rows, in, full, right);
@@ -421,9 +423,9 @@ void mlp_backward(const Call& call, const Group& group, const BFloat16* kept_inn
                   float* product, GradScratch& s) {
     const int64_t width = call.width, m = group.asking;
     const Linear &fc1 = call.block.fc1, &fc2 = call.block.fc2;
-    BFloat16* branch = room(s.branch, m * width);
-    BFloat16* hidden = room(s.hidden, m * fc1.out);
-    BFloat16* inner = room(s.inner, m * fc1.out);  // before GELU, then its gradient
+    BFloat16* branch = s.branch.room(m * width);
+    BFloat16* hidden = s.hidden.room(m * fc1.out);
+    BFloat16* inner = s.inner.room(m * fc1.out);  // before GELU, then its gradient
     for_each_vector(m * width, branch, [&](int64_t j) { return load(above + j) * keep; });
     add_rows(branch, m, width, sums.parameters[11]);
     for_each_part(m, kTile, [&](int64_t at, int64_t tile) {
@@ -440,7 +442,8 @@ void mlp_backward(const Call& call, const Group& group, const BFloat16* kept_inn
             for (int64_t r = 0; r < tile; ++r) {
                 const int64_t there = start + r * fc1.out;
                 const BFloat16* x = (kept_inner ? kept_inner : inner) + there;
-                for_each_vector(count, hidden + there, [&](int64_t j) { return gelu(load(x + j)); });
+                for_each_vector(count, hidden + there,
+                                [&](int64_t j) { return gelu(load(x + j)); });
                 for_each_vector(count, inner + there, [&](int64_t j) {
                     return load(product + r * count + j) * gelu_slope(load(x + j));
                 });
@@ -449,8 +452,8 @@ void mlp_backward(const Call& call, const Group& group, const BFloat16* kept_inn
         fc1.backward(inner + at * fc1.out, tile, 0, width, product);
         for (int64_t r = 0; r < tile; ++r) {
             float* row = stream + (at + r) * width;
-            call.block.norm2.backward(row, product + r * width, above + (at + r) * width, width, row,
-                                      sums.parameters[6], sums.parameters[7]);
+            call.block.norm2.backward(row, product + r * width, above + (at + r) * width, width,
+                                      row, sums.parameters[6], sums.parameters[7]);
         }
     });
     add_rows(inner, m, fc1.out, sums.parameters[9]);
@@ -465,9 +468,9 @@ const BFloat16* attention_backward(const Call& call, const Group& group, const K
                                    GradScratch& s) {
     const int64_t width = call.width, c = call.channels, n = group.tokens, m = group.asking;
     const Linear& proj = call.block.proj;
-    BFloat16* branch = room(s.branch, m * width);
-    BFloat16* mixed = room(s.mixed, m * width);
-    BFloat16* qkv = room(s.qkv, n * 3 * width);
+    BFloat16* branch = s.branch.room(m * width);
+    BFloat16* mixed = s.mixed.room(m * width);
+    BFloat16* qkv = s.qkv.room(n * 3 * width);
     for_each_vector(m * width, branch, [&](int64_t j) { return load(above + j) * keep; });
     add_rows(branch, m, width, sums.parameters[5]);
     add_outer_product(branch, width, kept.mixed, width, m, sums.parameters[4], s);
@@ -499,10 +502,10 @@ void backward_window(const Call& call, const Group& group, int64_t window, const
     const int64_t token = group.row + window * n;
     const float keep1 = call.keep1(token), keep2 = call.keep2(token);
     const Kept kept = saved.window(call, group, window, false, s.forward);
-    float* product = room(s.product, kTile * std::max(kColumns, width));
-    float* stream = room(s.stream, m * width);
-    BFloat16* normed1 = room(s.normed1, n * width);
-    BFloat16* normed2 = room(s.normed2, m * width);
+    float* product = s.product.room(kTile * std::max(kColumns, width));
+    float* stream = s.stream.room(m * width);
+    BFloat16* normed1 = s.normed1.room(n * width);
+    BFloat16* normed2 = s.normed2.room(m * width);
     if (keep1 != 0) {
         normalise(call, group, token, normed1);
         if (!saved.qkv.numel())
@@ -614,8 +617,9 @@ TORCH_LIBRARY(hpc_xvr, m) {
         " int[] last, int save) -> (Tensor, Tensor[])");
     m.def(
         "swin_block_backward(Tensor grad, Tensor x, Tensor there, Tensor? valid, Tensor? drop1,"
-        " Tensor? drop2, Tensor[] parameters, float eps1, float eps2, Tensor[] biases, int[] counts,"
-        " int[] first, int[] last, Tensor[] saved) -> (Tensor, Tensor[], Tensor[])");
+        " Tensor? drop2, Tensor[] parameters, float eps1, float eps2, Tensor[] biases,"
+        " int[] counts, int[] first, int[] last, Tensor[] saved)"
+        " -> (Tensor, Tensor[], Tensor[])");
 }
 
 TORCH_LIBRARY_IMPL(hpc_xvr, CPU, m) {

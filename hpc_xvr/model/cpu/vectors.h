@@ -6,7 +6,8 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <vector>
+#include <cstdlib>
+#include <new>
 
 namespace {
 
@@ -16,11 +17,27 @@ using at::native::cpublas::brgemm;
 constexpr int64_t kLanes = 16;
 constexpr float kLog2e = 1.44269504f;
 
+// Memory at the beginning of a cache line, so that no vector lies across two.
 template <class T>
-T* room(std::vector<T>& buffer, int64_t size) {
-    if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
-    return buffer.data();
-}
+struct Buffer {
+    T* data = nullptr;
+    int64_t size = 0;
+
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { std::free(data); }
+
+    // Room for `wanted` numbers, which are whatever they are; the old ones are lost.
+    T* room(int64_t wanted) {
+        if (wanted > size) {
+            std::free(data);
+            size = (wanted + 63) / 64 * 64;
+            data = static_cast<T*>(std::aligned_alloc(64, size * sizeof(T)));
+            if (!data) throw std::bad_alloc();
+        }
+        return data;
+    }
+};
 
 int64_t round_up(int64_t n) { return (n + 31) / 32 * 32; }
 
