@@ -80,7 +80,7 @@ def sizes(quick: bool, device: torch.device) -> Sizes:
         return Sizes((16, 16), (16, 8), 1, 1)  # such a CPU takes its time
     if device.type == "cuda":
         return Sizes((100, 256), (24, 24), 32, 5)
-    return Sizes((64, 104), (24, 24), 4, 3)
+    return Sizes((64, 104), (24, 24), 4, 5)
 
 
 def random_batch(size: tuple[int, int], count: int, device: torch.device) -> tuple:
