@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def cpu_has_bf16() -> bool:
@@ -100,6 +101,7 @@ class _SwinBlock(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, there, valid, drop1, drop2, *rest = ctx.saved_tensors
         saved, parameters, biases = rest[:4], rest[4:16], rest[16:]
