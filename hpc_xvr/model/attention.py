@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Kind = Literal["auto", "fused", "flex", "explicit"]
@@ -130,6 +131,7 @@ class _FusedOnCPU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         windows: Windows = ctx.windows
         qkv, *biases = ctx.saved_tensors

@@ -12,8 +12,10 @@ from torch import Tensor
 class Derived:
     """Keeps values made from parameters until these change, in passes without gradients.
 
-    A pass with gradients must call `clear`: the optimizer's step will follow, and fused Adam leaves
-    no trace on the parameters it changes.
+    Changes are seen by torch's version counters. A pass with gradients must call `clear`: the
+    optimizer's step will follow, and fused Adam leaves no trace on the parameters it changes. So do
+    writes through `.data`, and a pass without gradients between a backward pass and the step would
+    fill it too early: call `clear` after these. Copies and pickles are empty.
     """
 
     def __init__(self) -> None:
@@ -29,6 +31,9 @@ class Derived:
             value = make()
         self._kept[key] = (sources, state, value)
         return value
+
+    def __reduce__(self) -> tuple:
+        return Derived, ()
 
     def clear(self) -> None:
         """Forget all."""

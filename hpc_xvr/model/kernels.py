@@ -49,6 +49,7 @@ def fit(x: torch.Tensor, channels: int) -> bool:
     return (
         x.device.type == "cpu"
         and channels % 16 == 0
+        and torch.backends.mkldnn.enabled
         and not torch.compiler.is_compiling()
         and available()
     )
@@ -85,7 +86,7 @@ def swin_block(
     """
     save = ("blocks", "mlp", "none").index(recompute) if torch.is_grad_enabled() else 0
     windows = (list(counts), [r.start for r in rows], [r.stop for r in rows])
-    x = x.contiguous()
+    x, *parameters = (t.contiguous() for t in (x, *parameters))
     return _SwinBlock.apply(x, there, valid, drops, eps, windows, save, *parameters, *biases)
 
 

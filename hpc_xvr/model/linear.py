@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hpc_xvr.model.kernels import cpu_has_bf16
 
@@ -57,6 +58,7 @@ class _LinearOnCPU(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias.to(x.dtype), "none", [], "")
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         # In four parts and rows of 64, where they fit: oneDNN's product with a transposed left

@@ -83,9 +83,10 @@ class Grid:
 
 
 def _cuts(extent: int, window: int, shifted: bool) -> list[int]:
-    """Sizes of the windows along an axis of `extent`; no shift where one window spans it."""
+    """Sizes of the windows along an axis of `extent`; no shift where one window spans it or half a
+    window is nothing."""
     count = extent // window
-    if not shifted or count == 1:
+    if not shifted or count == 1 or window == 1:
         return [window] * count
     return [window // 2, *[window] * (count - 1), window - window // 2]
 
@@ -232,7 +233,7 @@ class WindowAttention(nn.Module):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or table.is_inference():
             self._biases.clear()
             return table.t().index_select(1, relative).view(shape)
-        key = (group.height, group.width, dtype)
+        key = (group.tokens, group.height, group.width, dtype)
         return self._biases.get(
             key, (table,), lambda: table.t().index_select(1, relative).view(shape).to(dtype)
         )
@@ -282,7 +283,7 @@ class SwinBlock(nn.Module):
         """Tokens (T, C) and the branch before, still to be added to them (None: nothing is) ->
         the same of this block, in its own token order; of the frames `keep` only, where given."""
         layout, sample = step.layout, step.layout.sample
-        if branch is None and self.fits_own_kernels(x):
+        if self.fits_own_kernels(x, branch):
             return self._forward_by_windows(x, step, keep), None
         x, y = self.add_norm(x, branch, self.norm1, step)
         if keep:
@@ -298,10 +299,12 @@ class SwinBlock(nn.Module):
     def _mlp(self, y: Tensor) -> Tensor:
         return linear(self.fc2, F.gelu(linear(self.fc1, y)))
 
-    def fits_own_kernels(self, x: Tensor) -> bool:
+    def fits_own_kernels(self, x: Tensor, branch: Tensor | None) -> bool:
         """Whether this block runs in our CPU kernels, which recompute for themselves."""
         return (
-            self.attn.kind == "auto"
+            branch is None
+            and self._compiled_call_impl is None
+            and self.attn.kind == "auto"
             and kernels.fit(x, x.shape[1] // self.attn.heads)
             and x.dtype == self.fc1.weight.dtype == torch.float32
             and autocast_to_bf16_on_cpu()
@@ -364,7 +367,7 @@ class SwinStage(nn.Module):
             last = i == len(self.blocks) - 1
             inputs = x, branch, step, keep if last else None
             again = block.recompute == "blocks" and torch.is_grad_enabled()
-            if again and not block.fits_own_kernels(x):
+            if again and not block.fits_own_kernels(x, branch):
                 x, branch = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x, branch = block(*inputs)

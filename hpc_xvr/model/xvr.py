@@ -7,7 +7,6 @@ h w low-resolution grid, H = scale*h, W = scale*w, C embedding.
 
 from __future__ import annotations
 
-import copy
 from typing import Literal
 
 import torch
@@ -211,10 +210,10 @@ class SwinXVR(nn.Module):
         # A point in each channel, and nothing: seen far from the border.
         z = at.new_zeros(features + 1, features, 7, 7, dtype=torch.float64)
         z[:features, :, 3, 3] = torch.eye(features, device=at.device)
-        convs = copy.deepcopy(nn.ModuleList([*self.up_convs, self.last_conv])).double()
-        for conv in convs[:-1]:
-            z = F.pixel_shuffle(conv(z), 2)
-        seen = F.pixel_unshuffle(convs[-1](z), s)[:, :, 1:6, 1:6]  # F + 1, s*s, 5, 5
+        for conv in (*self.up_convs, self.last_conv):
+            z = F.conv2d(z, conv.weight.double(), conv.bias.double(), padding=1)
+            z = z if conv is self.last_conv else F.pixel_shuffle(z, 2)
+        seen = F.pixel_unshuffle(z, s)[:, :, 1:6, 1:6]  # F + 1, s*s, 5, 5
         bias = seen[-1, :, 2, 2]
         weight = (seen[:-1] - bias.view(-1, 1, 1)).flip(2, 3).transpose(0, 1)
         return weight.to(at.dtype).contiguous(), bias.to(at.dtype)
@@ -232,7 +231,8 @@ class SwinXVR(nn.Module):
     def flops(self, h: int, w: int) -> int:
         """Floating-point operations of one sample's forward pass (2 per multiply-add).
 
-        Counts convolutions, linear layers and attention products, padding included.
+        Counts convolutions, linear layers and attention products, padding included, as with
+        gradients; inference folds the last convolutions into less.
         """
         frames, pixels, dim = self.lr_frames + 2, h * w, self.lr_conv.out_channels
         g = grid(1, frames, h, w, self.window, torch.device("cpu"))

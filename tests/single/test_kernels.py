@@ -105,6 +105,47 @@ def test_rows_need_not_lie_one_after_the_other():
 
 
 @needs_kernels
+def test_parameters_need_not_be_contiguous():
+    block, step = block_of(), grid(1, 5, 8, 8, 4, torch.device("cpu")).to_plain
+    x = torch.randn(len(step.there), 48)
+    ours = run(block, x, step)
+    wide = torch.zeros(96)
+    wide[::2] = block.norm1.weight.detach()
+    block.norm1.weight = nn.Parameter(wide[::2])
+    assert all(map(torch.equal, run(block, x, step), ours))
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", range(4))
+def test_every_combination_of_dropped_branches(seed):
+    block = block_of(drop=0.5)
+    step = grid(2, 5, 8, 8, 4, torch.device("cpu")).to_shifted
+    factors = torch.tensor([[0.0, 2.0], [2.0, 0.0], [0.0, 0.0], [2.0, 2.0]])[seed]
+    kept = iter([factors, factors.flip(0)] * 2)
+    block.drop_path.factor = lambda sample, batch: next(kept)[sample]
+    x = torch.randn(len(step.there), 48)
+    for a, b in zip(run(block, x, step), run(block, x, step, exact=True), strict=True):
+        assert distance(a, b) < 1.5e-2 or float(a.abs().max()) == float(b.abs().max()) == 0
+
+
+@needs_kernels
+def test_compiled_blocks_do_without_so_that_they_are_recomputed():
+    block, x = block_of(), torch.randn(160, 48)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block.fits_own_kernels(x, None) and not block.fits_own_kernels(x, x)
+        block.compile()
+        assert not block.fits_own_kernels(x, None)
+
+
+@needs_kernels
+def test_windows_that_do_not_fit_the_tokens_are_refused():
+    block, step = block_of(), grid(1, 5, 8, 8, 4, torch.device("cpu")).to_plain
+    block.attn.bias = lambda group, relative, dtype: torch.zeros(1, 3, 96, 96)
+    with pytest.raises(RuntimeError, match="windows of 96 tokens"):
+        run(block, torch.randn(len(step.there), 48), step)
+
+
+@needs_kernels
 @pytest.mark.parametrize("sign", [1, -1])
 def test_large_logits_neither_overflow_nor_vanish(sign):
     block, step = block_of(), grid(1, 5, 8, 8, 4, torch.device("cpu")).to_plain

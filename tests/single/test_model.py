@@ -356,6 +356,15 @@ def test_cached_biases_follow_an_optimizer_that_leaves_no_trace_on_the_weights()
     assert torch.allclose(after, model(lr, hr).detach(), atol=1e-2)  # of thousands
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_windows_of_one_pixel_have_nothing_to_shift(bf16):
+    model = SwinXVR(embed_dim=16, depths=(2, 2), heads=1, window=1, up_features=4)
+    lr, hr = inputs(model, h=4, w=5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model(lr, hr).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("scale", [2, 4])
 @pytest.mark.parametrize("size", [(3, 9), (4, 4), (10, 13)])
 def test_convolutions_folded_for_inference_are_the_same(scale, size, monkeypatch):

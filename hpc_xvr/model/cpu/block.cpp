@@ -4,7 +4,7 @@
 // Window by window: from the residual stream (float32) a window's tokens go through norm, attention
 // and MLP in the cache, and only the stream is written again. What is kept for the backward pass is
 // the input and, where wanted, queries, keys, values, mixed values and the MLP's inner layer before
-// GELU (bf16); the rest is computed once more. Branches that stochastic depth drops cost nothing.
+// GELU (bf16); the rest is computed once more. Branches that stochastic depth drops are skipped.
 //
 // Shapes: T tokens in window order; groups of n windows of N tokens; A heads of c channels,
 // C = A*c; H inner channels of the MLP. The tokens first..last of each window ask (M of them), all
@@ -163,10 +163,17 @@ struct Call {
           drop1(data(drop1)),
           drop2(data(drop2)) {
         int64_t row = 0;
-        // Gradients of parameters are summed by chunks: the result is the same in each run.
+        TORCH_CHECK(tokens > 0 && width == heads * channels && channels % kLanes == 0 &&
+                        block.fc1.out % kLanes == 0,
+                    "swin_block: channels must be multiples of ", kLanes);
+        // Gradients of parameters are summed by chunks: the result is the same in each run with as
+        // many threads.
         const int64_t chunks = 4 * at::get_num_threads();
         for (size_t i = 0; i < biases.size(); ++i) {
             const int64_t n = biases[i].size(2), asking = last[i] - first[i], count = counts[i];
+            TORCH_CHECK(0 <= first[i] && first[i] < last[i] && last[i] <= n &&
+                            row + count * n <= tokens,
+                        "swin_block: windows of ", n, " tokens do not fit ", tokens);
             const Tensor bias = biases[i][0].slice(1, first[i], last[i]);
             const int64_t share = std::max<int64_t>(1, chunks * count * n / tokens);
             groups.push_back({n, first[i], asking, row, rows, count,
@@ -176,6 +183,7 @@ struct Call {
             row += count * n;
             rows += count * asking;
         }
+        TORCH_CHECK(row == tokens, "swin_block: windows of ", row, " tokens for ", tokens);
     }
 
     static const float* data(const std::optional<Tensor>& t) {
