@@ -99,7 +99,7 @@ xvr_setup() {
             { xvr_fail "pip could not install the packages"; return; }
         ls "$xvr_root"/hpc_xvr/model/_kernels.* >/dev/null 2>&1 || [ "$(uname -m)" != x86_64 ] ||
             echo "setup: hpc_xvr's CPU kernels could not be built (a C++20 compiler is needed);" \
-                "all works without them, bf16 on CPUs slower"
+                "all works without them, bf16 on CPUs slower (delete $stamp to try again)"
         work=$(mktemp -d)
         if xvr_build_horovod "$work"; then
             rm -rf "$work"

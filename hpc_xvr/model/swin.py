@@ -230,8 +230,7 @@ class WindowAttention(nn.Module):
         call until the table changes.
         """
         table, shape = self.bias_table, (1, self.heads, group.tokens, group.tokens)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or table.is_inference():
-            self._biases.clear()
+        if not self._biases.may_keep(table):
             return table.t().index_select(1, relative).view(shape)
         key = (group.tokens, group.height, group.width, dtype)
         return self._biases.get(
@@ -240,17 +239,14 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout, keep: slice | None = None) -> Tensor:
         """(T, C) tokens in window order -> (T, C), or those of the frames `keep` only."""
-        return linear(self.proj, self.mix(linear(self.qkv, x), layout, keep))
-
-    def mix(self, qkv: Tensor, layout: Layout, keep: slice | None = None) -> Tensor:
-        """Attention without its linear layers: (T, 3*C) -> (T, C)."""
-        groups = layout.groups
+        qkv, groups = linear(self.qkv, x), layout.groups
         biases = [
             self.bias(group, relative, qkv.dtype)
             for group, relative in zip(groups, layout.relative, strict=True)
         ]
         rows = [group.rows(keep) for group in groups] if keep else None
-        return window_attention(qkv, biases, [group.count for group in groups], rows, self.kind)
+        counts = [group.count for group in groups]
+        return linear(self.proj, window_attention(qkv, biases, counts, rows, self.kind))
 
 
 class SwinBlock(nn.Module):

@@ -182,9 +182,7 @@ class SwinXVR(nn.Module):
         """(B, n_out, h, w, C) -> (B, n_out, 1, H, W)."""
         z = F.leaky_relu(self.head_conv(y.flatten(0, 1).permute(0, 3, 1, 2)), 0.01)
         sources = tuple(p for conv in (*self.up_convs, self.last_conv) for p in conv.parameters())
-        fold = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if not fold or sources[0].is_inference() or min(z.shape[2:]) < 4:
-            self._folded.clear()
+        if not self._folded.may_keep(*sources) or min(z.shape[2:]) < 4:
             return self._rise(z).unflatten(0, y.shape[:2])
         # There is nothing but sums between these convolutions: one of 5x5 does it all, with 4 % of
         # the work, but at the border, where each of them finds zeros outside.

@@ -356,6 +356,16 @@ def test_cached_biases_follow_an_optimizer_that_leaves_no_trace_on_the_weights()
     assert torch.allclose(after, model(lr, hr).detach(), atol=1e-2)  # of thousands
 
 
+def test_cached_biases_know_how_many_frames_they_are_for():
+    attention = WindowAttention(24, 3, 5, 4)
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        for frames in (5, 3):
+            layout = grid(1, frames, 8, 8, 4, device).plain
+            bias = attention.bias(layout.groups[0], layout.relative[0], torch.float32)
+            assert bias.shape[2] == frames * 16
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_windows_of_one_pixel_have_nothing_to_shift(bf16):
     model = SwinXVR(embed_dim=16, depths=(2, 2), heads=1, window=1, up_features=4)

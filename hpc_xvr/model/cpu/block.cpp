@@ -113,20 +113,27 @@ struct Linear {
     }
 };
 
+// Parameters, and their gradients, in this order.
+enum Parameter {
+    kNorm1, kNorm1Bias, kQkv, kQkvBias, kProj, kProjBias,
+    kNorm2, kNorm2Bias, kFc1, kFc1Bias, kFc2, kFc2Bias,
+    kParameters
+};
+
 struct Block {
     Norm norm1;
     Linear qkv, proj;
     Norm norm2;
     Linear fc1, fc2;
 
-    // Weight and bias of norm1, qkv, proj, norm2, fc1, fc2.
+    // Parameters in the order of `Parameter`.
     Block(at::TensorList p, double eps1, double eps2, bool backward)
-        : norm1(p[0], p[1], eps1),
-          qkv(p[2], p[3], backward),
-          proj(p[4], p[5], backward),
-          norm2(p[6], p[7], eps2),
-          fc1(p[8], p[9], backward),
-          fc2(p[10], p[11], backward) {}
+        : norm1(p[kNorm1], p[kNorm1Bias], eps1),
+          qkv(p[kQkv], p[kQkvBias], backward),
+          proj(p[kProj], p[kProjBias], backward),
+          norm2(p[kNorm2], p[kNorm2Bias], eps2),
+          fc1(p[kFc1], p[kFc1Bias], backward),
+          fc2(p[kFc2], p[kFc2Bias], backward) {}
 };
 
 // ---- Windows ------------------------------------------------------------------------------------
@@ -197,6 +204,11 @@ struct Call {
     Shape shape(const Group& group) const { return {group.tokens, group.asking, channels}; }
 };
 
+// Gives the matrix unit back at the end of a thread's work, whatever ends it.
+struct Tiles {
+    ~Tiles() { at::native::cpublas::brgemm_release(); }
+};
+
 // Run work(group, chunk, scratch) for all chunks. Threads take what is next, as cores need not be
 // equally fast.
 template <class Scratch, class Work>
@@ -206,6 +218,7 @@ void for_each_chunk(const std::vector<Group>& groups, const Work& work) {
     std::atomic<int64_t> next = 0;
     const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
     at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+        const Tiles tiles;
         Scratch scratch;
         size_t i = 0;
         int64_t before = 0;
@@ -213,7 +226,6 @@ void for_each_chunk(const std::vector<Group>& groups, const Work& work) {
             while (task - before >= groups[i].chunks) before += groups[i++].chunks;
             work(groups[i], task - before, scratch);
         }
-        at::native::cpublas::brgemm_release();
     });
 }
 
@@ -396,13 +408,13 @@ std::tuple<Tensor, std::vector<Tensor>> swin_block(
 struct GradScratch {
     BlockScratch forward;
     AttentionGradScratch attention;
-    Buffer<BFloat16> normed1, normed2, hidden, inner, branch, mixed, qkv, pairs, left, right;
+    Buffer<BFloat16> normed1, normed2, hidden, inner, branch, grad_mixed, qkv, pairs, left, right;
     Buffer<float> stream, product;
 };
 
-// Sums of gradients over a chunk's windows, all in one row: the twelve parameters', the bias'.
+// Sums of gradients over a chunk's windows: the parameters', all in one row, and the bias'.
 struct Sums {
-    float* parameters[12];
+    float* parameters[kParameters];
     float* bias;  // (A, N, M filled up)
 };
 
@@ -435,7 +447,7 @@ void mlp_backward(const Call& call, const Group& group, const BFloat16* kept_inn
     BFloat16* hidden = s.hidden.room(m * fc1.out);
     BFloat16* inner = s.inner.room(m * fc1.out);  // before GELU, then its gradient
     for_each_vector(m * width, branch, [&](int64_t j) { return load(above + j) * keep; });
-    add_rows(branch, m, width, sums.parameters[11]);
+    add_rows(branch, m, width, sums.parameters[kFc2Bias]);
     for_each_part(m, kTile, [&](int64_t at, int64_t tile) {
         for_each_part(fc1.out, kColumns, [&](int64_t column, int64_t count) {
             const int64_t start = at * fc1.out + column;
@@ -461,12 +473,12 @@ void mlp_backward(const Call& call, const Group& group, const BFloat16* kept_inn
         for (int64_t r = 0; r < tile; ++r) {
             float* row = stream + (at + r) * width;
             call.block.norm2.backward(row, product + r * width, above + (at + r) * width, width,
-                                      row, sums.parameters[6], sums.parameters[7]);
+                                      row, sums.parameters[kNorm2], sums.parameters[kNorm2Bias]);
         }
     });
-    add_rows(inner, m, fc1.out, sums.parameters[9]);
-    add_outer_product(branch, width, hidden, fc1.out, m, sums.parameters[10], s);
-    add_outer_product(inner, fc1.out, normed, width, m, sums.parameters[8], s);
+    add_rows(inner, m, fc1.out, sums.parameters[kFc1Bias]);
+    add_outer_product(branch, width, hidden, fc1.out, m, sums.parameters[kFc2], s);
+    add_outer_product(inner, fc1.out, normed, width, m, sums.parameters[kFc1], s);
 }
 
 // Gradient of the stream after the attention branch (M, C) -> that of the normalised tokens' linear
@@ -477,14 +489,14 @@ const BFloat16* attention_backward(const Call& call, const Group& group, const K
     const int64_t width = call.width, c = call.channels, n = group.tokens, m = group.asking;
     const Linear& proj = call.block.proj;
     BFloat16* branch = s.branch.room(m * width);
-    BFloat16* mixed = s.mixed.room(m * width);
+    BFloat16* grad_mixed = s.grad_mixed.room(m * width);
     BFloat16* qkv = s.qkv.room(n * 3 * width);
     for_each_vector(m * width, branch, [&](int64_t j) { return load(above + j) * keep; });
-    add_rows(branch, m, width, sums.parameters[5]);
-    add_outer_product(branch, width, kept.mixed, width, m, sums.parameters[4], s);
+    add_rows(branch, m, width, sums.parameters[kProjBias]);
+    add_outer_product(branch, width, kept.mixed, width, m, sums.parameters[kProj], s);
     for_each_part(m, kTile, [&](int64_t at, int64_t tile) {
         proj.backward(branch + at * width, tile, 0, width, product);
-        for_each_vector(tile * width, mixed + at * width,
+        for_each_vector(tile * width, grad_mixed + at * width,
                         [&](int64_t j) { return load(product + j); });
     });
     if (m < n) std::fill_n(qkv, n * 3 * width, BFloat16(0));
@@ -494,7 +506,7 @@ const BFloat16* attention_backward(const Call& call, const Group& group, const K
         BFloat16* below = qkv + head * c;
         attend_backward({rows.q, rows.k, rows.v, rows.stride}, call.shape(group),
                         group.bias_t.const_data_ptr<BFloat16>() + head * n * full,
-                        kept.mixed + head * c, mixed + head * c, width,
+                        kept.mixed + head * c, grad_mixed + head * c, width,
                         kept.log_sums + head * kept.sums_step,
                         {below + group.first * 3 * width, below + width, below + 2 * width,
                          3 * width},
@@ -531,8 +543,8 @@ void backward_window(const Call& call, const Group& group, int64_t window, const
     const BFloat16* qkv = nullptr;
     if (keep1 != 0) {
         qkv = attention_backward(call, group, kept, keep1, stream, sums, product, s);
-        add_rows(qkv, n, 3 * width, sums.parameters[3]);
-        add_outer_product(qkv, 3 * width, normed1, width, n, sums.parameters[2], s);
+        add_rows(qkv, n, 3 * width, sums.parameters[kQkvBias]);
+        add_outer_product(qkv, 3 * width, normed1, width, n, sums.parameters[kQkv], s);
     }
     for_each_part(n, kTile, [&](int64_t at, int64_t tile) {
         if (qkv) call.block.qkv.backward(qkv + at * 3 * width, tile, 0, width, product);
@@ -544,7 +556,7 @@ void backward_window(const Call& call, const Group& group, int64_t window, const
             float* to = grad_x + call.there[token + r] * width;
             if (qkv && !padding)
                 call.block.norm1.backward(call.stream(token + r), product + (r - at) * width, add,
-                                          width, to, sums.parameters[0], sums.parameters[1]);
+                                          width, to, sums.parameters[kNorm1], sums.parameters[kNorm1Bias]);
             else if (add)
                 std::copy_n(add, width, to);
             else
