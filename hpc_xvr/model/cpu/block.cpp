@@ -556,7 +556,8 @@ void backward_window(const Call& call, const Group& group, int64_t window, const
             float* to = grad_x + call.there[token + r] * width;
             if (qkv && !padding)
                 call.block.norm1.backward(call.stream(token + r), product + (r - at) * width, add,
-                                          width, to, sums.parameters[kNorm1], sums.parameters[kNorm1Bias]);
+                                          width, to, sums.parameters[kNorm1],
+                                          sums.parameters[kNorm1Bias]);
             else if (add)
                 std::copy_n(add, width, to);
             else
