@@ -493,7 +493,11 @@ def ratios(result: dict[str, float]) -> Iterable[tuple[str, str]]:
 @click.command(help=usage(__doc__))
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]),
+    default="cuda" if torch.cuda.is_available() else "cpu",
+)
 @click.option("--memory-table", "table", is_flag=True)
 @click.option("--memory-of", hidden=True)
 @click.option("--size", type=int, nargs=2, hidden=True)
