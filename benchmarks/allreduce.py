@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from scipy.optimize import least_squares
 
 from hpc_xvr import log
-from hpc_xvr.dist.launch import discover
+from hpc_xvr.distributed.launch import discover
 from hpc_xvr.train.meters import describe_machine, synchronise
 
 HERE = Path(__file__).parent
@@ -41,7 +41,7 @@ ROOT = HERE.parent
 
 def worker(engine: str, device: str, sizes: list[int], seconds: float) -> None:
     """Time every size on all ranks; rank 0 prints the medians as JSON."""
-    from hpc_xvr.dist.comm import connect
+    from hpc_xvr.distributed.comm import connect
 
     comm = connect(engine, device)  # type: ignore[arg-type]
     torch.set_num_threads(1)

@@ -43,7 +43,7 @@ from filing import file_result, usage
 
 from hpc_xvr import checkpoint, log
 from hpc_xvr.config import load
-from hpc_xvr.data.phantom import simulate_corpus
+from hpc_xvr.data.simulate.corpus import simulate_corpus
 from hpc_xvr.train.meters import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,7 +179,7 @@ class Chaos:
         self._count_leftovers(job)
         job.wait_until(lambda: False, "the end")
         self.orphans += job.end()
-        self.leftovers += len(list(self.run.rglob("*.partial")))
+        self.leftovers += len(list(self.run.rglob(".*.partial*")))
         return job.process.returncode
 
     _last: tuple[str, int] | None = None
@@ -205,7 +205,7 @@ class Chaos:
         return (reached(self.run) if alive else None), resumed
 
     def _count_leftovers(self, job: Job) -> None:
-        for path in self.run.rglob("*.partial"):
+        for path in self.run.rglob(".*.partial*"):
             with contextlib.suppress(FileNotFoundError):
                 self.leftovers += path.stat().st_mtime < job.began
 
@@ -216,7 +216,7 @@ class Chaos:
         if kind == "writing":
             checkpoints = self.run / "checkpoints"
             job.wait_until(
-                lambda: any(n.endswith(".partial") for n in os.listdir(checkpoints)),  # noqa: PTH208
+                lambda: any(".partial" in n for n in os.listdir(checkpoints)),  # noqa: PTH208
                 "a checkpoint being written",
             )
             job.kill([job.rank(0)])

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpc_xvr.dist.launch import keep_freed_memory
+from hpc_xvr.factory.memory import keep_freed_memory
 
 keep_freed_memory()
 
@@ -32,7 +32,8 @@ from filing import file_result, usage  # noqa: E402
 
 from hpc_xvr import checkpoint, log  # noqa: E402
 from hpc_xvr.config import Config, load  # noqa: E402
-from hpc_xvr.reconstruct.weights import build_model, prepare  # noqa: E402
+from hpc_xvr.factory.build import build_model  # noqa: E402
+from hpc_xvr.factory.execution import prepare  # noqa: E402
 from hpc_xvr.train.meters import describe_machine, synchronise  # noqa: E402
 from hpc_xvr.train.objective import l1  # noqa: E402
 from hpc_xvr.train.optim import MovingAverage, adam  # noqa: E402
@@ -72,7 +73,7 @@ def training(cfg: Config, device: torch.device) -> tuple[Callable[[], None], Cal
 def measure(folder: Path, steps: int, rounds: int, device: torch.device) -> dict[str, float]:
     cfg = load(None, ["train.precision=auto", "model.drop_path=0"])
     step, state = training(cfg, device)
-    writer, number, blocked = checkpoint.Writer(folder, keep=1), 0, []
+    writer, number, blocked = checkpoint.CheckpointWriter(folder, keep=1), 0, []
 
     def save(wait: bool) -> None:
         nonlocal number

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 from hpc_xvr.config import Config, load
-from hpc_xvr.reconstruct.weights import build_model
+from hpc_xvr.factory.build import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "compare"

@@ -35,13 +35,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from hpc_xvr import config, log
-from hpc_xvr.data.batches import TrainingSamples, training_batches
 from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.corpus.manifest import line
+from hpc_xvr.data.corpus.stores import shard, zarr
+from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.degrade import bin_down
-from hpc_xvr.data.manifest import line
-from hpc_xvr.data.phantom import simulate_video
-from hpc_xvr.data.stores import shard, zarr
-from hpc_xvr.data.writer import CorpusWriter
+from hpc_xvr.data.samples.loader import training_batches
+from hpc_xvr.data.samples.training import TrainingSamples
+from hpc_xvr.data.simulate.experiment import simulate_video
 from hpc_xvr.train.meters import describe_machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,7 +207,7 @@ def at_scale(folder: Path, real: Path, rounds: int) -> dict[str, float]:
     path = many_clips(folder, real)
     code = (
         "import sys, time\n"
-        "from hpc_xvr.data.corpus import Corpus\n"
+        "from hpc_xvr.data.corpus.reader import Corpus\n"
         "page = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096\n"
         "before, begin = page(), time.perf_counter()\n"
         "corpus = Corpus(sys.argv[1])\n"

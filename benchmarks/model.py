@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_xvr.dist.launch import keep_freed_memory
+from hpc_xvr.factory.memory import keep_freed_memory
 
 keep_freed_memory()  # for all contestants, and before torch is imported
 
@@ -36,9 +36,9 @@ from plain_swin import PlainSwinXVR  # noqa: E402
 
 from hpc_xvr import log  # noqa: E402
 from hpc_xvr.errors import InputError  # noqa: E402
+from hpc_xvr.factory import execution as speed  # noqa: E402
 from hpc_xvr.model import kernels  # noqa: E402
 from hpc_xvr.model.xvr import SwinXVR  # noqa: E402
-from hpc_xvr.reconstruct import speed  # noqa: E402
 from hpc_xvr.train.meters import (  # noqa: E402
     describe_machine,
     peak_memory,

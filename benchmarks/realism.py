@@ -39,7 +39,7 @@ from scipy.ndimage import convolve
 from scipy.stats import wasserstein_distance
 
 from hpc_xvr.data.cameras import open_recording
-from hpc_xvr.data.phantom import Experiment
+from hpc_xvr.data.simulate.experiment import Experiment
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

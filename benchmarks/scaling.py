@@ -50,8 +50,8 @@ from ranks_figure import draw
 
 from hpc_xvr import log
 from hpc_xvr.config import Simulate
-from hpc_xvr.data.phantom import simulate_corpus
-from hpc_xvr.dist.launch import discover
+from hpc_xvr.data.simulate.corpus import simulate_corpus
+from hpc_xvr.distributed.launch import discover
 from hpc_xvr.train.meters import describe_machine
 
 HERE = Path(__file__).parent

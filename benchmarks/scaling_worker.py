@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hpc_xvr.dist.launch import cpu_threads, discover, keep_freed_memory
+from hpc_xvr.distributed.launch import cpu_threads, discover
+from hpc_xvr.factory.memory import keep_freed_memory
 
 keep_freed_memory()  # before torch is imported, as the trainer does
 
@@ -26,8 +27,8 @@ from torch import Tensor  # noqa: E402
 
 from hpc_xvr import log  # noqa: E402
 from hpc_xvr.config import Config, Dist, load  # noqa: E402
-from hpc_xvr.data.batches import training_batches  # noqa: E402
-from hpc_xvr.dist.comm import Comm, connect, device_of  # noqa: E402
+from hpc_xvr.data.samples.loader import training_batches  # noqa: E402
+from hpc_xvr.distributed.comm import Comm, connect, device_of  # noqa: E402
 from hpc_xvr.train.engine import Trainer  # noqa: E402
 from hpc_xvr.train.meters import peak_memory, reset_peak_memory, synchronise  # noqa: E402
 from hpc_xvr.train.objective import l1  # noqa: E402
@@ -165,7 +166,7 @@ def meet(kind: str, wish: str, settings: Dist) -> tuple[Comm, Comm]:
         return (alone := Comm(device=device)), alone
     from mpi4py import MPI
 
-    from hpc_xvr.dist.mpi import MpiComm
+    from hpc_xvr.distributed.mpi import MpiComm
 
     return Comm(device=device), MpiComm(device, MPI.COMM_WORLD)
 

@@ -15,8 +15,7 @@ import re
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
 
 _MARK = b"hpc_xvr sha256 "
@@ -106,7 +106,7 @@ class _Hashing:
             self._problem = problem
 
 
-class Writer:
+class CheckpointWriter:
     """Writes the checkpoints of a folder in the background while the run goes on.
 
     One at a time: the next save waits for the one before. A write that fails is a warning, as the
@@ -306,36 +306,3 @@ def prune(
             doomed.append(path)
     for path in doomed:
         path.unlink(missing_ok=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed `write_atomic` left behind."""
-    for path in folder.glob(".*.partial"):
-        path.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
-    """Call `write(binary file)` on a file beside `path`, sync and rename it over `path`.
-
-    Raises:
-        InputError: the disk is full, over quota, read-only or not permitted; `path` is as before.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink()
-        if not isinstance(error, OSError):
-            raise
-        raise InputError(f"cannot write {path}: {explain_os_error(error)}") from None

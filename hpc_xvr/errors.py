@@ -1,10 +1,17 @@
 """The one exception for what a user can mend: printed as one line, exit code 2, no traceback."""
 
+from __future__ import annotations
+
 import errno
+from typing import Any
 
 
 class InputError(ValueError):
     """Bad input: says what is wrong, where, what is allowed and what to do about it."""
+
+
+class CollectiveError(InputError):
+    """An InputError that every rank raises together: rank 0 prints it, nobody has to be killed."""
 
 
 def explain_os_error(error: OSError) -> str:
@@ -20,3 +27,12 @@ def explain_os_error(error: OSError) -> str:
         errno.EEXIST: "a part of the path is a file; choose another folder",
     }.get(error.errno or 0)
     return f"{error.strerror or error}" + (f"; {advice}" if advice else "")
+
+
+def explain(error: Exception) -> str:
+    """An exception's message as one line; the first problem of pydantic's validation errors."""
+    problems: Any = getattr(error, "errors", None)
+    if callable(problems):
+        problem = problems()[0]
+        return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -36,7 +36,7 @@ PULSE = ROOT / "configs" / "pulse.yaml"
 def pulse_corpus(tmp_path_factory):
     """The corpus of configs/pulse.yaml, simulated once."""
     from hpc_xvr.config import load
-    from hpc_xvr.data.phantom import simulate_corpus
+    from hpc_xvr.data.simulate.corpus import simulate_corpus
 
     path = tmp_path_factory.mktemp("pulse") / "corpus"
     simulate_corpus(load(PULSE).simulate, path)

@@ -9,7 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from hpc_xvr.config import Dist
-    from hpc_xvr.dist.comm import Comm
+    from hpc_xvr.distributed.comm import Comm
 
 _comm: Comm | None = None  # set by the commands that talk to other ranks
 
@@ -66,11 +66,12 @@ def configured_device(run: Path) -> str:
 def connect(engine: str, device: str, dist: Dist | None = None, folder: Path | None = None) -> Comm:
     global _comm
     from hpc_xvr import log
-    from hpc_xvr.dist.launch import discover, keep_freed_memory
+    from hpc_xvr.distributed.launch import discover
+    from hpc_xvr.factory.memory import keep_freed_memory
 
     if device != "cuda":
         keep_freed_memory()
-    from hpc_xvr.dist.comm import connect as meet
+    from hpc_xvr.distributed.comm import connect as meet
 
     launch = discover()
     log.setup(launch.rank, launched=launch.launcher is not None)

@@ -32,8 +32,8 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     mpirun those of all ranks; after an interruption, repeat the command and it goes on.
     """
     from hpc_xvr.config import load
-    from hpc_xvr.data.phantom import refuse_existing, simulate_corpus
-    from hpc_xvr.dist.launch import cpu_threads, discover
+    from hpc_xvr.data.simulate.corpus import refuse_existing, simulate_corpus
+    from hpc_xvr.distributed.launch import cpu_threads, discover
 
     cfg = load(config, overrides)
     if cfg.simulate is None:
@@ -177,10 +177,11 @@ def ingest(
     it goes on with what is missing. The result is the same on any number of processes and ranks.
     """
     from hpc_xvr.config import Dist
-    from hpc_xvr.data.ingest import Ranks
-    from hpc_xvr.data.ingest import ingest as run
-    from hpc_xvr.data.pairs import Pairing, read_registration
-    from hpc_xvr.dist.launch import cpu_threads, discover
+    from hpc_xvr.data.ingest.run import Ranks
+    from hpc_xvr.data.ingest.run import ingest as run
+    from hpc_xvr.data.pairing.joining import Pairing
+    from hpc_xvr.data.registration import read_registration
+    from hpc_xvr.distributed.launch import cpu_threads, discover
 
     if not options["lr"] and any((registration, gap, lr_rate, lr_start)):
         raise InputError("--registration, --gap, --lr-rate and --lr-start are for --lr: give it")
@@ -255,7 +256,7 @@ def inspect(corpus: Path, everything: bool, sheet: str | None, verify: bool) -> 
 
     opened = _show_corpus(corpus, everything)
     if sheet is not None:
-        from hpc_xvr.data.contact_sheet import contact_sheet
+        from hpc_xvr.data.corpus.contact_sheet import contact_sheet
 
         file = Path(sheet) if sheet else Path(f"{corpus.resolve().name}-sheet.png")
         for page in contact_sheet(opened, file, everything):

@@ -47,7 +47,7 @@ def run(cli: click.Group) -> None:
 
 def _crash(error: Exception) -> None:
     """Print the traceback being handled and end every rank."""
-    from hpc_xvr.dist.launch import abort_world
+    from hpc_xvr.distributed.launch import abort_world
 
     comm = connected()
     if comm is not None and comm.watch and comm.lost_another(error):
@@ -65,7 +65,7 @@ def _crash(error: Exception) -> None:
 
 def _fail(message: str, code: int, collective: bool = False) -> None:
     """Print one line and end the job; ranks that fail alike leave the talking to rank 0."""
-    from hpc_xvr.dist.launch import abort_world, discover
+    from hpc_xvr.distributed.launch import abort_world, discover
 
     comm = connected()
     try:

@@ -42,7 +42,7 @@ def _evaluation_config(
 
 def _data_of(weights: Path) -> tuple[str, ...]:
     """The section `data` that a file of weights of ours was trained with, as an override."""
-    from hpc_xvr.reconstruct.weights import read_weights
+    from hpc_xvr.factory.weights import read_weights
 
     try:
         config = read_weights(weights).config
@@ -204,7 +204,7 @@ def reconstruct(run: Path, device: str | None, **options: Any) -> None:
     Either from two camera files of the same field of view (--lr and --hr, first frames at the
     same instant, one sharp frame every --gap fast ones), or from a recording of a corpus.
     """
-    from hpc_xvr.dist.launch import discover
+    from hpc_xvr.distributed.launch import discover
     from hpc_xvr.reconstruct.workflow import reconstruct_run
 
     if discover().size > 1:
@@ -233,7 +233,7 @@ def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) ->
     The file holds numbers and text only. It takes the place of RUN in evaluate and reconstruct,
     and is a start for another training (config key train.weights).
     """
-    from hpc_xvr.reconstruct.weights import export_weights
+    from hpc_xvr.factory.weights import export_weights
 
     trained = export_weights(run, out, which, raw)
     count = sum(value.numel() for value in trained.weights.values())
@@ -248,6 +248,6 @@ def report(run: Path) -> None:
     For a folder that `evaluate --out` made: its comparison.html, with tables and pictures.
     The page needs nothing but itself: send it, archive it, open it anywhere.
     """
-    from hpc_xvr.evaluate.report import write_report
+    from hpc_xvr.report import write_report
 
     click.echo(f"written: {write_report(run)}")

@@ -14,7 +14,7 @@ from hpc_xvr.errors import InputError
 
 
 def _time(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    from hpc_xvr.submit import seconds
+    from hpc_xvr.submit.jobs import seconds
 
     try:
         return seconds(value)
@@ -122,7 +122,7 @@ def submit(
 
     What the queue or the job itself would refuse is refused here, with the reason.
     """
-    from hpc_xvr.submit import Job, check, read_site, render, send
+    from hpc_xvr.submit.jobs import Job, check, read_site, render, send
 
     where = read_site(site, asked["variables"])
     jobs = []
@@ -183,7 +183,7 @@ def _inspect_command(arguments: list[str]) -> _Inspected:
 
 def _inspect_training(given: dict[str, Any]) -> _Inspected:
     from hpc_xvr.config import load
-    from hpc_xvr.data.shards import slots_of_rank
+    from hpc_xvr.data.samples.slots import slots_of_rank
 
     cfg = load(given["config"], given["overrides"])
     run = cfg.run.dir.resolve()

@@ -10,7 +10,7 @@ from hpc_xvr.config.sections import (
     Data,
     Dist,
     Fetch,
-    Noise,
+    NoiseKind,
     Optim,
     Simulate,
 )
@@ -20,7 +20,7 @@ __all__ = [
     "Data",
     "Dist",
     "Fetch",
-    "Noise",
+    "NoiseKind",
     "Optim",
     "Simulate",
     "check",

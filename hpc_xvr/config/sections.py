@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Noise = Literal["none", "poisson", "poisson_gaussian", "fixed_pattern"]
-Scene = Literal["keyhole", "spray", "bubbles", "crack", "tissue"]
-Sensor = Literal["sa-z", "hpv-x2"]
+NoiseKind = Literal["none", "poisson", "poisson_gaussian", "fixed_pattern"]
+SceneName = Literal["keyhole", "spray", "bubbles", "crack", "tissue"]
+SensorName = Literal["sa-z", "hpv-x2"]
 Split = Literal["train", "validation", "test"]
 Size = tuple[Positive, Positive, Positive]
 
@@ -54,10 +54,10 @@ class Simulate(Section):
     size: Size | None = (48, 128, 128)
     """Frames, height and width (pixels) of the high-resolution cameras' recordings. null: each
     camera's own, `simulate.cameras.NAME.size`."""
-    cameras: Annotated[dict[Sensor, CameraShare], Field(min_length=1)] = {"sa-z": CameraShare()}
+    cameras: Annotated[dict[SensorName, CameraShare], Field(min_length=1)] = {"sa-z": CameraShare()}
     """Sharp cameras and their shares of each scene's recordings: sa-z (12 bit) and hpv-x2 (10
     bit). The fast low-resolution one beside them is an hpv-x2."""
-    scenes: Annotated[list[Scene], Field(min_length=1)] = list(get_args(Scene))
+    scenes: Annotated[list[SceneName], Field(min_length=1)] = list(get_args(SceneName))
     """Scenes, dealt to the recordings in turn."""
     splits: dict[Split, Fraction] = {"train": 0.75, "validation": 0.125, "test": 0.125}
     """Share of the recordings in each split."""
@@ -86,7 +86,7 @@ class Simulate(Section):
                 )
         return self
 
-    def size_of(self, camera: Sensor) -> Size:
+    def size_of(self, camera: SensorName) -> Size:
         """Frames, height and width of a camera's recordings."""
         size = self.size or self.cameras[camera].size
         if size is None:
@@ -111,13 +111,13 @@ class Data(Section):
     """Training: frames between two low-resolution frames of a sample are drawn from 1..this."""
     lr_source: Literal["binned", "recorded"] = "binned"
     """binned: simulate the fast camera from the sharp frames. recorded: its own stream."""
-    noise: Noise = "poisson"
+    noise: NoiseKind = "poisson"
     """Put on binned low-resolution frames in training. poisson: photon noise, as published;
     poisson_gaussian: read noise too; fixed_pattern: also gains of pixels and columns, which stay
     the same throughout a recording."""
     photons_log10: tuple[float, float] = (1.0, 7.0)
     """Range of log10(photons per pixel at full scale), drawn anew for each sample."""
-    hr_noise: Noise = "none"
+    hr_noise: NoiseKind = "none"
     """The same for the two key frames; the target stays clean."""
     hr_photons_log10: tuple[float, float] = (3.0, 7.0)
     """Range of log10(photons per pixel at full scale) of the key frames."""

@@ -17,10 +17,10 @@ import numpy as np
 
 from hpc_xvr import config
 from hpc_xvr.data.cameras import Recording, open_files
-from hpc_xvr.data.layout import disk_errors
-from hpc_xvr.data.sources import find_recordings
-from hpc_xvr.data.writer import CorpusWriter
+from hpc_xvr.data.corpus.writer import CorpusWriter
+from hpc_xvr.data.ingest.sources import find_recordings
 from hpc_xvr.errors import InputError
+from hpc_xvr.files import disk_errors
 from hpc_xvr.log import logger, progress_bar
 
 PIECE = 1 << 20  # bytes

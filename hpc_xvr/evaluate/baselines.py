@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hpc_xvr.data.samples.sample import Sample
 from hpc_xvr.errors import InputError
 from hpc_xvr.model.bases import (
     interpolate_keys,
@@ -20,8 +21,6 @@ from hpc_xvr.model.bases import (
     upsample,
 )
 from hpc_xvr.model.bayes import BayesianFusion
-
-Sample = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

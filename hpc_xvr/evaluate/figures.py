@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from hpc_xvr import metrics
-from hpc_xvr.evaluate.evaluation import METRICS, Condition
-from hpc_xvr.evaluate.noise import KINDS, Noise
+from hpc_xvr.evaluate.noise import KINDS, NoiseLevel
 from hpc_xvr.evaluate.results import Evaluation
+from hpc_xvr.evaluate.scoring import METRICS, Condition
 from hpc_xvr.evaluate.summary import Summary
-from hpc_xvr.reconstruct.writers import written_whole
+from hpc_xvr.files import replacing
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -44,7 +44,7 @@ COLOURS = ("#1c5d99", "#d9480f", "#2b8a3e", "#9c36b5", "#0b7285", "#e67700")
 
 def save(figure: Figure, path: Path) -> Path:
     """Write a picture whole; the suffix says the format."""
-    with written_whole(path) as beside:
+    with replacing(path) as beside:
         figure.savefig(beside, format=path.suffix[1:] or "png", dpi=110)
     return path
 
@@ -155,12 +155,14 @@ def charts(evaluation: Evaluation) -> dict[str, Figure]:
 
 def _against_noise(evaluation: Evaluation, own: Sequence[Condition], corpus: str) -> Figure:
     gaps = sorted({c.gap for c in own})
-    kinds = [k for k in KINDS if k in {Noise.parse(c.noise).kind for c in own}]
+    kinds = [k for k in KINDS if k in {NoiseLevel.parse(c.noise).kind for c in own}]
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(len(kinds) * len(gaps), f"{corpus}: PSNR against noise")
         for axis, (kind, gap) in zip(axes, [(k, g) for k in kinds for g in gaps], strict=True):
-            part = [c for c in own if c.gap == gap and Noise.parse(c.noise).kind in (kind, "none")]
-            levels = {c: Noise.parse(c.noise).photons for c in part}
+            part = [
+                c for c in own if c.gap == gap and NoiseLevel.parse(c.noise).kind in (kind, "none")
+            ]
+            levels = {c: NoiseLevel.parse(c.noise).photons for c in part}
             finite = [v for v in levels.values() if v is not None]
             clean = 10 * max(finite)  # its own place behind the brightest
             _lines(evaluation, axis, {c: clean if v is None else v for c, v in levels.items()})
@@ -185,7 +187,7 @@ def _against_gap(evaluation: Evaluation, own: Sequence[Condition], corpus: str) 
             axis.set_xticks(sorted(part.values()), [f"{g}" for g in sorted(part.values())])
             axis.minorticks_off()
             axis.set_xlabel("frames from key frame to key frame")
-            axis.set_title(Noise.parse(noise).label, fontsize=9)
+            axis.set_title(NoiseLevel.parse(noise).label, fontsize=9)
         _legend(figure, axes)
     return figure
 

@@ -14,14 +14,15 @@ from hpc_xvr import __version__
 from hpc_xvr.config import Config
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import BASELINES, find_baseline
+from hpc_xvr.factory.execution import prepare
+from hpc_xvr.factory.weights import SUFFIX, Which, model_of_run
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.model.xvr import SwinXVR
-from hpc_xvr.reconstruct.pipeline import Method
-from hpc_xvr.reconstruct.weights import SUFFIX, Which, as_method, model_of_run, prepare
+from hpc_xvr.reconstruct.pipeline import Method, as_method
 
 
 @dataclass(frozen=True)
-class Entry:
+class NamedMethod:
     """A method as an evaluation sees it: frames in, frames out, and what it costs."""
 
     name: str
@@ -48,7 +49,7 @@ def open_methods(
     what: Iterable[str | Path],
     device: torch.device | str = "cpu",
     which: Which = "newest",
-) -> tuple[dict[str, Entry], dict[str, Config]]:
+) -> tuple[dict[str, NamedMethod], dict[str, Config]]:
     """The methods named, and the configs of those that are runs.
 
     Each is the name of a baseline, a run folder (of which `which` tells the checkpoint), or a file
@@ -58,7 +59,7 @@ def open_methods(
     Raises:
         InputError: neither, without valid weights, or two of one name.
     """
-    entries: dict[str, Entry] = {}
+    entries: dict[str, NamedMethod] = {}
     configs: dict[str, Config] = {}
     for text in dict.fromkeys(map(str, what)):
         if text in BASELINES:
@@ -76,14 +77,14 @@ def open_methods(
     return _distinct(entries), configs
 
 
-def baseline_entry(name: str) -> Entry:
+def baseline_entry(name: str) -> NamedMethod:
     """A method without learning.
 
     Raises:
         InputError: there is none of that name.
     """
     baseline = find_baseline(name)
-    return Entry(
+    return NamedMethod(
         name,
         baseline.title,
         baseline,
@@ -92,11 +93,11 @@ def baseline_entry(name: str) -> Entry:
     )
 
 
-def model_entry(name: str, model: nn.Module, precision: str = "float32") -> Entry:
+def model_entry(name: str, model: nn.Module, precision: str = "float32") -> NamedMethod:
     """A network in eval mode, on its device."""
     method, n_out = as_method(model)
     block = 1 if isinstance(model, SwinXVR) else 4  # EDVR's frames are continued to multiples
-    return Entry(
+    return NamedMethod(
         name,
         _title(model),
         method,
@@ -111,7 +112,7 @@ def model_entry(name: str, model: nn.Module, precision: str = "float32") -> Entr
     )
 
 
-def _open_model(text: str, device: torch.device, which: Which) -> tuple[Entry, Config | None]:
+def _open_model(text: str, device: torch.device, which: Which) -> tuple[NamedMethod, Config | None]:
     name, sign, where = text.partition("=")
     path = Path(where if sign else text)
     if not path.exists():
@@ -144,13 +145,13 @@ def _title(model: nn.Module) -> str:
     return f"SWIN-XVR {model.output}{base}"
 
 
-def _distinct(entries: dict[str, Entry]) -> dict[str, Entry]:
+def _distinct(entries: dict[str, NamedMethod]) -> dict[str, NamedMethod]:
     """Titles that two methods share get the methods' names."""
     titles = [entry.title for entry in entries.values()]
     return {
         name: entry
         if titles.count(entry.title) == 1
-        else Entry(**{**entry.__dict__, "title": f"{entry.title} ({name})"})
+        else NamedMethod(**{**entry.__dict__, "title": f"{entry.title} ({name})"})
         for name, entry in entries.items()
     }
 

@@ -19,7 +19,7 @@ READ_NOISE = 0.005  # share of full scale, where the text does not say
 
 
 @dataclass(frozen=True)
-class Noise:
+class NoiseLevel:
     """A kind of noise on the fast camera's frames, and its strength."""
 
     kind: str = "none"
@@ -29,7 +29,7 @@ class Noise:
     """Standard deviation as a share of full scale."""
 
     @classmethod
-    def parse(cls, text: str | float) -> Noise:
+    def parse(cls, text: str | float) -> NoiseLevel:
         """`none`, PHOTONS (photon noise), KIND:PHOTONS or KIND:PHOTONS:READ_NOISE.
 
         Raises:

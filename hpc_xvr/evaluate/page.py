@@ -14,11 +14,12 @@ import jinja2
 from PIL import Image
 
 from hpc_xvr import __version__
-from hpc_xvr.checkpoint import write_atomic
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.evaluation import Condition
-from hpc_xvr.evaluate.results import Evaluation, best_of, interval, shown, signed
+from hpc_xvr.evaluate.results import Evaluation
+from hpc_xvr.evaluate.scoring import Condition
 from hpc_xvr.evaluate.summary import Summary
+from hpc_xvr.evaluate.tables import best_of, interval, shown, signed
+from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
 
 PICTURE_LIMIT = 900_000  # bytes; larger pictures are stored again as WebP

@@ -12,15 +12,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hpc_xvr.checkpoint import write_atomic
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.evaluation import LOWER, METRICS, Condition, Row
-from hpc_xvr.evaluate.methods import Entry
-from hpc_xvr.evaluate.summary import Estimate, Summary, conditions, summarise, verdict
+from hpc_xvr.evaluate.methods import NamedMethod
+from hpc_xvr.evaluate.scoring import METRICS, Condition, Row
+from hpc_xvr.evaluate.summary import Summary, conditions, summarise, verdict
+from hpc_xvr.evaluate.tables import (
+    _COLUMNS,
+    PRINTED,
+    _counted,
+    _tex,
+    best_of,
+    interval,
+    shown,
+    signed,
+)
+from hpc_xvr.files import write_atomic
 from hpc_xvr.log import console, print_table
-
-DIGITS = {"ssim": 4, "aad": 3, "flicker": 3}
-PRINTED = 4  # tables on a terminal; the rest is in tables.md
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Facts:
     parameters: int = 0
 
     @classmethod
-    def of(cls, entry: Entry) -> Facts:
+    def of(cls, entry: NamedMethod) -> Facts:
         """Those of a method."""
         return cls(entry.name, entry.title, entry.learned, entry.parameters)
 
@@ -251,65 +258,6 @@ class Evaluation:
                 ]
             )
         return head, cells
-
-
-_COLUMNS = {
-    "method": "method",
-    "psnr": METRICS["psnr"],
-    "interval": "95 %",
-    "difference": "",
-    **{name: title for name, title in METRICS.items() if name != "psnr"},
-    "ms": "ms/frame",
-    "gflop": "GFLOP/frame",
-}
-
-
-def best_of(rows: Sequence[Summary]) -> set[tuple[str, str]]:
-    """(method, metric) of the best numbers of a table; what looks the same is the same."""
-    best = set()
-    for name in METRICS:
-        sign = -1 if name in LOWER else 1
-        numbers = {s.method: round(s.values[name].mean, DIGITS.get(name, 2)) for s in rows}
-        top = max(sign * value for value in numbers.values())
-        best |= {(method, name) for method, value in numbers.items() if sign * value == top}
-    return best
-
-
-def shown(value: float, metric: str) -> str:
-    """A number as the tables write it."""
-    return f"{value:.{DIGITS.get(metric, 2)}f}" if math.isfinite(value) else "exact"
-
-
-def interval(estimate: Estimate, metric: str) -> str:
-    """Its interval; nothing where there is none."""
-    if estimate.low is None:
-        return ""
-    return f"{shown(estimate.low, metric)} to {shown(estimate.high, metric)}"
-
-
-def signed(estimate: Estimate) -> str:
-    """A difference with its interval."""
-    if not math.isfinite(estimate.mean):
-        return ""
-    text = f"{estimate.mean:+.2f}"
-    if estimate.low is not None:
-        text += f" [{estimate.low:+.2f}, {estimate.high:+.2f}]"
-    return text.replace("-", "\u2212")
-
-
-def _counted(summary: Summary, scene: str | None) -> str:
-    where = f"Scene {scene}: " if scene else ""
-    many = "s" if summary.recordings > 1 else ""
-    return (
-        f"{where}{summary.recordings} recording{many}, {summary.frames} frames; "
-        f"{summary.keys} key frames not counted."
-    )
-
-
-def _tex(text: str) -> str:
-    for mark in "&%_#$":
-        text = text.replace(mark, "\\" + mark)
-    return text.replace("\u2212", "$-$")
 
 
 def _plain(tree: Any) -> Any:

@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from hpc_xvr.evaluate.evaluation import LOWER, METRICS, Condition, Row
-from hpc_xvr.evaluate.noise import KINDS, Noise
+from hpc_xvr.evaluate.noise import KINDS, NoiseLevel
+from hpc_xvr.evaluate.scoring import LOWER, METRICS, Condition, Row
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -76,7 +76,7 @@ def conditions(rows: Sequence[Row]) -> list[Condition]:
     """In order of corpus, gap, and noise from none to most."""
 
     def order(condition: Condition) -> tuple:
-        noise = Noise.parse(condition.noise)
+        noise = NoiseLevel.parse(condition.noise)
         kind = list(KINDS).index(noise.kind) if noise.photons else -1
         return condition.corpus, condition.gap, kind, noise.read_noise, -(noise.photons or 0)
 

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 
 from hpc_xvr.config import Config, Data
-from hpc_xvr.data.batches import key_frames
 from hpc_xvr.data.corpus import Corpus, Video
-from hpc_xvr.dist.comm import Comm
-from hpc_xvr.dist.launch import cpu_threads, discover
+from hpc_xvr.data.samples.sample import key_frames
+from hpc_xvr.distributed.comm import Comm
+from hpc_xvr.distributed.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import figures
-from hpc_xvr.evaluate.cells import Cells, key_of
-from hpc_xvr.evaluate.evaluation import (
+from hpc_xvr.evaluate.methods import NamedMethod, open_methods
+from hpc_xvr.evaluate.noise import NoiseLevel
+from hpc_xvr.evaluate.page import write_page
+from hpc_xvr.evaluate.results import Evaluation, Facts, joined
+from hpc_xvr.evaluate.resume import Cells, key_of
+from hpc_xvr.evaluate.scoring import (
     Condition,
     Row,
     Unit,
@@ -27,12 +31,8 @@ from hpc_xvr.evaluate.evaluation import (
     renamed,
     score,
 )
-from hpc_xvr.evaluate.methods import Entry, open_methods
-from hpc_xvr.evaluate.noise import Noise
-from hpc_xvr.evaluate.page import write_page
-from hpc_xvr.evaluate.results import Evaluation, Facts, joined
+from hpc_xvr.factory.weights import Which
 from hpc_xvr.log import logger, progress_bar
-from hpc_xvr.reconstruct.weights import Which
 from hpc_xvr.reconstruct.writers import write_movie
 
 MOVIE_FPS = 8
@@ -60,7 +60,7 @@ def evaluate(
     torch.set_num_threads(config.run.threads or cpu_threads(discover()))
     wanted, data = config.evaluate, config.data
 
-    def load() -> tuple[dict[str, Entry], list[Unit], dict[str, Row]]:
+    def load() -> tuple[dict[str, NamedMethod], list[Unit], dict[str, Row]]:
         entries, _ = open_methods([*wanted.methods, *what], comm.device, which)
         check_methods(entries, data)
         units = _units(config)
@@ -107,7 +107,7 @@ def evaluate(
 def _units(config: Config) -> list[Unit]:
     """Every recording under every condition."""
     wanted = config.evaluate
-    levels = list(dict.fromkeys(Noise.parse(text).name for text in wanted.noise))
+    levels = list(dict.fromkeys(NoiseLevel.parse(text).name for text in wanted.noise))
     units = []
     for corpus in dict.fromkeys(wanted.corpora or [config.data.corpus]):
         videos = Corpus(corpus).split(wanted.split)
@@ -125,7 +125,7 @@ def _units(config: Config) -> list[Unit]:
 
 def _open_units(
     units: Sequence[Unit],
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, NamedMethod],
     done: Mapping[str, Row],
     data: Data,
     seed: int,
@@ -147,7 +147,7 @@ def _open_units(
 
 def _score_own(
     todo: Sequence[tuple[Unit, list[str]]],
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, NamedMethod],
     config: Config,
     comm: Comm,
     out: Path,
@@ -196,7 +196,7 @@ def _pictures(
     out: Path,
     evaluation: Evaluation,
     units: Sequence[Unit],
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, NamedMethod],
     config: Config,
     comm: Comm,
 ) -> None:
@@ -218,7 +218,7 @@ def _pictures(
         around = key_frames(t, unit.condition.gap, frames)
         title = f"{unit.video.id}, frame {t}: key frames {around[0]} and {around[1]}"
         if unit.condition.noise != "none":
-            title += f", {Noise.parse(unit.condition.noise).label}"
+            title += f", {NoiseLevel.parse(unit.condition.noise).label}"
         name = f"{Path(unit.condition.corpus).name}-{unit.video.id}"
         truth = unit.video.intensity(t)
         figures.save(figures.side_by_side(panels, truth, title), out / f"{name}.png")
@@ -244,9 +244,9 @@ def _best(evaluation: Evaluation, condition: Condition) -> list[str]:
     return [name for name in table if name in chosen]
 
 
-def _frame(entry: Entry, unit: Unit, t: int, config: Config, comm: Comm):
+def _frame(entry: NamedMethod, unit: Unit, t: int, config: Config, comm: Comm):
     gap, video = unit.condition.gap, unit.video
-    noise = Noise.parse(unit.condition.noise)
+    noise = NoiseLevel.parse(unit.condition.noise)
     streams = recording_seen(video, gap, noise, config.data, config.run.seed)
     around = key_frames(t, gap, video.shape[0])
     return reconstruct_one(entry, video, t, streams, around, config.data, comm.device)
@@ -256,13 +256,13 @@ def _movie(
     path: Path,
     best: Sequence[str],
     unit: Unit,
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, NamedMethod],
     config: Config,
     comm: Comm,
 ) -> None:
     """Fast camera, the best method, the truth: two gaps of the recording."""
     video, name = unit.video, best[-1]
-    noise = Noise.parse(unit.condition.noise)
+    noise = NoiseLevel.parse(unit.condition.noise)
     lr, keys = recording_seen(video, unit.condition.gap, noise, config.data, config.run.seed)
 
     def frames():

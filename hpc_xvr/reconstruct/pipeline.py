@@ -14,15 +14,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from hpc_xvr.config import Data
-from hpc_xvr.data.batches import key_frames
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.corpus import Video
 from hpc_xvr.data.degrade import CameraNoise, bin_down
+from hpc_xvr.data.samples.sample import key_frames
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
+from hpc_xvr.model.edvr import EDVR
+from hpc_xvr.model.xvr import SwinXVR
 
 CLEAN = CameraNoise()
 Method = Callable[[dict[str, Tensor]], Tensor]
@@ -342,3 +345,35 @@ class _InTurn:
             next(self._frames)
         self._next = t + 1
         return next(self._frames).astype(np.float32) / (2**self._recording.bit_depth - 1)
+
+
+def _on_whole_blocks(model: EDVR, lr: Tensor, hr: Tensor, hr_offset: Tensor) -> Tensor:
+    """EDVR halves its grid twice: frames are continued to multiples of 4 and cut off again."""
+    scale = hr.shape[-1] // lr.shape[-1]
+    bottom, right = (-n % 4 for n in lr.shape[-2:])
+
+    def continued(x: Tensor, factor: int) -> Tensor:
+        pad = (0, factor * right, 0, factor * bottom)
+        return F.pad(x.flatten(0, 1), pad, mode="replicate").unflatten(0, x.shape[:2])
+
+    out = model(continued(lr, 1), continued(hr, scale), hr_offset)
+    return out[..., : hr.shape[-2], : hr.shape[-1]]
+
+
+def as_method(model: nn.Module) -> tuple[Method, int]:
+    """A model as what `pipeline.reconstruct` calls, and the number of frames it gives."""
+
+    known: dict[str, torch.Tensor] = {}  # features of the last pair of key frames
+
+    def method(sample: dict[str, torch.Tensor]) -> torch.Tensor:
+        hr = sample["hr"]
+        try:
+            if not isinstance(model, SwinXVR):
+                return _on_whole_blocks(model, sample["lr"], hr, sample["hr_offset"])
+            if known.get("hr") is not hr:
+                known.update(hr=hr, features=model.hr_features(hr))
+            return model(sample["lr"], hr, sample["hr_offset"], known["features"])
+        except ValueError as error:  # frames of a size the model cannot take
+            raise InputError(f"{type(model).__name__}: {error}") from None
+
+    return method, getattr(model, "n_out", 1)

@@ -13,16 +13,18 @@ from hpc_xvr.config import Config
 from hpc_xvr.data.cameras import Recording, open_recording
 from hpc_xvr.data.cameras.flatfield import transmission
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.treatment import Reading, field_of
-from hpc_xvr.dist.launch import cpu_threads, discover
+from hpc_xvr.data.pairing.treatment import Reading, field_of
+from hpc_xvr.distributed.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
+from hpc_xvr.factory.execution import prepare
+from hpc_xvr.factory.weights import Which, model_of_run
 from hpc_xvr.log import logger, track
 from hpc_xvr.reconstruct.pipeline import (
+    as_method,
     reconstruct,
     recording_streams,
     streams_from_files,
 )
-from hpc_xvr.reconstruct.weights import Which, as_method, model_of_run, prepare
 from hpc_xvr.reconstruct.writers import Calibration, check_movie, write_movie, write_sequence
 
 MOVIE_FPS = 8

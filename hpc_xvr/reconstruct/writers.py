@@ -5,10 +5,8 @@ A file appears under its name only when it is complete: it is written beside and
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,7 +16,8 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFont
 
-from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.errors import InputError
+from hpc_xvr.files import check_folder, replacing
 
 FULL = 65535
 TIFF_LIMIT = 2**32 - 2**26  # bytes of pixels; a classic TIFF addresses 4 GiB
@@ -26,26 +25,6 @@ MOVIE_FRAMES = 60
 MOVIE_WIDTH = {".gif": 720, ".webp": 1000, ".png": 1000}  # noise hardly compresses in a GIF
 GIF_GREYS = 64
 STRIP_FRAMES = 6
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a name beside `path`; what is there afterwards becomes `path`, or nothing does.
-
-    Raises:
-        InputError: the folder is missing or the disk refuses.
-    """
-    _check_folder(path)
-    beside = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {explain_os_error(error)}") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -83,7 +62,7 @@ def write_sequence(
             f"one of {', '.join(SEQUENCE_WRITERS)}"
         )
     frames = iter(frames)
-    with written_whole(path) as beside:
+    with replacing(path) as beside:
         first = next(frames, None)
         if first is None:
             raise InputError(f"{path}: there are no frames to write")
@@ -217,7 +196,7 @@ def write_movie(
         _sheet(panels, labels, f"frame {i}", low, max(high - low, 1e-6), greys)
         for i, panels in shown
     ]
-    with written_whole(path) as beside:
+    with replacing(path) as beside:
         if kind == ".png":
             _strip(sheets).save(beside)
         else:
@@ -244,12 +223,7 @@ def check_movie(path: Path) -> None:
             f"{path}: unknown movie format {path.suffix or '(no suffix)'}; end the "
             "name in .gif, .webp or .png"
         )
-    _check_folder(path)
-
-
-def _check_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
+    check_folder(path)
 
 
 def _thinned(

@@ -13,15 +13,18 @@ from torch.func import functional_call
 
 from hpc_xvr import checkpoint
 from hpc_xvr.config import Config
-from hpc_xvr.data.batches import TrainingSamples, training_batches
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.shards import slots_of_rank
-from hpc_xvr.data.staging import Staging
-from hpc_xvr.dist.comm import CollectiveError, Comm, host
-from hpc_xvr.dist.launch import cpu_threads, discover
-from hpc_xvr.errors import InputError
+from hpc_xvr.data.corpus.staging import Staging
+from hpc_xvr.data.samples.loader import training_batches
+from hpc_xvr.data.samples.slots import slots_of_rank
+from hpc_xvr.data.samples.training import TrainingSamples
+from hpc_xvr.distributed.comm import Comm, host
+from hpc_xvr.distributed.launch import cpu_threads, discover
+from hpc_xvr.errors import CollectiveError, InputError
+from hpc_xvr.factory.build import build_model
+from hpc_xvr.factory.execution import prepare
+from hpc_xvr.factory.weights import initial_weights
 from hpc_xvr.log import logger
-from hpc_xvr.reconstruct.weights import build_model, initial_weights, prepare
 from hpc_xvr.train.meters import Metrics, Stopwatch, environment
 from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import MovingAverage, adam, learning_rate
@@ -74,7 +77,7 @@ class Trainer:
         if cfg.data.stage_dir and self.done < cfg.train.steps:
             self._stage(corpus, cfg.data.stage_dir)
         self._build(state)
-        self.writer = checkpoint.Writer(
+        self.writer = checkpoint.CheckpointWriter(
             cfg.run.dir / "checkpoints",
             cfg.checkpoint.keep,
             cfg.checkpoint.keep_every,
@@ -436,7 +439,7 @@ def _first_weights(cfg: Config, model: nn.Module) -> dict[str, Tensor]:
 def _make_corpus(cfg: Config) -> None:
     """Simulate the corpus of a config that describes one, where it is not there yet."""
     if cfg.simulate and not Path(cfg.data.corpus).exists():
-        from hpc_xvr.data.phantom import simulate_corpus
+        from hpc_xvr.data.simulate.corpus import simulate_corpus
 
         logger.info("simulating %d recordings into %s", cfg.simulate.videos, cfg.data.corpus)
         simulate_corpus(cfg.simulate, cfg.data.corpus)

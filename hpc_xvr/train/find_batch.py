@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from hpc_xvr.config import Config
-from hpc_xvr.dist.comm import CollectiveError, Comm
-from hpc_xvr.dist.launch import cpu_threads, discover
-from hpc_xvr.errors import InputError
+from hpc_xvr.distributed.comm import Comm
+from hpc_xvr.distributed.launch import cpu_threads, discover
+from hpc_xvr.errors import CollectiveError, InputError
+from hpc_xvr.factory.build import build_model
+from hpc_xvr.factory.execution import prepare
 from hpc_xvr.log import logger, print_table, track
-from hpc_xvr.reconstruct.weights import build_model, prepare
 from hpc_xvr.train.meters import peak_memory, reset_peak_memory, synchronise
 from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import adam

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from hpc_xvr import __version__
-from hpc_xvr.checkpoint import write_atomic
-from hpc_xvr.dist.comm import Comm
+from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import explain_os_error
+from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
 
 # Dense bf16 matrix peak in TFLOP/s by (part of) the device's name; vendor data sheets.

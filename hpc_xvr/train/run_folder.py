@@ -14,8 +14,9 @@ from torch import nn
 from hpc_xvr import checkpoint, config
 from hpc_xvr.config import Config
 from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.factory.weights import mismatch
+from hpc_xvr.files import remove_leftovers, write_atomic
 from hpc_xvr.log import logger
-from hpc_xvr.reconstruct.weights import mismatch
 
 # What the weights depend on; everything else may change between two parts of a run.
 ARCHITECTURE = ("model.", "data.lr_frames", "data.scale")
@@ -51,7 +52,7 @@ def finished(cfg: Config) -> int | None:
 def mark_done(folder: Path, step: int) -> None:
     """Say that the run has reached its last step, with nothing left to do."""
     text = json.dumps({"step": step, "time": round(time.time(), 3)}).encode()
-    checkpoint.write_atomic(folder / DONE, lambda file: file.write(text + b"\n"))
+    write_atomic(folder / DONE, lambda file: file.write(text + b"\n"))
 
 
 def lock_run(folder: Path, patience: float = 60.0) -> IO[str] | None:
@@ -120,9 +121,9 @@ def open_run(cfg: Config, resume: bool, model: nn.Module) -> dict[str, Any] | No
     except OSError as error:
         raise InputError(f"run folder {folder}: {explain_os_error(error)}") from None
     for part in (".", "checkpoints", "samples"):
-        checkpoint.remove_leftovers(folder / part)
+        remove_leftovers(folder / part)
     text = config.dump(cfg).encode()
-    checkpoint.write_atomic(folder / "config.yaml", lambda file: file.write(text))
+    write_atomic(folder / "config.yaml", lambda file: file.write(text))
     return state
 
 
@@ -136,7 +137,7 @@ def write_environment(folder: Path, environment: dict[str, Any]) -> None:
         except ValueError:
             logger.warning("%s was not readable and is written anew", path)
     text = json.dumps(environment, indent=1).encode()
-    checkpoint.write_atomic(path, lambda file: file.write(text))
+    write_atomic(path, lambda file: file.write(text))
 
 
 def newest_state(folder: Path) -> dict[str, Any] | None:

@@ -21,8 +21,8 @@ import numpy as np
 import psutil
 import torch
 
-from hpc_xvr.checkpoint import write_atomic
-from hpc_xvr.dist.comm import Comm
+from hpc_xvr.distributed.comm import Comm
+from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
 
 SLOWER = 1.15  # a rank whose own work takes this times the median's is named

@@ -10,17 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hpc_xvr.checkpoint import write_atomic
 from hpc_xvr.config import Config
-from hpc_xvr.data.batches import key_frames, window_sample
 from hpc_xvr.data.corpus import Corpus, DamagedVideo, Video
-from hpc_xvr.dist.comm import Comm
+from hpc_xvr.data.samples.sample import Sample, key_frames, window_sample
+from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
+from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
 from hpc_xvr.metrics import psnr, ssim
 from hpc_xvr.model.bases import transfer_detail, upsample
-
-Sample = dict[str, Tensor]
 
 
 class Validator:

@@ -14,8 +14,8 @@ from mpi4py import MPI
 
 from hpc_xvr import log
 from hpc_xvr.config import Dist, load
-from hpc_xvr.data.phantom import simulate_corpus
-from hpc_xvr.dist.comm import connect
+from hpc_xvr.data.simulate.corpus import simulate_corpus
+from hpc_xvr.distributed.comm import connect
 
 WORLD = MPI.COMM_WORLD
 PULSE = Path(__file__).resolve().parents[2] / "configs" / "pulse.yaml"

@@ -7,8 +7,8 @@ import torch
 
 import hpc_xvr.train.engine as training
 from hpc_xvr.checkpoint import load, path_of
-from hpc_xvr.dist.comm import CollectiveError, Comm
-from hpc_xvr.errors import InputError
+from hpc_xvr.distributed.comm import Comm
+from hpc_xvr.errors import CollectiveError, InputError
 from hpc_xvr.train.engine import Trainer
 
 

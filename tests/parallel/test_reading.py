@@ -6,8 +6,7 @@ import pytest
 from test_engines import one_rank, train
 
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.dist.comm import CollectiveError
-from hpc_xvr.errors import InputError
+from hpc_xvr.errors import CollectiveError, InputError
 from hpc_xvr.train.engine import Trainer
 
 
@@ -54,7 +53,7 @@ def test_each_node_gets_one_copy_and_reads_it(engine, settings, shared_folder, m
 
 
 def test_a_node_without_space_ends_all_ranks(engine, settings, shared_folder, monkeypatch):
-    import hpc_xvr.data.staging as staging
+    import hpc_xvr.data.corpus.staging as staging
 
     if engine.rank == 1:  # as on the second of two nodes
         usage = shutil.disk_usage(shared_folder)._replace(free=10)

@@ -4,9 +4,9 @@ import pytest
 from mpi4py import MPI
 
 from hpc_xvr import config
-from hpc_xvr.data import phantom
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.phantom import simulate_corpus
+from hpc_xvr.data.simulate import corpus as simulation
+from hpc_xvr.data.simulate.corpus import simulate_corpus
 
 WORLD = MPI.COMM_WORLD
 RANK = WORLD.Get_rank()
@@ -24,7 +24,7 @@ def files(folder):
 @pytest.fixture
 def made(monkeypatch):
     """Ids that this rank simulates; `fail_at` of them end in an exception."""
-    ids, make = [], phantom._make
+    ids, make = [], simulation._make
 
     def counted(simulate, corpus, item):
         ids.append(item.id)
@@ -33,8 +33,8 @@ def made(monkeypatch):
         return make(simulate, corpus, item)
 
     counted.fail_at = None
-    monkeypatch.setattr(phantom, "_make", counted)
-    monkeypatch.setattr(phantom, "_ROUND_S", 0.0)
+    monkeypatch.setattr(simulation, "_make", counted)
+    monkeypatch.setattr(simulation, "_ROUND_S", 0.0)
     return ids, counted
 
 

@@ -11,8 +11,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from hpc_xvr.data.sources import find_recordings
-from hpc_xvr.data.treatment import Treatment
+from hpc_xvr.data.ingest.sources import find_recordings
+from hpc_xvr.data.pairing.treatment import Treatment
 from hpc_xvr.errors import InputError
 
 ROOM = 2**28

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from hpc_xvr.config import Data
-from hpc_xvr.data.batches import key_frames, window_sample
 from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.samples.sample import key_frames, window_sample
 from hpc_xvr.evaluate.baselines import BASELINES
 from hpc_xvr.metrics import psnr
 from hpc_xvr.model.bayes import BayesianFusion

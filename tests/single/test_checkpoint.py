@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import fill
 
-from hpc_xvr import checkpoint
+from hpc_xvr import checkpoint, files
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 from hpc_xvr.model.xfusion import load_xfusion
@@ -101,7 +101,7 @@ def test_prune_keeps_the_newest_and_leftovers_go(tmp_path):
         checkpoint.save(state(step), checkpoint.path_of(tmp_path, step))
     (tmp_path / ".step-000000009.pt.partial").write_bytes(b"half")
     checkpoint.prune(tmp_path, 2, newest=4)
-    checkpoint.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000000003.pt", "step-000000004.pt"]
 
 
@@ -127,7 +127,7 @@ def test_a_full_disk_is_one_line_and_older_checkpoints_stay(tmp_path):
     code = f"""
 import signal, torch
 from pathlib import Path
-from hpc_xvr import checkpoint
+from hpc_xvr import checkpoint, files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 folder = Path({str(tmp_path)!r})
 checkpoint.save({{"step": 2, "w": torch.zeros(100_000)}}, folder / "step-000000002.pt")
@@ -153,7 +153,7 @@ def test_killed_while_writing_leaves_only_whole_checkpoints(tmp_path):
     code = """
 import sys, torch
 from pathlib import Path
-from hpc_xvr import checkpoint
+from hpc_xvr import checkpoint, files
 folder = Path(sys.argv[1])
 for step in range(10_000):
     checkpoint.save({"step": step, "w": torch.full((300_000,), float(step))},
@@ -189,7 +189,7 @@ def slow_rename(monkeypatch):
 
 
 def test_training_goes_on_while_a_checkpoint_of_this_very_step_is_written(tmp_path, slow_rename):
-    writer = checkpoint.Writer(tmp_path)
+    writer = checkpoint.CheckpointWriter(tmp_path)
     live = state(1) | {"optimizer": {"state": [torch.ones(3)], "groups": ({"lr": 1.0},)}}
     start = time.monotonic()
     writer.save(live)
@@ -212,7 +212,7 @@ def test_training_goes_on_while_a_checkpoint_of_this_very_step_is_written(tmp_pa
 def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(small_disk, caplog):
     """Real ones: a tmpfs of 1 MB, filled and emptied, then made read-only."""
     logger.addHandler(caplog.handler)
-    writer = checkpoint.Writer(small_disk, keep=2, failures=2)
+    writer = checkpoint.CheckpointWriter(small_disk, keep=2, failures=2)
     big = {"w": torch.zeros(50_000)}
     names = lambda: sorted(p.name for p in small_disk.iterdir() if p.name != "filler")  # noqa: E731
     writer.save({**big, "step": 1})
@@ -248,14 +248,14 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(small
 
 def test_the_last_checkpoint_must_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    writer = checkpoint.Writer(tmp_path / "file")
+    writer = checkpoint.CheckpointWriter(tmp_path / "file")
     writer.save(state(1))
     with pytest.raises(InputError, match="choose another folder"):
         writer.finish()
 
 
 def test_what_is_no_trouble_of_the_disk_is_an_error_at_once(tmp_path):
-    writer = checkpoint.Writer(tmp_path)
+    writer = checkpoint.CheckpointWriter(tmp_path)
     writer.save({"step": 1, "w": lambda: None})  # cannot be pickled
     writer.wait()
     with pytest.raises(Exception, match="pickle"):

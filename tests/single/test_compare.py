@@ -15,7 +15,7 @@ from test_methods import SMALL, a_run
 from hpc_xvr.cli.results import _evaluation_config
 from hpc_xvr.config import load, with_evaluate
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.dist.comm import Comm
+from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.results import Evaluation, Facts
 from hpc_xvr.evaluate.workflow import _best, evaluate

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hpc_xvr import config
-from hpc_xvr.data.shards import slots_of_rank
+from hpc_xvr.data.samples.slots import slots_of_rank
 from hpc_xvr.errors import InputError
 
 CONFIGS = sorted(Path(__file__).resolve().parents[2].glob("configs/**/*.yaml"))

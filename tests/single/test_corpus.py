@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import zarr
 
-from hpc_xvr.data import corpus as corpus_module
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.writer import CorpusWriter
+from hpc_xvr.data.corpus import reader as corpus_module
+from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,7 +238,7 @@ def test_a_source_that_fails_is_not_blamed_on_the_corpus(tmp_path):
 
 ADD_FOREVER = """
     import sys, numpy as np
-    from hpc_xvr.data.writer import CorpusWriter
+    from hpc_xvr.data.corpus.writer import CorpusWriter
     rng = np.random.default_rng(0)
     with CorpusWriter(sys.argv[1], sys.argv[2]) as writer:
         frames = rng.integers(0, 4096, (40, 64, 64)).astype("u2")
@@ -301,7 +301,7 @@ def test_a_removed_video_is_gone(tmp_path):
 FILL_THE_DISK = """
     import resource, sys, numpy as np
     from hpc_xvr.data.corpus import Corpus
-    from hpc_xvr.data.writer import CorpusWriter
+    from hpc_xvr.data.corpus.writer import CorpusWriter
     from hpc_xvr.errors import InputError
     info = dict(camera="c", bit_depth=12, scene="s", split="train", source="x")
     small, big = np.ones((2, 64, 64), "u2"), np.ones((40, 256, 256), "u2")
@@ -341,7 +341,7 @@ def test_places_that_cannot_be_written(tmp_path):
     child = python(
         """
         import os, sys
-        from hpc_xvr.data.writer import CorpusWriter
+        from hpc_xvr.data.corpus.writer import CorpusWriter
         from hpc_xvr.errors import InputError
         os.chdir(sys.argv[1])
         if os.geteuid() == 0:
@@ -363,7 +363,7 @@ def test_one_writer_at_a_time(tmp_path):
     child = python(
         """
         import sys, time
-        from hpc_xvr.data.writer import CorpusWriter
+        from hpc_xvr.data.corpus.writer import CorpusWriter
         with CorpusWriter(sys.argv[1]):
             print("writing", flush=True)
             time.sleep(60)
@@ -391,7 +391,7 @@ def test_lock_without_kernel_locks(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("hpc_xvr.data.layout.fcntl.flock", refuse)
+    monkeypatch.setattr("hpc_xvr.data.corpus.lock.fcntl.flock", refuse)
     make(tmp_path / "c", "zarr", 1)
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -492,7 +492,7 @@ def test_handles_travel_and_stay_few(tmp_path, store, monkeypatch):
 def test_opening_needs_no_array_library():
     code = """
         import sys
-        import hpc_xvr.data.corpus
+        import hpc_xvr.data.corpus.reader
         print([m for m in ("torch", "zarr", "tensorstore", "h5py") if m in sys.modules])
     """
     assert python(code).communicate()[0] == "[]\n"

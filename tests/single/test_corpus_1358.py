@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from hpc_xvr.config import load
-from hpc_xvr.data import phantom
-from hpc_xvr.data.batches import TrainingSamples, training_batches
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.layout import HEADER, MANIFEST
-from hpc_xvr.data.manifest import line
-from hpc_xvr.data.shards import centres, slots_of_rank
-from hpc_xvr.data.writer import CorpusWriter
+from hpc_xvr.data.corpus.layout import HEADER, MANIFEST
+from hpc_xvr.data.corpus.manifest import line
+from hpc_xvr.data.corpus.writer import CorpusWriter
+from hpc_xvr.data.samples.loader import training_batches
+from hpc_xvr.data.samples.slots import centres, slots_of_rank
+from hpc_xvr.data.samples.training import TrainingSamples
+from hpc_xvr.data.simulate import corpus as simulation
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "corpus_1358.yaml"
 SETTINGS = ["simulate.size=[24,64,64]", "data.patch=32", "data.hr_gap=8", "data.workers=0"]
@@ -37,11 +38,11 @@ def corpus(cfg, tmp_path_factory):
         return Path(os.environ["HPC_XVR_CORPUS_1358"])
     base = tmp_path_factory.mktemp("corpus_1358")
     first, entries = base / "first", {}
-    items = phantom.plan_corpus(cfg.simulate)
+    items = simulation.plan_corpus(cfg.simulate)
     with CorpusWriter(first, "zarr") as writer:
         for item in items:
             if (item.scene, item.camera) not in entries:
-                entry = phantom._make(cfg.simulate, first, item)
+                entry = simulation._make(cfg.simulate, first, item)
                 entries[item.scene, item.camera] = entry
                 writer.commit(entry)
     path = base / "corpus"
@@ -82,7 +83,7 @@ def test_the_corpus_is_what_the_config_says(cfg, corpus):
 
 def test_at_full_size_each_camera_has_its_own_geometry():
     full = load(CONFIG).simulate
-    assert Counter((i.camera, i.size) for i in phantom.plan_corpus(full)) == {
+    assert Counter((i.camera, i.size) for i in simulation.plan_corpus(full)) == {
         ("hpv-x2", (256, 248, 400)): 679,
         ("sa-z", (256, 400, 1024)): 679,
     }

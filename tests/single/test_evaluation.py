@@ -8,11 +8,13 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from hpc_xvr.config import Data
-from hpc_xvr.data.writer import CorpusWriter
+from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import figures
-from hpc_xvr.evaluate.cells import Cells, key_of
-from hpc_xvr.evaluate.evaluation import (
+from hpc_xvr.evaluate.methods import NamedMethod, baseline_entry
+from hpc_xvr.evaluate.noise import NoiseLevel
+from hpc_xvr.evaluate.resume import Cells, key_of
+from hpc_xvr.evaluate.scoring import (
     Condition,
     Unit,
     check_methods,
@@ -20,8 +22,6 @@ from hpc_xvr.evaluate.evaluation import (
     recording_seen,
     score,
 )
-from hpc_xvr.evaluate.methods import Entry, baseline_entry
-from hpc_xvr.evaluate.noise import Noise
 
 DATA = Data(lr_frames=3)
 
@@ -76,7 +76,7 @@ def shifted(sample):
 ENTRIES = {
     "bicubic": baseline_entry("bicubic"),
     "detail": baseline_entry("detail"),
-    "shifted": Entry("shifted", "shifted", shifted, n_out=3, flops=lambda h, w, s: h * w * s),
+    "shifted": NamedMethod("shifted", "shifted", shifted, n_out=3, flops=lambda h, w, s: h * w * s),
 }
 SETTING = Condition("corpus", 4, "none")
 
@@ -161,8 +161,8 @@ def test_noise_lowers_the_score_and_is_the_same_again(videos):
 
 
 def test_a_fixed_pattern_stays_the_same_throughout_a_recording(videos):
-    clean, _ = recording_seen(videos[0], 4, Noise(), DATA, 1)
-    noise = Noise.parse("fixed_pattern:1e9:1e-6")
+    clean, _ = recording_seen(videos[0], 4, NoiseLevel(), DATA, 1)
+    noise = NoiseLevel.parse("fixed_pattern:1e9:1e-6")
     stream = recording_seen(videos[0], 4, noise, DATA, 1)[0]
     pattern = [stream[t] / clean[t] for t in (1, 2)]
     assert 0.01 < pattern[0].std() < 0.04
@@ -188,15 +188,15 @@ def test_a_fixed_pattern_stays_the_same_throughout_a_recording(videos):
     ],
 )
 def test_noise_levels_have_one_name(text, name, label):
-    noise = Noise.parse(text)
+    noise = NoiseLevel.parse(text)
     assert (noise.name, noise.label) == (name, label)
-    assert Noise.parse(noise.name) == noise
+    assert NoiseLevel.parse(noise.name) == noise
 
 
 @pytest.mark.parametrize("text", ["some", "-3", "0", "poisson:1:2", "none:3", "1e3:", "inf"])
 def test_noise_that_cannot_be(text):
     with pytest.raises(InputError, match=r"noise '.*': give none, a number of photons.*kinds: "):
-        Noise.parse(text)
+        NoiseLevel.parse(text)
 
 
 def test_finished_rows_are_found_again_and_unfinished_ones_are_not(videos, tmp_path):
@@ -212,14 +212,14 @@ def test_finished_rows_are_found_again_and_unfinished_ones_are_not(videos, tmp_p
     assert first.load() == {keys[row.method]: row for row in rows}
     # What numbers depend on makes another key; what they do not, does not.
     key = keys["shifted"]
-    again = Entry("shifted", "another title", shifted, n_out=3)
+    again = NamedMethod("shifted", "another title", shifted, n_out=3)
     moved = Unit(Condition("elsewhere", 4, "none"), videos[0])
     assert key == key_of(moved, again, DATA, 0)
     for other in (
         key_of(Unit(SETTING, videos[1]), again, DATA, 0),
         key_of(Unit(Condition("corpus", 5, "none"), videos[0]), again, DATA, 0),
         key_of(Unit(Condition("corpus", 4, "10"), videos[0]), again, DATA, 0),
-        key_of(unit, Entry("shifted", "", shifted, fingerprint="other weights"), DATA, 0),
+        key_of(unit, NamedMethod("shifted", "", shifted, fingerprint="other weights"), DATA, 0),
         key_of(unit, again, DATA, 1),
         key_of(unit, again, Data(lr_frames=5), 0),
     ):
@@ -230,7 +230,7 @@ def test_bad_input_is_refused(videos):
     with pytest.raises(InputError, match=r"clip0: all its 9 frames are key frames.*evaluate\.gap"):
         scored(videos, gap=1)
     with pytest.raises(InputError, match=r"peer: works at scale 2, .*data\.scale 4"):
-        check_methods({"peer": Entry("peer", "", shifted, scale=2)}, DATA)
+        check_methods({"peer": NamedMethod("peer", "", shifted, scale=2)}, DATA)
 
 
 def test_a_method_that_meets_the_truth_exactly(videos, tmp_path):
@@ -250,7 +250,7 @@ def test_a_method_that_meets_the_truth_exactly(videos, tmp_path):
 
 
 def test_side_by_side_shows_frames_details_errors_and_a_profile(videos, tmp_path):
-    streams = recording_seen(videos[0], 4, Noise.parse("500"), DATA, 0)
+    streams = recording_seen(videos[0], 4, NoiseLevel.parse("500"), DATA, 0)
     panels = {
         name: reconstruct_one(entry, videos[0], 6, streams, (4, 8), DATA)
         for name, entry in ENTRIES.items()

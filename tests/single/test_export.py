@@ -12,9 +12,10 @@ from conftest import PULSE
 from hpc_xvr import checkpoint
 from hpc_xvr.cli import cli
 from hpc_xvr.config import load
-from hpc_xvr.dist.comm import Comm
+from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
-from hpc_xvr.reconstruct.weights import build_model, export_weights, initial_weights, model_of_run
+from hpc_xvr.factory.build import build_model
+from hpc_xvr.factory.weights import export_weights, initial_weights, model_of_run
 from hpc_xvr.reconstruct.workflow import reconstruct_run
 from hpc_xvr.train.engine import Trainer
 

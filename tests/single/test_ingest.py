@@ -8,10 +8,10 @@ import tifffile
 from camera_files import counts, write_cine, write_dxchange, write_photron
 from PIL import Image
 
-from hpc_xvr.data import crew
 from hpc_xvr.data.cameras import open_recording
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.ingest import find_recordings, ingest
+from hpc_xvr.data.ingest import workers
+from hpc_xvr.data.ingest.run import find_recordings, ingest
 from hpc_xvr.errors import InputError
 
 
@@ -112,7 +112,7 @@ def test_interrupted_ingest_goes_on_where_it_was(tmp_path, monkeypatch):
     films = [counts((4, 8, 8)) for _ in range(3)]
     paths = [write_photron(tmp_path, film, 16, f"film{k}") for k, film in enumerate(films)]
     corpus = tmp_path / "c"
-    noted = crew._noted
+    noted = workers._noted
 
     def killed(recording):
         for index, frame in enumerate(noted(recording)):
@@ -120,7 +120,7 @@ def test_interrupted_ingest_goes_on_where_it_was(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             yield frame
 
-    monkeypatch.setattr(crew, "_noted", killed)
+    monkeypatch.setattr(workers, "_noted", killed)
     with pytest.raises(KeyboardInterrupt):
         ingest(paths, corpus)
     assert [video.id for video in sound(corpus).videos] == ["film0"]

@@ -18,7 +18,7 @@ import pytest
 from camera_files import counts, write_photron
 
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.ingest import ingest
+from hpc_xvr.data.ingest.run import ingest
 
 ROOT = Path(__file__).resolve().parents[2]
 

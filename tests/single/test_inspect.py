@@ -11,9 +11,9 @@ import pytest
 from camera_files import counts
 
 from hpc_xvr.cli import main
-from hpc_xvr.data.contact_sheet import contact_sheet
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.writer import CorpusWriter
+from hpc_xvr.data.corpus.contact_sheet import contact_sheet
+from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 
 INFO = {"camera": "SA-Z", "bit_depth": 12, "split": "train", "source": "x", "frame_rate_hz": 5e4}
@@ -105,11 +105,11 @@ def test_contact_sheet(tmp_path, inspect, monkeypatch):
     assert inspect(path, "--sheet", "x.png")[0] == 0  # crossed out
     code, _, errors = inspect(path, "--sheet", "x.jpg")
     assert code == 2 and ".png" in errors
-    assert not list(tmp_path.glob(".*partial"))
+    assert not list(tmp_path.glob(".*partial*"))
 
 
 def test_contact_sheet_of_many(tmp_path, monkeypatch):
-    monkeypatch.setattr("hpc_xvr.data.contact_sheet.PER_PAGE", 4)
+    monkeypatch.setattr("hpc_xvr.data.corpus.contact_sheet.PER_PAGE", 4)
     path = make(tmp_path / "c", 6)
     corpus = Corpus(path)
     assert contact_sheet(corpus, tmp_path / "a.png") == [tmp_path / "a.png"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_xvr.dist import launch
+from hpc_xvr.distributed import launch, rendezvous
 from hpc_xvr.errors import InputError
 
 OMPI = {
@@ -100,41 +100,43 @@ def test_threads_are_the_cores_a_rank_is_bound_to_or_its_share(monkeypatch):
     ],
 )
 def test_rank_0_is_on_the_first_node_of_the_job(environment, host):
-    assert launch.first_host(launch.Launch("srun", 5, 8, 1), environment) == host
+    assert rendezvous.first_host(launch.Launch("srun", 5, 8, 1), environment) == host
 
 
 def test_without_a_list_of_nodes_the_user_is_asked_for_the_host(tmp_path):
     nodes = tmp_path / "nodes"
     nodes.write_text("x3001\nx3002\n")
     far = launch.Launch("PALS", 1, 8, 1)
-    assert launch.first_host(far, {"PBS_NODEFILE": str(nodes)}) == "x3001"
-    assert launch.first_host(launch.Launch("PMI", 1, 2, 1, 2), {}) == "127.0.0.1"
+    assert rendezvous.first_host(far, {"PBS_NODEFILE": str(nodes)}) == "x3001"
+    assert rendezvous.first_host(launch.Launch("PMI", 1, 2, 1, 2), {}) == "127.0.0.1"
     with pytest.raises(InputError, match="MASTER_ADDR"):
-        launch.first_host(far, {})
+        rendezvous.first_host(far, {})
 
 
 def test_jobs_have_ports_of_their_own():
-    jobs = [launch.ports(f"{number}.0", {}) for number in range(1000, 1050)]
+    jobs = [rendezvous.ports(f"{number}.0", {}) for number in range(1000, 1050)]
     assert len({ports[0] for ports in jobs}) > 45
     assert all(15_000 < port < 32_768 for ports in jobs for port in ports)
-    assert launch.ports("7.0", {}) == launch.ports("7.0", {})
-    assert launch.ports("7.0", {"MASTER_PORT": "999"}) == [999]
+    assert rendezvous.ports("7.0", {}) == rendezvous.ports("7.0", {})
+    assert rendezvous.ports("7.0", {"MASTER_PORT": "999"}) == [999]
 
 
 def test_ranks_meet_past_ports_that_others_use():
     """A program that never answers holds the first port, another job the second one."""
-    from hpc_xvr.dist.torch_engine import _join, _serve
+    from hpc_xvr.distributed.torch_engine import _join, _serve
 
     me = {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0"}
-    ports = launch.ports(launch.job_id(me), me)
+    ports = rendezvous.ports(rendezvous.job_id(me), me)
     theirs = {**me, "MASTER_PORT": str(ports[1])}
     with socket.socket() as stranger:
         stranger.bind(("127.0.0.1", ports[0]))
         stranger.listen()
-        launch._announce("127.0.0.1", "4712.0", 2, 1, theirs)
+        rendezvous._announce("127.0.0.1", "4712.0", 2, 1, theirs)
 
         def rank(number):
-            return launch.meet(launch.Launch("srun", number, 2, number), None, _serve, _join, me)
+            return rendezvous.meet(
+                launch.Launch("srun", number, 2, number), None, _serve, _join, me
+            )
 
         with ThreadPoolExecutor(2) as pool:
             second = pool.submit(rank, 1)  # comes first, finds nobody, and tries again
@@ -146,7 +148,7 @@ def test_ranks_meet_past_ports_that_others_use():
 
 PAIR = """
 import torch
-from hpc_xvr.dist.comm import connect
+from hpc_xvr.distributed.comm import connect
 comm = connect("torch", "cpu")
 print(comm.all_reduce(torch.tensor([1.0 + comm.rank])).item(), comm.describe())
 comm.close()
@@ -180,7 +182,7 @@ def test_torch_needs_no_mpi_where_the_launcher_tells_rank_and_size():
 
 def test_what_horovod_cannot_sum_is_refused_at_start():
     from hpc_xvr.config import Dist
-    from hpc_xvr.dist.comm import connect
+    from hpc_xvr.distributed.comm import connect
 
     with pytest.raises(InputError, match="Horovod cannot sum bfloat16; use fp16"):
         connect("horovod", "cpu", Dist(compression="bf16"))

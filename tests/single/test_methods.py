@@ -10,8 +10,8 @@ from hpc_xvr.config import dump, load
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import BASELINES
 from hpc_xvr.evaluate.methods import open_methods
+from hpc_xvr.factory.build import build_model
 from hpc_xvr.model.xvr import SwinXVR
-from hpc_xvr.reconstruct.weights import build_model
 
 SMALL = {
     "edvr": {"name": "edvr", "embed_dim": 8, "heads": 2, "depths": [1, 1]},
@@ -82,7 +82,7 @@ def test_flops_are_those_of_a_frame_that_comes_out(runs):
 def test_edvr_continues_frames_that_it_cannot_halve(runs):
     """Where nothing has to be continued it is the model itself."""
     entries, _ = open_methods([runs["edvr_stf"]])
-    from hpc_xvr.reconstruct.weights import model_of_run
+    from hpc_xvr.factory.weights import model_of_run
 
     model, _, _ = model_of_run(runs["edvr_stf"])
     whole = sample(h=12, w=16)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from hpc_xvr.config import Data, load
-from hpc_xvr.data.batches import TrainingSamples
+from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.degrade import CameraNoise, fixed_pattern
-from hpc_xvr.data.writer import CorpusWriter
+from hpc_xvr.data.samples.training import TrainingSamples
 from hpc_xvr.errors import InputError
 
 SIDE = 64

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hpc_xvr.config import Config, Data
+from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.degrade import CameraNoise
-from hpc_xvr.data.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 from hpc_xvr.reconstruct import workflow, writers
 from hpc_xvr.reconstruct.pipeline import (

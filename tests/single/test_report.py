@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpc_xvr import config
+from hpc_xvr import config, report
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import page as pages
-from hpc_xvr.evaluate import report
-from hpc_xvr.evaluate.evaluation import Condition, Row
 from hpc_xvr.evaluate.page import write_page
-from hpc_xvr.evaluate.report import write_report
 from hpc_xvr.evaluate.results import Evaluation, Facts
+from hpc_xvr.evaluate.scoring import Condition, Row
+from hpc_xvr.report import write_report
 
 
 def noise(path, size=(60, 80), colour=True, frames=1, seed=0):

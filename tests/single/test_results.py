@@ -12,8 +12,8 @@ from scipy import stats
 
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import figures
-from hpc_xvr.evaluate.evaluation import Condition, Row
 from hpc_xvr.evaluate.results import Evaluation, Facts
+from hpc_xvr.evaluate.scoring import Condition, Row
 from hpc_xvr.evaluate.summary import Estimate, Summary, estimate, verdict
 
 METHODS = [

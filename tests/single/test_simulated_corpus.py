@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from hpc_xvr import config
-from hpc_xvr.data import phantom
-from hpc_xvr.data.beamline import SENSORS
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.phantom import simulate_corpus
-from hpc_xvr.data.scenes import SCENES
+from hpc_xvr.data.simulate import corpus as simulation
+from hpc_xvr.data.simulate.beamline import SENSORS
+from hpc_xvr.data.simulate.corpus import simulate_corpus
+from hpc_xvr.data.simulate.scenes import SCENES
 from hpc_xvr.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ def test_hdf5_corpus_without_second_camera(tmp_path):
     [(24, (18, 3, 3)), (3, (1, 1, 1)), (8, (6, 1, 1)), (100, (75, 13, 12)), (1, (1, 0, 0))],
 )
 def test_every_split_gets_its_share_and_a_mix_of_scenes(videos, counts):
-    items = phantom.plan_corpus(config.Simulate(videos=videos))
+    items = simulation.plan_corpus(config.Simulate(videos=videos))
     by_split = {
         name: [item.scene for item in items if item.split == name]
         for name in ("train", "validation", "test")
@@ -76,7 +76,7 @@ def test_every_split_gets_its_share_and_a_mix_of_scenes(videos, counts):
 
 def test_cameras_get_their_shares_of_every_scene():
     simulate = plan(videos=60, cameras={"sa-z": {"share": 0.75}, "hpv-x2": {"share": 0.25}}, seed=4)
-    items = phantom.plan_corpus(simulate)
+    items = simulation.plan_corpus(simulate)
     for scene in SCENES:
         cameras = [item.camera for item in items if item.scene == scene]
         assert (cameras.count("sa-z"), cameras.count("hpv-x2")) == (9, 3)
@@ -124,7 +124,7 @@ def test_a_corpus_in_the_way_is_not_touched(tmp_path):
 
 
 def test_a_failure_half_way_keeps_what_is_finished(tmp_path, monkeypatch):
-    make, made = phantom._make, []
+    make, made = simulation._make, []
 
     def fail(simulate, corpus, item):
         made.append(item.id)
@@ -132,7 +132,7 @@ def test_a_failure_half_way_keeps_what_is_finished(tmp_path, monkeypatch):
             raise RuntimeError("third recording")
         return make(simulate, corpus, item)
 
-    monkeypatch.setattr(phantom, "_make", fail)
+    monkeypatch.setattr(simulation, "_make", fail)
     with pytest.raises(RuntimeError, match="third"):
         simulate_corpus(plan(), tmp_path / "c", workers=1)
     assert [p.name for p in tmp_path.iterdir()] == [".c.building"]
@@ -149,7 +149,8 @@ def test_killed_half_way_it_goes_on_and_ends_with_the_same_corpus(tmp_path):
     """No worker outlives the killed one; nothing is simulated twice."""
     script = tmp_path / "run.py"
     script.write_text(
-        "import sys\nfrom hpc_xvr import config\nfrom hpc_xvr.data.phantom import simulate_corpus\n"
+        "import sys\nfrom hpc_xvr import config\n"
+        "from hpc_xvr.data.simulate.corpus import simulate_corpus\n"
         "if __name__ == '__main__':\n"
         "    simulate_corpus(config.Simulate(videos=24, size=(3, 32, 32)), sys.argv[1], 2)\n"
     )

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from hpc_xvr.config import Data
-from hpc_xvr.data import staging
-from hpc_xvr.data.batches import TrainingSamples, training_batches
-from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.staging import Staging
-from hpc_xvr.data.writer import CorpusWriter
+from hpc_xvr.data.corpus import Corpus, staging
+from hpc_xvr.data.corpus.staging import Staging
+from hpc_xvr.data.corpus.writer import CorpusWriter
+from hpc_xvr.data.samples.loader import training_batches
+from hpc_xvr.data.samples.training import TrainingSamples
 from hpc_xvr.errors import InputError
 
 stores = pytest.mark.parametrize("store", ["zarr", "hdf5"])

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner
 from pbs_grammar import problems
 
-from hpc_xvr import submit
 from hpc_xvr.cli import cli
 from hpc_xvr.errors import InputError
+from hpc_xvr.submit import jobs as submit
 
 ROOT = Path(__file__).resolve().parents[2]
 PULSE = str(ROOT / "configs" / "pulse.yaml")

@@ -12,9 +12,9 @@ from conftest import PULSE, fill
 
 from hpc_xvr import checkpoint, log
 from hpc_xvr.config import Optim, load
-from hpc_xvr.dist.comm import Comm
+from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
-from hpc_xvr.reconstruct.weights import read_weights
+from hpc_xvr.factory.weights import read_weights
 from hpc_xvr.train.engine import Trainer
 from hpc_xvr.train.optim import MovingAverage, learning_rate
 from hpc_xvr.train.stopping import Stopping
@@ -280,7 +280,7 @@ def test_a_full_disk_stops_a_run_only_after_several_failures(
     assert error.count("training goes on, the checkpoint of step 3 is intact") == 2
     assert "Traceback" not in error
     assert steps_on_disk(small_disk) == [3]
-    assert not list(small_disk.rglob("*.partial"))
+    assert not list(small_disk.rglob("*.partial*"))
     (small_disk / "filler").unlink()
     monkeypatch.setattr(Trainer, "train_step", step)
     trainer = resumed(small_disk, pulse_corpus, *keep)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpc_xvr.config import load
-from hpc_xvr.dist.comm import Comm
+from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.train.engine import Trainer
 from hpc_xvr.train.utilisation import Sampler, judge, read
 

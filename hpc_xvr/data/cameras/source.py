@@ -1,0 +1,72 @@
+"""The files of one recording: their name, size and fingerprint, before they are opened."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hpc_xvr.data.cameras import images
+from hpc_xvr.data.cameras.recording import guarded
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file, or the numbered image files, of one recording; `lr`: of its second camera."""
+
+    files: tuple[Path, ...]
+    dataset: str | None = None
+    lr: Source | None = None
+
+    @property
+    def name(self) -> str:
+        """File name; of a sequence, prefix*suffix."""
+        first = self.files[0]
+        key = images.name_key(first) if len(self.files) > 1 else None
+        return f"{key[0]}*{key[1]}" if key else first.name
+
+    @property
+    def path(self) -> Path:
+        """Folder and name."""
+        return self.files[0].parent / self.name
+
+    @property
+    def folder(self) -> str:
+        """Where it lies, written in full."""
+        return str(self.files[0].parent.resolve())
+
+    @property
+    def stem(self) -> str:
+        """The name as an id, before it is made unique."""
+        first = self.files[0]
+        key = images.name_key(first) if len(self.files) > 1 else None
+        name = first.stem
+        if key is not None:
+            name = key[0].strip("._- ") or first.parent.resolve().name
+        if self.dataset:
+            name += f"-{self.dataset}"
+        return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-._") or "video"
+
+    @cached_property
+    def state(self) -> list[tuple[str, int, int]]:
+        """Name, bytes and time of change of each file."""
+        with guarded(str(self.files[0])):
+            return [
+                (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.files
+            ]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its files."""
+        return sum(size for _, size, _ in self.state) + (self.lr.nbytes if self.lr else 0)
+
+    def fingerprint(self, options: dict[str, Any]) -> str:
+        """The same for the same files, unchanged, ingested with the same options."""
+        told: list[Any] = [self.state, {**options, "dataset": self.dataset}]
+        if self.lr is not None:
+            told.append([self.lr.state, self.lr.dataset])
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

@@ -1,0 +1,269 @@
+"""A corpus: a folder of recordings that training and evaluation read crops from.
+
+    corpus.json      format, schema version and store
+    manifest.jsonl   one line a video, so that opening a corpus reads one file; can be rebuilt
+    videos/ID        a Zarr v3 group (the corpus itself is one), or videos/ID.h5 and corpus.h5,
+                     a master file that links to them: `videos/ID/frames` (T, H, W) in both,
+                     `videos/ID/lr` (T_lr, h, w) where a second camera recorded too
+
+A video is written beside (`.incoming/`) and renamed when complete, so the folder `videos` holds
+finished ones only, whatever kills the writer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from hpc_xvr.data.corpus.layout import VideoInfo, checksums, frame_bytes, read_header
+from hpc_xvr.data.corpus.manifest import Manifest, describe_clip
+from hpc_xvr.data.corpus.stores import STORES, Array, DamagedData, Store
+from hpc_xvr.errors import InputError
+
+# An open HDF5 clip holds a file descriptor; the usual limit is 1024 of them.
+_OPEN_ARRAYS = 256
+
+
+class DamagedVideo(InputError):
+    """Data of a recording do not match their checksum, or are gone."""
+
+
+class Video:
+    """A handle on one recording; cheap, picklable; arrays are opened on the first read."""
+
+    __slots__ = ("_arrays", "_manifest", "_number", "id")
+
+    def __init__(self, manifest: Manifest, number: int, arrays: OpenArrays) -> None:
+        self.id = manifest.ids[number]
+        self._manifest, self._number, self._arrays = manifest, number, arrays
+
+    @property
+    def path(self) -> Path:
+        """Folder or file of the clip; its copy where there is one (see `Corpus.read_copies`)."""
+        return self._manifest.nearest(self.id)
+
+    @property
+    def info(self) -> VideoInfo:
+        """What is known about the recording; read from the manifest when asked for."""
+        return self._manifest.info(self._number)
+
+    @property
+    def split(self) -> str:
+        """train, validation or test."""
+        return self._manifest.split(self._number)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height, width."""
+        return self._manifest.shape(self._number)
+
+    @property
+    def lr_shape(self) -> tuple[int, int, int] | None:
+        """The same of the low-resolution camera's frames, if there are any."""
+        return self._manifest.lr_shape(self._number)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint8 or uint16."""
+        return self._manifest.dtype(self._number)
+
+    def read(
+        self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
+    ) -> np.ndarray:
+        """Stored values of a crop: (h, w), or (n, h, w) for a sequence of n frame numbers.
+
+        Raises:
+            DamagedVideo: the data do not match their checksum or cannot be read.
+        """
+        return self._read("frames", self.shape, t, y, x)
+
+    def read_lr(
+        self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
+    ) -> np.ndarray:
+        """The same for the low-resolution camera's frames."""
+        if self.lr_shape is None:
+            raise InputError(
+                f"corpus {self._manifest.path}, video {self.id}: has no recorded "
+                "low-resolution stream; set data.lr_source to binned"
+            )
+        return self._read("lr", self.lr_shape, t, y, x)
+
+    def intensity(
+        self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
+    ) -> np.ndarray:
+        """Crop(s) as float32 in [0, 1]: stored value / (2**bit_depth - 1)."""
+        return self.read(t, y, x) * np.float32(1 / (2 ** self._manifest.bits(self._number)[0] - 1))
+
+    def lr_intensity(
+        self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
+    ) -> np.ndarray:
+        """The same for the low-resolution camera's frames."""
+        depth = self._manifest.bits(self._number)[1]
+        return self.read_lr(t, y, x) * np.float32(1 / (2**depth - 1))
+
+    def _read(
+        self, name: str, shape: tuple[int, int, int], t: int | Sequence[int], y: slice, x: slice
+    ) -> np.ndarray:
+        frames = [t] if isinstance(t, (int, np.integer)) else list(t)
+        if any(not 0 <= i < shape[0] for i in frames):
+            raise IndexError(f"video {self.id}: {name} {frames} outside 0..{shape[0] - 1}")
+        y, x = slice(*y.indices(shape[1])), slice(*x.indices(shape[2]))
+        try:
+            crops = self._arrays.get(self._manifest, self.id, name).read(frames, y, x)
+        except DamagedData as error:
+            raise DamagedVideo(
+                f"corpus {self._manifest.path}, video {self.id}: {name} {frames} cannot be read: a "
+                f"chunk does not match its checksum or is gone; restore {self.path} or remove it "
+                f"from the corpus ({error})"
+            ) from None
+        return crops[0] if isinstance(t, (int, np.integer)) else crops
+
+
+class Videos(Sequence[Video]):
+    """Some videos of a corpus: a few bytes each, handles are made when asked for."""
+
+    def __init__(self, manifest: Manifest, numbers: np.ndarray, arrays: OpenArrays) -> None:
+        self._manifest, self._arrays = manifest, arrays
+        self._numbers = np.asarray(numbers, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Video: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Videos: ...
+
+    def __getitem__(self, index: int | slice) -> Video | Videos:
+        if isinstance(index, slice):
+            return Videos(self._manifest, self._numbers[index], self._arrays)
+        return Video(self._manifest, int(self._numbers[index]), self._arrays)
+
+    @property
+    def frame_counts(self) -> np.ndarray:
+        """Frames of each video: (n,) int64."""
+        return self._manifest.frame_counts()[self._numbers]
+
+
+class OpenArrays:
+    """Arrays this process has open, the least recently used closed first.
+
+    Never shared with another process: handles are dropped on pickling and after a fork.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._arrays: OrderedDict[tuple[str, str], Array] = OrderedDict()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_store": type(self._store)(), "_arrays": OrderedDict(), "_process": -1}
+
+    def get(self, manifest: Manifest, id: str, name: str) -> Array:
+        """An array of a clip, opened if need be."""
+        if self._process != os.getpid():
+            self._arrays, self._process = OrderedDict(), os.getpid()
+            self._store = type(self._store)()
+        key = (id, name)
+        if key in self._arrays:
+            self._arrays.move_to_end(key)
+        else:
+            self._arrays[key] = self._store.open(manifest.nearest(id), name)
+            if len(self._arrays) > _OPEN_ARRAYS:
+                self._arrays.popitem(last=False)
+        return self._arrays[key]
+
+
+class Corpus:
+    """A corpus opened for reading; `videos` is sorted by id.
+
+    Raises:
+        InputError: there is no corpus at `path`, or it has another schema version.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.store = read_header(self.path)
+        store = STORES[self.store]()
+        self._manifest = Manifest.read(self.path, store)
+        self._arrays = OpenArrays(store)
+        self.videos = self._some(np.arange(len(self._manifest)))
+
+    def __getitem__(self, id: str) -> Video:
+        number = self._manifest.find(id)
+        if number is None:
+            some = ", ".join(self._manifest.ids[:5]) or "none"
+            raise InputError(
+                f"corpus {self.path}: no video {id}; there are {len(self)}: "
+                f"{some}{', ...' if len(self) > 5 else ''}"
+            )
+        return self.videos[number]
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def split(self, name: str) -> Videos:
+        """Videos of one split: train, validation or test."""
+        return self._some(self._manifest.of_split(name))
+
+    def _some(self, numbers: np.ndarray) -> Videos:
+        return Videos(self._manifest, numbers, self._arrays)
+
+    def original(self, id: str) -> Path:
+        """Folder or file of a clip in the corpus itself."""
+        return self._manifest.clip(id)
+
+    def read_copies(self, folder: Path) -> None:
+        """From now on read the copies of clips that are in `folder`, where they are."""
+        self._manifest.copies = folder
+
+    def verify(self) -> Iterator[tuple[str, str | None]]:
+        """Read everything and compare with the sha256 taken when it was written.
+
+        Yields (video id, what is wrong or None), in order; all cores read.
+        """
+        # Threads do: reading and the checksums leave the interpreter to the others.
+        pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        try:
+            problems = pool.map(self._problem, self.videos)
+            for video, problem in zip(self.videos, problems, strict=True):
+                yield video.id, problem
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _problem(self, video: Video) -> str | None:
+        digest = hashlib.sha256()
+        streams = [("frames", video.shape)] + ([("lr", video.lr_shape)] if video.lr_shape else [])
+        arrays = OpenArrays(STORES[self.store]())
+        try:
+            for name, shape in streams:
+                array = arrays.get(self._manifest, video.id, name)
+                if array.shape != shape:
+                    return f"{name} is {array.shape}, the manifest says {shape}"
+                for t in range(shape[0]):
+                    digest.update(
+                        frame_bytes(array.read([t], slice(0, shape[1]), slice(0, shape[2])))
+                    )
+            stored = describe_clip(STORES[self.store](), self.path, video.path)["attributes"]
+        except (DamagedData, InputError) as error:
+            return str(error)
+        if digest.hexdigest() != video.info.sha256:
+            return "the frames do not match the sha256 in the manifest"
+        if VideoInfo.model_validate(stored) != video.info:
+            return "the attributes stored with the frames differ from the manifest"
+        # Bytes that no reader looks at: the clip is to be just what was written.
+        known = self._manifest.files(self._manifest.find(video.id))
+        found = {} if known is None else checksums(video.path)
+        for name in sorted({*(known or {}), *found}):
+            if (known or {}).get(name) != found.get(name):
+                what = video.path if name == "." else video.path / name
+                return f"{what} is not the file that was written"
+        return None

@@ -1,0 +1,102 @@
+"""Copies of recordings on a disk of the node's own, so that a shared file system is read once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpc_xvr.data.corpus.reader import Corpus
+from hpc_xvr.errors import InputError
+from hpc_xvr.files import disk_errors, remove
+from hpc_xvr.log import logger, progress_bar
+
+
+class Staging:
+    """What a node has to copy: the recordings that its ranks read, less what is there already.
+
+    A copy counts as there when all its files have the size and date of the corpus'. Several
+    processes of a node copy a part each; copies appear whole or not at all.
+
+    Args:
+        ids: videos that any rank of this node reads.
+        folder: on a disk of this node; the copies of each corpus get a folder of their own in it.
+
+    Raises:
+        InputError: the disk refuses, or has less space than what is missing takes.
+    """
+
+    def __init__(self, corpus: Corpus, ids: Sequence[str], folder: Path) -> None:
+        name = hashlib.sha256(str(corpus.path.absolute()).encode()).hexdigest()[:12]
+        self.folder = folder / f"hpc_xvr-{name}"
+        self._originals = {id: corpus.original(id) for id in ids}
+        with disk_errors(folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            sizes = {id: _files(path) for id, path in self._originals.items()}
+            self._missing = {
+                id: sum(size for size, _ in files.values())
+                for id, files in sizes.items()
+                if _files(self.folder / self._originals[id].name) != files
+            }
+            free = shutil.disk_usage(self.folder).free
+        need = sum(self._missing.values())
+        if need > free:
+            raise InputError(
+                f"data.stage_dir {folder}: {need / 1e9:.2f} GB are needed there for "
+                f"{len(self._missing)} recordings, {free / 1e9:.2f} GB are free; choose a larger "
+                "disk, use more nodes, or leave data.stage_dir out"
+            )
+
+    def copy(self, part: int, parts: int) -> None:
+        """Copy every `parts`-th of the missing recordings, from number `part` on.
+
+        Raises:
+            InputError: the disk refuses; the recordings copied before stay.
+        """
+        mine = list(self._missing)[part::parts]
+        if part == 0:
+            logger.info(
+                "staging %d of %d recordings (%.2f GB) to %s; the others are there",
+                len(self._missing),
+                len(self._originals),
+                sum(self._missing.values()) / 1e9,
+                self.folder,
+            )
+        with progress_bar("staging", len(mine), "recordings") as advance:
+            for id in mine:
+                source = self._originals[id]
+                final = self.folder / source.name
+                partial = self.folder / f".{source.name}.{os.getpid()}"
+                try:
+                    with disk_errors(self.folder):
+                        if source.is_dir():
+                            shutil.copytree(source, partial)
+                        else:
+                            shutil.copy2(source, partial)
+                        remove(final)
+                        partial.rename(final)
+                finally:
+                    remove(partial)
+                advance()
+
+    def _sweep(self) -> None:
+        """Remove what killed processes of this node left."""
+        for left in self.folder.glob(".*"):
+            try:
+                os.kill(int(left.suffix[1:]), 0)
+            except (ProcessLookupError, ValueError):
+                remove(left)
+            except PermissionError:
+                continue
+
+
+def _files(path: Path) -> dict[str, tuple[int, int]]:
+    """Size and date of each file of a clip, by its name within it."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return {
+        str(file.relative_to(path)): (file.stat().st_size, file.stat().st_mtime_ns)
+        for file in files
+    }

@@ -1,0 +1,144 @@
+"""HDF5: one file a clip, and a small master file that links to all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_xvr.data.corpus.stores.base import DamagedData, chunk_side, first_line
+from hpc_xvr.files import commit
+
+
+class Hdf5Store:
+    """Each clip is one HDF5 file; a small master file links to all of them."""
+
+    suffix = ".h5"
+
+    def create(self, path: Path) -> _Hdf5Clip:
+        return _Hdf5Clip(path)
+
+    def open(self, path: Path, name: str) -> _Hdf5Array:
+        import h5py
+
+        try:
+            # A chunk cache in each open clip adds up, and crops are seldom read twice.
+            file = h5py.File(path, "r", rdcc_nbytes=0)
+            return _Hdf5Array(file[name])
+        except (OSError, KeyError, RuntimeError) as error:
+            raise DamagedData(f"{name} cannot be opened: {first_line(error)}") from None
+
+    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple, str]]]:
+        import h5py
+
+        with h5py.File(path, "r") as file:
+            attributes = {key: _plain(value) for key, value in file.attrs.items()}
+            arrays = {
+                name: (file[name].shape, file[name].dtype.name)
+                for name in ("frames", "lr")
+                if name in file
+            }
+        for name in ("metadata", "registration"):
+            if name in attributes:
+                attributes[name] = json.loads(attributes[name])
+        return attributes, arrays
+
+    def index(self, root: Path, scratch: Path, ids: Sequence[str]) -> None:
+        import h5py
+
+        master = root / "corpus.h5"
+        with contextlib.suppress(OSError, KeyError), h5py.File(master, "r") as file:
+            if set(file["videos"]) == set(ids):
+                return
+        disk = _PatientFile(scratch / "corpus.h5")
+        with contextlib.closing(disk):
+            with h5py.File(disk, "w") as file:
+                videos = file.create_group("videos")
+                for id in ids:
+                    videos[id] = h5py.ExternalLink(f"videos/{id}.h5", "/")
+            disk.check()
+        commit(scratch / "corpus.h5", master)
+
+
+class _Hdf5Clip:
+    def __init__(self, path: Path) -> None:
+        import h5py
+
+        self._disk = _PatientFile(path)
+        # This version's metadata blocks carry checksums too.
+        self._file = h5py.File(self._disk, "w", libver=("v110", "v110"))
+
+    def start(self, name: str, shape: tuple[int, int, int], dtype: np.dtype) -> None:
+        chunks = (1, chunk_side(shape[1]), chunk_side(shape[2]))
+        self._array = self._file.create_dataset(
+            name, shape, dtype.newbyteorder("<"), chunks=chunks, fletcher32=True
+        )
+        self._next = 0
+
+    def append(self, frame: np.ndarray) -> None:
+        self._array[self._next] = frame
+        self._next += 1
+        self._disk.check()
+
+    def finish(self, attributes: dict[str, Any]) -> None:
+        for key, value in attributes.items():
+            if value is not None:
+                self._file.attrs[key] = json.dumps(value) if isinstance(value, dict) else value
+        self.abort()
+        self._disk.check()
+
+    def abort(self) -> None:
+        self._file.close()
+        self._disk.close()
+
+
+class _PatientFile:
+    """What HDF5 writes through: libhdf5 crashes after a write that failed (disk full), so it is
+    told that all went well, and `check` raises the OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w+b", buffering=0)
+        self._failure: OSError | None = None
+        self.seek, self.tell, self.close = self._file.seek, self._file.tell, self._file.close
+        self.read, self.readinto = self._file.read, self._file.readinto
+
+    def write(self, data: memoryview) -> None:
+        try:
+            while len(data) and not self._failure:
+                data = data[self._file.write(data) :]
+        except OSError as error:
+            self._failure = error
+
+    def truncate(self, size: int) -> None:
+        try:
+            self._file.truncate(size)
+        except OSError as error:
+            self._failure = self._failure or error
+
+    def flush(self) -> None:
+        """Nothing is held back; part of what h5py asks of a file."""
+
+    def check(self) -> None:
+        if self._failure:
+            raise self._failure
+
+
+class _Hdf5Array:
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self.shape = array.shape
+        self.dtype = array.dtype
+
+    def read(self, t: Sequence[int], y: slice, x: slice) -> np.ndarray:
+        try:
+            return np.stack([self._array[i, y, x] for i in t])
+        except (OSError, RuntimeError) as error:
+            raise DamagedData(first_line(error)) from None
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value

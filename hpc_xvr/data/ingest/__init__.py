@@ -1,0 +1,1 @@
+"""Camera files into a corpus."""

@@ -1,0 +1,196 @@
+"""A second, fast camera's stream beside the sharp frames: when and where its pixels lie there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hpc_xvr.data.cameras import Recording
+from hpc_xvr.data.registration import Registration
+from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
+
+LONGEST = 2**32
+"""Bytes of a second camera's stream: it is held in memory."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How the two cameras of a run belong together; the same for all its recordings.
+
+    Args:
+        gap: fast frames from one sharp frame to the next; None: from the frame rates.
+        start: time of the first fast frame, in sharp frames from the first one.
+        rate_hz: frame rate of the fast camera, where its files do not say.
+        registration: where its pixels lie; None: its frames are stored as they are.
+    """
+
+    gap: float | None = None
+    start: float = 0.0
+    rate_hz: float | None = None
+    registration: Registration | None = None
+
+
+def joined(
+    sharp: Recording,
+    fast: Recording,
+    how: Pairing,
+    scale: int,
+    crop: bool,
+    rate_hz: float | None = None,
+) -> tuple[Recording, Recording, dict[str, Any]]:
+    """Both recordings of one shot as they are stored, and VideoInfo's fields for the second.
+
+    Where the registration is known, the sharp frames are cut to what the fast camera saw (whole
+    multiples of `scale` pixels), and its frames are resampled to their grid / `scale`. In time
+    they are cut to the frames that a fast frame lies beside.
+
+    Args:
+        rate_hz: frame rate of the sharp camera, instead of what its file says.
+        crop: cut what the fast camera did not see; else that is an error.
+
+    Raises:
+        InputError: no frame rate and no gap, or streams that do not lie over each other.
+    """
+    name = f"{sharp.path} with {fast.path}"
+    times = _times(name, sharp, fast, how, rate_hz)
+    first, last = _together(name, times, sharp.shape[0])
+    height, width = sharp.shape[1:]
+    top, left, view = 0, 0, (height - height % scale, width - width % scale)
+    if how.registration:
+        top, left, *view = _field_of_view(how.registration, fast.shape, (height, width), scale)
+    if min(view) == 0:
+        raise InputError(
+            f"{name}: the fast camera saw none of the sharp frames: check the registration"
+        )
+    if (first, last) != (0, sharp.shape[0] - 1) or tuple(view) != (height, width):
+        if not crop:
+            raise InputError(
+                f"{name}: together they show sharp frames {first} to {last} of "
+                f"{sharp.shape[0]}, rows {top} to {top + view[0]} of {height} and columns {left} "
+                f"to {left + view[1]} of {width}: pass --crop to cut the sharp frames to that"
+            )
+        sharp = sharp.cut(*view, top=top, left=left, first=first, last=last)
+    if fast.shape[0] * fast.shape[1] * fast.shape[2] * fast.dtype.itemsize > LONGEST:
+        raise InputError(f"{fast.path}: has more than {LONGEST >> 30} GB of frames: cut it")
+    if fast.full_scale != sharp.full_scale:
+        logger.warning(
+            "%s: white is %g for the fast camera and %g for the sharp one: correct both with flat "
+            "fields, or neither, before training from the fast frames",
+            *(name, fast.full_scale, sharp.full_scale),
+        )
+    info: dict[str, Any] = {
+        "lr_times": [round(t - first, 6) for t in times.tolist()],
+        "lr_bit_depth": fast.bit_depth,
+        "registration": how.registration,
+    }
+    about = {
+        "lr_camera": fast.camera,
+        "lr_frame_rate_hz": how.rate_hz or fast.frame_rate_hz,
+        "lr_exposure_s": fast.exposure_s,
+        "lr_full_scale": fast.full_scale,
+        "lr_camera_size": list(fast.shape[1:]),
+        "hr_camera_size": [height, width],
+        "hr_cut_from": [first, top, left],
+    }
+    info["metadata"] = {key: value for key, value in about.items() if value is not None}
+    if how.registration:
+        fast = _resampled(fast, how.registration, (top, left), tuple(view), scale)
+    return sharp, fast, info
+
+
+def _times(
+    name: str, sharp: Recording, fast: Recording, how: Pairing, rate_hz: float | None
+) -> np.ndarray:
+    """Time of each fast frame, in sharp frames from the first one."""
+    slow, quick = rate_hz or sharp.frame_rate_hz, how.rate_hz or fast.frame_rate_hz
+    if how.gap is None and not (slow and quick):
+        which = "sharp" if not slow else "fast"
+        option = "--frame-rate" if not slow else "--lr-rate"
+        raise InputError(
+            f"{name}: the frame rate of the {which} camera is unknown: give {option}, or --gap, "
+            "the number of fast frames from one sharp frame to the next"
+        )
+    step = 1 / how.gap if how.gap is not None else slow / quick
+    if not 0 < step < math.inf or not math.isfinite(how.start):
+        raise InputError(f"{name}: fast frames every {step} sharp frames from {how.start}: no time")
+    return how.start + step * np.arange(fast.shape[0])
+
+
+def _together(name: str, times: np.ndarray, frames: int) -> tuple[int, int]:
+    """First and last sharp frame with a fast one within half its interval (or half a frame)."""
+    interval = times[1] - times[0] if len(times) > 1 else 1.0
+    reach = interval / 2 + 1e-6
+    first = max(0, math.ceil(times[0] - reach))
+    last = min(frames - 1, math.floor(times[-1] + reach))
+    if first > last:
+        raise InputError(
+            f"{name}: the fast frames last from sharp frame {times[0]:g} to {times[-1]:g}, there "
+            f"are frames 0 to {frames - 1}: check --lr-start, --gap and the frame rates"
+        )
+    return first, last
+
+
+def _field_of_view(
+    registration: Registration, lr: tuple[int, int, int], hr: tuple[int, int], scale: int
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width (multiples of scale) of the sharp pixels within the LR frame."""
+    corners = np.array([(r, c) for r in (0, lr[1]) for c in (0, lr[2])], float)
+    above_left, above_right, below_left, below_right = registration.to_hr(corners)
+    top = max(0.0, above_left[0], above_right[0])
+    bottom = min(float(hr[0]), below_left[0], below_right[0])
+    left = max(0.0, above_left[1], below_left[1])
+    right = min(float(hr[1]), above_right[1], below_right[1])
+    top, left = math.ceil(top - 1e-6), math.ceil(left - 1e-6)
+    height, width = (max(0, math.floor(side + 1e-6)) for side in (bottom - top, right - left))
+    return top, left, height - height % scale, width - width % scale
+
+
+def _resampled(
+    fast: Recording,
+    registration: Registration,
+    corner: tuple[int, int],
+    view: tuple[int, int],
+    scale: int,
+) -> Recording:
+    """The fast frames as a camera would give them whose pixels are `scale` x `scale` sharp ones.
+
+    Each such pixel is the mean of points spread over it, taken by linear interpolation: as many
+    along a side as fast pixels fit in.
+    """
+    from scipy.sparse import csr_array  # slow to import, and few recordings need it
+
+    height, width = fast.shape[1:]
+    grid = view[0] // scale, view[1] // scale
+    points = max(1, math.ceil(scale / registration.scale - 1e-6))
+    inside = (np.arange(points) + 0.5) / points
+    rows, columns = (
+        corner[axis] + scale * (np.arange(grid[axis])[:, None] + inside) for axis in (0, 1)
+    )  # (h, points), (w, points)
+    places = np.stack(np.meshgrid(rows.ravel(), columns.ravel(), indexing="ij"), -1)
+    places = registration.to_lr(places.reshape(-1, 2), (height, width)) - 0.5
+    row_of, column_of = (np.repeat(np.arange(side), points) for side in grid)
+    pixel = (row_of[:, None] * grid[1] + column_of).ravel()
+    low = np.floor(places).astype(int)
+    share = places - low
+    weights, at = [], []
+    for down in (0, 1):
+        for right in (0, 1):
+            weight = np.abs(1 - down - share[:, 0]) * np.abs(1 - right - share[:, 1])
+            row = np.clip(low[:, 0] + down, 0, height - 1)
+            column = np.clip(low[:, 1] + right, 0, width - 1)
+            weights.append(weight / points**2)
+            at.append(row * width + column)
+    table = csr_array(
+        (np.concatenate(weights), (np.tile(pixel, 4), np.concatenate(at))),
+        shape=(grid[0] * grid[1], height * width),
+    )
+
+    def resample(frame: np.ndarray) -> np.ndarray:
+        values = (table @ frame.ravel().astype(float)).reshape(grid)
+        return values if frame.dtype.kind == "f" else np.rint(values).astype(frame.dtype)
+
+    return replace(fast.changed(resample), shape=(fast.shape[0], *grid))

@@ -1,0 +1,1 @@
+"""Samples for training and evaluation; the only part of `data` that imports torch."""

@@ -1,0 +1,130 @@
+"""The loader that reads a rank's samples ahead."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import signal
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import resource_tracker
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from hpc_xvr import log
+from hpc_xvr.data.processes import end_with_parent
+from hpc_xvr.data.samples.sample import Sample
+from hpc_xvr.data.samples.slots import slots_of_rank
+from hpc_xvr.data.samples.training import TrainingSamples
+from hpc_xvr.errors import InputError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def training_batches(
+    dataset: TrainingSamples,
+    rank: int,
+    world: int,
+    start_step: int,
+    steps: int,
+    micro_batch: int | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Loader of one rank's share of steps start_step .. steps - 1, to iterate once.
+
+    Yields share / micro_batch micro-batches for each step, in order (all of the share at once
+    where micro_batch is None). `data.workers` processes read ahead; they live until the last step.
+
+    Raises:
+        InputError: the global batch cannot be shared by the ranks, or the share not be divided
+            into micro-batches.
+    """
+    slots = slots_of_rank(rank, world, dataset.global_batch)
+    micro_batch = micro_batch or len(slots)
+    if len(slots) % micro_batch:
+        raise InputError(
+            f"train.micro_batch {micro_batch} does not divide a rank's share of "
+            f"{len(slots)} samples (train.global_batch {dataset.global_batch} over "
+            f"{world} ranks); choose a divisor of {len(slots)}"
+        )
+    options: dict[str, Any] = {}
+    if dataset.data.workers:
+        # A plain fork would copy MPI's, CUDA's and tensorstore's threads and locks half-way.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        options = {
+            "num_workers": dataset.data.workers,
+            "multiprocessing_context": context,
+            "worker_init_fn": partial(_start_worker, rank),
+        }
+    plan = _Plan(slots, start_step, steps, micro_batch)
+    return _Loader(dataset, batch_sampler=plan, pin_memory=pin_memory, **options)
+
+
+class _Plan:
+    """(step, slot) of each micro-batch."""
+
+    def __init__(self, slots: range, start_step: int, steps: int, micro_batch: int) -> None:
+        self._slots, self._micro_batch = slots, micro_batch
+        self._steps = range(start_step, steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self._steps:
+            for i in range(0, len(self._slots), self._micro_batch):
+                yield [(step, slot) for slot in self._slots[i : i + self._micro_batch]]
+
+    def __len__(self) -> int:
+        return len(self._steps) * (len(self._slots) // self._micro_batch)
+
+
+class _Loader(DataLoader):
+    def __iter__(self) -> Any:
+        if not self.num_workers:
+            return super().__iter__()
+        before = set(multiprocessing.active_children())
+        with _signals_blocked():
+            iterator = super().__iter__()
+        # They ignore SIGTERM, so a run that ends with an exception would wait for them forever.
+        for worker in set(multiprocessing.active_children()) - before:
+            atexit.register(worker.kill)
+        return _as_raised(iterator)
+
+
+def _as_raised(batches: Iterator[Sample]) -> Iterator[Sample]:
+    """A worker's InputError arrives with the worker's traceback as its message: keep the line."""
+    try:
+        yield from batches
+        return
+    except InputError as error:
+        kind, line = type(error).__name__, str(error).rstrip().splitlines()[-1]
+        # Tracebacks would keep the loader's workers until some later garbage collection, which
+        # cannot end them in an orderly way.
+        traceback.clear_frames(error.__traceback__)
+    del batches
+    raise InputError(line.partition(f"{kind}: ")[2] or line)
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started here inherit the mask, so a signal to the whole job never ends them;
+    our own signals wait until we are out again."""
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # starting the tracker unblocks some
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+
+def _start_worker(rank: int, _: int) -> None:
+    log.setup(rank)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -1,0 +1,1 @@
+"""Simulated experiments recorded by two cameras, and whole corpora of them."""

@@ -1,0 +1,256 @@
+"""Simulated experiments recorded by two cameras, and whole corpora of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_xvr import __version__, config
+from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.corpus.layout import MANIFEST
+from hpc_xvr.data.corpus.writer import CorpusWriter, write_clip
+from hpc_xvr.data.processes import cores, worker_pool
+from hpc_xvr.data.simulate.experiment import Experiment
+from hpc_xvr.errors import InputError
+from hpc_xvr.files import commit, disk_errors
+from hpc_xvr.log import logger, progress_bar
+
+SETTINGS = "simulate.json"
+_ROUND_S = 3.0  # between two meetings of the ranks
+ClipEntry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One recording of a corpus."""
+
+    id: str
+    scene: str
+    camera: str
+    size: tuple[int, int, int]
+    seed: int
+    split: str
+
+
+def simulate_corpus(
+    simulate: config.Simulate,
+    path: Path | str,
+    workers: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    gather: Callable[[Any], list[Any]] = lambda value: [value],
+) -> None:
+    """Simulate a whole corpus on all cores of all ranks; the same, bit for bit, on any number.
+
+    It grows in a hidden folder beside `path` and is renamed when complete: `path` is there whole
+    or not at all. A call that was interrupted leaves the recordings it finished; the next one with
+    the same settings goes on with what is missing.
+
+    Args:
+        workers: processes of this rank. Default: one for each core it may use.
+        rank, world: which share of the recordings is this process's.
+        gather: gives every rank the values of all, in rank order. Every rank calls it alike.
+
+    Raises:
+        InputError: something is at `path` already, a corpus of other settings is half made there,
+            another process is making it, or the disk refuses.
+    """
+    path = Path(path)
+    plan = plan_corpus(simulate)
+    beside = path.with_name(f".{path.name}.building")
+    workers = workers or cores()
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(_started(simulate, path, beside)) if rank == 0 else None
+        # Also the moment from which the others may write.
+        finished = gather(_finished(beside) if rank == 0 else None)[0]
+        left = [item for item in plan if item.id not in finished]
+        np.random.default_rng(simulate.seed).shuffle(left)  # scenes differ in cost
+        mine = _made(simulate, beside, left[rank::world], workers)
+        stack.callback(mine.close)
+        advance = stack.enter_context(progress_bar("simulating", len(plan), "recordings"))
+        advance(len(finished))
+        if finished and rank == 0:
+            logger.info("going on after %d of %d recordings", len(finished), len(plan))
+        for entry in _gathered(mine, gather, _ROUND_S if world > 1 else 0.0):
+            if writer is not None:
+                writer.commit(entry)
+            advance()
+    if rank == 0:
+        _finish(beside, path)
+        logger.info("simulated %d recordings into %s", len(plan), path)
+    gather(None)  # nobody leaves before the corpus is in its place
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises InputError if something is there already."""
+    if path.exists():
+        raise InputError(f"corpus {path}: exists; remove it or choose another folder")
+
+
+@contextlib.contextmanager
+def _started(simulate: config.Simulate, path: Path, beside: Path) -> Iterator[CorpusWriter]:
+    """The writer of the corpus that grows in `beside`, after checking whose it is."""
+    refuse_existing(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {"hpc_xvr": __version__, **simulate.model_dump(mode="json")}
+    written = json.dumps(settings, indent=1) + "\n"
+    with CorpusWriter(beside, simulate.store) as writer:
+        kept = beside / SETTINGS
+        with disk_errors(path):
+            if not kept.exists() or not _finished(beside):
+                (beside / f".{SETTINGS}").write_text(written)
+                commit(beside / f".{SETTINGS}", kept)
+            found = kept.read_text()
+        if found != written:
+            raise InputError(
+                f"corpus {path}: was begun with other settings, see {kept}; finish it with those, "
+                f"or remove {beside} to begin anew"
+            )
+        yield writer
+
+
+def _finished(beside: Path) -> set[str]:
+    return {video.id for video in Corpus(beside).videos}
+
+
+def _finish(beside: Path, path: Path) -> None:
+    """Put the complete corpus in its place, its manifest in the order of the recordings."""
+    if path.exists():
+        raise InputError(
+            f"corpus {path}: another process made it meanwhile; use that one, or remove it and "
+            f"rename {beside}"
+        )
+    with disk_errors(path):
+        lines = (beside / MANIFEST).read_bytes().splitlines(keepends=True)
+        (beside / f".{MANIFEST}").write_bytes(b"".join(sorted(lines)))
+        commit(beside / f".{MANIFEST}", beside / MANIFEST)
+        beside.rename(path)
+
+
+def _gathered(
+    entries: Iterator[ClipEntry], gather: Callable[[Any], list[Any]], round_s: float
+) -> Iterator[ClipEntry]:
+    """The entries of all ranks, told each other every `round_s` seconds until all are done."""
+    while True:
+        batch: list[ClipEntry] = []
+        end = time.monotonic() + round_s
+        done = False
+        while not done and (not batch or time.monotonic() < end):
+            entry = next(entries, None)
+            done = entry is None
+            batch += [] if done else [entry]
+        told = gather((batch, done))
+        yield from (entry for batch, _ in told for entry in batch)
+        if all(done for _, done in told):
+            return
+
+
+def plan_corpus(simulate: config.Simulate) -> list[Planned]:
+    """The recordings: scenes in turn, each with all cameras; every split a mix of all it can."""
+    n = simulate.videos
+    scenes = [simulate.scenes[i % len(simulate.scenes)] for i in range(n)]
+    shares = {name: camera.share for name, camera in simulate.cameras.items()}
+    cameras = []
+    here: Counter[tuple[str, str]] = Counter()
+    for i, scene in enumerate(scenes):
+        # The camera that this scene, and then the corpus, is furthest short of.
+        camera = max(
+            shares,
+            key=lambda name: (
+                round(shares[name] * (1 + i // len(simulate.scenes)) - here[scene, name], 6),
+                shares[name] * (1 + i) - here["", name],
+            ),
+        )
+        cameras.append(camera)
+        here[scene, camera] += 1
+        here["", camera] += 1
+    splits = _splits(simulate, list(zip(scenes, cameras, strict=True)))
+    return [
+        Planned(
+            f"sim-{i:04d}-{scenes[i]}",
+            scenes[i],
+            cameras[i],
+            simulate.size_of(cameras[i]),
+            simulate.seed * 1_000_003 + i,
+            splits[i],
+        )
+        for i in range(n)
+    ]
+
+
+def _splits(simulate: config.Simulate, kinds: list[tuple[str, str]]) -> list[str]:
+    """The split of each recording, given its scene and camera."""
+    n = len(kinds)
+    shares = {name: share for name, share in simulate.splits.items() if share > 0}
+    counts = {name: int(n * share) for name, share in shares.items()}
+    by_rest = sorted(shares, key=lambda name: counts[name] - n * shares[name])
+    for name in by_rest[: n - sum(counts.values())]:
+        counts[name] += 1
+    for name in (name for name in shares if not counts[name] and n >= len(shares)):
+        counts[max(counts, key=counts.__getitem__)] -= 1
+        counts[name] = 1
+    free: dict[tuple[str, str], deque[int]] = {}
+    for i in np.random.default_rng([simulate.seed, n]).permutation(n):
+        free.setdefault(kinds[i], deque()).append(int(i))
+    split = [""] * n
+    for name in sorted(counts, key=counts.__getitem__):
+        here: Counter[str] = Counter()
+        for _ in range(counts[name]):
+            # A scene new to this split first, then a camera new to it with that scene; of those
+            # the one that the others have most left of.
+            left = Counter()
+            for (scene, _), numbers in free.items():
+                left[scene] += len(numbers)
+            best = min(
+                (kind for kind, numbers in free.items() if numbers),
+                key=lambda k: (here[k[0]], -left[k[0]], here[k], -len(free[k])),
+            )
+            split[free[best].popleft()] = name
+            here[best[0]] += 1
+            here[best] += 1
+    return split
+
+
+def _made(
+    simulate: config.Simulate, corpus: Path, items: list[Planned], workers: int
+) -> Iterator[ClipEntry]:
+    """Simulate and write these recordings, in any process; entries for the writer to commit."""
+    workers = min(workers, len(items))
+    if workers <= 1:
+        for item in items:
+            yield _make(simulate, corpus, item)
+        return
+    waiting: deque[Future[ClipEntry]] = deque()
+    with worker_pool(workers) as pool:
+        for item in items:
+            waiting.append(pool.submit(_make, simulate, corpus, item))
+            if len(waiting) >= 3 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _make(simulate: config.Simulate, corpus: Path, item: Planned) -> ClipEntry:
+    experiment = Experiment(
+        item.scene, item.size, item.seed, simulate.scale, simulate.lr_stream, item.camera
+    )
+    return write_clip(
+        corpus,
+        simulate.store,
+        item.id,
+        experiment.frames(),
+        item.size,
+        np.uint16,
+        experiment.info(item.split),
+        lr=experiment.lr,
+    )

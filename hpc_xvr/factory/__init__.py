@@ -1,0 +1,1 @@
+"""From a config and weights to a model that is ready to run."""

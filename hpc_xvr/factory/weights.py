@@ -1,0 +1,224 @@
+"""From a config or a run folder to a model with its trained weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from hpc_xvr import __version__, checkpoint
+from hpc_xvr.config import Config, check, load
+from hpc_xvr.errors import InputError
+from hpc_xvr.factory.build import build_model
+from hpc_xvr.files import write_atomic
+from hpc_xvr.log import logger
+from hpc_xvr.model.xfusion import load_xfusion
+
+Which = Literal["newest", "best"]
+SUFFIX = ".safetensors"
+FORMAT = "hpc_xvr weights 1"
+
+
+def model_of_run(run: Path, which: Which = "newest") -> tuple[nn.Module, Config, int]:
+    """Model (averaged weights, eval mode), config and step of what hpc-xvr has trained.
+
+    Args:
+        run: run folder, or a file of `export_weights`, or a single checkpoint.
+        which: of a run folder, the newest valid checkpoint or that of the best validation.
+
+    Raises:
+        InputError: nothing of the kind, no valid checkpoint, or weights that do not fit the config
+            beside them.
+    """
+    trained = read_weights(run, which)
+    model = build_model(trained.config)
+    model.load_state_dict(trained.weights)
+    return model.eval(), trained.config, trained.step
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Weights that fit their config."""
+
+    weights: dict[str, torch.Tensor]
+    config: Config
+    step: int
+
+
+def read_weights(run: Path, which: Which = "newest", raw: bool = False) -> Trained:
+    """What `model_of_run` puts into a model; `raw`: not the averaged weights of a checkpoint."""
+    if run.is_file():
+        path, state = run, _read_file(run)
+        config = check(state["config"], f"the config in {run}")
+    elif (run / "config.yaml").exists():
+        config = load(run / "config.yaml")
+        path, state = _newest(run)
+        if which == "best":
+            path, state = _best(run, state)
+    else:
+        raise InputError(
+            f"{run}: no run folder (it has no config.yaml); make one with hpc-xvr train"
+        )
+    weights = state["model"] if raw or not state.get("ema") else state["ema"]
+    _check_fit(config, weights, path)
+    return Trained(weights, config, state["step"])
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    """The state in a single file, from whomever it may be."""
+    if _is_exported(path):
+        return _read_exported(path)
+    try:
+        state = checkpoint.load(path)
+    except checkpoint.CorruptCheckpoint as problem:
+        raise InputError(
+            f"{problem}; give a run folder, one of its checkpoints, or a file of hpc-xvr export"
+        ) from None
+    for name, kind in (("model", dict), ("config", dict), ("step", int)):
+        if not isinstance(state.get(name), kind):
+            raise InputError(f"checkpoint {path}: has no {name}; it is not of hpc-xvr train")
+    return state
+
+
+def _newest(run: Path) -> tuple[Path, dict[str, Any]]:
+    for path, state in checkpoint.newest_valid(run / "checkpoints", ("model",)):
+        if not isinstance(state, checkpoint.CorruptCheckpoint):
+            return path, state
+        logger.warning("skipped: %s", state)
+    raise InputError(
+        f"{run}: has no valid checkpoint yet; let hpc-xvr train write one (checkpoint.every)"
+    )
+
+
+def _best(run: Path, newest: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    best = newest.get("best")
+    if not best:
+        raise InputError(
+            f"{run}: no validation has been saved yet, so none is best; use the newest checkpoint"
+        )
+    path = checkpoint.path_of(run / "checkpoints", best["step"])
+    return path, newest if best["step"] == newest["step"] else checkpoint.load(path)
+
+
+def _check_fit(config: Config, weights: dict[str, Any], path: Path) -> None:
+    with torch.device("meta"):  # shapes only: a config of others may ask for any size
+        shapes = build_model(config).state_dict()
+    _refuse_mismatch(shapes, weights, path)
+
+
+def export_weights(run: Path, out: Path, which: Which = "newest", raw: bool = False) -> Trained:
+    """Write the weights and the config of a run to a safetensors file, whole or not at all.
+
+    Raises:
+        InputError: as `model_of_run`; `out` has another suffix or cannot be written.
+    """
+    if out.suffix != SUFFIX:
+        raise InputError(f"{out}: must end in {SUFFIX}")
+    trained = read_weights(run, which, raw)
+    facts = {
+        "format": FORMAT,
+        "step": str(trained.step),
+        "weights": "raw" if raw else "averaged",
+        "config": json.dumps(trained.config.model_dump(mode="json")),
+        "version": __version__,
+    }
+    data = safetensors.torch.save({k: v.contiguous() for k, v in trained.weights.items()}, facts)
+    write_atomic(out, lambda file: file.write(data))
+    return trained
+
+
+def _is_exported(path: Path) -> bool:
+    return path.suffix == SUFFIX
+
+
+def _read_exported(path: Path) -> dict[str, Any]:
+    """A file of `export_weights` as a checkpoint's state; numbers only, no code can be in it."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            if facts.get("format") != FORMAT:
+                raise InputError(f"{path}: not written by hpc-xvr export (no config in it)")
+            state = {"step": int(facts["step"]), "config": json.loads(facts["config"])}
+            config = check(state["config"], f"the config in {path}")
+            names = file.keys()
+            shapes = {n: torch.empty(file.get_slice(n).get_shape(), device="meta") for n in names}
+            _check_fit(config, shapes, path)  # before anything is read into memory
+            return state | {"model": {name: file.get_tensor(name) for name in names}}
+    except InputError:
+        raise
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: truncated, or no file of hpc-xvr export ({line})") from None
+
+
+def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
+    """Put a checkpoint's weights, averaged ones where there are any, into `model`.
+
+    Raises:
+        InputError: the checkpoint is of another architecture; says which parameters differ.
+    """
+    weights = state.get("ema") or state["model"]
+    _refuse_mismatch(model.state_dict(), weights, path)
+    model.load_state_dict(weights)
+
+
+def _refuse_mismatch(ours: dict[str, torch.Tensor], theirs: Any, path: Path) -> None:
+    problem = mismatch(ours, theirs)
+    if problem:
+        raise InputError(
+            f"checkpoint {path} is of another architecture: {problem}; use the "
+            "model section of the config it was trained with"
+        )
+
+
+def mismatch(ours: dict[str, torch.Tensor], theirs: Any) -> str | None:
+    """How two state dicts differ in names or shapes, key by key; None if they do not."""
+
+    if not isinstance(theirs, dict):
+        return "it holds no named tensors"
+
+    def shape(value: Any) -> tuple[int, ...] | str:
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else "no tensor"
+
+    both = [name for name in ours if name in theirs]
+    kinds = {
+        "it lacks": [f"{n} {shape(v)}" for n, v in ours.items() if n not in theirs],
+        "it has, unknown to this model,": [
+            f"{n} {shape(v)}" for n, v in theirs.items() if n not in ours
+        ],
+        "of other shapes:": [
+            f"{n} is {shape(theirs[n])} there, {shape(ours[n])} in this model"
+            for n in both
+            if shape(theirs[n]) != shape(ours[n])
+        ],
+    }
+    return "; ".join(f"{kind} {_listed(names)}" for kind, names in kinds.items() if names) or None
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def initial_weights(model: nn.Module, path: Path) -> None:
+    """Start from a checkpoint of ours, a file of `export_weights`, or a checkpoint of the authors'
+    program (config key train.weights).
+
+    Raises:
+        InputError: unreadable, or of another architecture.
+    """
+    try:
+        state = _read_exported(path) if _is_exported(path) else checkpoint.load(path)
+    except checkpoint.CorruptCheckpoint:
+        try:
+            theirs = load_xfusion(path)
+        except ValueError as error:
+            raise InputError(f"train.weights: {error}") from None
+        state = {"model": theirs.state_dict()}
+    load_weights(model, state, path)

@@ -1,0 +1,121 @@
+"""Files that appear whole or not at all: written beside, synced, renamed. The one place for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hpc_xvr.errors import InputError, explain_os_error
+
+_PARTIAL = ".partial"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a new name beside `path`; the file that is there afterwards becomes `path`.
+
+    The name keeps the suffix of `path`, by which libraries choose a format. After an exception
+    nothing is left behind and `path` is as before.
+
+    Raises:
+        InputError: the folder is missing, or the disk is full, over quota or read-only.
+    """
+    check_folder(path)
+    beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{_PARTIAL}{path.suffix}")
+    try:
+        yield beside
+        commit(beside, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {explain_os_error(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
+    """Call `write(binary file)` on a file that becomes `path` when it is complete.
+
+    Missing folders are made.
+
+    Raises:
+        InputError: as `replacing`; `path` is as before.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {explain_os_error(error)}") from None
+    with replacing(path) as beside, beside.open("xb") as file:
+        write(file)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed calls of `replacing` and `write_atomic` left behind."""
+    for path in folder.glob(f".*{_PARTIAL}*"):
+        path.unlink(missing_ok=True)
+
+
+def check_folder(path: Path) -> None:
+    """Raises InputError if the folder that `path` is to be written to does not exist."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Put a finished file or folder in its place so that it survives a crash right after."""
+    sync(temporary)
+    place(temporary, final)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder with all it holds, is on the disk."""
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            _fsync(Path(folder) / name)
+    _fsync(path)
+
+
+def place(temporary: Path, final: Path) -> None:
+    """Rename what is on the disk already."""
+    temporary.replace(final)
+    _fsync(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all it holds."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, what: str = "write") -> Iterator[None]:
+    """What the disk refuses is the user's to mend: OSError becomes a one-line InputError."""
+    try:
+        yield
+    except OSError as error:
+        reason = (error.strerror or str(error)).splitlines()[0]
+        raise InputError(
+            f"corpus {path}: cannot {what} {error.filename or path} ({reason}); "
+            f"{_free(path)} are free there: check space, quota and permissions"
+        ) from None
+
+
+def _free(path: Path) -> str:
+    for folder in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            return f"{shutil.disk_usage(folder).free / 1e9:.2f} GB"
+    return "unknown GB"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

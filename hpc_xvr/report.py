@@ -1,0 +1,315 @@
+"""One self-contained HTML page about a run: what came out, against what, and how."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import yaml
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from hpc_xvr import __version__, config
+from hpc_xvr.errors import InputError
+from hpc_xvr.evaluate.baselines import BASELINES
+from hpc_xvr.evaluate.page import (
+    Pictures,
+    data_uri,
+    movies,
+    natural,
+    pictures_of,
+    template,
+    write_page,
+)
+from hpc_xvr.evaluate.results import Evaluation
+from hpc_xvr.files import write_atomic
+from hpc_xvr.log import logger
+
+CURVE_POINTS = 800
+BLUE, ORANGE, GREY = "#1c5d99", "#d9480f", "#868e96"
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write report.html into a run folder from whatever parts of the run are there.
+
+    Raises:
+        InputError: the folder is missing or holds no run, or one of its files cannot be read.
+    """
+    run = Path(run_dir)
+    if not run.is_dir():
+        raise InputError(f"{run}: no such run folder; `hpc-xvr train` makes one (run.dir)")
+    if (run / "evaluation.json").exists():  # an evaluation's own folder
+        return write_page(run)
+    settings = _settings(run / "config.yaml")
+    lines, unreadable = _metrics(run / "metrics.jsonl")
+    evaluation = Evaluation.load(run / "evaluation")
+    if not settings and not lines and not evaluation:
+        raise InputError(
+            f"{run}: holds no run (no config.yaml, metrics.jsonl or evaluation/"
+            "evaluation.json); give the folder named in run.dir"
+        )
+    train, validation, events = (_of_kind(lines, kind) for kind in ("train", "validation", "event"))
+    pictures = Pictures(run)
+    samples = natural(run.glob("samples/*.png"))
+    charts, sides = pictures_of(run / "evaluation")
+    page = template("report.html").render(
+        name=run.resolve().name,
+        folder=str(run),
+        version=__version__,
+        written=datetime.now().strftime("%d %B %Y, %H:%M"),
+        headline=_headline(evaluation, validation),
+        evaluation=evaluation,
+        charts=pictures.take(charts, 4),
+        progress=_progress(train, validation, settings),
+        events=events,
+        unreadable=unreadable,
+        curves=_curves(train, validation, events),
+        movies=pictures.take(movies(run / "reconstruction") or movies(run / "evaluation"), 2),
+        comparisons=pictures.take(sides, 4),
+        samples=pictures.take(dict.fromkeys([*samples[:1], *samples[-1:]]), 2),
+        utilisation=pictures.take(run.glob("utilisation.png"), 1),
+        left_out=pictures.left_out,
+        settings={
+            section: _shown(config.flat(values))
+            for section, values in settings.items()
+            if isinstance(values, dict) and section != "fetch"  # no part of the run
+        },
+        environment=_environment(_json(run / "environment.json") or {}),
+    )
+    path = run / "report.html"
+    write_atomic(path, lambda file: file.write(page.encode()))
+    return path
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise InputError(
+            f"{path}: is not valid YAML; take it from the run's checkpoint or remove "
+            "it to report without settings"
+        ) from None
+    return tree if isinstance(tree, dict) else {}
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise InputError(f"{path}: is not valid JSON; make it again or remove it") from None
+    return tree if isinstance(tree, dict) else None
+
+
+def _environment(tree: dict[str, Any]) -> dict[str, str]:
+    """One line a fact; of a list of ranks, the hosts and how many ranks have which device."""
+    facts: dict[str, Any] = {}
+    for key, value in config.flat(tree).items():
+        if key == "earlier":
+            key, value = "earlier starts", len(value)
+        elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
+            kinds = Counter(
+                tuple(f"{k} {v}" for k, v in entry.items() if k != "host") for entry in value
+            )
+            hosts = list(dict.fromkeys(str(e["host"]) for e in value if "host" in e))
+            facts["hosts"] = f"{len(hosts)}: {', '.join(hosts[:8])}{' ...' * (len(hosts) > 8)}"
+            value = [f"{count} with {', '.join(kind)}" for kind, count in kinds.items()]
+        facts[key] = value
+    return _shown(facts)
+
+
+def _shown(facts: dict[str, Any]) -> dict[str, str]:
+    return {
+        key: "\u2013"
+        if value is None
+        else ", ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+        for key, value in facts.items()
+    }
+
+
+def _metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Lines of the log and how many could not be read (a killed run may end within a line)."""
+    lines, unreadable = [], 0
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for line in filter(str.strip, text.splitlines()):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+            lines.append(entry)
+        else:
+            unreadable += 1
+    if unreadable:
+        logger.warning("%s: %d lines could not be read", path, unreadable)
+    return lines, unreadable
+
+
+def _of_kind(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """In order of step. Steps done again after a resume count as they were done last."""
+    chosen = [line for line in lines if line.get("kind") == kind]
+    if kind == "event":
+        return chosen
+    return [line for _, line in sorted({line["step"]: line for line in chosen}.items())]
+
+
+def _headline(
+    evaluation: Evaluation | None, validation: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The number people ask for first, and what it is better or worse than."""
+    learned = [f.name for f in evaluation.methods if f.learned] if evaluation else []
+    if evaluation and learned:
+        first = evaluation.conditions[0]
+        table = {summary.method: summary for summary in evaluation.table(first)}
+        own = table[learned[0]]
+        return {
+            "psnr": own.values["psnr"].mean,
+            "gains": [
+                (own.values["psnr"].mean - table[name].values["psnr"].mean, BASELINES[name].title)
+                for name in ("bicubic", "detail")
+                if name in table
+            ],
+            "ssim": own.values["ssim"].mean,
+            "ms": 1000 * own.seconds_per_frame,
+            "source": "evaluation",
+            "recordings": own.recordings,
+        }
+    scored = [line for line in validation if isinstance(line.get("psnr"), (int, float))]
+    if not scored:
+        return None
+    last = scored[-1]
+    return {
+        "psnr": last["psnr"],
+        "ssim": last.get("ssim"),
+        "ms": None,
+        "source": "validation",
+        "recordings": None,
+        "gains": [
+            (last["psnr"] - last[f"psnr_{name}"], BASELINES[name].title)
+            for name in ("bicubic", "detail")
+            if f"psnr_{name}" in last
+        ],
+    }
+
+
+def _progress(
+    train: list[dict[str, Any]], validation: list[dict[str, Any]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    rates = [line["samples_per_s"] for line in train if line.get("samples_per_s")]
+    waits = [line["data_wait"] for line in train if line.get("data_wait") is not None]
+    return {
+        "step": max((line["step"] for line in [*train, *validation]), default=None),
+        "steps": (settings.get("train") or {}).get("steps"),
+        "samples_per_s": float(np.median(rates)) if rates else None,
+        "data_wait": float(np.median(waits)) if waits else None,
+    }
+
+
+def _curves(
+    train: list[dict[str, Any]], validation: list[dict[str, Any]], events: list[dict[str, Any]]
+) -> list[tuple[str, str]]:
+    """(what it shows, data URI) of each curve there are numbers for."""
+    resumes = [line["step"] for line in events if "resume" in str(line.get("text", ""))]
+    curves = []
+    loss = _series(train, "loss")
+    if len(loss[0]) > 1:
+        curves.append(
+            ("Training loss", _chart("L1 loss", [(*loss, BLUE, "loss")], resumes, log=True))
+        )
+    psnr = _series(validation, "psnr")
+    if len(psnr[0]):
+        lines = [(*psnr, BLUE, "model")]
+        for name, colour in (("detail", "#495057"), ("bicubic", "#adb5bd")):
+            base = _series(validation, f"psnr_{name}")
+            if len(base[0]):
+                lines.append((*base, colour, BASELINES[name].title))
+        curves.append(("Validation", _chart("PSNR (dB)", lines, resumes, marks=True)))
+    rate = _series(train, "samples_per_s")
+    if len(rate[0]) > 1:
+        curves.append(
+            ("Throughput", _chart("samples / s", [(*rate, BLUE, "throughput")], resumes, zero=True))
+        )
+    return curves
+
+
+def _series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values; long series are averaged in bins of equally many points."""
+    pairs = [
+        (line["step"], line[key])
+        for line in lines
+        if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])
+    ]
+    if not pairs:
+        return np.empty(0), np.empty(0)
+    values = np.asarray(pairs, float)
+    bins = np.array_split(values, min(len(values), CURVE_POINTS))
+    return tuple(np.array([part.mean(0) for part in bins]).T)
+
+
+def _chart(
+    label: str,
+    lines: list[tuple],
+    resumes: list[int],
+    *,
+    log: bool = False,
+    zero: bool = False,
+    marks: bool = False,
+) -> str:
+    style = {
+        "font.family": "DejaVu Sans",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": GREY,
+        "axes.labelcolor": "#343a40",
+        "xtick.color": "#495057",
+        "ytick.color": "#495057",
+        "svg.hashsalt": "hpc_xvr",
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(4.0, 2.5), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        for steps, values, colour, name in lines:
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                linewidth=1.4,
+                label=name,
+                marker="o" if marks and len(steps) <= 60 else None,
+                markersize=3,
+            )
+        for i, step in enumerate(resumes):
+            axes.axvline(
+                step,
+                color=ORANGE,
+                linewidth=0.9,
+                linestyle=(0, (3, 2)),
+                label=None if i else "resumed",
+            )
+        if log:
+            axes.set_yscale("log")
+        if zero:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(axis="y", color="#e9ecef", linewidth=0.8, which="both")
+        axes.set_axisbelow(True)
+        if len(lines) > 1 or resumes:
+            axes.legend(frameon=False, fontsize=8)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return data_uri("image/svg+xml", buffer.getvalue())
