@@ -36,7 +36,7 @@ def kernels() -> list[Extension]:
     ]
 
 
-version = re.search(r'__version__ = "(.+)"', (here / "hpc_xvr/__init__.py").read_text())[1]
+version = re.search(r'__version__ = "(.+)"', (here / "hpc_xvr/version.py").read_text())[1]
 
 setup(
     name="hpc_xvr",

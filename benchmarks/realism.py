@@ -38,7 +38,7 @@ import numpy as np
 from scipy.ndimage import convolve
 from scipy.stats import wasserstein_distance
 
-from hpc_xvr.data.cameras import open_recording
+from hpc_xvr.data.cameras import open_camera_file
 from hpc_xvr.data.simulate.experiment import Experiment
 
 matplotlib.use("Agg")
@@ -102,7 +102,7 @@ def real_frame(name: str) -> np.ndarray:
     """The first frame of a real recording, scaled; of the spray, its transmission."""
     path, _, dataset = name.partition("::")
     if not dataset:
-        return scaled(next(iter(open_recording(REAL / path).frames())))
+        return scaled(next(iter(open_camera_file(REAL / path).frames())))
     background = REAL / Path(path).with_name("spray_polychromatic_background.hdf5")
     with h5py.File(REAL / path) as file, h5py.File(background) as fields:
         raw, flat, dark = (
@@ -164,7 +164,7 @@ def by_level(level: np.ndarray, sigma: np.ndarray, least: int) -> np.ndarray:
 def still_frames(name: str | None) -> np.ndarray:
     """Frames (T, H, W) of a real recording, or of a simulated step wedge."""
     if name is not None:
-        frames = np.stack(list(open_recording(REAL / name).frames()))[:20].astype(float)
+        frames = np.stack(list(open_camera_file(REAL / name).frames()))[:20].astype(float)
     else:
         experiment = Experiment("crack", (10, 192, 192), seed=1, lr_stream=False)
         wedge = np.repeat(np.linspace(0.02, 3, 12), 16) / experiment.line.attenuation

@@ -1,3 +1,78 @@
-"""SWIN-XVR: a fast blurry camera and a slow sharp one in, a fast sharp movie out."""
+"""SWIN-XVR: a fast blurry camera and a slow sharp one in, a fast sharp movie out.
 
-__version__ = "0.1.0"
+    import hpc_xvr as xvr
+
+    fast = xvr.open_recording("fast.dat")
+    sharp = xvr.open_recording("sharp.cihx", flat="flat.cihx")
+    model = xvr.load_model("runs/mine")
+    for t, frame in xvr.reconstruct(model, fast, sharp, gap=20):
+        ...
+
+The names below are the public interface; all else is private to the project and may change.
+They are loaded when they are asked for: importing the package costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hpc_xvr.version import __version__
+
+if TYPE_CHECKING:
+    from hpc_xvr.api import Model, load_model, open_recording, reconstruct
+    from hpc_xvr.config import Config
+    from hpc_xvr.config import load as load_config
+    from hpc_xvr.data.cameras import Recording
+    from hpc_xvr.data.corpus import Corpus, Video
+    from hpc_xvr.data.ingest.run import ingest
+    from hpc_xvr.data.registration import Registration
+    from hpc_xvr.errors import InputError
+    from hpc_xvr.reconstruction.writers import Calibration, write_movie, write_sequence
+
+_PUBLIC = {
+    "Calibration": "hpc_xvr.reconstruction.writers",
+    "Config": "hpc_xvr.config",
+    "Corpus": "hpc_xvr.data.corpus",
+    "InputError": "hpc_xvr.errors",
+    "Model": "hpc_xvr.api",
+    "Recording": "hpc_xvr.data.cameras",
+    "Registration": "hpc_xvr.data.registration",
+    "Video": "hpc_xvr.data.corpus",
+    "ingest": "hpc_xvr.data.ingest.run",
+    "load_config": "hpc_xvr.config",
+    "load_model": "hpc_xvr.api",
+    "open_recording": "hpc_xvr.api",
+    "reconstruct": "hpc_xvr.api",
+    "write_movie": "hpc_xvr.reconstruction.writers",
+    "write_sequence": "hpc_xvr.reconstruction.writers",
+}
+_ELSEWHERE = {"load_config": "load"}
+
+__all__ = [
+    "Calibration",
+    "Config",
+    "Corpus",
+    "InputError",
+    "Model",
+    "Recording",
+    "Registration",
+    "Video",
+    "__version__",
+    "ingest",
+    "load_config",
+    "load_model",
+    "open_recording",
+    "reconstruct",
+    "write_movie",
+    "write_sequence",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, loaded on first use."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), _ELSEWHERE.get(name, name))
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

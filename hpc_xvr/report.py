@@ -16,7 +16,7 @@ import yaml
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from hpc_xvr import __version__, config
+from hpc_xvr import config
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import BASELINES
 from hpc_xvr.evaluate.page import (
@@ -31,6 +31,7 @@ from hpc_xvr.evaluate.page import (
 from hpc_xvr.evaluate.results import Evaluation
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
+from hpc_xvr.version import __version__
 
 CURVE_POINTS = 800
 BLUE, ORANGE, GREY = "#1c5d99", "#d9480f", "#868e96"

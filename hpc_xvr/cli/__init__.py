@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from hpc_xvr import __version__
 from hpc_xvr.cli import data, fetch, results, submit, train
 from hpc_xvr.cli.ending import run
+from hpc_xvr.version import __version__
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpc_xvr.cli.cameras import camera_options, pairing_options, take_pairing, take_reading
 from hpc_xvr.cli.common import Examples, a_config, connect, settings
 from hpc_xvr.errors import InputError
 
@@ -78,24 +80,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     show_default=True,
     help="File format of a new corpus.",
 )
-@click.option("--flat", type=click.Path(path_type=Path), help="Beam without sample.")
-@click.option("--dark", type=click.Path(path_type=Path), help="Camera without beam.")
-@click.option("--dataset", help="Dataset inside HDF5 files, such as /exchange/data.")
-@click.option("--flip-rows", is_flag=True, help="Turn Shimadzu frames upside down.")
-@click.option("--frame-rate", type=float, metavar="HZ", help="Where the file does not say.")
-@click.option("--pixel-size", type=float, metavar="UM", help="Where the file does not say.")
-@click.option(
-    "--bit-depth",
-    type=click.IntRange(1, 16),
-    help="Significant bits, where the file does not say (12-bit data in 16-bit TIFF).",
-)
-@click.option(
-    "--full-scale",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Value stored as white, for float files and "
-    "transmissions. [default: the file's maximum; 1.5]",
-)
-@click.option("--camera", help="Name of the camera, where the file does not say.")
+@camera_options("hr", short=True)
 @click.option("--scene", help="What the recordings show, for tables by scene.")
 @click.option(
     "--split",
@@ -113,40 +98,14 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     "camera's stored frames.",
 )
 @click.option(
-    "--crop",
-    is_flag=True,
-    help="Cut rows and columns that are too many for --scale, and what --lr does not show.",
-)
-@click.option(
     "--lr",
     multiple=True,
     metavar="FILE",
-    help="The fast camera's recording of the same shot. With several PATHS, one for each in order.",
+    help="The fast camera's recording of the same shot. With several PATHS, one for each in order. "
+    "With --registration its frames are stored on the sharp grid / --scale.",
 )
-@click.option(
-    "--registration",
-    metavar="FILE|TEXT",
-    help="Where the fast camera's pixels lie on the sharp frames: YAML or JSON with scale (sharp "
-    "pixels a fast one covers), origin [row, column] of its upper left corner, rotation_deg, "
-    "flip (rows, columns, both). Its frames are then stored on the sharp grid / --scale.",
-)
-@click.option(
-    "--gap",
-    type=click.FloatRange(min=0, min_open=True),
-    help="Fast frames from one sharp frame to the next. [default: from the frame rates]",
-)
-@click.option("--lr-rate", type=float, metavar="HZ", help="Where --lr does not say.")
-@click.option(
-    "--lr-start",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="When the fast camera took its first frame, in sharp frames from the first one.",
-)
-@click.option("--lr-flat", type=click.Path(path_type=Path), help="As --flat, fast camera.")
-@click.option("--lr-dark", type=click.Path(path_type=Path), help="As --dark, fast camera.")
-@click.option("--lr-dataset", help="As --dataset, fast camera.")
-@click.option("--lr-bit-depth", type=click.IntRange(1, 16), help="As --bit-depth, fast camera.")
+@camera_options("lr")
+@pairing_options
 @click.option("--skip-bad", is_flag=True, help="Go on after files that cannot be used; list them.")
 @click.option(
     "--workers",
@@ -157,12 +116,6 @@ def ingest(
     paths: tuple[Path, ...],
     corpus: Path,
     scale: int,
-    frame_rate: float | None,
-    pixel_size: float | None,
-    registration: str | None,
-    gap: float | None,
-    lr_rate: float | None,
-    lr_start: float,
     workers: int | None,
     **options: Any,
 ) -> None:
@@ -179,12 +132,15 @@ def ingest(
     from hpc_xvr.config import Dist
     from hpc_xvr.data.ingest.run import Ranks
     from hpc_xvr.data.ingest.run import ingest as run
-    from hpc_xvr.data.pairing.joining import Pairing
-    from hpc_xvr.data.registration import read_registration
     from hpc_xvr.distributed.launch import cpu_threads, discover
 
-    if not options["lr"] and any((registration, gap, lr_rate, lr_start)):
-        raise InputError("--registration, --gap, --lr-rate and --lr-start are for --lr: give it")
+    told = [name for name, value in options.items() if name.startswith("lr_") and value]
+    told += [name for name in ("registration", "gap") if options[name]]
+    if told and not options["lr"]:
+        names = ", ".join(f"--{name}" for name in told)
+        raise InputError(f"{names.replace('_', '-')}: for a fast camera's files; give --lr too")
+    camera, lr_camera = take_reading("hr", options), take_reading("lr", options)
+    pairing = take_pairing(options)
     ranks, comm, launch = Ranks(), None, discover()
     if launch.size > 1:
         comm = connect("auto", "cpu", Dist(timeout_s=7 * 86400))
@@ -196,13 +152,11 @@ def ingest(
             paths,
             corpus,
             multiple_of=scale,
-            frame_rate_hz=frame_rate,
-            pixel_size_um=pixel_size,
-            pairing=Pairing(
-                gap, lr_start, lr_rate, registration and read_registration(registration)
-            ),
+            lr_camera=lr_camera,
+            pairing=pairing,
             workers=workers,
             ranks=ranks,
+            **asdict(camera),
             **options,
         )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from hpc_xvr.cli.cameras import camera_options, pairing_options, take_pairing, take_reading
 from hpc_xvr.cli.common import (
     Examples,
     a_run,
@@ -167,24 +168,9 @@ def evaluate(
 @a_run
 @click.option("--lr", type=click.Path(path_type=Path), help="File of the fast camera.")
 @click.option("--hr", type=click.Path(path_type=Path), help="File of the slow, sharp camera.")
-@click.option(
-    "--gap",
-    type=click.IntRange(1),
-    help="Fast frames from one sharp frame to the next. [default: the run's data.hr_gap]",
-)
-@click.option("--lr-dataset", help="Dataset inside an HDF5 --lr file.")
-@click.option("--hr-dataset", help="Dataset inside an HDF5 --hr file.")
-@click.option("--lr-bit-depth", type=click.IntRange(1, 16), help="As for ingest: --lr file.")
-@click.option("--hr-bit-depth", type=click.IntRange(1, 16), help="As for ingest: --hr file.")
-@click.option(
-    "--lr-flat", type=click.Path(path_type=Path), help="Beam without sample, fast camera."
-)
-@click.option("--lr-dark", type=click.Path(path_type=Path), help="Fast camera without beam.")
-@click.option(
-    "--hr-flat", type=click.Path(path_type=Path), help="Beam without sample, sharp camera."
-)
-@click.option("--hr-dark", type=click.Path(path_type=Path), help="Sharp camera without beam.")
-@click.option("--flip-rows", is_flag=True, help="As for ingest: Shimadzu --lr file.")
+@pairing_options
+@camera_options("lr")
+@camera_options("hr")
 @click.option("--corpus", type=click.Path(path_type=Path), help="Default: the run's own.")
 @click.option("--video", help="Reconstruct this recording of the corpus instead of two files.")
 @click.option(
@@ -198,19 +184,52 @@ def evaluate(
 )
 @which_checkpoint
 @device_of_run
-def reconstruct(run: Path, device: str | None, **options: Any) -> None:
-    """Make the fast sharp movie with the model of RUN, a run folder or a file of hpc-xvr export.
+def reconstruct(
+    run: Path,
+    device: str | None,
+    lr: Path | None,
+    hr: Path | None,
+    corpus: Path | None,
+    video: str | None,
+    crop: bool,
+    out: Path,
+    movie: Path | None,
+    which: Literal["newest", "best"],
+    **options: Any,
+) -> None:
+    """Make the fast sharp movie with the model of RUN: a run folder, a file of hpc-xvr export, or
+    weights of the authors' program.
 
-    Either from two camera files of the same field of view (--lr and --hr, first frames at the
-    same instant, one sharp frame every --gap fast ones), or from a recording of a corpus.
+    Either from two camera files (--lr and --hr), or from a recording of a corpus (--video). Of two
+    files the fast camera's pixels must lie on the sharp frames as the model was trained: a corner
+    in common and `data.scale` times as large, or say with --registration where they lie. Say of
+    each camera what you said to `hpc-xvr ingest`, with the same options.
     """
     from hpc_xvr.distributed.launch import discover
-    from hpc_xvr.reconstruct.workflow import reconstruct_run
+    from hpc_xvr.reconstruction.workflow import CameraFiles, CorpusRecording, reconstruct_run
 
     if discover().size > 1:
         raise InputError("reconstruct is one process; start it without mpirun")
+    lr_camera, hr_camera = take_reading("lr", options), take_reading("hr", options)
+    pairing = take_pairing(options)
+    source: CameraFiles | CorpusRecording
+    if lr and hr and not video:
+        source = CameraFiles(lr, hr, lr_camera, hr_camera, pairing, crop)
+    elif video and not (lr or hr):
+        stated = {**lr_camera.described(), **hr_camera.described()}
+        if stated or pairing.start or pairing.registration or crop:
+            raise InputError(
+                "options of cameras, --lr-start, --registration and --crop are for camera files "
+                "(--lr and --hr); a recording of a corpus was read with its own: leave them out"
+            )
+        source = CorpusRecording(corpus, video, pairing.gap)
+    else:
+        raise InputError(
+            "reconstruct from --lr and --hr (two camera files), or from --video "
+            "(a recording of the corpus)"
+        )
     comm = connect("serial", device or configured_device(run))
-    reconstruct_run(run, comm.device, **options)
+    reconstruct_run(run, comm.device, source, out=out, movie=movie, which=which)
 
 
 @click.command(

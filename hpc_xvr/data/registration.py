@@ -60,13 +60,13 @@ def read_registration(text: str) -> Registration:
         inline = text.lstrip().startswith("{")
         found = yaml.safe_load(text if inline else Path(text).read_text())
         if not isinstance(found, dict):
-            raise ValueError("it is no mapping such as {scale: 2.92, origin: [34, 57]}")
+            raise ValueError("it is not a mapping such as {scale: 2.92, origin: [34, 57]}")
         return Registration.model_validate(found)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{where}: cannot be read ({error})") from None
     except yaml.YAMLError:
         raise InputError(
-            f"{where}: is no YAML; write it like {{scale: 2.92, origin: [34, 57]}}"
+            f"{where}: is not valid YAML; write it like {{scale: 2.92, origin: [34, 57]}}"
         ) from None
     except (ValueError, ValidationError) as error:
         raise InputError(

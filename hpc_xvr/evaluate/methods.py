@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hpc_xvr import __version__
 from hpc_xvr.config import Config
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import BASELINES, find_baseline
@@ -18,7 +17,8 @@ from hpc_xvr.factory.execution import prepare
 from hpc_xvr.factory.weights import SUFFIX, Which, model_of_run
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.model.xvr import SwinXVR
-from hpc_xvr.reconstruct.pipeline import Method, as_method
+from hpc_xvr.reconstruction.pipeline import Method, as_method
+from hpc_xvr.version import __version__
 
 
 @dataclass(frozen=True)

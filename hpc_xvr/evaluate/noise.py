@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hpc_xvr.data.degrade import CameraNoise, fixed_pattern
 from hpc_xvr.errors import InputError
-from hpc_xvr.reconstruct.pipeline import CLEAN
+from hpc_xvr.reconstruction.streams import CLEAN
 
 KINDS = {
     "poisson": "photon noise",

@@ -13,7 +13,6 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
-from hpc_xvr import __version__
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.results import Evaluation
 from hpc_xvr.evaluate.scoring import Condition
@@ -21,6 +20,7 @@ from hpc_xvr.evaluate.summary import Summary
 from hpc_xvr.evaluate.tables import best_of, interval, shown, signed
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
+from hpc_xvr.version import __version__
 
 PICTURE_LIMIT = 900_000  # bytes; larger pictures are stored again as WebP
 PAGE_LIMIT = 5_500_000  # bytes of base64 text of all pictures

@@ -16,7 +16,8 @@ from hpc_xvr.data.corpus import Video
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.methods import NamedMethod
 from hpc_xvr.evaluate.noise import NoiseLevel
-from hpc_xvr.reconstruct.pipeline import KeyFrames, Stream, reconstruct, recording_streams
+from hpc_xvr.reconstruction.pipeline import reconstruct
+from hpc_xvr.reconstruction.streams import KeyFrames, Stream, recording_streams
 
 METRICS = {
     "psnr": "PSNR dB",

@@ -33,7 +33,7 @@ from hpc_xvr.evaluate.scoring import (
 )
 from hpc_xvr.factory.weights import Which
 from hpc_xvr.log import logger, progress_bar
-from hpc_xvr.reconstruct.writers import write_movie
+from hpc_xvr.reconstruction.writers import write_movie
 
 MOVIE_FPS = 8
 PANELS = 6  # methods side by side

@@ -12,13 +12,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from hpc_xvr import __version__, checkpoint
+from hpc_xvr import checkpoint
 from hpc_xvr.config import Config, check, load
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
 from hpc_xvr.model.xfusion import load_xfusion
+from hpc_xvr.version import __version__
 
 Which = Literal["newest", "best"]
 SUFFIX = ".safetensors"
@@ -40,6 +41,26 @@ def model_of_run(run: Path, which: Which = "newest") -> tuple[nn.Module, Config,
     model = build_model(trained.config)
     model.load_state_dict(trained.weights)
     return model.eval(), trained.config, trained.step
+
+
+def open_model(path: Path, which: Which = "newest") -> tuple[nn.Module, Config, int]:
+    """As `model_of_run`; also of a file of weights of the authors' program, with the default
+    config as far as the model does not say otherwise, and step 0.
+
+    Raises:
+        InputError: neither.
+    """
+    try:
+        return model_of_run(path, which)
+    except InputError:
+        if not path.is_file() or _is_exported(path):
+            raise
+    try:
+        model = load_xfusion(path)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    facts = {"lr_frames": model.lr_frames, "scale": getattr(model, "scale", 4)}
+    return model.eval(), check({"data": facts}, str(path)), 0
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from hpc_xvr import __version__
 from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import explain_os_error
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
+from hpc_xvr.version import __version__
 
 # Dense bf16 matrix peak in TFLOP/s by (part of) the device's name; vendor data sheets.
 PEAK_BF16 = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "MI250X": 191.5, "GH200": 989.0}

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_xvr.data.cameras import open_recording
+from hpc_xvr.data.cameras import open_camera_file
 from hpc_xvr.errors import InputError
 
 RNG = np.random.default_rng(7)
@@ -26,7 +26,7 @@ def stack(recording) -> np.ndarray:
 def refused(path, *words: str, **options) -> str:
     """Opening or reading gives one InputError line that holds the words."""
     with pytest.raises(InputError) as error:
-        for _ in open_recording(path, **options).frames():
+        for _ in open_camera_file(path, **options).frames():
             pass
     line = str(error.value)
     assert "\n" not in line

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from hpc_xvr.data.ingest.sources import find_recordings
-from hpc_xvr.data.pairing.treatment import Treatment
+from hpc_xvr.data.ingest.treatment import Treatment
 from hpc_xvr.errors import InputError
 
 ROOM = 2**28

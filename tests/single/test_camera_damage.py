@@ -19,7 +19,7 @@ from camera_files import (
 )
 from PIL import Image
 
-from hpc_xvr.data.cameras import open_recording
+from hpc_xvr.data.cameras import open_camera_file
 
 
 def test_unknown_and_missing(tmp_path):
@@ -60,7 +60,7 @@ def test_photron_header_without_optional_keys(tmp_path):
     path.write_text(
         "\n".join(line for line in path.read_text().splitlines() if line.startswith(needed))
     )
-    recording = open_recording(path)
+    recording = open_camera_file(path)
     np.testing.assert_array_equal(stack(recording), values)
     assert (recording.bit_depth, recording.frame_rate_hz, recording.exposure_s) == (16, 6e4, None)
 

@@ -24,8 +24,9 @@ from camera_files import (
 )
 from PIL import Image
 
-from hpc_xvr.data.cameras import open_recording
+from hpc_xvr.data.cameras import open_camera_file
 from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
+from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
 
 # Real files ---------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ from hpc_xvr.errors import InputError
 def test_photron_equals_pymraw(realdata, name, shape, bit_depth, rate, exposure, camera):
     pyMRAW = pytest.importorskip("pyMRAW")
     path = realdata(name)
-    recording = open_recording(path)
+    recording = open_camera_file(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs, _ = pyMRAW.load_video(str(path))
@@ -58,7 +59,7 @@ def test_photron_equals_pymraw(realdata, name, shape, bit_depth, rate, exposure,
     assert recording.exposure_s == pytest.approx(exposure)
     assert camera in recording.camera
     np.testing.assert_array_equal(stack(recording), theirs)
-    by_pixels = open_recording(path.with_suffix(".mraw"))
+    by_pixels = open_camera_file(path.with_suffix(".mraw"))
     assert by_pixels == recording
     np.testing.assert_array_equal(next(by_pixels.frames(3, 4)), theirs[3])
 
@@ -76,7 +77,7 @@ def test_cine_equals_pims(realdata, name, shape, bit_depth, rate, camera):
     import pims
 
     path = realdata(name)
-    recording = open_recording(path)
+    recording = open_camera_file(path)
     cine = pims.Cine(str(path))
     assert recording.shape == shape and recording.bit_depth == bit_depth
     assert recording.frame_rate_hz == pytest.approx(rate)
@@ -96,10 +97,10 @@ def test_numbered_tiff_equals_tifffile(realdata, folder, shape, bits):
     files = sorted(realdata(folder).glob("*.tif"))
     theirs = np.stack([tifffile.imread(file) for file in files])
     for path in (realdata(folder), files[0], realdata(folder) / "*.tif"):
-        recording = open_recording(path)
+        recording = open_camera_file(path)
         assert recording.shape == shape and recording.bit_depth == bits
         np.testing.assert_array_equal(stack(recording), theirs)
-    assert open_recording(files[3]).shape == (1, *shape[1:])
+    assert open_camera_file(files[3]).shape == (1, *shape[1:])
 
 
 def test_spray_cameras_and_their_flat_field(realdata):
@@ -108,13 +109,13 @@ def test_spray_cameras_and_their_flat_field(realdata):
     refused(path, "no 2-D or 3-D dataset Camera4", "/Camera2", dataset="Camera4")
     with h5py.File(path) as file:
         theirs = file["Camera2"][()]
-    recording = open_recording(path, dataset="Camera2")
+    recording = open_camera_file(path, dataset="Camera2")
     np.testing.assert_array_equal(stack(recording), theirs[None])
-    np.testing.assert_array_equal(stack(open_recording(f"{path}::/Camera2")), theirs[None])
+    np.testing.assert_array_equal(stack(open_camera_file(f"{path}::/Camera2")), theirs[None])
 
     background = realdata("spray_xray_cc0/spray_polychromatic_background.hdf5")
-    flat = mean_frame(open_recording(f"{background}::flat/Camera2"))
-    dark = mean_frame(open_recording(f"{background}::dark-current/Camera2"))
+    flat = mean_frame(open_camera_file(f"{background}::flat/Camera2"))
+    dark = mean_frame(open_camera_file(f"{background}::dark-current/Camera2"))
     corrected = transmission(recording, flat, dark)
     ours = stack(corrected)[0] / 65535 * corrected.full_scale
     lit = flat - dark > 0.2 * (flat - dark).max()
@@ -125,7 +126,7 @@ def test_spray_cameras_and_their_flat_field(realdata):
 
 def test_real_png_pair(realdata):
     path = realdata("tomobank_xfusion_png/rad_00003_high_res.png")
-    recording = open_recording(path)
+    recording = open_camera_file(path)
     assert recording.shape == (1, 800, 1280) and recording.bit_depth == 16
     np.testing.assert_array_equal(stack(recording)[0], np.asarray(Image.open(path)))
     refused(realdata("tomobank_xfusion_png"), "4 sequences")
@@ -153,7 +154,7 @@ def test_missing_pixels_of_the_real_cih(realdata):
 def test_photron_bits_are_right_aligned(tmp_path, bits, keys, bit_depth, shift):
     values = counts((5, 6, 10), bit_depth)
     path = write_photron(tmp_path, values.astype(np.uint16) << shift, bits, **keys)
-    recording = open_recording(path)
+    recording = open_camera_file(path)
     assert recording.bit_depth == bit_depth
     np.testing.assert_array_equal(stack(recording), values)
     np.testing.assert_array_equal(list(recording.frames(1, 4)), values[1:4])
@@ -168,7 +169,7 @@ def test_photron_value_above_its_bit_depth_names_the_frame(tmp_path):
 
 def test_cihx(tmp_path):
     values = counts((3, 4, 6))
-    recording = open_recording(write_cihx(tmp_path, values))
+    recording = open_camera_file(write_cihx(tmp_path, values))
     np.testing.assert_array_equal(stack(recording), values)
     assert recording.frame_rate_hz == 12_500 and recording.exposure_s == pytest.approx(5e-6)
     assert recording.camera == "Photron FASTCAM Nova"
@@ -178,8 +179,8 @@ def test_photron_suffixes_in_capitals(tmp_path):
     values = counts((2, 4, 4))
     write_photron(tmp_path, values, 16)
     (tmp_path / "run.mraw").rename(tmp_path / "run.MRAW")
-    np.testing.assert_array_equal(stack(open_recording(tmp_path / "run.cih")), values)
-    np.testing.assert_array_equal(stack(open_recording(tmp_path / "run.MRAW")), values)
+    np.testing.assert_array_equal(stack(open_camera_file(tmp_path / "run.cih")), values)
+    np.testing.assert_array_equal(stack(open_camera_file(tmp_path / "run.MRAW")), values)
 
 
 def test_shimadzu(tmp_path):
@@ -188,24 +189,24 @@ def test_shimadzu(tmp_path):
     # The tag's bytes also stand in front of the images, where they mean nothing.
     decoy = section("a0a001a0", b"", 7)
     path.write_bytes(decoy + b"".join(shimadzu_parts(values)))
-    recording = open_recording(path)
+    recording = open_camera_file(path)
     assert recording.frame_rate_hz == pytest.approx(5e6)
     assert recording.exposure_s == pytest.approx(110e-9)
     assert recording.camera == "Shimadzu HPV-X2" and recording.bit_depth == 10
     assert recording.metadata == {"date": "2024/03/01 12:00:00", "first_frame_ns": "0"}
     np.testing.assert_array_equal(stack(recording), values)
-    np.testing.assert_array_equal(stack(open_recording(path, flip_rows=True)), values[:, ::-1])
+    np.testing.assert_array_equal(stack(CameraReading(flip_rows=True).open(path)), values[:, ::-1])
 
     parts = shimadzu_parts(values)
     path.write_bytes(b"".join(parts[k] for k in (0, 6, 4, 1, 3, 7, 2, 5)))
-    again = open_recording(path)
+    again = open_camera_file(path)
     assert again.frame_rate_hz == recording.frame_rate_hz
     np.testing.assert_array_equal(stack(again), values)
 
 
 def test_cine_saved_every_fifth_frame(tmp_path):
     values = counts((6, 8, 12))
-    recording = open_recording(write_cine(tmp_path / "a.cine", values, rate=1000, step=5))
+    recording = open_camera_file(write_cine(tmp_path / "a.cine", values, rate=1000, step=5))
     np.testing.assert_array_equal(stack(recording), values)
     assert recording.frame_rate_hz == 200 and recording.bit_depth == 12
     assert recording.metadata["record_rate_hz"] == 1000
@@ -222,7 +223,7 @@ def test_dxchange_is_flat_corrected(tmp_path, options):
     white[:, 3, 4] = 100
     data = np.rint(100 + clean * 1000).astype(np.uint16)
     path = write_dxchange(tmp_path / "dx.h5", data, white, dark, **options)
-    recording = open_recording(path)
+    recording = open_camera_file(path)
     ours = stack(recording) / 65535 * recording.full_scale
     dead = np.zeros((12, 10), bool)
     dead[3, 4] = True
@@ -233,8 +234,8 @@ def test_dxchange_is_flat_corrected(tmp_path, options):
         0.002,
         1.17,
     )
-    assert open_recording(path, full_scale=1.25).full_scale == 1.25
-    np.testing.assert_array_equal(stack(open_recording(path, own_flat=False)), data)
+    assert open_camera_file(path, full_scale=1.25).full_scale == 1.25
+    np.testing.assert_array_equal(stack(open_camera_file(path, own_flat=False)), data)
 
 
 def test_plain_hdf5_with_one_dataset(tmp_path):
@@ -242,7 +243,7 @@ def test_plain_hdf5_with_one_dataset(tmp_path):
     with h5py.File(tmp_path / "a.hdf5", "w") as file:
         file["entry/frames"] = values.astype(">u2")
         file["entry/times"] = np.arange(3.0)
-    recording = open_recording(tmp_path / "a.hdf5")
+    recording = open_camera_file(tmp_path / "a.hdf5")
     np.testing.assert_array_equal(stack(recording), values)
     assert recording.dtype.isnative
 
@@ -256,7 +257,7 @@ def test_hdf5_virtual_dataset(tmp_path):
         layout[2 * k : 2 * k + 2] = h5py.VirtualSource(f"part{k}.h5", "data", (2, 4, 4))
     with h5py.File(tmp_path / "master.h5", "w") as file:
         file.create_virtual_dataset("data", layout)
-    np.testing.assert_array_equal(stack(open_recording(tmp_path / "master.h5"))[2:], values)
+    np.testing.assert_array_equal(stack(open_camera_file(tmp_path / "master.h5"))[2:], values)
     (tmp_path / "part1.h5").unlink()
     refused(tmp_path / "master.h5", "part1.h5", "missing")
 
@@ -274,7 +275,7 @@ def test_hdf5_virtual_dataset(tmp_path):
 def test_tiff_stack(tmp_path, options):
     values = counts((4, 12, 8), 16)
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack", **options)
-    recording = open_recording(tmp_path / "a.tif")
+    recording = open_camera_file(tmp_path / "a.tif")
     np.testing.assert_array_equal(stack(recording), values)
     np.testing.assert_array_equal(list(recording.frames(2)), values[2:])
 
@@ -294,7 +295,7 @@ def test_imagej_stack_of_one_page(tmp_path):
     data = bytearray(path.read_bytes())
     data[at : at + room] = note.ljust(room, b"\0")
     path.write_bytes(data + values[1:].astype(">u2").tobytes())
-    np.testing.assert_array_equal(stack(open_recording(path)), values)
+    np.testing.assert_array_equal(stack(open_camera_file(path)), values)
     path.write_bytes(path.read_bytes()[:-5])
     refused(path, "5 frames", "incomplete")
 
@@ -302,7 +303,7 @@ def test_imagej_stack_of_one_page(tmp_path):
 def test_bit_depth_of_a_wider_container(tmp_path):
     values = counts((2, 4, 4), 12)
     tifffile.imwrite(tmp_path / "a.tif", values, photometric="minisblack")
-    recording = open_recording(tmp_path / "a.tif", bit_depth=12)
+    recording = open_camera_file(tmp_path / "a.tif", bit_depth=12)
     assert recording.bit_depth == 12
     np.testing.assert_array_equal(stack(recording), values)
     values[1, 0, 0] = 4096
@@ -318,8 +319,8 @@ def test_numbers_sort_as_numbers(tmp_path, suffix, dtype):
         path = tmp_path / f"run3_{k}{suffix}"
         Image.fromarray(frame).save(path) if suffix == ".png" else tifffile.imwrite(path, frame)
     for path in (tmp_path, tmp_path / f"run3_0{suffix}", tmp_path / f"run3_*{suffix}"):
-        np.testing.assert_array_equal(stack(open_recording(path)), values)
-    assert open_recording(tmp_path).path.name == f"run3_*{suffix}"
+        np.testing.assert_array_equal(stack(open_camera_file(path)), values)
+    assert open_camera_file(tmp_path).path.name == f"run3_*{suffix}"
     (tmp_path / f"run3_7{suffix}").unlink()
     refused(tmp_path, f"run3_8{suffix}", "follows number 6", "missing")
 
@@ -340,12 +341,12 @@ def test_float_frames_keep_their_full_scale(tmp_path, kind):
                 tifffile.imwrite(path / f"{k}.tiff", frame)
 
     write()
-    recording = open_recording(path)
+    recording = open_camera_file(path)
     assert recording.full_scale == values.max() and recording.bit_depth == 16
     np.testing.assert_allclose(
         stack(recording) / 65535 * recording.full_scale, values.clip(0), atol=1.3 / 65535
     )
-    stated = open_recording(path, full_scale=2.0)
+    stated = open_camera_file(path, full_scale=2.0)
     np.testing.assert_allclose(stack(stated) / 65535 * 2, values.clip(0), atol=2 / 65535)
     values[2, 3, 3] = np.nan
     write()
@@ -356,12 +357,12 @@ def test_float_frames_keep_their_full_scale(tmp_path, kind):
 
 def test_values_above_full_scale_are_told(tmp_path, caplog):
     write_dxchange(tmp_path / "a.h5", np.full((2, 4, 4), 0.7, np.float32))
-    assert stack(open_recording(tmp_path / "a.h5", full_scale=0.5)).min() == 65535
+    assert stack(open_camera_file(tmp_path / "a.h5", full_scale=0.5)).min() == 65535
     assert "100.0 %" in caplog.text and "0.5" in caplog.text
 
 
 def test_flat_field_that_is_no_flat_field(tmp_path):
-    recording = open_recording(write_photron(tmp_path, counts((2, 4, 6)), 16))
+    recording = open_camera_file(write_photron(tmp_path, counts((2, 4, 6)), 16))
     with pytest.raises(InputError, match=r"4 x 6 pixels, the dark field is 4 x 4"):
         transmission(recording, np.ones((4, 6)), np.ones((4, 4)))
     with pytest.raises(InputError, match=r"not brighter"):
@@ -374,7 +375,7 @@ def test_long_recording_is_read_lazily(tmp_path):
     path = write_photron(tmp_path, frame, 16, **{"Total Frame": 128})
     (tmp_path / "run.mraw").write_bytes(frame.tobytes() * 128)
     tracemalloc.start()
-    recording = open_recording(path)
+    recording = open_camera_file(path)
     assert sum(int(f[0, 0]) for f in recording.frames()) == 128 * int(frame[0, 0, 0])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -383,5 +384,5 @@ def test_long_recording_is_read_lazily(tmp_path):
 
 def test_checksum_of_the_real_film(realdata):
     """A checksum of the packed 12-bit film: holds without any other library."""
-    frames = stack(open_recording(realdata("photron_pymraw/ball_12bit.mraw")))
+    frames = stack(open_camera_file(realdata("photron_pymraw/ball_12bit.mraw")))
     assert hashlib.sha256(frames.astype("<u2").tobytes()).hexdigest()[:16] == "72e92de42669032f"

@@ -19,7 +19,7 @@ from hpc_xvr.model.attention import window_attention
 from hpc_xvr.model.edvr import EDVR
 from hpc_xvr.model.swin import add_norm
 from hpc_xvr.model.xvr import SwinXVR
-from hpc_xvr.reconstruct.pipeline import as_method
+from hpc_xvr.reconstruction.pipeline import as_method
 from hpc_xvr.train.find_batch import Trial, _expected, _fitting, _levelled, find_batch
 
 CPU = torch.device("cpu")

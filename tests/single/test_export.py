@@ -16,7 +16,7 @@ from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.weights import export_weights, initial_weights, model_of_run
-from hpc_xvr.reconstruct.workflow import reconstruct_run
+from hpc_xvr.reconstruction.workflow import reconstruct_run
 from hpc_xvr.train.engine import Trainer
 
 

@@ -8,7 +8,7 @@ import tifffile
 from camera_files import counts, write_cine, write_dxchange, write_photron
 from PIL import Image
 
-from hpc_xvr.data.cameras import open_recording
+from hpc_xvr.data.cameras import open_camera_file
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.ingest import workers
 from hpc_xvr.data.ingest.run import find_recordings, ingest
@@ -52,7 +52,7 @@ def test_real_recordings(realdata, tmp_path, store):
         "radiography_2BM": (10, 500, 500),
     }
     legacy = corpus["cine_legacy"]
-    recording = open_recording(realdata("pims_cine/cine_legacy.cine"))
+    recording = open_camera_file(realdata("pims_cine/cine_legacy.cine"))
     np.testing.assert_array_equal(whole(legacy), list(recording.frames()))
     info = legacy.info
     assert (info.camera, info.bit_depth, info.frame_rate_hz) == ("Phantom v7.3", 14, 35_087)

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import tifffile
+import torch
 from camera_files import counts, shimadzu_parts, write_photron
 from conftest import PULSE
 from scipy.ndimage import affine_transform, gaussian_filter
 
 from hpc_xvr.cli import main
+from hpc_xvr.config import load
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.ingest.run import ingest
 from hpc_xvr.data.pairing.joining import Pairing
+from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.registration import Registration, read_registration
 from hpc_xvr.data.simulate.experiment import simulate_video
 from hpc_xvr.errors import InputError
+from hpc_xvr.factory.build import build_model
+from hpc_xvr.reconstruction import workflow
 
 
 def seen_by(registration: Registration, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -86,7 +92,13 @@ def test_cameras_that_lie_exactly_over_each_other_keep_every_value(tmp_path):
     sharp, fast = counts((4, 16, 24)), counts((4, 4, 6))
     paths = write_pair(tmp_path, sharp, fast)
     pairing = Pairing(gap=1, registration=Registration(scale=4))
-    ingest([paths[0]], tmp_path / "c", lr=[paths[1]], lr_bit_depth=12, pairing=pairing)
+    ingest(
+        [paths[0]],
+        tmp_path / "c",
+        lr=[paths[1]],
+        lr_camera=CameraReading(bit_depth=12),
+        pairing=pairing,
+    )
     frames, lr = whole(Corpus(tmp_path / "c")["shot"])
     np.testing.assert_array_equal(frames, sharp)
     np.testing.assert_array_equal(lr, fast)
@@ -110,7 +122,7 @@ def test_registered_frames_are_those_of_the_sharp_camera_binned(tmp_path, regist
         [paths[0]],
         tmp_path / "c",
         lr=[paths[1]],
-        lr_bit_depth=12,
+        lr_camera=CameraReading(bit_depth=12),
         crop=True,
         pairing=Pairing(gap=1, registration=registration),
     )
@@ -136,7 +148,7 @@ def test_what_the_fast_camera_did_not_see_is_cut_or_refused(tmp_path):
     sharp = smooth((9, 96, 128))
     fast = seen_by(Registration(scale=3, origin=(6, 8)), sharp[2:6], (20, 30))
     paths = write_pair(tmp_path, sharp, fast)
-    pairing = Pairing(1, 2.0, None, Registration(scale=3, origin=(6, 8)))
+    pairing = Pairing(1, 2.0, Registration(scale=3, origin=(6, 8)))
     line = r"frames 2 to 5 of 9, rows 6 to 66 of 96 and columns 8 to 96 of 128: pass --crop"
     with pytest.raises(InputError, match=line):
         ingest([paths[0]], tmp_path / "c", lr=[paths[1]], pairing=pairing)
@@ -149,10 +161,10 @@ def test_what_the_fast_camera_did_not_see_is_cut_or_refused(tmp_path):
 @pytest.mark.parametrize(
     "pairing, words",
     [
-        (Pairing(), "frame rate of the fast camera is unknown: give --lr-rate, or --gap"),
+        (Pairing(), "frame rate of the fast camera is unknown: give --lr-frame-rate, or --gap"),
         (Pairing(gap=2, start=100), "from sharp frame 100 to 101.5, there are frames 0 to 3"),
         (Pairing(gap=2, start=-9), "check --lr-start"),
-        (Pairing(gap=1, start=float("nan")), "no time"),
+        (Pairing(gap=1, start=float("nan")), "gap 1, start nan"),
         (Pairing(gap=1, registration=Registration(scale=4, origin=(500, 0))), "saw none"),
     ],
 )
@@ -176,15 +188,16 @@ def test_requests_that_do_not_fit(tmp_path, monkeypatch, capfd):
         return line
 
     pair = ("--lr", paths[1], "--gap", 1)
-    assert "are for --lr" in refused("--gap", 2)
+    assert "--gap: for a fast camera's files; give --lr too" in refused("--gap", 2)
+    assert "--lr-bit-depth: for a fast camera's" in refused("--lr-bit-depth", 12)
     assert "2 files of a fast camera for 1 recordings" in refused(*pair, "--lr", paths[1])
     assert "no such file" in refused("--lr", tmp_path / "none.dat")
     assert "cannot be read" in refused(*pair, "--registration", tmp_path / "none.yaml")
     assert "scale: Field required" in refused(*pair, "--registration", "{origin: [1, 2]}")
     assert "greater than 0" in refused(*pair, "--registration", "{scale: -1}")
-    assert "is no YAML" in refused(*pair, "--registration", "{scale: [")
+    assert "is not valid YAML" in refused(*pair, "--registration", "{scale: [")
     (tmp_path / "r.yaml").write_text("- 1")
-    assert "no mapping" in refused(*pair, "--registration", tmp_path / "r.yaml")
+    assert "not a mapping" in refused(*pair, "--registration", tmp_path / "r.yaml")
     (tmp_path / "r.json").write_text(json.dumps({"scale": 3, "origin": [1, 2], "flip": "rows"}))
     assert read_registration(str(tmp_path / "r.json")).flip == "rows"
 
@@ -224,6 +237,55 @@ def test_training_from_a_pair_without_simulated_degradation(tmp_path, monkeypatc
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines if '"train"' in line]
     assert len(losses) == 3 and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".h5"])
+def test_a_model_is_applied_to_the_raw_pair_with_the_options_of_ingest(
+    tmp_path, monkeypatch, suffix
+):
+    """What the model sees of two files equals what ingest stores of them; the result is the sharp
+    camera's cut, at the fast camera's rate, with what white and a pixel mean."""
+    registration = Registration(scale=3.2, origin=(2.5, 4.25), rotation_deg=1, flip="rows")
+    shot = simulate_video("bubbles", (25, 96, 128), 1, lr_stream=False)
+    sharp, fast = write_pair(
+        tmp_path, shot.frames[::4], seen_by(registration, shot.frames, (28, 37)), rate=10_000
+    )
+    options = ["--lr", fast, "--gap", 4, "--registration", registration.model_dump_json()]
+    options += ["--lr-bit-depth", 12, "--lr-frame-rate", 4e4, "--hr-pixel-size", 1.5, "--crop"]
+    config = load(
+        None, ["model.embed_dim=8", "model.depths=[1]", "model.heads=1", "model.base=bicubic"]
+    )
+    monkeypatch.setattr(workflow, "open_model", lambda *_: (build_model(config).eval(), config, 0))
+
+    def hpc_xvr(*arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["hpc-xvr", *map(str, arguments)])
+        try:
+            main()
+        except SystemExit as stop:
+            assert not stop.code
+
+    hpc_xvr("ingest", sharp, "--corpus", tmp_path / "c", *options)
+    out = tmp_path / f"r{suffix}"
+    hpc_xvr("reconstruct", tmp_path, "--hr", sharp, *options, "--out", out)
+    video = Corpus(tmp_path / "c")["shot"]
+    if suffix == ".h5":
+        with h5py.File(out) as file:
+            frames, said = file["exchange/data"][()] / 65535, dict(file["exchange/data"].attrs)
+        assert (said["frame_rate_hz"], said["pixel_size_um"], said["full_scale"]) == (4e4, 1.5, 1)
+    else:
+        with tifffile.TiffFile(out) as file:
+            frames, said = file.asarray() / 65535, file.imagej_metadata
+        assert (said["fps"], said["unit"]) == (4e4, "um")
+    assert frames.shape == (25, *video.shape[1:])
+    for k in range(7):
+        np.testing.assert_allclose(frames[4 * k], video.intensity(k), atol=1e-5)
+    for t in (5, 14):
+        low = torch.from_numpy(video.lr_intensity(t))[None, None]
+        bicubic = torch.nn.functional.interpolate(low, scale_factor=4, mode="bicubic")
+        np.testing.assert_allclose(frames[t], bicubic[0, 0].clamp(0, 1), atol=2e-3)
+    top, left = video.info.metadata["hr_cut_from"][1:]
+    truth = shot.frames[:, top : top + frames.shape[1], left : left + frames.shape[2]] / 4095
+    assert np.abs(frames - truth).mean() < 0.75 * np.abs(np.roll(frames, 3, 2) - truth).mean()
 
 
 def test_the_real_pair(realdata, tmp_path):

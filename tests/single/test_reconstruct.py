@@ -1,5 +1,7 @@
 """The sequence pipeline: who sees which frames, what comes out when, and what is written."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -12,16 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hpc_xvr.config import Config, Data
+from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.degrade import CameraNoise
+from hpc_xvr.data.pairing.joining import Pairing, joined
+from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
-from hpc_xvr.reconstruct import workflow, writers
-from hpc_xvr.reconstruct.pipeline import (
-    reconstruct,
-    recording_streams,
-    streams_from_files,
-    windows,
-)
+from hpc_xvr.model.xvr import SwinXVR
+from hpc_xvr.reconstruction import workflow, writers
+from hpc_xvr.reconstruction.pipeline import reconstruct, windows
+from hpc_xvr.reconstruction.streams import recording_streams, streams_of_pair
 
 SCALE = 4
 
@@ -266,33 +268,42 @@ def test_frames_that_cannot_be_binned_are_refused(corpus):
 
 
 def camera(name, frames, bit_depth):
+    """A recording, and the list of frames at which it was opened."""
     opened = []
 
-    def read(start=0, stop=None):
+    def read(start, stop):
         opened.append(start)
         return iter(frames[start:stop])
 
-    return SimpleNamespace(
-        path=name, shape=frames.shape, bit_depth=bit_depth, frames=read, opened=opened
-    )
+    return Recording(Path(name), frames.shape, frames.dtype, bit_depth, read), opened
 
 
-def test_streams_from_two_files():
+def streams(fast, sharp, pairing, scale=4, crop=False):
+    return streams_of_pair(joined(sharp, fast, pairing, scale, crop), scale)
+
+
+def test_streams_from_two_recordings(caplog):
     rng = np.random.default_rng(0)
     fast = rng.integers(0, 1024, (12, 4, 5), dtype=np.uint16)
     sharp = rng.integers(0, 256, (3, 16, 20), dtype=np.uint8)
-    files = camera("fast", fast, 10), camera("sharp", sharp, 8)
-    lr, keys = streams_from_files(*files, 5, 4)
+    (of_fast, fast_opened), (of_sharp, sharp_opened) = (
+        camera("fast", fast, 10),
+        camera("sharp", sharp, 8),
+    )
+    caplog.set_level("INFO", "hpc_xvr")
+    lr, keys = streams(of_fast, of_sharp, Pairing(5))
     assert list(keys) == [0, 5, 10] and len(lr) == 12
+    assert caplog.messages == [
+        "fast: frames 11 to 11 come after the last key frame and are left out"
+    ]
     for k in range(3):
         np.testing.assert_allclose(keys[5 * k], sharp[k] / 255, atol=1e-6)
     for t in (7, 8, 11, 3, 0, 9):
         np.testing.assert_allclose(lr[t], fast[t] / 1023, atol=1e-6)
     assert lr[7].dtype == keys[0].dtype == np.float32
     for n_out in (1, 3):
-        for file in files:
-            file.opened.clear()
-        lr, keys = streams_from_files(*files, 5, 4)
+        fast_opened.clear(), sharp_opened.clear()
+        lr, keys = streams(of_fast, of_sharp, Pairing(5))
         out = list(
             reconstruct(
                 lambda s, n=n_out: s["hr"][:, :1].expand(-1, n, -1, -1, -1),
@@ -303,30 +314,71 @@ def test_streams_from_two_files():
             )
         )
         assert [t for t, _ in out] == list(range(11))
-        assert [len(file.opened) for file in files] == [1, 1]
+        assert len(fast_opened) == len(sharp_opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("pairing", "crop", "times"),
+    [
+        (Pairing(5, start=-0.4), False, [2, 7, 12]),  # two fast frames before the first sharp one
+        (Pairing(5, start=0.4), True, [3, 8, 13]),  # it begins after the first sharp frame
+        (Pairing(3.5), False, [0, 4, 7]),  # the second sharp frame lies between two fast ones
+    ],
+)
+def test_sharp_frames_are_keys_at_the_fast_frame_nearest_in_time(pairing, crop, times, caplog):
+    fast = np.arange(15, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    sharp = np.arange(4 if crop else 3, dtype=np.uint8)[:, None, None] * np.ones((1, 16, 16), "u1")
+    lr, keys = streams(camera("fast", fast, 8)[0], camera("sharp", sharp, 8)[0], pairing, 4, crop)
+    assert list(keys) == times
+    first = 1 if crop else 0
+    assert [round(255 * float(keys[t][0, 0])) for t in times] == [first, first + 1, first + 2]
+    assert round(255 * float(lr[9][0, 0])) == 9
+    assert ("lies 0.50 fast frames beside" in caplog.text) == (pairing.gap == 3.5)
 
 
 @pytest.mark.parametrize(
     ("fast", "sharp", "gap", "words"),
     [
-        ((12, 4, 5), (3, 16, 24), 5, ["16x24", "4x5", "16x20", "register"]),
-        ((12, 4, 5), (3, 18, 21), 5, ["18x21", "scale 4", "16x20"]),
+        ((12, 4, 5), (3, 16, 24), 5, ["16x24", "4x5", "16x20", "--registration"]),
+        ((12, 4, 5), (3, 18, 21), 5, ["rows 0 to 16 of 18", "columns 0 to 20 of 21", "--crop"]),
         ((12, 4, 5), (1, 16, 20), 5, ["1 frame", "at least 2"]),
-        ((12, 4, 5), (4, 16, 20), 5, ["fast frame 15", "ends at frame 11", "at most 3"]),
+        ((12, 4, 5), (4, 16, 20), 5, ["sharp frames 0 to 2 of 4", "at most 3.66"]),
         ((3, 4, 5), (9, 16, 20), 5, ["swapped"]),
+        ((12, 4, 5), (15, 16, 20), 0.75, ["swapped", "below 1"]),
         ((12, 4, 5), (3, 16, 20), 0, ["gap 0"]),
     ],
 )
-def test_two_files_that_do_not_belong_together(fast, sharp, gap, words):
+def test_two_recordings_that_do_not_belong_together(fast, sharp, gap, words):
     with pytest.raises(InputError) as error:
-        streams_from_files(
-            camera("fast", np.zeros(fast, np.uint8), 8),
-            camera("sharp", np.zeros(sharp, np.uint8), 8),
-            gap,
-            4,
+        streams(
+            camera("fast", np.zeros(fast, np.uint8), 8)[0],
+            camera("sharp", np.zeros(sharp, np.uint8), 8)[0],
+            Pairing(gap),
         )
     message = str(error.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_the_gap_is_stated_or_that_of_the_rates_or_the_models_own(caplog):
+    caplog.set_level("INFO", "hpc_xvr")
+
+    def gap_of(pairing, fast_rate, slow_rate):
+        fast, sharp = (camera(n, np.zeros((s, 4, 4), "u1"), 8)[0] for n, s in (("f", 41), ("s", 3)))
+        sharp = replace(sharp, shape=(3, 16, 16), source=lambda a, b: iter([]))
+        fast = replace(fast, frame_rate_hz=fast_rate)
+        sharp = replace(sharp, frame_rate_hz=slow_rate)
+        caplog.clear()
+        material = workflow.from_recordings(Config(), fast, sharp, pairing)
+        return list(material.keys)[1], caplog.text
+
+    gap, said = gap_of(Pairing(), 8e4, 1e4)
+    assert gap == 8 and "every 8 fast ones, from the frame rates" in said
+    gap, said = gap_of(Pairing(), None, 1e4)
+    assert gap == 20 and "every 20 fast ones, as the model was trained" in said
+    gap, said = gap_of(Pairing(5), 8e4, 1e4)
+    assert (
+        gap == 5 and "the gap is 5 as given, but the frame rates (80000 and 10000 Hz) say 8" in said
+    )
 
 
 # Files
@@ -461,23 +513,58 @@ def test_flat_and_dark_fields_of_a_camera_file(tmp_path):
         whole = frames.round().astype(np.uint16)
         tifffile.imwrite(tmp_path / f"{name}.tif", whole, photometric="minisblack")
     raw, flat, shade = (tmp_path / f"{name}.tif" for name in files)
-    recording = workflow._opened(raw, flat, shade, flip_rows=True)
+    recording = CameraReading(flat=flat, dark=shade, flip_rows=True).open(raw)
     found = recording.full_scale * np.stack([f / 65535 for f in recording.frames()])
     np.testing.assert_allclose(found, seen[:, ::-1], atol=2e-4)
     with pytest.raises(InputError, match="needs a flat field beside it"):
-        workflow._opened(raw, None, shade)
+        CameraReading(dark=shade).open(raw)
 
 
-@pytest.mark.parametrize(("camera", "flat"), [("lr", "sharp"), ("hr", "fast")])
-def test_each_camera_gets_its_own_flat_field(tmp_path, monkeypatch, camera, flat):
+@pytest.mark.parametrize(("which", "flat"), [("lr", "sharp"), ("hr", "fast")])
+def test_each_camera_gets_its_own_flat_field(tmp_path, monkeypatch, which, flat):
     """The other camera's field has another shape: the file it was given for is named."""
     paths = {}
     for name, shape in (("fast", (3, 4, 4)), ("sharp", (2, 16, 16))):
         paths[name] = tmp_path / f"{name}.tif"
         tifffile.imwrite(paths[name], np.ones(shape, np.uint8), photometric="minisblack")
-    monkeypatch.setattr(workflow, "model_of_run", lambda run, which: (None, Config(), 0))
-    files = {"lr": paths["fast"], "hr": paths["sharp"], f"{camera}_flat": paths[flat]}
-    with pytest.raises(InputError, match=f"{files[camera].name}: frames are"):
-        workflow.reconstruct_run(
-            tmp_path, torch.device("cpu"), out=tmp_path / "o.tif", gap=2, **files
+    monkeypatch.setattr(workflow, "open_model", lambda run, which: (None, Config(), 0))
+    files = {"lr": paths["fast"], "hr": paths["sharp"]}
+    source = workflow.CameraFiles(
+        **files, **{f"{which}_camera": CameraReading(flat=paths[flat])}, pairing=Pairing(2)
+    )
+    with pytest.raises(InputError, match=f"{files[which].name}: frames are"):
+        workflow.reconstruct_run(tmp_path, torch.device("cpu"), source, out=tmp_path / "o.tif")
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".h5"])
+def test_a_flat_fielded_result_says_what_white_is(tmp_path, monkeypatch, suffix):
+    """65535 is a transmission of 1.5 (or of the stated full scale), and the result says so."""
+    light = np.full((16, 16), 1000, np.uint16)
+    for name, scale, frames in (("fast", 4, 5), ("sharp", 1, 2)):
+        field = light[::scale, ::scale]
+        seen = np.repeat(field[None] // 2, frames, 0)
+        tifffile.imwrite(tmp_path / f"{name}.tif", seen, photometric="minisblack")
+        tifffile.imwrite(tmp_path / f"{name}-flat.tif", field, photometric="minisblack")
+    model = SwinXVR(3, embed_dim=8, depths=(1,), heads=1, base="bicubic").eval()
+    monkeypatch.setattr(workflow, "open_model", lambda run, which: (model, Config(), 0))
+    for full_scale in (None, 2.0):
+        source = workflow.CameraFiles(
+            tmp_path / "fast.tif",
+            tmp_path / "sharp.tif",
+            CameraReading(flat=tmp_path / "fast-flat.tif"),
+            CameraReading(flat=tmp_path / "sharp-flat.tif", full_scale=full_scale),
+            Pairing(4),
         )
+        out = tmp_path / f"out{suffix}"
+        workflow.reconstruct_run(tmp_path, torch.device("cpu"), source, out=out)
+        if suffix == ".tif":
+            with tifffile.TiffFile(out) as file:
+                said = float(file.imagej_metadata["Info"].rpartition("value of 65535: ")[2])
+                frames = file.asarray()
+        else:
+            with h5py.File(out) as file:
+                said = file["exchange/data"].attrs["full_scale"]
+                frames = file["exchange/data"][()]
+        assert said == (full_scale or 1.5)
+        np.testing.assert_allclose(frames[0] * said / 65535, 0.5, atol=1e-4)  # a key frame
+        np.testing.assert_allclose((frames[2] * said / 65535).mean(), 0.5, atol=0.1)

@@ -10,7 +10,7 @@ from hpc_xvr.data.cameras import hdf5, images, phantom_cine, photron, shimadzu
 from hpc_xvr.data.cameras.recording import Recording, guarded
 from hpc_xvr.errors import InputError
 
-__all__ = ["FORMATS", "SUFFIXES", "Recording", "camera_files", "open_files", "open_recording"]
+__all__ = ["FORMATS", "SUFFIXES", "Recording", "camera_files", "open_camera_file", "open_files"]
 
 PHOTRON = (".mraw", ".cih", ".cihx")
 HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
@@ -21,11 +21,10 @@ FORMATS = (
 )
 
 
-def open_recording(
+def open_camera_file(
     path: Path | str,
     *,
     dataset: str | None = None,
-    flip_rows: bool = False,
     own_flat: bool = True,
     bit_depth: int | None = None,
     full_scale: float | None = None,
@@ -34,7 +33,6 @@ def open_recording(
 
     Args:
         dataset: path inside an HDF5 file; also written FILE.h5::PATH.
-        flip_rows: turn the frames upside down (Shimadzu's row order differs by instrument).
         own_flat: apply the white and dark frames that a DXchange file holds.
         bit_depth: significant bits of TIFF, PNG and HDF5 integers, where fewer than stored.
         full_scale: physical value of the largest stored value, for float files and transmission.
@@ -46,14 +44,13 @@ def open_recording(
         files, inner = camera_files(path)
         if inner and dataset and inner.strip("/") != dataset.strip("/"):
             raise InputError(f"{path}: names another dataset than {dataset}: give one")
-        recording = open_files(
+        return open_files(
             files,
             dataset=inner or dataset,
             own_flat=own_flat,
             bit_depth=bit_depth,
             full_scale=full_scale,
         )
-    return recording.flipped() if flip_rows else recording
 
 
 def open_files(
@@ -64,7 +61,7 @@ def open_files(
     bit_depth: int | None = None,
     full_scale: float | None = None,
 ) -> Recording:
-    """Open the file or the numbered files of one recording; arguments as open_recording."""
+    """Open the file or the numbered files of one recording; arguments as open_camera_file."""
     first = files[0]
     suffix = first.suffix.lower()
     with guarded(str(first)):

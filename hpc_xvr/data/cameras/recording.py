@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,14 @@ class Recording:
     exposure_s: float | None = None
     full_scale: float = 1.0
     metadata: dict[str, str | int | float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all frames as stored values."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Frames start..stop-1 as stored values, (H, W) of `dtype`.

@@ -20,8 +20,10 @@ from hpc_xvr.data.cameras.source import Source
 from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.ingest.schedule import Orders, Outcome, Plan
 from hpc_xvr.data.ingest.sources import find_recordings
+from hpc_xvr.data.ingest.treatment import Treatment
 from hpc_xvr.data.ingest.workers import Alone, Crew, Result, crew
-from hpc_xvr.data.pairing.treatment import Reading, Treatment
+from hpc_xvr.data.pairing.joining import Pairing
+from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.processes import cores
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, progress_bar
@@ -65,12 +67,17 @@ def ingest(
     corpus: Path | str,
     *,
     lr: Sequence[Path | str] = (),
+    lr_camera: CameraReading | None = None,
+    pairing: Pairing | None = None,
+    multiple_of: int = 4,
+    crop: bool = False,
+    scene: str | None = None,
     store: Literal["zarr", "hdf5"] = "zarr",
     split: Literal["auto", "train", "validation", "test"] = "auto",
     skip_bad: bool = False,
     workers: int | None = None,
     ranks: Ranks = Ranks(),
-    **reading: Any,
+    **camera: Any,
 ) -> list[Outcome]:
     """Add recordings to a corpus, which is created where it is missing. All ranks call it alike.
 
@@ -78,10 +85,12 @@ def ingest(
         paths: camera files, globs, or folders, which are searched for camera files and for
             sequences of numbered images.
         lr: files of a second, fast camera, one for each recording, in order.
+        lr_camera, pairing: how these are read, and how they belong to the recordings.
+        multiple_of, crop, scene: see treatment.Treatment.
         split: auto gives each recording to the split furthest below its share of 0.8/0.1/0.1.
         skip_bad: go on with the others after a file that cannot be used.
         workers: processes of this rank; None: one a core, fewer for little work.
-        reading: fields of treatment.Reading.
+        camera: how the recordings are read, fields of CameraReading: flat, dark, bit_depth, ...
 
     Raises:
         InputError: the first bad file or option, on all ranks. Recordings that were finished stay.
@@ -92,12 +101,20 @@ def ingest(
 
         def prepare() -> tuple[int, int, Path, str, Treatment]:
             nonlocal plan
-            told = Reading(**reading)
-            told.check()
-            sources = _paired(find_recordings(paths, told.dataset), lr, told.lr_dataset)
-            treatment = told.treatment()
+            treatment = Treatment(
+                CameraReading(**camera),
+                lr_camera or CameraReading(),
+                pairing or Pairing(),
+                multiple_of,
+                crop,
+                scene,
+            )
+            treatment.check()
+            found = find_recordings(paths, treatment.camera.dataset)
+            sources = _paired(found, lr, treatment.lr_camera.dataset)
+            treatment = treatment.prepared()
             writer = stack.enter_context(CorpusWriter(corpus, store=store))
-            plan = Plan(writer, sources, told, split, skip_bad)
+            plan = Plan(writer, sources, treatment, split, skip_bad)
             return plan.new, plan.nbytes, writer.path, writer.store, treatment
 
         new, nbytes, *task = ranks.from_first(prepare)

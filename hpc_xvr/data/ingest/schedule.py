@@ -12,8 +12,8 @@ from hpc_xvr.data.cameras.source import Source
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.corpus.layout import SPLITS
 from hpc_xvr.data.corpus.writer import CorpusWriter
+from hpc_xvr.data.ingest.treatment import Treatment
 from hpc_xvr.data.ingest.workers import Job, Result
-from hpc_xvr.data.pairing.treatment import Reading
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
@@ -53,7 +53,7 @@ class Plan:
         self,
         writer: CorpusWriter,
         sources: Sequence[Source],
-        reading: Reading,
+        treatment: Treatment,
         split: str,
         skip_bad: bool,
     ) -> None:
@@ -61,7 +61,7 @@ class Plan:
         """What is wrong with the first file that cannot be used."""
         self._writer, self._sources, self._skip_bad = writer, sources, skip_bad
         self._split = None if split == "auto" else split
-        self._prints = [reading.fingerprint(source) for source in sources]
+        self._prints = [treatment.fingerprint(source) for source in sources]
         self._book = _Book(Corpus(writer.path))
         self._found: dict[int, Outcome] = {}
         for number in range(len(sources)):

@@ -18,7 +18,7 @@ import numpy as np
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.cameras.source import Source
 from hpc_xvr.data.corpus.writer import write_clip
-from hpc_xvr.data.pairing.treatment import Treatment
+from hpc_xvr.data.ingest.treatment import Treatment
 from hpc_xvr.data.processes import worker_pool
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger

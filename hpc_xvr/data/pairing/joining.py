@@ -13,111 +13,124 @@ from hpc_xvr.data.registration import Registration
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
-LONGEST = 2**32
-"""Bytes of a second camera's stream: it is held in memory."""
+CONTRADICTION = 0.02
+"""Relative difference of a stated gap and the frame rates' that is worth a warning."""
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """How the two cameras of a run belong together; the same for all its recordings.
+    """How the two cameras of a shot belong together.
 
     Args:
         gap: fast frames from one sharp frame to the next; None: from the frame rates.
         start: time of the first fast frame, in sharp frames from the first one.
-        rate_hz: frame rate of the fast camera, where its files do not say.
-        registration: where its pixels lie; None: its frames are stored as they are.
+        registration: where the fast camera's pixels lie on the sharp frames; None: its frames are
+            taken as they are.
     """
 
     gap: float | None = None
     start: float = 0.0
-    rate_hz: float | None = None
     registration: Registration | None = None
 
 
-def joined(
-    sharp: Recording,
-    fast: Recording,
-    how: Pairing,
-    scale: int,
-    crop: bool,
-    rate_hz: float | None = None,
-) -> tuple[Recording, Recording, dict[str, Any]]:
-    """Both recordings of one shot as they are stored, and VideoInfo's fields for the second.
+@dataclass(frozen=True)
+class Pair:
+    """Both recordings of one shot, on one grid where the registration is known."""
+
+    sharp: Recording
+    fast: Recording
+    times: np.ndarray
+    """Time of each fast frame, in sharp frames from the first one of `sharp`."""
+    registration: Registration | None
+    origin: dict[str, Any]
+    """What the cameras saw before the frames were cut and resampled."""
+
+    def info(self) -> dict[str, Any]:
+        """VideoInfo's fields for the second camera."""
+        return {
+            "lr_times": [round(t, 6) for t in self.times.tolist()],
+            "lr_bit_depth": self.fast.bit_depth,
+            "registration": self.registration,
+            "metadata": self.origin,
+        }
+
+
+def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bool) -> Pair:
+    """Both recordings of one shot, on one grid and with one clock.
 
     Where the registration is known, the sharp frames are cut to what the fast camera saw (whole
     multiples of `scale` pixels), and its frames are resampled to their grid / `scale`. In time
-    they are cut to the frames that a fast frame lies beside.
+    they are cut to the sharp frames that a fast frame lies beside.
 
     Args:
-        rate_hz: frame rate of the sharp camera, instead of what its file says.
         crop: cut what the fast camera did not see; else that is an error.
 
     Raises:
         InputError: no frame rate and no gap, or streams that do not lie over each other.
     """
     name = f"{sharp.path} with {fast.path}"
-    times = _times(name, sharp, fast, how, rate_hz)
+    times = _times(name, sharp, fast, how)
     first, last = _together(name, times, sharp.shape[0])
     height, width = sharp.shape[1:]
     top, left, view = 0, 0, (height - height % scale, width - width % scale)
     if how.registration:
-        top, left, *view = _field_of_view(how.registration, fast.shape, (height, width), scale)
+        top, left, *sides = _field_of_view(how.registration, fast.shape, (height, width), scale)
+        view = sides[0], sides[1]
     if min(view) == 0:
         raise InputError(
             f"{name}: the fast camera saw none of the sharp frames: check the registration"
         )
-    if (first, last) != (0, sharp.shape[0] - 1) or tuple(view) != (height, width):
+    if (first, last) != (0, sharp.shape[0] - 1) or view != (height, width):
         if not crop:
             raise InputError(
                 f"{name}: together they show sharp frames {first} to {last} of "
                 f"{sharp.shape[0]}, rows {top} to {top + view[0]} of {height} and columns {left} "
                 f"to {left + view[1]} of {width}: pass --crop to cut the sharp frames to that"
+                + _advice(len(times), sharp.shape[0], last)
             )
         sharp = sharp.cut(*view, top=top, left=left, first=first, last=last)
-    if fast.shape[0] * fast.shape[1] * fast.shape[2] * fast.dtype.itemsize > LONGEST:
-        raise InputError(f"{fast.path}: has more than {LONGEST >> 30} GB of frames: cut it")
     if fast.full_scale != sharp.full_scale:
         logger.warning(
             "%s: white is %g for the fast camera and %g for the sharp one: correct both with flat "
-            "fields, or neither, before training from the fast frames",
+            "fields, or neither, or state one full scale for both",
             *(name, fast.full_scale, sharp.full_scale),
         )
-    info: dict[str, Any] = {
-        "lr_times": [round(t - first, 6) for t in times.tolist()],
-        "lr_bit_depth": fast.bit_depth,
-        "registration": how.registration,
-    }
     about = {
         "lr_camera": fast.camera,
-        "lr_frame_rate_hz": how.rate_hz or fast.frame_rate_hz,
+        "lr_frame_rate_hz": fast.frame_rate_hz,
         "lr_exposure_s": fast.exposure_s,
         "lr_full_scale": fast.full_scale,
         "lr_camera_size": list(fast.shape[1:]),
         "hr_camera_size": [height, width],
         "hr_cut_from": [first, top, left],
     }
-    info["metadata"] = {key: value for key, value in about.items() if value is not None}
     if how.registration:
-        fast = _resampled(fast, how.registration, (top, left), tuple(view), scale)
-    return sharp, fast, info
+        fast = _resampled(fast, how.registration, (top, left), view, scale)
+    origin = {key: value for key, value in about.items() if value is not None}
+    return Pair(sharp, fast, times - first, how.registration, origin)
 
 
-def _times(
-    name: str, sharp: Recording, fast: Recording, how: Pairing, rate_hz: float | None
-) -> np.ndarray:
+def _times(name: str, sharp: Recording, fast: Recording, how: Pairing) -> np.ndarray:
     """Time of each fast frame, in sharp frames from the first one."""
-    slow, quick = rate_hz or sharp.frame_rate_hz, how.rate_hz or fast.frame_rate_hz
+    slow, quick = sharp.frame_rate_hz, fast.frame_rate_hz
     if how.gap is None and not (slow and quick):
-        which = "sharp" if not slow else "fast"
-        option = "--frame-rate" if not slow else "--lr-rate"
+        which, option = ("fast", "--lr-frame-rate") if slow else ("sharp", "--hr-frame-rate")
         raise InputError(
             f"{name}: the frame rate of the {which} camera is unknown: give {option}, or --gap, "
             "the number of fast frames from one sharp frame to the next"
         )
-    step = 1 / how.gap if how.gap is not None else slow / quick
-    if not 0 < step < math.inf or not math.isfinite(how.start):
-        raise InputError(f"{name}: fast frames every {step} sharp frames from {how.start}: no time")
-    return how.start + step * np.arange(fast.shape[0])
+    gap = how.gap if how.gap is not None else quick / slow
+    if not 0 < gap < math.inf or not math.isfinite(how.start):
+        raise InputError(
+            f"{name}: gap {gap:g}, start {how.start:g}: the gap must be a number of fast frames "
+            "above 0, the start a finite number of sharp frames"
+        )
+    if slow and quick and abs(gap * slow / quick - 1) > CONTRADICTION:
+        logger.warning(
+            "%s: the gap is %g as given, but the frame rates (%g and %g Hz) say %g: one is wrong",
+            *(name, gap, quick, slow, quick / slow),
+        )
+    return how.start + np.arange(fast.shape[0]) / gap
 
 
 def _together(name: str, times: np.ndarray, frames: int) -> tuple[int, int]:
@@ -132,6 +145,15 @@ def _together(name: str, times: np.ndarray, frames: int) -> tuple[int, int]:
             f"are frames 0 to {frames - 1}: check --lr-start, --gap and the frame rates"
         )
     return first, last
+
+
+def _advice(fast: int, sharp: int, last: int) -> str:
+    """What else may be wrong where the fast frames end before the sharp ones."""
+    if last == sharp - 1:
+        return ""
+    if sharp > fast:
+        return "; or are the two files swapped?"
+    return f", or give a gap of at most {(fast - 1) / (sharp - 1):g} if that one is wrong"
 
 
 def _field_of_view(

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_xvr import __version__, config
+from hpc_xvr import config
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.corpus.layout import MANIFEST
 from hpc_xvr.data.corpus.writer import CorpusWriter, write_clip
@@ -23,6 +23,7 @@ from hpc_xvr.data.simulate.experiment import Experiment
 from hpc_xvr.errors import InputError
 from hpc_xvr.files import commit, disk_errors
 from hpc_xvr.log import logger, progress_bar
+from hpc_xvr.version import __version__
 
 SETTINGS = "simulate.json"
 _ROUND_S = 3.0  # between two meetings of the ranks

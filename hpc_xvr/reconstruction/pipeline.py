@@ -6,7 +6,6 @@ Times are counted in low-resolution frames: key frame k of a camera lies at fram
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -17,57 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_xvr.config import Data
-from hpc_xvr.data.cameras import Recording
-from hpc_xvr.data.corpus import Video
-from hpc_xvr.data.degrade import CameraNoise, bin_down
-from hpc_xvr.data.samples.sample import key_frames
 from hpc_xvr.errors import InputError
-from hpc_xvr.log import logger
 from hpc_xvr.model.edvr import EDVR
 from hpc_xvr.model.xvr import SwinXVR
 
-CLEAN = CameraNoise()
 Method = Callable[[dict[str, Tensor]], Tensor]
 """Batched sample without target -> (B, N_out, 1, H, W)."""
-
-
-class Stream(Sequence):
-    """Frames made one by one when they are asked for: `read(t)` -> (h, w) float32 in [0, 1]."""
-
-    def __init__(self, shape: tuple[int, int, int], read: Callable[[int], np.ndarray]):
-        self.shape = shape
-        self._read = read
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, t: int) -> np.ndarray:
-        if not 0 <= t < len(self):
-            raise IndexError(f"frame {t} of {len(self)}")
-        return self._read(t)
-
-
-class KeyFrames(Mapping):
-    """Time -> key frame (H, W) float32 in [0, 1], read when it is asked for."""
-
-    def __init__(
-        self, times: Sequence[int], shape: tuple[int, int], read: Callable[[int], np.ndarray]
-    ):
-        self.shape = shape
-        self._times = dict.fromkeys(times)
-        self._read = read
-
-    def __len__(self) -> int:
-        return len(self._times)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._times)
-
-    def __getitem__(self, t: int) -> np.ndarray:
-        if t not in self._times:
-            raise KeyError(t)
-        return self._read(t)
 
 
 class Window(NamedTuple):
@@ -213,138 +167,6 @@ def _run(method: Method, sample: dict[str, Tensor], n_out: int, precision: str) 
             f"and hr {tuple(hr.shape)}; expected {(1, n_out, 1, *hr.shape[-2:])}"
         )
     return out[0, :, 0].float().cpu().numpy()
-
-
-def recording_streams(
-    video: Video, gap: int, data: Data, noise: CameraNoise = CLEAN, seed: int = 0
-) -> tuple[Stream, KeyFrames]:
-    """What the two cameras would have seen of a recording whose every sharp frame is known.
-
-    Low-resolution frames are binned from the sharp ones, with the fast camera's
-    `noise` (drawn from seed, recording and frame: the same whoever asks, in any order),
-    or taken from the recording's own stream (`data.lr_source: recorded`). Key frames: every
-    `gap`-th frame and the last one.
-    """
-    frames, height, width = video.shape
-    if frames < 2:
-        raise InputError(f"recording {video.id}: has {frames} frame; two key frames are needed")
-    if height % data.scale or width % data.scale:
-        raise InputError(
-            f"recording {video.id}: {height}x{width} pixels cannot be divided by "
-            f"data.scale {data.scale}; ingest it with --crop, which cuts it "
-            f"to {height - height % data.scale}x{width - width % data.scale}"
-        )
-    grid = (height // data.scale, width // data.scale)
-    if data.lr_source == "recorded":
-        lr = _recorded_stream(video, grid, noise)
-    else:
-        name = zlib.crc32(video.id.encode())
-
-        def binned(t: int) -> np.ndarray:
-            frame = bin_down(video.intensity(t), data.scale)
-            return noise.apply(frame, np.random.default_rng([seed, name, t]))
-
-        lr = Stream((frames, *grid), binned)
-    times = sorted({k for t in range(frames) for k in key_frames(t, gap, frames)})
-    return lr, KeyFrames(times, (height, width), video.intensity)
-
-
-def _recorded_stream(video: Video, grid: tuple[int, int], noise: CameraNoise) -> Stream:
-    if video.lr_shape is None:
-        raise InputError(
-            f"recording {video.id}: has no low-resolution stream of its own; set "
-            "data.lr_source to binned or leave it out"
-        )
-    if tuple(video.lr_shape[1:]) != grid:
-        raise InputError(
-            f"recording {video.id}: its low-resolution frames are "
-            f"{video.lr_shape[1]}x{video.lr_shape[2]}, data.scale needs "
-            f"{grid[0]}x{grid[1]}; register the two cameras and ingest again"
-        )
-    if noise is not CLEAN:
-        raise InputError(
-            "noise is only put on binned low-resolution frames, a recorded stream has its own; "
-            "leave it out, or set data.lr_source to binned"
-        )
-    lr_times = np.asarray(video.info.lr_times, float)
-    nearest = [int(np.abs(lr_times - t).argmin()) for t in range(video.shape[0])]
-    return Stream((video.shape[0], *grid), lambda t: video.lr_intensity(nearest[t]))
-
-
-def streams_from_files(
-    lr_recording: Recording,
-    hr_recording: Recording,
-    gap: int,
-    scale: int,
-) -> tuple[Stream, KeyFrames]:
-    """The streams of two registered camera files; sharp frame k was taken at fast frame k * gap.
-
-    Raises:
-        InputError: the sizes do not belong together, or there are too few or too many key frames.
-    """
-    lr_name, hr_name = lr_recording.path, hr_recording.path
-    lr_count, h, w = lr_recording.shape
-    hr_count, height, width = hr_recording.shape
-    if height % scale or width % scale:
-        raise InputError(
-            f"{hr_name}: {height}x{width} pixels cannot be divided by scale {scale}; "
-            f"crop to {height - height % scale}x{width - width % scale}"
-        )
-    if (height, width) != (scale * h, scale * w):
-        raise InputError(
-            f"{hr_name} is {height}x{width} pixels and {lr_name} {h}x{w}: scale "
-            f"{scale} needs {scale * h}x{scale * w} for it; register the fast camera "
-            f"to {height // scale}x{width // scale} first, or give the right scale"
-        )
-    if gap < 1:
-        raise InputError(f"gap {gap}: must be 1 or more fast frames from key frame to key frame")
-    if hr_count < 2:
-        raise InputError(
-            f"{hr_name}: has {hr_count} frame, at least 2 key frames are needed "
-            "(one before and one after the frames that are reconstructed)"
-        )
-    last = (hr_count - 1) * gap
-    if last >= lr_count:
-        fitting = (lr_count - 1) // (hr_count - 1)
-        advice = (
-            f"give a gap of at most {fitting}, or a longer fast recording"
-            if fitting
-            else "are the two files swapped?"
-        )
-        raise InputError(
-            f"{hr_name}: with gap {gap} its last frame lies at fast frame {last}, but "
-            f"{lr_name} ends at frame {lr_count - 1}; {advice}"
-        )
-    if last < lr_count - 1:
-        logger.info(
-            "%s: frames %d to %d come after the last key frame and are left out",
-            lr_name,
-            last + 1,
-            lr_count - 1,
-        )
-
-    sharp = _InTurn(hr_recording)
-    keys = KeyFrames(range(0, last + 1, gap), (height, width), lambda t: sharp(t // gap))
-    return Stream(lr_recording.shape, _InTurn(lr_recording)), keys
-
-
-class _InTurn:
-    """Reads frames of a camera file by number; one after the other without opening it again."""
-
-    _SKIPPED = 4  # frames that are read and dropped before opening anew is cheaper
-
-    def __init__(self, recording: Recording):
-        self._recording = recording
-        self._frames: Iterator[np.ndarray] = iter(())
-        self._next: int | None = None
-
-    def __call__(self, t: int) -> np.ndarray:
-        if self._next is None or not self._next <= t <= self._next + self._SKIPPED:
-            self._frames, self._next = self._recording.frames(t), t
-        for _ in range(t - self._next):
-            next(self._frames)
-        self._next = t + 1
-        return next(self._frames).astype(np.float32) / (2**self._recording.bit_depth - 1)
 
 
 def _on_whole_blocks(model: EDVR, lr: Tensor, hr: Tensor, hr_offset: Tensor) -> Tensor:

@@ -1,0 +1,178 @@
+"""What Python users call: open two cameras' recordings, load a model, take the frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from hpc_xvr.config import Config
+from hpc_xvr.data.cameras import Recording
+from hpc_xvr.data.cameras.arrays import ArrayLike
+from hpc_xvr.data.pairing.joining import Pairing
+from hpc_xvr.data.pairing.reading import CameraReading
+from hpc_xvr.data.registration import Registration
+from hpc_xvr.distributed.comm import device_of
+from hpc_xvr.distributed.launch import discover
+from hpc_xvr.factory.execution import prepare
+from hpc_xvr.factory.weights import open_model
+from hpc_xvr.reconstruction import pipeline
+from hpc_xvr.reconstruction.workflow import from_recordings
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network, ready to run; made by `load_model`."""
+
+    name: str
+    config: Config
+    """As it was trained."""
+    step: int
+    """Optimizer steps it was trained for; 0 where that is not known."""
+    device: torch.device
+    precision: str
+    """float32, bf16 or float64."""
+    lr_frames: int
+    """Low-resolution frames it looks at for each frame."""
+    frames_out: int
+    """Frames a pass gives: 1 or `lr_frames`."""
+    scale: int
+    """Side of a pixel of the fast camera in pixels of the sharp one."""
+    method: pipeline.Method = field(repr=False)
+
+
+def open_recording(
+    source: str | Path | ArrayLike,
+    *,
+    flat: str | Path | None = None,
+    dark: str | Path | None = None,
+    dataset: str | None = None,
+    bit_depth: int | None = None,
+    full_scale: float | None = None,
+    flip_rows: bool = False,
+    frame_rate_hz: float | None = None,
+    pixel_size_um: float | None = None,
+    camera: str | None = None,
+) -> Recording:
+    """Open a camera's file; frames are read when they are needed.
+
+    Args:
+        source: Photron .mraw/.cih/.cihx, Phantom .cine, Shimadzu .dat, HDF5 (FILE.h5::DATASET for
+            one of several), TIFF stack, folder or glob of numbered TIFF or PNG files; or an array
+            (T, H, W) such as those of numpy, h5py, zarr and dask: uint8 or uint16 counts, or
+            floating-point values from 0 to `full_scale` (1 unless given).
+        flat, dark: recordings of the beam without sample and of the camera without beam, which
+            are averaged. What comes out is the transmission (raw - dark) / (flat - dark).
+        dataset: path inside an HDF5 file.
+        bit_depth: significant bits of integers, where fewer than their type has.
+        full_scale: physical value stored as white: of transmissions (1.5 unless given) and of
+            floating-point files (their maximum unless given).
+        flip_rows: turn the frames upside down.
+        frame_rate_hz, pixel_size_um, camera: instead of what the file says; pixel size on the
+            object.
+
+    Raises:
+        InputError: missing, unknown or damaged file, or an option that it does not have.
+    """
+    return CameraReading(
+        flat=flat,
+        dark=dark,
+        dataset=dataset,
+        bit_depth=bit_depth,
+        full_scale=full_scale,
+        flip_rows=flip_rows,
+        frame_rate_hz=frame_rate_hz,
+        pixel_size_um=pixel_size_um,
+        camera=camera,
+    ).open(source)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    checkpoint: Literal["newest", "best"] = "newest",
+) -> Model:
+    """Load a trained network.
+
+    Args:
+        path: run folder, file of `hpc-xvr export`, checkpoint, or weights of the authors' program.
+        device: auto takes a GPU where there is one.
+        checkpoint: of a run folder, the newest valid one or that of the best validation.
+
+    Raises:
+        InputError: nothing of the kind, or weights that do not fit the config beside them.
+    """
+    model, config, step = open_model(Path(path), checkpoint)
+    place = device_of(discover(), device)
+    precision = prepare(model, config, place)
+    method, frames_out = pipeline.as_method(model)
+    return Model(
+        name=str(path),
+        config=config,
+        step=step,
+        device=place,
+        precision=precision,
+        lr_frames=config.data.lr_frames,
+        frames_out=frames_out,
+        scale=config.data.scale,
+        method=method,
+    )
+
+
+def reconstruct(
+    model: Model,
+    fast: Recording | ArrayLike,
+    sharp: Recording | ArrayLike,
+    *,
+    gap: float | None = None,
+    start: float = 0.0,
+    registration: Registration | dict[str, Any] | None = None,
+    crop: bool = False,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Sharp frames at the fast camera's rate, from the first key frame to the last.
+
+    Args:
+        fast, sharp: the two cameras' recordings, or arrays (T, h, w) and (K, H, W) as
+            `open_recording` takes them.
+        gap: fast frames from one sharp frame to the next. Default: from the frame rates, or where
+            they are unknown as the model was trained.
+        start: time of the first fast frame, in sharp frames from the first sharp one.
+        registration: where the fast camera's pixels lie on the sharp frames. Default: H = scale*h
+            with a corner in common.
+        crop: cut sharp frames to what the fast camera saw and to multiples of the scale.
+
+    Yields:
+        (t, frame) in order of time, as they are made: t is the number of the frame in `fast`, the
+        frame (H, W) is float32 in [0, 1], where 1 stands for `sharp.full_scale`. Key frames are
+        passed through.
+
+    Raises:
+        InputError: recordings that do not belong together or to the model.
+    """
+    if isinstance(registration, dict):
+        registration = Registration.model_validate(registration)
+    material = from_recordings(
+        model.config,
+        _recording(fast),
+        _recording(sharp),
+        Pairing(gap, start, registration),
+        crop,
+    )
+    return pipeline.reconstruct(
+        model.method,
+        material.lr,
+        material.keys,
+        lr_frames=model.lr_frames,
+        n_out=model.frames_out,
+        device=model.device,
+        precision=model.precision,
+    )
+
+
+def _recording(source: Recording | ArrayLike) -> Recording:
+    return source if isinstance(source, Recording) else open_recording(source)

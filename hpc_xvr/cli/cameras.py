@@ -1,0 +1,142 @@
+"""Options that say how cameras' files are read: the same names wherever files are opened.
+
+`--hr-...` is for the sharp camera, `--lr-...` for the fast one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from hpc_xvr.data.pairing.joining import Pairing
+    from hpc_xvr.data.pairing.reading import CameraReading
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_NAMES = {"hr": "Sharp camera", "lr": "Fast camera"}
+
+
+class _Option(NamedTuple):
+    field: str
+    """Of CameraReading."""
+    name: str
+    help: str
+    settings: dict[str, Any]
+
+
+_A_FILE = {"type": click.Path(path_type=Path), "metavar": "FILE"}
+_READING = (
+    _Option("flat", "flat", "Recording of the beam without sample.", _A_FILE),
+    _Option("dark", "dark", "Recording without beam.", _A_FILE),
+    _Option(
+        "dataset",
+        "dataset",
+        "Dataset inside HDF5 files, such as /exchange/data.",
+        {"metavar": "PATH"},
+    ),
+    _Option(
+        "bit_depth",
+        "bit-depth",
+        "Significant bits, where the file does not say (12-bit data in 16-bit TIFF).",
+        {"type": click.IntRange(1, 16)},
+    ),
+    _Option(
+        "full_scale",
+        "full-scale",
+        "Value stored as white: of transmissions [default: 1.5], of floating-point files "
+        "[default: their maximum].",
+        {"type": click.FloatRange(min=0, min_open=True)},
+    ),
+    _Option(
+        "flip_rows",
+        "flip-rows",
+        "Turn frames upside down (Shimadzu's row order differs by instrument).",
+        {"is_flag": True},
+    ),
+    _Option(
+        "frame_rate_hz",
+        "frame-rate",
+        "Instead of what the file says.",
+        {"type": float, "metavar": "HZ"},
+    ),
+    _Option(
+        "pixel_size_um",
+        "pixel-size",
+        "Size of a pixel on the object, instead of what the file says.",
+        {"type": float, "metavar": "UM"},
+    ),
+    _Option("camera", "camera", "Name of the camera, instead of what the file says.", {}),
+)
+
+
+def camera_options(camera: str, short: bool = False) -> Callable[[Command], Command]:
+    """A decorator: `--hr-flat` and the others, or `--lr-...`; `short`: also without the prefix."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(_READING):
+            names = [f"--{camera}-{option.name}", f"{camera}_{option.field}"]
+            if short:
+                names.insert(0, f"--{option.name}")
+            text = option.help
+            if not short:
+                text = f"{_NAMES[camera]}: {text[0].lower()}{text[1:]}"
+            command = click.option(*names, help=text, **option.settings)(command)
+        return command
+
+    return decorate
+
+
+def pairing_options(command: Command) -> Command:
+    """A decorator: how two cameras belong together, `--gap`, `--lr-start`, `--registration`,
+    `--crop`."""
+    for decorate in reversed(
+        (
+            click.option(
+                "--gap",
+                type=click.FloatRange(min=0, min_open=True),
+                help="Fast frames from one sharp frame to the next. "
+                "[default: from the frame rates]",
+            ),
+            click.option(
+                "--lr-start",
+                type=float,
+                default=0.0,
+                show_default=True,
+                help="When the fast camera took its first frame, in sharp frames from the first.",
+            ),
+            click.option(
+                "--registration",
+                metavar="FILE|TEXT",
+                help="Where the fast camera's pixels lie on the sharp frames: YAML or JSON with "
+                "scale (sharp pixels a fast one covers), origin [row, column] of its upper left "
+                "corner, rotation_deg, flip (rows, columns, both).",
+            ),
+            click.option(
+                "--crop",
+                is_flag=True,
+                help="Cut sharp rows and columns that are too many for the scale, and what the "
+                "fast camera does not show.",
+            ),
+        )
+    ):
+        command = decorate(command)
+    return command
+
+
+def take_reading(camera: str, options: dict[str, Any]) -> CameraReading:
+    """The options of one camera out of all of a command."""
+    from hpc_xvr.data.pairing.reading import CameraReading
+
+    return CameraReading(**{o.field: options.pop(f"{camera}_{o.field}") for o in _READING})
+
+
+def take_pairing(options: dict[str, Any]) -> Pairing:
+    """`--gap`, `--lr-start` and `--registration` out of all options of a command."""
+    from hpc_xvr.data.pairing.joining import Pairing
+    from hpc_xvr.data.registration import read_registration
+
+    gap, start, text = (options.pop(name) for name in ("gap", "lr_start", "registration"))
+    return Pairing(gap, start, read_registration(text) if text else None)

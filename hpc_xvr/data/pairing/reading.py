@@ -1,0 +1,139 @@
+"""How one camera's files become intensities: the one place that says so.
+
+Commands, the Python API and whatever is made from a recording use this object, with the same names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_xvr.data.cameras import Recording, camera_files, open_camera_file, open_files
+from hpc_xvr.data.cameras.arrays import ArrayLike, open_array
+from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
+from hpc_xvr.data.cameras.recording import guarded
+from hpc_xvr.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraReading:
+    """How the files of one camera are read; what is not given is taken from the files.
+
+    Args:
+        dataset: path inside an HDF5 file; also written FILE.h5::PATH.
+        flat, dark: recordings of the beam without sample and of the camera without beam, which
+            are averaged; FILE.h5::PATH for a dataset. They replace those that a DXchange file
+            holds. Transmission = (raw - dark) / (flat - dark).
+        bit_depth: significant bits of TIFF, PNG and HDF5 integers, where fewer than stored.
+        full_scale: physical value stored as white: of transmissions (1.5 unless given) and of
+            files of floating-point numbers (their maximum unless given).
+        flip_rows: turn the frames upside down (the row order of Shimadzu cameras differs).
+        frame_rate_hz, pixel_size_um, camera: instead of what the files say.
+    """
+
+    dataset: str | None = None
+    flat: Path | str | None = None
+    dark: Path | str | None = None
+    bit_depth: int | None = None
+    full_scale: float | None = None
+    flip_rows: bool = False
+    frame_rate_hz: float | None = None
+    pixel_size_um: float | None = None
+    camera: str | None = None
+
+    def check(self) -> None:
+        """Raises InputError for values that cannot be."""
+        for what, value in (
+            ("frame rate", self.frame_rate_hz),
+            ("pixel size", self.pixel_size_um),
+            ("full scale", self.full_scale),
+        ):
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"{what} {value}: must be a number above 0")
+        if self.dark is not None and self.flat is None:
+            raise InputError(f"dark field {self.dark}: needs a flat field beside it, give one")
+
+    @cached_property
+    def flat_and_dark(self) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """The mean flat and dark fields (H, W), read once; None without a flat field.
+
+        Raises:
+            InputError: a field cannot be read, or a dark field is given without a flat one.
+        """
+        self.check()
+        if self.flat is None:
+            return None
+        flat, dark = (
+            None if path is None else mean_frame(open_camera_file(path, own_flat=False))
+            for path in (self.flat, self.dark)
+        )
+        assert flat is not None
+        return flat, dark
+
+    def open(self, source: Path | str | ArrayLike) -> Recording:
+        """The corrected recording in a camera file, a folder or glob of numbered images, or an
+        array of frames (T, H, W).
+
+        Raises:
+            InputError: missing, unknown or damaged file, a field of another shape, or an option
+                that the file's format does not have.
+        """
+        if not isinstance(source, (str, Path)):
+            return self._corrected(
+                open_array(source, self.bit_depth, None if self.flat else self.full_scale)
+            )
+        path = source
+        with guarded(str(path)):
+            files, inner = camera_files(path)
+            if inner and self.dataset and inner.strip("/") != self.dataset.strip("/"):
+                raise InputError(f"{path}: names another dataset than {self.dataset}: give one")
+        return self.open_files(files, inner or self.dataset)
+
+    def open_files(self, files: Sequence[Path], dataset: str | None) -> Recording:
+        """The same from the file, or the numbered files, of one recording."""
+        # With a flat field the full scale is the transmission's.
+        corrects = self.flat_and_dark is not None
+        return self._corrected(
+            open_files(
+                files,
+                dataset=dataset,
+                own_flat=not corrects,
+                bit_depth=self.bit_depth,
+                full_scale=None if corrects else self.full_scale,
+            )
+        )
+
+    def _corrected(self, recording: Recording) -> Recording:
+        correction = self.flat_and_dark
+        if correction is not None:
+            recording = transmission(recording, *correction, self.full_scale)
+        if self.flip_rows:
+            recording = recording.flipped()
+        stated = {
+            name: value
+            for name in ("frame_rate_hz", "pixel_size_um", "camera")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(recording, **stated)
+
+    def on_scale_of(self, other: CameraReading) -> CameraReading:
+        """The same with the full scale of another camera, where this one has a flat field and none
+        of its own: two transmissions are to be compared."""
+        if self.flat is None or self.full_scale is not None:
+            return self
+        return replace(self, full_scale=other.full_scale)
+
+    def described(self) -> dict[str, Any]:
+        """What was asked for, to be kept with what is made from it."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in values.items()
+            if value not in (None, False)
+        }

@@ -1,0 +1,192 @@
+"""What the two cameras saw, as a reconstruction reads it: the fast stream and the key frames."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from hpc_xvr.config import Data
+from hpc_xvr.data.cameras import Recording
+from hpc_xvr.data.corpus import Video
+from hpc_xvr.data.degrade import CameraNoise, bin_down
+from hpc_xvr.data.pairing.joining import Pair
+from hpc_xvr.data.samples.sample import key_frames
+from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
+
+CLEAN = CameraNoise()
+BESIDE = 0.1
+"""Fast frames by which a key frame may lie beside its own without a warning."""
+
+
+class Stream(Sequence):
+    """Frames made one by one when they are asked for: `read(t)` -> (h, w) float32 in [0, 1]."""
+
+    def __init__(self, shape: tuple[int, int, int], read: Callable[[int], np.ndarray]):
+        self.shape = shape
+        self._read = read
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, t: int) -> np.ndarray:
+        if not 0 <= t < len(self):
+            raise IndexError(f"frame {t} of {len(self)}")
+        return self._read(t)
+
+
+class KeyFrames(Mapping):
+    """Time -> key frame (H, W) float32 in [0, 1], read when it is asked for."""
+
+    def __init__(
+        self, times: Sequence[int], shape: tuple[int, int], read: Callable[[int], np.ndarray]
+    ):
+        self.shape = shape
+        self._times = dict.fromkeys(times)
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._times)
+
+    def __getitem__(self, t: int) -> np.ndarray:
+        if t not in self._times:
+            raise KeyError(t)
+        return self._read(t)
+
+
+def recording_streams(
+    video: Video, gap: int, data: Data, noise: CameraNoise = CLEAN, seed: int = 0
+) -> tuple[Stream, KeyFrames]:
+    """What the two cameras would have seen of a recording whose every sharp frame is known.
+
+    Low-resolution frames are binned from the sharp ones, with the fast camera's
+    `noise` (drawn from seed, recording and frame: the same whoever asks, in any order),
+    or taken from the recording's own stream (`data.lr_source: recorded`). Key frames: every
+    `gap`-th frame and the last one.
+    """
+    frames, height, width = video.shape
+    if frames < 2:
+        raise InputError(f"recording {video.id}: has {frames} frame; two key frames are needed")
+    if height % data.scale or width % data.scale:
+        raise InputError(
+            f"recording {video.id}: {height}x{width} pixels cannot be divided by "
+            f"data.scale {data.scale}; ingest it with --crop, which cuts it "
+            f"to {height - height % data.scale}x{width - width % data.scale}"
+        )
+    grid = (height // data.scale, width // data.scale)
+    if data.lr_source == "recorded":
+        lr = _recorded_stream(video, grid, noise)
+    else:
+        name = zlib.crc32(video.id.encode())
+
+        def binned(t: int) -> np.ndarray:
+            frame = bin_down(video.intensity(t), data.scale)
+            return noise.apply(frame, np.random.default_rng([seed, name, t]))
+
+        lr = Stream((frames, *grid), binned)
+    times = sorted({k for t in range(frames) for k in key_frames(t, gap, frames)})
+    return lr, KeyFrames(times, (height, width), video.intensity)
+
+
+def _recorded_stream(video: Video, grid: tuple[int, int], noise: CameraNoise) -> Stream:
+    if video.lr_shape is None:
+        raise InputError(
+            f"recording {video.id}: has no low-resolution stream of its own; set "
+            "data.lr_source to binned or leave it out"
+        )
+    if tuple(video.lr_shape[1:]) != grid:
+        raise InputError(
+            f"recording {video.id}: its low-resolution frames are "
+            f"{video.lr_shape[1]}x{video.lr_shape[2]}, data.scale needs "
+            f"{grid[0]}x{grid[1]}; register the two cameras and ingest again"
+        )
+    if noise is not CLEAN:
+        raise InputError(
+            "noise is only put on binned low-resolution frames, a recorded stream has its own; "
+            "leave it out, or set data.lr_source to binned"
+        )
+    lr_times = np.asarray(video.info.lr_times, float)
+    nearest = [int(np.abs(lr_times - t).argmin()) for t in range(video.shape[0])]
+    return Stream((video.shape[0], *grid), lambda t: video.lr_intensity(nearest[t]))
+
+
+def streams_of_pair(pair: Pair, scale: int) -> tuple[Stream, KeyFrames]:
+    """The streams of two cameras' recordings: each sharp frame belongs to the fast frame that was
+    taken nearest to it. The stream is that of all fast frames; the key frames may begin later and
+    end earlier.
+
+    Raises:
+        InputError: the sizes do not belong together, or there are fewer than two key frames.
+    """
+    sharp, fast = pair.sharp, pair.fast
+    h, w = fast.shape[1:]
+    height, width = sharp.shape[1:]
+    if (height, width) != (scale * h, scale * w):
+        raise InputError(
+            f"{sharp.path} shows {height}x{width} pixels and {fast.path} {h}x{w}: scale "
+            f"{scale} needs {scale * h}x{scale * w} for it; say with --registration where the "
+            "fast camera's pixels lie on the sharp frames, or use a model of the right scale"
+        )
+    if sharp.shape[0] < 2:
+        raise InputError(
+            f"{sharp.path}: has {sharp.shape[0]} frame that the fast camera covers, at least 2 key "
+            "frames are needed (one before and one after the frames that are reconstructed)"
+        )
+    nearest = [int(np.abs(pair.times - k).argmin()) for k in range(sharp.shape[0])]
+    if len(set(nearest)) < len(nearest):
+        raise InputError(
+            f"{sharp.path} with {fast.path}: there are more sharp frames than fast ones; are the "
+            "two files swapped, or --gap below 1?"
+        )
+    _tell_left_out(pair, nearest)
+    number = dict(zip(nearest, range(len(nearest)), strict=True))
+    read = _InTurn(sharp)
+    keys = KeyFrames(nearest, (height, width), lambda t: read(number[t]))
+    return Stream(fast.shape, _InTurn(fast)), keys
+
+
+def _tell_left_out(pair: Pair, nearest: Sequence[int]) -> None:
+    """Say which fast frames are left out, and whether sharp ones lie between two fast ones."""
+    name, last = pair.fast.path, pair.fast.shape[0] - 1
+    for first, stop, where in (
+        (0, nearest[0] - 1, "before the first"),
+        (nearest[-1] + 1, last, "after the last"),
+    ):
+        if first <= stop:
+            logger.info(
+                "%s: frames %d to %d come %s key frame and are left out", name, first, stop, where
+            )
+    interval = float(pair.times[1] - pair.times[0])
+    aside = np.abs(pair.times[nearest] - np.arange(len(nearest))) / interval
+    if aside.max() > BESIDE:
+        logger.warning(
+            "%s: key frame %d lies %.2f fast frames beside the fast frame it is taken to belong to "
+            "(frame %d), %d others more than %g too: check --gap and --lr-start",
+            pair.sharp.path,
+            *(worst := int(aside.argmax()), aside.max(), nearest[worst]),
+            *(np.count_nonzero(aside > BESIDE) - 1, BESIDE),
+        )
+
+
+class _InTurn:
+    """Reads frames of a camera file by number; one after the other without opening it again."""
+
+    _SKIPPED = 4  # frames that are read and dropped before opening anew is cheaper
+
+    def __init__(self, recording: Recording):
+        self._recording = recording
+        self._frames: Iterator[np.ndarray] = iter(())
+        self._next: int | None = None
+
+    def __call__(self, t: int) -> np.ndarray:
+        if self._next is None or not self._next <= t <= self._next + self._SKIPPED:
+            self._frames, self._next = self._recording.frames(t), t
+        for _ in range(t - self._next):
+            next(self._frames)
+        self._next = t + 1
+        return next(self._frames).astype(np.float32) / (2**self._recording.bit_depth - 1)
