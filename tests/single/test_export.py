@@ -16,7 +16,7 @@ from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.weights import export_weights, initial_weights, model_of_run
-from hpc_xvr.reconstruction.workflow import reconstruct_run
+from hpc_xvr.reconstruction.workflow import CorpusRecording, reconstruct_run
 from hpc_xvr.train.engine import Trainer
 
 
@@ -64,7 +64,8 @@ def test_it_takes_the_place_of_the_run_folder(run, tmp_path, pulse_corpus):
     for other in models[1:]:
         assert all(torch.equal(other[name], value) for name, value in models[0].items())
     video = next((pulse_corpus / "videos").iterdir()).name
-    movie = reconstruct_run(out, torch.device("cpu"), out=tmp_path / "movie.h5", video=video)
+    source = CorpusRecording(None, video)
+    movie = reconstruct_run(out, torch.device("cpu"), source, out=tmp_path / "movie.h5")
     assert movie.stat().st_size > 16 * 64 * 64
 
 
