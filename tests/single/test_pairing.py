@@ -8,8 +8,6 @@ import sys
 import numpy as np
 import pytest
 import tifffile
-from camera_files import counts, shimadzu_parts, write_photron
-from conftest import PULSE
 from scipy.ndimage import affine_transform, gaussian_filter
 
 from hpc_xvr.cli import main
@@ -20,6 +18,8 @@ from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.registration import Registration, read_registration
 from hpc_xvr.data.simulate.experiment import simulate_video
 from hpc_xvr.errors import InputError
+from support.camera_files import counts, shimadzu_parts, write_photron
+from support.paths import PULSE
 
 
 def seen_by(registration: Registration, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
