@@ -25,11 +25,11 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from filing import usage
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.optimize import least_squares
 
+from filing import usage
 from hpc_xvr import log
 from hpc_xvr.distributed.launch import discover
 from hpc_xvr.train.meters import describe_machine, synchronise

@@ -38,9 +38,9 @@ from typing import Any
 import click
 import psutil
 import torch
+
 from damaged import corrupt
 from filing import file_result, usage
-
 from hpc_xvr import checkpoint, log
 from hpc_xvr.config import load
 from hpc_xvr.data.simulate.corpus import simulate_corpus

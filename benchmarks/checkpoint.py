@@ -28,8 +28,8 @@ keep_freed_memory()
 
 import click  # noqa: E402
 import torch  # noqa: E402
-from filing import file_result, usage  # noqa: E402
 
+from filing import file_result, usage  # noqa: E402
 from hpc_xvr import checkpoint, log  # noqa: E402
 from hpc_xvr.config import Config, load  # noqa: E402
 from hpc_xvr.factory.build import build_model  # noqa: E402

@@ -30,10 +30,10 @@ import click
 import numpy as np
 import psutil
 import torch
-from filing import file_result, usage
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from filing import file_result, usage
 from hpc_xvr import config, log
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.corpus.manifest import line

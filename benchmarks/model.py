@@ -31,9 +31,8 @@ keep_freed_memory()  # for all contestants, and before torch is imported
 
 import click  # noqa: E402
 import torch  # noqa: E402
-from filing import file_result, usage  # noqa: E402
-from plain_swin import PlainSwinXVR  # noqa: E402
 
+from filing import file_result, usage  # noqa: E402
 from hpc_xvr import log  # noqa: E402
 from hpc_xvr.errors import InputError  # noqa: E402
 from hpc_xvr.factory import execution as speed  # noqa: E402
@@ -47,6 +46,7 @@ from hpc_xvr.train.meters import (  # noqa: E402
     synchronise,
 )
 from hpc_xvr.train.optim import MovingAverage  # noqa: E402
+from plain_swin import PlainSwinXVR  # noqa: E402
 
 SMALL = {"embed_dim": 64, "depths": (2, 2), "heads": 1, "window": 4, "up_features": 32}
 

@@ -17,12 +17,12 @@ import argparse
 import json
 from pathlib import Path
 
-import compare
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+import compare
 from hpc_xvr.evaluate.baselines import BASELINES
 
 TRAIN = {

@@ -45,14 +45,14 @@ from typing import Any
 
 import click
 import torch
-from filing import usage
-from ranks_figure import draw
 
+from filing import usage
 from hpc_xvr import log
 from hpc_xvr.config import Simulate
 from hpc_xvr.data.simulate.corpus import simulate_corpus
 from hpc_xvr.distributed.launch import discover
 from hpc_xvr.train.meters import describe_machine
+from ranks_figure import draw
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -24,8 +24,8 @@ from typing import Any
 
 import click
 import numpy as np
-from filing import usage
 
+from filing import usage
 from hpc_xvr import log
 
 HERE = Path(__file__).parent

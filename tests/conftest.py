@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from support.paths import PULSE, ROOT
 
 
 def _find(variable: str, folder: str, name: str) -> Path:
@@ -27,9 +27,6 @@ def realdata():
 def reference():
     """reference("centre_small.npz") -> path of vectors of the authors' model, or skip."""
     return lambda name: _find("HPC_XVR_REFERENCE", "reference", name)
-
-
-PULSE = ROOT / "configs" / "pulse.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -57,13 +54,3 @@ def small_disk(tmp_path):
         pytest.skip(f"no small file system: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder: Path) -> None:
-    """Leave no room in a small file system."""
-    with (folder / "filler").open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(4096)):
-                pass
-        except OSError:
-            return

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hpc_xvr.model import kernels
 from hpc_xvr.model.attention import Kind, window_attention
-from hpc_xvr.model.derived import Derived
+from hpc_xvr.model.folding import Folding
 from hpc_xvr.model.linear import autocast_to_bf16_on_cpu, linear, to_matmul_type
 
 Recompute = Literal["none", "mlp", "blocks"]
@@ -211,7 +211,7 @@ def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, step: Step | 
     return x, to_matmul_type(y)
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(Folding):
     """Multi-head self-attention within windows, with a learned relative position bias."""
 
     def __init__(self, dim: int, heads: int, frames: int, window: int, kind: Kind = "auto") -> None:
@@ -221,21 +221,20 @@ class WindowAttention(nn.Module):
         self.bias_table = nn.Parameter(torch.empty(rows, heads))
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self._biases = Derived()
 
     def bias(self, group: Group, relative: Tensor, dtype: torch.dtype) -> Tensor:
         """Additive bias of a window shape, (1, A, N, N).
 
-        In training in the table's own type; without gradients in `dtype` and kept for the next
-        call until the table changes.
+        In the table's own type in training; in inference in `dtype`, and kept for the next call.
         """
         table, shape = self.bias_table, (1, self.heads, group.tokens, group.tokens)
-        if not self._biases.may_keep(table):
+
+        def gather() -> Tensor:
             return table.t().index_select(1, relative).view(shape)
+
         key = (group.tokens, group.height, group.width, dtype)
-        return self._biases.get(
-            key, (table,), lambda: table.t().index_select(1, relative).view(shape).to(dtype)
-        )
+        kept = self.folded(key, (table,), lambda: gather().to(dtype))
+        return gather() if kept is None else kept
 
     def forward(self, x: Tensor, layout: Layout, keep: slice | None = None) -> Tensor:
         """(T, C) tokens in window order -> (T, C), or those of the frames `keep` only."""

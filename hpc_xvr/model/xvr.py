@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hpc_xvr.model.attention import Kind
 from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsample
 from hpc_xvr.model.bayes import BayesianFusion
-from hpc_xvr.model.derived import Derived
+from hpc_xvr.model.folding import Folding
 from hpc_xvr.model.linear import conv_of_one_channel
 from hpc_xvr.model.swin import SwinBlock, SwinStage, conv2d, grid
 
@@ -27,7 +27,7 @@ Output = Literal["centre", "sequence"]
 Base = Literal["none", "bicubic", "detail", "adaptive", "bayes"]
 
 
-class SwinXVR(nn.Module):
+class SwinXVR(Folding):
     """The published network by default: 10,009,033 parameters, centre frame out.
 
     Args:
@@ -99,7 +99,6 @@ class SwinXVR(nn.Module):
             nn.Conv2d(up_features, 4 * up_features, 3, padding=1) for _ in range(scale // 2)
         )
         self.last_conv = nn.Conv2d(up_features, 1, 3, padding=1)
-        self._folded = Derived()
         self.apply(_initialise)
         if base != "none":
             nn.init.zeros_(self.last_conv.weight)
@@ -181,12 +180,13 @@ class SwinXVR(nn.Module):
     def _upscale(self, y: Tensor) -> Tensor:
         """(B, n_out, h, w, C) -> (B, n_out, 1, H, W)."""
         z = F.leaky_relu(self.head_conv(y.flatten(0, 1).permute(0, 3, 1, 2)), 0.01)
-        sources = tuple(p for conv in (*self.up_convs, self.last_conv) for p in conv.parameters())
-        if not self._folded.may_keep(*sources) or min(z.shape[2:]) < 4:
-            return self._rise(z).unflatten(0, y.shape[:2])
         # There is nothing but sums between these convolutions: one of 5x5 does it all, with 4 % of
         # the work, but at the border, where each of them finds zeros outside.
-        weight, bias = self._folded.get("", sources, self._fold)
+        sources = tuple(p for conv in (*self.up_convs, self.last_conv) for p in conv.parameters())
+        folded = self.folded("upscale", sources, self._fold) if min(z.shape[2:]) > 3 else None
+        if folded is None:
+            return self._rise(z).unflatten(0, y.shape[:2])
+        weight, bias = folded
         s, rise = self.scale, self._rise
         out = F.pixel_shuffle(F.conv2d(z, weight, bias, padding=2), s)
         out[..., :s, :] = rise(z[..., :3, :])[..., :s, :]

@@ -6,14 +6,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from slurm_runs import Run, about
+
+from support.slurm_runs import Run, about
 
 
 def pytest_collection_modifyitems(items):
     ours = [item for item in items if item.path.parent == Path(__file__).parent]
     problem = no_slurm() if ours else None
-    if problem:
-        for item in ours:
+    for item in ours:
+        item.add_marker(pytest.mark.cluster)
+        if problem:
             item.add_marker(pytest.mark.skip(reason=problem))
 
 

@@ -9,9 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from slurm_runs import FOREVER, ROOT, about, ranks_of, wait_for
 
 from hpc_xvr.checkpoint import list_checkpoints, load
+from support.paths import ROOT
+from support.slurm_runs import FOREVER, about, ranks_of, wait_for
 
 
 def test_two_nodes_run_to_the_end_and_the_dry_run_is_the_script(whole):

@@ -7,11 +7,11 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
-from camera_files import counts, shimadzu_parts, write_cine, write_dxchange, write_photron
-from conftest import PULSE
 
 from hpc_xvr.cli import main
 from hpc_xvr.data.corpus import Corpus
+from support.camera_files import counts, shimadzu_parts, write_cine, write_dxchange, write_photron
+from support.paths import PULSE
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import compare
+import noise_study
 from hpc_xvr.model.xvr import SwinXVR
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-from plain_swin import PlainSwinXVR  # noqa: E402
+from plain_swin import PlainSwinXVR
+from support.paths import BENCHMARKS
 
 
 @pytest.mark.parametrize("output", ["centre", "sequence"])
@@ -59,8 +59,6 @@ def test_the_quick_benchmark_measures_everything_it_promises(tmp_path):
 
 def test_models_are_compared_on_one_budget(monkeypatch):
     """Steps times what a step costs is the budget, at every width."""
-    import compare
-
     for kind in (["--quick"], [], ["--published", "--corpus", "corpus"]):
         monkeypatch.setattr(sys, "argv", ["compare.py", *kind])
         args = compare.parse()
@@ -98,8 +96,6 @@ def test_the_comparison_runs_from_corpus_to_tables(tmp_path):
 
 
 def test_the_noise_study_says_what_its_numbers_say(tmp_path):
-    import noise_study
-
     def summary(method, noise, psnr):
         return {
             "method": method,

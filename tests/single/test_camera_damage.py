@@ -9,7 +9,10 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
-from camera_files import (
+from PIL import Image
+
+from hpc_xvr.data.cameras import open_camera_file
+from support.camera_files import (
     counts,
     refused,
     section,
@@ -17,9 +20,6 @@ from camera_files import (
     write_cine,
     write_photron,
 )
-from PIL import Image
-
-from hpc_xvr.data.cameras import open_camera_file
 
 
 def test_unknown_and_missing(tmp_path):

@@ -3,6 +3,7 @@ else happens: no crash, no hang, no other exception, no memory for frames that a
 
 from __future__ import annotations
 
+import os
 import re
 import select
 import struct
@@ -14,7 +15,12 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
-from camera_files import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from support import read_child
+from support.camera_files import (
     counts,
     shimadzu_parts,
     write_cihx,
@@ -22,11 +28,8 @@ from camera_files import (
     write_dxchange,
     write_photron,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from PIL import Image
 
-CHILD = Path(__file__).with_name("read_child.py")
+CHILD = Path(read_child.__file__)
 SECONDS = 30
 """For one small file; they take milliseconds."""
 EXAMPLES = 130
@@ -304,7 +307,7 @@ def test_the_reader_would_see_it(harm, answer, tmp_path, monkeypatch):
     path, _ = _photron(16, "run.cih", "run.cih")(tmp_path)
     child = tmp_path / "child.py"
     child.write_text(
-        f"import os, sys, time\nsys.path.insert(0, {str(CHILD.parent)!r})\nimport read_child\n"
+        f"import os, time\nfrom support import read_child\n"
         "from hpc_xvr.data.cameras.recording import guarded\n"
         "def harm(path):\n"
         f"    {'with guarded(str(path)): ' if 'bytearray' in harm else ''}{harm}\n"
@@ -313,6 +316,7 @@ def test_the_reader_would_see_it(harm, answer, tmp_path, monkeypatch):
         "    return harm(paths[0]) if len(sound) > 1 else []\n"
         "read_child.find_recordings = find\nread_child.main()\n"
     )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # `support` is found there too
     monkeypatch.setattr(sys.modules[__name__], "CHILD", child)
     monkeypatch.setattr(sys.modules[__name__], "SECONDS", 1)
     reader = Reader([path])

@@ -10,7 +10,13 @@ import h5py
 import numpy as np
 import pytest
 import tifffile
-from camera_files import (
+from PIL import Image
+
+from hpc_xvr.data.cameras import open_camera_file
+from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
+from hpc_xvr.data.pairing.reading import CameraReading
+from hpc_xvr.errors import InputError
+from support.camera_files import (
     RNG,
     counts,
     refused,
@@ -22,12 +28,6 @@ from camera_files import (
     write_dxchange,
     write_photron,
 )
-from PIL import Image
-
-from hpc_xvr.data.cameras import open_camera_file
-from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
-from hpc_xvr.data.pairing.reading import CameraReading
-from hpc_xvr.errors import InputError
 
 # Real files ---------------------------------------------------------------------------------------
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill
 
 from hpc_xvr import checkpoint, files
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 from hpc_xvr.model.xfusion import load_xfusion
+from support.disk import fill
 
 ROOT = Path(__file__).resolve().parents[2]
 

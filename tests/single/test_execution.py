@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from conftest import PULSE
 from torch.autograd.graph import saved_tensors_hooks
 
 from hpc_xvr.config import load
@@ -21,6 +20,7 @@ from hpc_xvr.model.swin import add_norm
 from hpc_xvr.model.xvr import SwinXVR
 from hpc_xvr.reconstruction.pipeline import as_method
 from hpc_xvr.train.find_batch import Trial, _expected, _fitting, _levelled, find_batch
+from support.paths import PULSE
 
 CPU = torch.device("cpu")
 SMALL = dict(embed_dim=24, depths=(2, 2), heads=3, window=4, up_features=8)

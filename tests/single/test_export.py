@@ -7,7 +7,6 @@ import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
-from conftest import PULSE
 
 from hpc_xvr import checkpoint
 from hpc_xvr.cli import cli
@@ -18,6 +17,8 @@ from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.weights import export_weights, initial_weights, model_of_run
 from hpc_xvr.reconstruction.workflow import CorpusRecording, reconstruct_run
 from hpc_xvr.train.engine import Trainer
+from support.disk import fill
+from support.paths import PULSE
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +138,6 @@ def test_a_checkpoint_that_is_valid_but_not_of_training_says_what_it_lacks(tmp_p
 
 
 def test_nothing_half_written_and_no_other_kind_of_file(run, tmp_path, small_disk):
-    from conftest import fill
-
     with pytest.raises(InputError, match=r"must end in .safetensors"):
         export_weights(run, tmp_path / "m.pt")
     fill(small_disk)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tifffile
-from camera_files import counts, write_cine, write_dxchange, write_photron
 from PIL import Image
 
 from hpc_xvr.data.cameras import open_camera_file
@@ -13,6 +12,7 @@ from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.ingest import workers
 from hpc_xvr.data.ingest.run import find_recordings, ingest
 from hpc_xvr.errors import InputError
+from support.camera_files import counts, write_cine, write_dxchange, write_photron
 
 
 def whole(video) -> np.ndarray:

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from camera_files import counts, write_photron
 
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.ingest.run import ingest
+from support.camera_files import counts, write_photron
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,13 +8,13 @@ import sys
 
 import matplotlib.image
 import pytest
-from camera_files import counts
 
 from hpc_xvr.cli import main
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.corpus.contact_sheet import contact_sheet
 from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.errors import InputError
+from support.camera_files import counts
 
 INFO = {"camera": "SA-Z", "bit_depth": 12, "split": "train", "source": "x", "frame_rate_hz": 5e4}
 

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from camera_files import counts, shimadzu_parts, write_photron
-from conftest import PULSE
 from scipy.ndimage import affine_transform, gaussian_filter
 
 from hpc_xvr.cli import main
@@ -26,6 +24,8 @@ from hpc_xvr.data.simulate.experiment import simulate_video
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.reconstruction import workflow
+from support.camera_files import counts, shimadzu_parts, write_photron
+from support.paths import PULSE
 
 
 def seen_by(registration: Registration, frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -6,15 +6,13 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import allreduce  # noqa: E402
-import scaling_model as model  # noqa: E402
+import allreduce
+import scaling_model as model
+from support.paths import BENCHMARKS
 
 A100, H200 = model.CLUSTERS
 SHAPE = np.array([-1.2, -0.8, -0.2, 0.1, 0.4, 1.7])

@@ -1,12 +1,8 @@
 """What benchmarks/realism.py measures, on frames whose noise and spectrum are known."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import realism
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from pbs_grammar import problems
 
 from hpc_xvr.cli import cli
 from hpc_xvr.errors import InputError
 from hpc_xvr.submit import jobs as submit
+from support.pbs_grammar import problems
 
 ROOT = Path(__file__).resolve().parents[2]
 PULSE = str(ROOT / "configs" / "pulse.yaml")

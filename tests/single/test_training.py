@@ -8,7 +8,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import PULSE, fill
 
 from hpc_xvr import checkpoint, log
 from hpc_xvr.config import Optim, load
@@ -19,6 +18,8 @@ from hpc_xvr.train.engine import Trainer
 from hpc_xvr.train.optim import MovingAverage, learning_rate
 from hpc_xvr.train.stopping import Stopping
 from hpc_xvr.train.validation import Validator
+from support.disk import fill
+from support.paths import PULSE
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import subprocess
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-PULSE = ROOT / "configs" / "pulse.yaml"
+from support.paths import PULSE
+
 PATIENCE = 150  # seconds for anything to happen on a busy machine
 
 # Steps of some tenths of a second: long against the way of a signal through the cluster.
