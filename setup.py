@@ -47,7 +47,10 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.10",
     packages=find_packages(include=["hpc_xvr", "hpc_xvr.*"]),
-    package_data={"hpc_xvr.evaluate": ["*.html"]},
+    package_data={
+        "": ["py.typed", "*.html"],
+        "hpc_xvr.submit": ["scripts/*.sh", "sites/*.env"],
+    },
     ext_modules=kernels(),
     entry_points={"console_scripts": ["hpc-xvr = hpc_xvr.cli:main"]},
     install_requires=[
@@ -56,9 +59,7 @@ setup(
         "h5py>=3.10",
         "jinja2>=3.1",
         "matplotlib>=3.8",
-        "mpi4py>=4.0",
         "numpy>=1.26",
-        "nvidia-ml-py>=12",
         "pillow>=10",
         "pims>=0.7",
         "psutil>=5.9",
@@ -66,7 +67,6 @@ setup(
         "pyyaml>=6",
         "rich>=13",
         "safetensors>=0.4",
-        "scikit-image>=0.22",
         "scipy>=1.11",
         "tensorboard>=2.16",
         "tensorstore>=0.1.64",
@@ -75,7 +75,9 @@ setup(
         "zarr>=3.0",
     ],
     extras_require={
-        "horovod": ["horovod>=0.28.1"],
+        "mpi": ["mpi4py>=4.0"],  # several ranks; it is built against the MPI that is there
+        "horovod": ["horovod>=0.28.1", "mpi4py>=4.0"],  # another way for gradients to travel
+        "gpu": ["nvidia-ml-py>=12"],  # how busy NVIDIA GPUs are
         "test": [
             "hypothesis",
             "import-linter>=2",
@@ -83,6 +85,7 @@ setup(
             "pytest>=8",
             "pytest-timeout",
             "ruff>=0.6",
+            "scikit-image>=0.22",  # its PSNR and SSIM are what ours are compared with
         ],
     },
 )

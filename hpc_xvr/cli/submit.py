@@ -14,7 +14,7 @@ from hpc_xvr.errors import InputError
 
 
 def _time(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    from hpc_xvr.submit.jobs import seconds
+    from hpc_xvr.submit.site import seconds
 
     try:
         return seconds(value)
@@ -61,7 +61,7 @@ def _assignments(
         benchmarks/scaling.py --ranks 4,8,16 --device cuda
 """,
 )
-@click.option("--site", required=True, help="A file of jobs/sites by name, or the path of yours.")
+@click.option("--site", required=True, help="A site by its name, or the path of a file of yours.")
 @click.option(
     "--nodes",
     default="1",
@@ -122,7 +122,9 @@ def submit(
 
     What the queue or the job itself would refuse is refused here, with the reason.
     """
-    from hpc_xvr.submit.jobs import Job, check, read_site, render, send
+    from hpc_xvr.submit.job import Job, check, render
+    from hpc_xvr.submit.scheduler import send
+    from hpc_xvr.submit.site import read_site
 
     where = read_site(site, asked["variables"])
     jobs = []

@@ -201,7 +201,8 @@ def _connect(engine: Engine, device: str, dist: Dist, folder: Path | None) -> Co
             raise InputError("engine horovod needs mpirun; torchrun works with --engine torch")
         mpi = None
     else:
-        mpi = _mpi(launch, chosen, required=engine != "torch")
+        several = launch.size > 1 and engine != "torch"  # one rank needs nobody, even under mpirun
+        mpi = _mpi(launch, chosen, required=several or engine == "horovod")
         size = mpi.Get_size() if mpi else 1
         if size == 1 < launch.size and engine == "torch":
             mpi = None  # the launcher has told rank and size; torch needs no more than that

@@ -117,7 +117,7 @@ def gpu_index(launch: Launch, gpus: int) -> int | None:
         InputError: more ranks on the node than GPUs.
     """
     if gpus == 1 and any(f"{name}_VISIBLE_DEVICES" in os.environ for name in ("CUDA", "ROCR")):
-        return 0  # jobs/affinity.sh or the scheduler gave this rank one GPU
+        return 0  # the job script (affinity.sh) or the scheduler gave this rank one GPU
     if launch.local_rank is None:
         return 0 if launch.size == 1 else None
     if launch.local_rank >= gpus:

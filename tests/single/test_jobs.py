@@ -195,6 +195,26 @@ def test_ranks_that_do_not_find_each_other_are_an_error_not_many_worlds_of_one(j
     assert not (tmp_path / "run").exists()
 
 
+NO_MPI = "import sys\nsys.modules.update(dict.fromkeys(('mpi4py', 'horovod')))"
+
+
+def test_several_ranks_without_mpi4py_are_refused_in_one_line(job, tmp_path):
+    environment = {"PMI_RANK": "0", "PMI_SIZE": "2"}
+    done = job("auto", launcher=[], program=patched(NO_MPI), environment=environment)
+    assert done.returncode == 2
+    assert "PMI started 2 ranks, but mpi4py cannot be imported" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_rank_needs_no_mpi4py_even_if_a_launcher_starts_it(job, tmp_path):
+    """As a job does that `hpc-xvr submit` sends."""
+    environment = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
+    done = job("auto", launcher=[], program=patched(NO_MPI), environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+
+
 ENGINES["auto"] = []
 
 

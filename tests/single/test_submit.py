@@ -1,6 +1,7 @@
 """Jobs for schedulers: what is refused, the scripts, and what they do when a run ends."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from click.testing import CliRunner
 
 from hpc_xvr.cli import cli
 from hpc_xvr.errors import InputError
-from hpc_xvr.submit import jobs as submit
+from hpc_xvr.submit import ranks
+from hpc_xvr.submit.site import read_site, sites
 from support.pbs_grammar import problems
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +51,7 @@ def test_every_site_makes_a_script_that_bash_and_its_scheduler_read(site, dry, t
     path = tmp_path / "script"
     path.write_text(script)
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
-    if submit.read_site(site).scheduler == "pbs":
+    if read_site(site).scheduler == "pbs":
         assert problems(script) == []
     else:
         directives = [line for line in script.splitlines() if line.startswith("#SBATCH")]
@@ -60,9 +62,9 @@ def test_every_site_makes_a_script_that_bash_and_its_scheduler_read(site, dry, t
 
 
 def test_every_site_has_a_file_and_bash_reads_it_as_submit_does():
-    assert submit.sites() == sorted(SITES)
+    assert sites() == sorted(SITES)
     for name in SITES:
-        site = submit.read_site(name)
+        site = read_site(name)
         done = subprocess.run(
             ["bash", "-c", f"set -eu -a; source {site.path}; env -0"],
             capture_output=True,
@@ -142,9 +144,41 @@ def test_options_of_the_command_are_read_now_too(dry):
     assert "No such option" in done.output and "--resume" in done.output
 
 
-def test_one_process_takes_one_node(dry):
-    got = dry("--site", "slurm", "report", "runs/a", nodes="2")
-    assert "report is one process; ask for --nodes 1" in got
+@pytest.mark.parametrize(
+    "command",
+    [("report", "runs/a"), ("reconstruct", "runs/a", "--out", "a.tif"), (*TRAIN, "--find-batch")],
+)
+def test_one_process_takes_one_node(command, dry):
+    assert f"{command[0]} is one process; ask for --nodes 1" in dry(
+        "--site", "slurm", *command, nodes="2"
+    )
+    assert "#SBATCH --nodes=1\n" in dry("--site", "slurm", *command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("simulate", PULSE),
+        ("ingest", "beamtime", "--corpus", "corpus"),
+        ("evaluate", "runs/a"),
+        TRAIN,
+        (__file__,),
+    ],
+)
+def test_what_several_ranks_can_share_takes_several_nodes(command, dry):
+    script = dry("--site", "slurm", *command, nodes="2")
+    assert "#SBATCH --nodes=2\n" in script
+    assert shlex.join(command) in script
+
+
+def test_the_commands_that_take_several_ranks_are_those_that_look_for_them():
+    """Each finds its ranks by `connect`; all others know of one process only."""
+    connecting = {
+        name
+        for name, command in cli.commands.items()
+        if "connect" in command.callback.__code__.co_names
+    }
+    assert {*ranks.COMMANDS} == connecting - {"reconstruct"}  # which connects to its device
 
 
 def test_a_used_run_folder_is_refused_without_resume(dry, tmp_path):
@@ -176,10 +210,38 @@ def test_a_site_file_of_ones_own_is_checked(tmp_path):
     path = tmp_path / "mine.env"
     path.write_text("XVR_SCHEDULER=slurm\nmodule load python\n")
     with pytest.raises(InputError, match=r"mine.env, line 2: write KEY=VALUE"):
-        submit.read_site(str(path))
+        read_site(str(path))
     path.write_text("XVR_SCHEDULER=lsf\n")
     with pytest.raises(InputError, match="XVR_SCHEDULER must be slurm or pbs"):
-        submit.read_site(str(path))
+        read_site(str(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("XVR_RANKS_PER_NODE=four", "XVR_RANKS_PER_NODE=four: write a number from 1"),
+        ("XVR_RANKS_PER_NODE=0", "XVR_RANKS_PER_NODE=0: write a number from 1"),
+        ("XVR_QUEUES=debug 1-2", "XVR_QUEUES=debug 1-2: write 'NAME NODES HH:MM:SS'"),
+        ("XVR_QUEUES=debug 1-2 an hour", "XVR_QUEUES=debug 1-2 an hour: write 'NAME NODES"),
+        ("XVR_MIN_TIME=5 min", "XVR_MIN_TIME=5 min: write HH:MM:SS"),
+        ("XVR_REQUIRED=account project", "XVR_REQUIRED=account project: write account queue"),
+    ],
+)
+def test_a_line_of_a_site_that_cannot_be_read_is_named(line, words, dry):
+    got = dry("--site", "slurm", "--env", line, *TRAIN)
+    assert got.startswith("refused: ") and "slurm.env" in got and words in got
+
+
+def test_a_site_without_a_way_to_ask_for_a_queue_takes_none(dry):
+    got = dry("--site", "slurm", "--env", "XVR_QUEUE_DIRECTIVE=", "--queue", "long", *TRAIN)
+    assert "--queue long" in got and "has no XVR_QUEUE_DIRECTIVE" in got
+
+
+def test_an_environment_that_the_job_would_not_find_is_refused(dry, monkeypatch, tmp_path):
+    """As after `pip install --user`: the programs are elsewhere."""
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    got = dry("--site", "slurm", *TRAIN)
+    assert f"no hpc-xvr in {tmp_path}/bin, where the job looks for it" in got
 
 
 def test_without_a_scheduler_here_it_says_where_to_submit(tmp_path, monkeypatch):
@@ -219,194 +281,6 @@ def test_the_checker_of_pbs_directives_is_strict(old, new):
     assert problems(GOOD) == []
     assert problems(GOOD.replace(old, new))
     assert problems((ROOT / "jobs/pbs/train.pbs").read_text()) == []
-
-
-# A stand-in for training that takes no time: STEPS checkpoints and EXIT for each start, in turn.
-PLAY = """#!/usr/bin/env bash
-run=""
-for a in "$@"; do case $a in run.dir=*) run=${a#run.dir=};; esac; done
-mkdir -p "$run/checkpoints"
-echo "$*" >>"$run/calls"
-read -r step code marker < <(sed -n "$(wc -l <"$run/calls")p" "$run/play")
-[ "$step" = 0 ] || touch "$run/checkpoints/step-$(printf %09d "$step").pt"
-[ -z "$marker" ] || echo "{\\"step\\": $marker, \\"time\\": 1.0}" >"$run/done.json"
-exit "$code"
-"""
-SCRIPT = """
-xvr_root={root} xvr_job=7 xvr_nodes=2 xvr_default_site={site}
-xvr_again() {{ echo AGAIN; exit 75; }}
-xvr_cancel() {{ echo "CANCEL $*"; }}
-set -uo pipefail
-source "$xvr_root/jobs/job.sh"
-xvr_main --run {run} --name t --venv {venv} --steps 9 "$@"
-"""
-
-
-@pytest.fixture
-def job(tmp_path):
-    """job(plays, *options) -> (exit code, log) of the job script's next start."""
-    (tmp_path / "venv/bin").mkdir(parents=True)
-    program = tmp_path / "venv/bin/hpc-xvr"
-    program.write_text(PLAY)
-    program.chmod(0o755)
-    site = tmp_path / "here.env"
-    site.write_text("XVR_RANKS_PER_NODE=1\nXVR_LAUNCH='{binding}'\nXVR_BIND=core\nAN='a value'\n")
-    site.write_text(site.read_text().replace("{binding}", ""))
-    run = tmp_path / "run"
-    run.mkdir()
-
-    def start(*plays, options=(), command=("train", "c.yaml")):
-        if plays:
-            (run / "play").write_text("".join(f"{p}\n" for p in plays))
-        text = SCRIPT.format(root=ROOT, site=site, run=run, venv=tmp_path / "venv")
-        done = subprocess.run(
-            ["bash", "-c", text, "job", *options, *command],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
-        return done.returncode, done.stdout + done.stderr
-
-    start.run = run
-    return start
-
-
-def test_the_done_marker_decides_and_not_the_exit_code(job):
-    code, log = job("9 137 9")
-    assert code == 0 and "done at step 9" in log
-
-
-def test_exit_code_0_without_the_marker_is_not_done(job):
-    """mpirun may return 0 although its ranks were killed."""
-    _code, log = job("4 0", options=["--until-done"])
-    assert "AGAIN" in log and "not done, exit code 0, checkpoint of step 4" in log
-
-
-def test_a_marker_of_fewer_steps_than_asked_for_is_an_old_one(job):
-    code, log = job("8 1 8")
-    assert code == 75 and "done at" not in log
-
-
-def test_bad_input_is_not_started_again(job):
-    code, log = job("0 2", options=["--until-done"])
-    assert code == 2 and "AGAIN" not in log and "bad input" in log
-
-
-def test_a_failure_is_started_again_only_after_a_new_checkpoint(job):
-    plays = ["3 1", "5 75", "5 1"]
-    code, log = job(*plays, options=["--until-done"])
-    assert "AGAIN" in log
-    assert "--resume" not in (job.run / "calls").read_text()
-    code, log = job(options=["--until-done"])
-    assert "AGAIN" in log and "start 2" in log and "from step 3" in log
-    assert "--resume" in (job.run / "calls").read_text().splitlines()[1]
-    code, log = job(options=["--until-done"])
-    assert code == 1 and "AGAIN" not in log
-    assert "exit code 1, and no checkpoint since step 5: not started again" in log
-    code, log = job(options=["--until-done"])  # what is left of a chain
-    assert code == 1 and "an earlier job of this chain was stopped: not done" in log
-    assert len((job.run / "calls").read_text().splitlines()) == 3
-
-
-def test_jobs_that_vanish_are_started_three_times_at_one_step(job):
-    (job.run / "jobs").mkdir()
-    starts = job.run / "jobs/t.starts"
-    starts.write_text("start 1 job 5 2026-01-01 00:00:00 at step 0\n" * 2)
-    code, log = job("9 0 9")
-    assert code == 0
-    starts.write_text("start 1 job 5 2026-01-01 00:00:00 at step 9\n" * 3)
-    code, log = job()
-    assert code == 1 and "3 starts in a row came no further than step 9" in log
-
-
-def test_starts_are_limited(job):
-    plays = [f"{n} 75" for n in range(1, 5)]
-    options = ["--until-done", "--env", "XVR_MAX_STARTS=2"]
-    job(*plays, options=options)
-    job(options=options)
-    code, log = job(options=options)
-    assert code == 1 and "this would be start 3; XVR_MAX_STARTS is 2" in log
-
-
-@pytest.mark.parametrize("before", ["", "6\n"])
-def test_what_is_left_of_a_chain_is_cancelled_once_the_run_is_done(before, job):
-    (job.run / "jobs").mkdir()
-    (job.run / "jobs/t.jobs").write_text(f"{before}7\n8\n9\n")
-    code, log = job("4 75", "9 0 9")
-    assert code == 75 and "the next job of the chain goes on" in log
-    code, log = job()
-    assert code == 0 and "CANCEL 8 9" in log
-
-
-def test_the_clock_becomes_max_time_and_the_sites_lines_reach_the_ranks(job):
-    code, log = job("1 75", options=["--clock", "3600", "--env", "NCCL_DEBUG=INFO"])
-    assert code == 75
-    call = (job.run / "calls").read_text()
-    assert "--max-time 1:00:00" in call or "--max-time 0:59:5" in call
-    assert f"--set run.dir={job.run}" in call
-    assert r"AN=a\ value NCCL_DEBUG=INFO" in log
-    assert "XVR_LAUNCH" not in log
-
-
-def test_a_launcher_that_is_not_there_is_named(job):
-    code, log = job("1 75", options=["--env", "XVR_LAUNCH=aprun -n {ranks}"])
-    assert code == 2 and "no aprun on PATH" in log
-
-
-def test_modules_that_do_not_load_are_named(job):
-    code, log = job("1 75", options=["--env", "XVR_MODULES=rocm nccl"])
-    assert code == 2 and "module load rocm nccl failed" in log
-
-
-def test_a_warning_before_the_run_has_started_is_an_answer(job, tmp_path):
-    """The site's file is read before the ranks start; here it is where the warning comes."""
-    with (tmp_path / "here.env").open("a") as file:
-        file.write("WARNED=$(kill -USR1 $$)\n")
-    code, log = job("1 75", options=["--until-done"])
-    assert code == 1 and "warned before the run could start; ask for more time" in log
-    assert not (job.run / "calls").exists()
-
-
-def test_without_an_environment_it_says_how_to_make_one(job, tmp_path):
-    shutil.rmtree(tmp_path / "venv")
-    code, log = job("1 75")
-    assert code == 2 and "make it on a login node: bash" in log
-
-
-@pytest.mark.parametrize(
-    ("environment", "seen"),
-    [
-        ({"OMPI_COMM_WORLD_LOCAL_RANK": "0", "XVR_GPUS": "3 2 1 0"}, "3"),
-        ({"PMI_LOCAL_RANK": "3", "XVR_GPUS": "3 2 1 0"}, "0"),
-        ({"PALS_LOCAL_RANKID": "1", "XVR_GPUS": "3 2 1 0"}, "2"),
-        ({"SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, "GPU-b"),
-        ({"SLURM_LOCALID": "5", "CUDA_VISIBLE_DEVICES": "4,5"}, "4,5"),
-        ({"CUDA_VISIBLE_DEVICES": "4,5"}, "4,5"),
-    ],
-)
-def test_a_rank_is_given_its_gpu_before_it_starts(environment, seen):
-    done = subprocess.run(
-        ["bash", str(ROOT / "jobs/affinity.sh"), "printenv", "CUDA_VISIBLE_DEVICES"],
-        capture_output=True,
-        text=True,
-        env={"PATH": os.environ["PATH"], **environment},
-    )
-    assert done.stdout.strip() == seen, done.stderr
-
-
-def test_more_ranks_than_the_site_has_gpus_is_an_error_and_another_variable_is_possible():
-    def run(**environment):
-        return subprocess.run(
-            ["bash", str(ROOT / "jobs/affinity.sh"), "printenv", "ROCR_VISIBLE_DEVICES"],
-            capture_output=True,
-            text=True,
-            env={"PATH": os.environ["PATH"], "XVR_GPUS": "4 5", **environment},
-        )
-
-    assert run(SLURM_LOCALID="1", XVR_GPU_VARIABLE="ROCR_VISIBLE_DEVICES").stdout == "5\n"
-    done = run(SLURM_LOCALID="2")
-    assert done.returncode == 2
-    assert "local rank 2, but the site has 2 GPUs a node" in done.stderr
 
 
 @pytest.mark.parametrize("mpi", ["wheel", "system"])

@@ -1,18 +1,19 @@
-# What a job does, whichever scheduler started it. slurm/train.sbatch and pbs/train.pbs source this
-# file; they say which job this is and how the scheduler starts it again:
+# shellcheck shell=bash disable=SC2034,SC2154 # variables of the files that source this one
+# What a job does, whichever scheduler started it. slurm.sh and pbs.sh source this file; they say
+# which job this is and how the scheduler starts it again:
 #
-#   xvr_root, xvr_job, xvr_nodes, xvr_default_site, xvr_again(), xvr_cancel ID...
+#   xvr_job, xvr_nodes, xvr_default_site, xvr_again(), xvr_cancel ID...
 #
 # xvr_main [options] COMMAND [arguments]
 #
 #   COMMAND            a subcommand of hpc-xvr, or a script such as benchmarks/scaling.py, which
 #                      starts its ranks itself, by XVR_MPIRUN; it takes everything that follows
-#   --site NAME        a file of jobs/sites, or a path
+#   --site NAME        a file of ../sites, or a path
 #   --run DIR          train: the run folder (run.dir)
 #   --steps N          train: its last step; a done marker of fewer steps does not count
 #   --folder DIR       where the log and the record of starts go      (default: DIR/jobs, or here)
 #   --name NAME        first part of their names                      (default: the command)
-#   --venv DIR         the environment        (default: HPC_XVR_VENV, else .venv in the checkout)
+#   --venv DIR         the environment        (default: HPC_XVR_VENV, else .venv where the job is)
 #   --nodes N          (default: what the scheduler says)
 #   --ranks-per-node N (default: what the site says)
 #   --env KEY=VALUE    another value for a line of the site's file, or one more variable
@@ -20,51 +21,42 @@
 #   --until-done       start again until the run is done
 #   --log              write to FOLDER/NAME.log (for schedulers that do not append)
 #
-# Whether a training run is done is decided by the marker that its last step leaves, done.json in
-# the run folder: a launcher's exit code may be 0 although its ranks were killed. A run that is not
-# done is started again only if this start has added a checkpoint.
+# Whether a training run is done, and whether its job starts again, is decided in ../restart.py.
+
+xvr_scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+xvr_sites=$(dirname "$xvr_scripts")/sites
 
 xvr_say() { echo "== $(date '+%F %T.%3N') $*"; }
 
-xvr_stop() { # CODE REASON: for good; jobs that wait for this one are not needed any more
+xvr_stop() { # CODE REASON
     xvr_say "$2"
-    if [ -n "$starts" ]; then
-        echo "stopped: $2" >>"$starts"
-        xvr_cancel_rest
-    fi
     exit "$1"
 }
 
-# Step of the newest checkpoint, 0 without one.
-xvr_newest() {
-    local file step newest=0
-    for file in "$run"/checkpoints/step-*.pt; do
-        step=${file##*/step-}
-        step=${step%.pt}
-        [[ $step =~ ^[0-9]+$ ]] && ((10#$step > newest)) && newest=$((10#$step))
+# Ask restart.py, and do what it says.
+xvr_decide() { # begin | warned | end, and options
+    local answer actions action rest jobs
+    answer=$(
+        trap '' USR1 TERM # it is over in a moment, and its answer is needed
+        python -m hpc_xvr.submit.restart "$@" \
+            --run "$run" --folder "$folder" --name "$name" --job "$xvr_job"
+    ) || xvr_stop 1 "no decision: python -m hpc_xvr.submit.restart failed, see above"
+    mapfile -t actions <<<"$answer"
+    for action in "${actions[@]}"; do
+        rest=${action#* }
+        case $action in
+            "say "*) xvr_say "$rest" ;;
+            "before "*) before=$rest ;;
+            "add "*) line+=("$rest") ;;
+            "cancel "*) read -r -a jobs <<<"$rest" && xvr_cancel "${jobs[@]}" ;;
+            again) xvr_again || xvr_say "could not be started again; submit it with --resume to go on" ;;
+            "exit "*) exit "$rest" ;;
+        esac
     done
-    echo "$newest"
-}
-
-xvr_done() {
-    local step
-    step=$(sed -n 's/.*"step": *\([0-9]*\).*/\1/p' "$run/done.json" 2>/dev/null)
-    [ -n "$step" ] && [ "$step" -ge "$steps" ]
-}
-
-# `hpc-xvr submit` writes down the jobs of a run in their order: those after this one.
-xvr_rest() {
-    awk -v job="$xvr_job" 'after { print } $0 == job { after = 1 }' "$folder/$name.jobs" 2>/dev/null
-}
-
-xvr_cancel_rest() {
-    local rest
-    mapfile -t rest < <(xvr_rest)
-    [ "${#rest[@]}" = 0 ] || xvr_cancel "${rest[@]}" || true
 }
 
 xvr_options() {
-    run="" steps=0 folder="" name="" venv=${HPC_XVR_VENV:-$xvr_root/.venv} site=$xvr_default_site
+    run="" steps=0 folder="" name="" venv=${HPC_XVR_VENV:-$PWD/.venv} site=$xvr_default_site
     ranks_per_node="" clock="" until_done="" log="" variables=()
     while [ $# -gt 0 ]; do
         case $1 in
@@ -80,7 +72,7 @@ xvr_options() {
             --clock) clock=$2 ;;
             --until-done) until_done=yes && shift && continue ;;
             --log) log=yes && shift && continue ;;
-            --*) xvr_stop 2 "unknown option $1 before the command; jobs/job.sh lists them" ;;
+            --*) xvr_stop 2 "unknown option $1 before the command; $xvr_scripts/job.sh lists them" ;;
             *) break ;;
         esac
         shift 2
@@ -91,8 +83,8 @@ xvr_options() {
     if [ -n "$training" ] && [ -z "$run" ]; then
         xvr_stop 2 "train needs --run DIR before it: the run folder, where its done marker appears"
     fi
-    [ -e "$site" ] || site=$xvr_root/jobs/sites/$site.env
-    [ -e "$site" ] || xvr_stop 2 "no site file $site; there are: $(cd "$xvr_root/jobs/sites" && ls)"
+    [ -f "$site" ] || site=$xvr_sites/$site.env
+    [ -f "$site" ] || xvr_stop 2 "no site file $site; there are: $(cd "$xvr_sites" && echo *)"
     folder=${folder:-${run:+$run/jobs}}
     folder=${folder:-.}
     name=${name:-$(basename "${1%.py}")}
@@ -106,7 +98,9 @@ xvr_modules() {
         # shellcheck disable=SC1090
         ! type module >/dev/null 2>&1 && [ -r "$file" ] && source "$file"
     done
+    # shellcheck disable=SC2086 # both are lists
     [ -z "${XVR_MODULE_PATHS:-}" ] || module use $XVR_MODULE_PATHS
+    # shellcheck disable=SC2086
     module load $XVR_MODULES || code=1
     set -u
     return "$code"
@@ -128,7 +122,7 @@ xvr_site() {
             xvr_stop 2 "module load $XVR_MODULES failed: change $site, or say --env XVR_MODULES="
     fi
     [ -x "$venv/bin/hpc-xvr" ] ||
-        xvr_stop 2 "no environment in $venv; make it on a login node: bash $xvr_root/jobs/setup.sh"
+        xvr_stop 2 "no environment in $venv; make it on a login node: bash jobs/setup.sh"
     PATH=$venv/bin:$PATH
     if [ "$(id -u)" = 0 ]; then # containers run as root, which mpirun refuses unless told
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
@@ -137,11 +131,11 @@ xvr_site() {
 
 # The launcher's line, one rank a GPU. Variables travel on it: not every launcher hands its own on.
 xvr_line() {
-    local per_node=${ranks_per_node:-$XVR_RANKS_PER_NODE} ranks cores binding hosts="" key launcher
-    case ${arguments[0]} in
-        train | evaluate | *.py) ranks=$((xvr_nodes * per_node)) ;;
-        *) ranks=1 per_node=1 ;;
-    esac
+    local ranks per_node cores binding hosts="" key launcher
+    per_node=${ranks_per_node:-$XVR_RANKS_PER_NODE}
+    read -r ranks per_node < <(
+        python -m hpc_xvr.submit.ranks "$xvr_nodes" "$per_node" "${arguments[@]}"
+    ) || xvr_stop 1 "python -m hpc_xvr.submit.ranks failed, see above"
     cores=$(lscpu -p=CORE,SOCKET 2>/dev/null | grep -v '^#' | sort -u | wc -l)
     cores=${XVR_CORES_PER_RANK:-$((cores > per_node ? cores / per_node : 1))}
     binding="--map-by ppr:$per_node:node:PE=$cores --bind-to core"
@@ -171,39 +165,14 @@ xvr_line() {
     done
     case ${arguments[0]} in
         *.py) line+=(python "${arguments[@]}") ;;
-        *) line+=(bash "$xvr_root/jobs/affinity.sh" hpc-xvr "${arguments[@]}") ;;
+        *) line+=(bash "$xvr_scripts/affinity.sh" hpc-xvr "${arguments[@]}") ;;
     esac
     [ -z "$training" ] || line+=(--set "run.dir=$run")
 }
 
-# Which start of this run it is, and whether to go on at all.
-xvr_start() {
-    local count same limit=${XVR_MAX_STARTS:-100}
-    starts=$folder/$name.starts
-    before=$(xvr_newest)
-    count=$(grep -c "^start" "$starts" 2>/dev/null || true)
-    count=${count:-0}
-    same=$(tac "$starts" 2>/dev/null | awk -v step="$before" '$NF != step { exit } { n++ } END { print n + 0 }')
-    if tail -n 1 "$starts" 2>/dev/null | grep -q '^stopped'; then
-        xvr_stop 1 "not started: an earlier job of this chain was $(tail -n 1 "$starts")"
-    elif [ "$same" -ge 3 ]; then # jobs that were ended before they could say why
-        xvr_stop 1 "not started: $same starts in a row came no further than step $before"
-    elif [ "$count" -ge "$limit" ]; then
-        xvr_stop 1 "not started: this would be start $((count + 1)); XVR_MAX_STARTS is $limit"
-    fi
-    [ "$count" = 0 ] || line+=(--resume)
-    if [ -n "$clock" ]; then
-        clock=$((clock - SECONDS))
-        [ "$clock" -gt 0 ] || xvr_stop 1 "no time is left in this job; ask for more"
-        line+=(--max-time "$(printf '%d:%02d:%02d' $((clock / 3600)) $((clock / 60 % 60)) $((clock % 60)))")
-    fi
-    echo "start $((count + 1)) job $xvr_job $(date '+%F %T') at step $before" >>"$starts"
-    xvr_say "job $xvr_job, start $((count + 1)), $xvr_nodes node(s), from step $before"
-}
-
 # Start the launcher and wait for it. A warning goes on to it, and it hands it on to every rank.
 xvr_launch() {
-    [ -z "$asked" ] || xvr_stop 1 "warned before the run could start; ask for more time"
+    [ -z "$asked" ] || xvr_decide warned
     xvr_say "$(printf '%q ' "${line[@]}")"
     "${line[@]}" &
     pid=$!
@@ -212,7 +181,6 @@ xvr_launch() {
         wait "$pid" || code=$?
         [ -n "$signalled" ] || break
     done
-    trap - USR1 TERM
 }
 
 xvr_warn() {
@@ -222,7 +190,7 @@ xvr_warn() {
 }
 
 xvr_main() {
-    local starts="" pid="" asked="" signalled=""
+    local pid="" asked="" signalled="" before=""
     xvr_options "$@"
     if [ -n "$training" ]; then
         trap 'signalled=1; xvr_warn USR1' USR1
@@ -239,29 +207,11 @@ xvr_main() {
         xvr_say "${arguments[0]} ended with exit code $code"
         exit "$code"
     fi
-    xvr_start
+    xvr_decide begin --nodes "$xvr_nodes" --limit "${XVR_MAX_STARTS:-100}" \
+        ${clock:+--clock "$((clock - SECONDS))"}
     xvr_launch
-
-    local step
-    step=$(xvr_newest)
-    if xvr_done; then
-        xvr_say "done at step $step"
-        xvr_cancel_rest
-        exit 0
-    elif [ "$code" = 2 ]; then
-        xvr_stop 2 "bad input, see above; the same job would only fail again"
-    elif [ "$step" -le "$before" ]; then
-        xvr_stop 1 "not done, exit code $code, and no checkpoint since step $before: not started again"
-    fi
-    xvr_say "not done, exit code $code, checkpoint of step $step"
-    if [ "$asked" = TERM ]; then
-        xvr_say "ended by SIGTERM: whoever sent it decides whether this job starts again"
-    elif [ -n "$until_done" ]; then
-        xvr_again || xvr_say "could not be started again; submit it with --resume to go on"
-    elif [ -n "$(xvr_rest)" ]; then
-        xvr_say "the next job of the chain goes on"
-    else
-        xvr_say "submit it with --resume to go on"
-    fi
-    exit 75
+    trap '' USR1
+    trap - TERM # a job that is cancelled now does not start again
+    xvr_decide end --steps "$steps" --before "$before" --code "$code" --asked "$asked" \
+        ${until_done:+--until-done}
 }

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Give this rank its GPU before Python and MPI start, then run the command:
 #
-#   mpirun -n 8 bash jobs/affinity.sh hpc-xvr train ...
+#   mpirun -n 8 bash hpc_xvr/submit/scripts/affinity.sh hpc-xvr train ...
 #
 #   XVR_GPUS           the GPUs in the order of the local ranks, such as "3 2 1 0"; default: those the
 #                      scheduler gave, else those the node has, in their order
