@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tifffile
 
 from hpc_xvr.checkpoint import list_checkpoints, load
-from support.paths import ROOT
+from hpc_xvr.data.corpus import Corpus
+from support.paths import PULSE, ROOT
 from support.slurm_runs import FOREVER, about, ranks_of, wait_for
 
 
@@ -109,6 +112,27 @@ def test_a_rank_that_dies_ends_the_job_and_is_not_tried_for_ever(run):
     assert said["Restarts"] == "0"
     assert "no checkpoint since step 0: not started again" in run.log
     wait_for("the other rank's end", lambda: not ranks_of(run.folder))
+
+
+def test_two_nodes_simulate_a_corpus_and_read_camera_files_together(tmp_path):
+    """simulate and ingest share their work among ranks, too."""
+    frames = np.random.default_rng(1).integers(0, 60_000, (2, 9, 64, 64), np.uint16)
+    for name, stack in zip(("a", "b"), frames, strict=True):
+        tifffile.imwrite(tmp_path / f"{name}.tif", stack, photometric="minisblack")
+    for command in (
+        ["simulate", str(PULSE), "--set", "data.corpus=simulated"],
+        ["ingest", "a.tif", "b.tif", "--corpus", "ingested"],
+    ):
+        sent = ["hpc-xvr", "submit", "--site", "slurm", "--nodes", "2", "--time", "5", *command]
+        done = subprocess.run(sent, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        log = tmp_path / f"runs/jobs/{command[0]}-1.log"
+        ended = f"{command[0]} ended with exit code "
+        wait_for(ended, lambda p=log, e=ended: p.exists() and e in p.read_text(errors="replace"))
+        said = log.read_text(errors="replace")
+        assert f"{ended}0" in said and "mpirun -n 2" in said, said
+    assert len(Corpus(tmp_path / "simulated").videos) == 6
+    assert len(Corpus(tmp_path / "ingested").videos) == 2
 
 
 @pytest.fixture

@@ -28,8 +28,10 @@ def pytest_sessionstart(session):
         plugins.unregister(plugins.get_plugin("terminalreporter"))
 
 
-def pytest_configure():
+def pytest_configure(config):
     log.setup(WORLD.Get_rank())
+    if WORLD.Get_rank():
+        config.option.xmlpath = None  # --junitxml: both would write one file
     if WORLD.Get_size() != 2:
         pytest.exit("run these tests with: mpirun -n 2 python -m pytest tests/parallel", 2)
 

@@ -4,13 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from hpc_xvr.submit.job import SCRIPTS
-
-ROOT = Path(__file__).resolve().parents[2]
+from support.paths import ROOT
 
 # A stand-in for training that takes no time: STEPS checkpoints and EXIT for each start, in turn.
 PLAY = """#!/usr/bin/env bash

@@ -5,7 +5,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -14,11 +13,10 @@ from hpc_xvr.cli import cli
 from hpc_xvr.errors import InputError
 from hpc_xvr.submit import ranks
 from hpc_xvr.submit.site import read_site, sites
+from support.paths import PULSE, ROOT
 from support.pbs_grammar import problems
 
-ROOT = Path(__file__).resolve().parents[2]
-PULSE = str(ROOT / "configs" / "pulse.yaml")
-TRAIN = ("train", PULSE)
+TRAIN = ("train", str(PULSE))
 SITES = {  # site: what its queue needs
     "polaris": ["--account", "XVR", "--queue", "debug"],
     "perlmutter": ["--account", "m1234"],
@@ -121,7 +119,10 @@ def test_what_polaris_would_reject_is_refused_with_the_reason(nodes, time, queue
         (["--site", "summit", *TRAIN], "there are frontier, pbs, perlmutter, polaris, slurm"),
         (["--site", "polaris", "--queue", "debug", *TRAIN], "takes no job without --account"),
         (["--site", "polaris", "--account", "A", *TRAIN], "without --queue; polaris has debug"),
-        (["--site", "slurm", "train", PULSE, "--set", "train.stepz=1"], "unknown key train.stepz"),
+        (
+            ["--site", "slurm", "train", str(PULSE), "--set", "train.stepz=1"],
+            "unknown key train.stepz",
+        ),
         (["--site", "slurm", "train", "none.yaml"], "none.yaml: no such file"),
         (["--site", "slurm", "--ranks-per-node", "3", *TRAIN], "cannot be shared by 3 ranks"),
         (["--site", "frontier", "--account", "A", "--ranks-per-node", "9", *TRAIN], "has 8 GPUs"),
@@ -158,7 +159,7 @@ def test_one_process_takes_one_node(command, dry):
 @pytest.mark.parametrize(
     "command",
     [
-        ("simulate", PULSE),
+        ("simulate", str(PULSE)),
         ("ingest", "beamtime", "--corpus", "corpus"),
         ("evaluate", "runs/a"),
         TRAIN,

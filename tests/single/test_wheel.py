@@ -5,14 +5,14 @@ import subprocess
 import sys
 import venv
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
-from pbs_grammar import problems
 
-ROOT = Path(__file__).resolve().parents[2]
+from support.paths import ROOT
+from support.pbs_grammar import problems
+
 BUILT_ONLY = "hpc_xvr/model/cpu/"  # sources of what is compiled
 OPTIONAL = ("mpi4py", "horovod", "pynvml", "skimage")  # setup.py has them as extras
 
