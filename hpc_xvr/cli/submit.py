@@ -127,7 +127,7 @@ def submit(
     from hpc_xvr.submit.site import read_site
 
     where = read_site(site, asked["variables"])
-    jobs = []
+    jobs: list[Job] = []
     for count in nodes:
         arguments = [where.fill(text, count) for text in job]
         inspect = _inspect_script if arguments[0].endswith(".py") else _inspect_command
@@ -177,9 +177,9 @@ def _inspect_command(arguments: list[str]) -> _Inspected:
         raise InputError(f"{name}: neither a script (NAME.py) nor a command; there are {known}")
     given = command.make_context(f"hpc-xvr {name}", arguments[1:]).params
     if name != "train" or given["find_batch"]:
-        run = given.get("run")
-        in_run = run is not None and not run.is_file()  # a file of hpc-xvr export
-        return (run / "jobs" if in_run else Path("runs/jobs")).resolve(), {}, lambda ranks: None
+        run: Path | None = given.get("run")
+        folder = Path("runs/jobs") if run is None or run.is_file() else run / "jobs"
+        return folder.resolve(), {}, lambda ranks: None  # a file: of hpc-xvr export
     return _inspect_training(given)
 
 

@@ -3,9 +3,10 @@
 import subprocess
 import sys
 
+from support.paths import ROOT
+
 TESTS = """
 import pytest
-from support.paths import ROOT
 @pytest.mark.parametrize("n", range(3))
 def test_a(n): pytest.skip("no < camera here")
 @pytest.mark.skipif(True, reason="no GPU")
