@@ -178,8 +178,8 @@ def _inspect_command(arguments: list[str]) -> _Inspected:
     given = command.make_context(f"hpc-xvr {name}", arguments[1:]).params
     if name != "train" or given["find_batch"]:
         run: Path | None = given.get("run")
-        folder = Path("runs/jobs") if run is None or run.is_file() else run / "jobs"
-        return folder.resolve(), {}, lambda ranks: None  # a file: of hpc-xvr export
+        folder = run / "jobs" if run and run.is_dir() else Path("runs/jobs")
+        return folder.resolve(), {}, lambda ranks: None
     return _inspect_training(given)
 
 
