@@ -267,7 +267,7 @@ def _mpi(launch: Launch, device: torch.device, required: bool) -> Any:
         line = str(error).splitlines()[0]
         raise InputError(
             f"{launch.launcher} started {launch.size} ranks, but mpi4py cannot be "
-            f"imported ({line}); run jobs/setup.sh, or use --engine torch"
+            f"imported ({line}); install it (jobs/setup.sh does), or use --engine torch"
         ) from None
     return MPI.COMM_WORLD
 

@@ -14,7 +14,7 @@ from support.paths import ROOT
 from support.pbs_grammar import problems
 
 BUILT_ONLY = "hpc_xvr/model/cpu/"  # sources of what is compiled
-OPTIONAL = ("mpi4py", "horovod", "pynvml", "skimage")  # setup.py has them as extras
+OPTIONAL = ("mpi4py", "horovod", "pynvml", "skimage", "zarr")  # setup.py has them as extras
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
