@@ -11,11 +11,10 @@ import click
 
 from hpc_xvr.cli.common import Examples
 from hpc_xvr.errors import InputError
+from hpc_xvr.submit.site import seconds, sites
 
 
 def _time(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    from hpc_xvr.submit.site import seconds
-
     try:
         return seconds(value)
     except ValueError:
@@ -57,11 +56,14 @@ def _assignments(
         --chain until-done train configs/published.yaml --set train.global_batch=40 \\
         --set data.corpus=corpus --set data.stage_dir={scratch}/corpus
     hpc-xvr submit --site slurm --nodes 2 --time 30 --dry-run train configs/recommended.yaml
+    hpc-xvr submit --site mine.env --nodes 4 --time 60 ingest beamtime/ --corpus corpus --skip-bad
     hpc-xvr submit --site perlmutter --nodes 4 --time 30 --account m1234 --queue debug \\
         benchmarks/scaling.py --ranks 4,8,16 --device cuda
 """,
 )
-@click.option("--site", required=True, help="A site by its name, or the path of a file of yours.")
+@click.option(
+    "--site", required=True, help=f"{', '.join(sites())}, or the path of a site file of your own."
+)
 @click.option(
     "--nodes",
     default="1",
@@ -70,9 +72,13 @@ def _assignments(
     help="Several, such as 1,2,4: a job for each.",
 )
 @click.option(
-    "--time", required=True, metavar="HH:MM:SS", callback=_time, help="Of one job. Also minutes."
+    "--time",
+    required=True,
+    metavar="HH:MM:SS",
+    callback=_time,
+    help="How long one job may run; a number alone is minutes.",
 )
-@click.option("--account", help="The project that pays.")
+@click.option("--account", help="Project to charge.")
 @click.option("--queue", help="Queue, partition or quality of service. [default: the site's]")
 @click.option(
     "--chain",
@@ -81,7 +87,7 @@ def _assignments(
     callback=_chain,
     help="N jobs, one after the other; or one that starts itself again until the run is done.",
 )
-@click.option("--ranks-per-node", type=click.IntRange(1), help="[default: one a GPU]")
+@click.option("--ranks-per-node", type=click.IntRange(1), help="[default: one per GPU]")
 @click.option(
     "--margin",
     type=click.IntRange(1),
@@ -94,13 +100,13 @@ def _assignments(
     multiple=True,
     metavar="KEY=VALUE",
     callback=_assignments,
-    help="Another value for a line of the site's file, or one more variable. Many times if needed.",
+    help="Another value for a line of the site's file, or one more variable. May be repeated.",
 )
 @click.option(
     "--directive",
     "directives",
     multiple=True,
-    help="One more for the scheduler, such as --gpus-per-node=4. May be given many times.",
+    help="One more directive for the scheduler, such as --gpus-per-node=4. May be repeated.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the script and send nothing.")
 @click.argument("job", nargs=-1, required=True, type=click.UNPROCESSED)

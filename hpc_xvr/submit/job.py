@@ -98,7 +98,7 @@ def check(job: Job) -> None:
         raise InputError(f"--margin {job.reserve} leaves nothing of --time {hours(job.time)}")
     if site.gpus and job.per_node > site.gpus:
         raise InputError(
-            f"--ranks-per-node {job.per_node}: one rank a GPU, and a node of {site.name} has "
+            f"--ranks-per-node {job.per_node}: one rank per GPU, and a node of {site.name} has "
             f"{site.gpus} GPUs"
         )
     if site.scheduler == "pbs" and (odd := re.search(r"[\s:,]", str(job.folder))):

@@ -1,7 +1,7 @@
-"""A strict reader of #PBS lines, after OpenPBS's qsub: what it refuses, or takes for another thing.
+"""A strict reader of #PBS lines, after OpenPBS's qsub: what it refuses, or misreads.
 
-Debian's qsub for Slurm forgives much: this does not. `problems(script)` names the first line that
-OpenPBS would not read as it is meant.
+Debian's qsub for Slurm forgives much; this does not. `problems(script)` names the lines that
+OpenPBS would not read as they are meant.
 """
 
 import re
@@ -35,7 +35,7 @@ def problems(script):
     for i in places:
         match = re.fullmatch(r"#PBS (-[A-Za-z])( (\S.*))?", lines[i])
         if not match:
-            out.append(f"line {i + 1}: no '#PBS -x value': {lines[i]!r}")
+            out.append(f"line {i + 1}: not '#PBS -x value': {lines[i]!r}")
         elif complaint := _option(match[1], match[3]):
             out.append(f"line {i + 1}: {complaint}: {lines[i]!r}")
     return out
@@ -76,7 +76,7 @@ def _resources(value):
         return "blanks in a resource list"
     name, sign, asked = value.partition("=")
     if not sign or not RESOURCE.fullmatch(name) or not asked:
-        return "no name=value"
+        return "not name=value"
     if name == "select":
         return _select(asked)
     if name == "place":
@@ -84,11 +84,11 @@ def _resources(value):
     if name == "walltime":
         parts = asked.split(":")
         good = WALLTIME.fullmatch(asked) and all(int(p) < 60 for p in parts[1:])
-        return None if good and any(int(p) for p in parts) else "no [[hours:]minutes:]seconds"
+        return None if good and any(int(p) for p in parts) else "not [[hours:]minutes:]seconds"
     if name in ("nodes", "ncpus", "mem"):
         return "old form, not to be mixed with select"
     good = re.fullmatch(r"[^\s,=]+(,[A-Za-z]\w*=[^\s,=]+)*", asked)
-    return None if good else "no list of name=value"
+    return None if good else "not a list of name=value"
 
 
 def _select(asked):
@@ -102,7 +102,7 @@ def _select(asked):
         for part in parts:
             name, sign, value = part.partition("=")
             if not sign or not RESOURCE.fullmatch(name) or not VALUE.fullmatch(value):
-                return f"{part!r} in select is no resource=value"
+                return f"{part!r} in select is not resource=value"
             if name in ("walltime", "place", "filesystems"):
                 return f"{name} belongs to the job, not to a chunk"
             if name in ("ncpus", "mpiprocs", "ngpus", "ompthreads") and not value.isdigit():

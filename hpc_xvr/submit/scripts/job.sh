@@ -129,7 +129,7 @@ xvr_site() {
     fi
 }
 
-# The launcher's line, one rank a GPU. Variables travel on it: not every launcher hands its own on.
+# The launcher's line, one rank per GPU. Variables travel on it: not every launcher hands its own on.
 xvr_line() {
     local ranks per_node cores binding hosts="" key launcher
     per_node=${ranks_per_node:-$XVR_RANKS_PER_NODE}
