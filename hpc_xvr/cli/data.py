@@ -32,7 +32,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     mpirun those of all ranks; after an interruption, repeat the command and it goes on.
     """
     from hpc_xvr.config import load
-    from hpc_xvr.data.simulate.corpus import refuse_existing, simulate_corpus
+    from hpc_xvr.data.simulate.corpus import simulate_corpus
     from hpc_xvr.distributed.launch import cpu_threads, discover
 
     cfg = load(config, overrides)
@@ -46,9 +46,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
         simulate_corpus(cfg.simulate, cfg.data.corpus)
     else:
         comm = connect("auto", "cpu", cfg.dist)
-        comm.on_root(lambda: refuse_existing(cfg.data.corpus))
-        cores = cpu_threads(launch)
-        simulate_corpus(cfg.simulate, cfg.data.corpus, cores, comm.rank, comm.size, comm.gather)
+        simulate_corpus(cfg.simulate, cfg.data.corpus, cpu_threads(launch), comm)
         comm.close()
     _show_corpus(cfg.data.corpus)
 
@@ -177,18 +175,17 @@ def ingest(
     it goes on with what is missing. The result is the same on any number of processes and ranks.
     """
     from hpc_xvr.config import Dist
-    from hpc_xvr.data.ingest.run import Ranks
     from hpc_xvr.data.ingest.run import ingest as run
     from hpc_xvr.data.pairing.joining import Pairing
+    from hpc_xvr.data.ranks import ONE_RANK
     from hpc_xvr.data.registration import read_registration
     from hpc_xvr.distributed.launch import cpu_threads, discover
 
     if not options["lr"] and any((registration, gap, lr_rate, lr_start)):
         raise InputError("--registration, --gap, --lr-rate and --lr-start are for --lr: give it")
-    ranks, comm, launch = Ranks(), None, discover()
+    comm, launch = None, discover()
     if launch.size > 1:
         comm = connect("auto", "cpu", Dist(timeout_s=7 * 86400))
-        ranks = Ranks(comm.rank, comm.size, comm.gather)
         workers = workers or cpu_threads(launch)
 
     def work() -> list[Any]:
@@ -202,12 +199,12 @@ def ingest(
                 gap, lr_start, lr_rate, registration and read_registration(registration)
             ),
             workers=workers,
-            ranks=ranks,
+            ranks=comm or ONE_RANK,
             **options,
         )
 
     outcomes = work() if comm is None else comm.together(work)
-    if ranks.rank == 0:
+    if comm is None or comm.is_root:
         _show_outcomes(outcomes)
         _show_corpus(corpus)
     if comm is not None:

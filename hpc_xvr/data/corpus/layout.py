@@ -86,19 +86,25 @@ def read_header(path: Path) -> str:
     return store
 
 
-def checksums(path: Path) -> dict[str, int]:
-    """CRC-32C of each file of a clip by its name in the clip's folder ("." is the clip itself)."""
+def checksums(path: Path, without: str | None = None) -> dict[str, int]:
+    """CRC-32C of each file of a clip by its name in the clip's folder ("." is the clip itself).
+
+    `without`: name of a file to leave out.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    named = {file.relative_to(path).as_posix(): file for file in files}
+    return {name: checksum(file) for name, file in named.items() if name != without}
+
+
+def checksum(file: Path) -> int:
+    """CRC-32C of a file."""
     from google_crc32c import extend
 
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    sums = {}
-    for file in files:
-        found = 0
-        with file.open("rb") as opened:
-            while data := opened.read(2**20):
-                found = extend(found, data)
-        sums[file.relative_to(path).as_posix()] = found
-    return sums
+    found = 0
+    with file.open("rb") as opened:
+        while data := opened.read(2**20):
+            found = extend(found, data)
+    return found
 
 
 def frame_bytes(frame: np.ndarray) -> memoryview:

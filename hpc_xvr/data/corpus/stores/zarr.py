@@ -22,12 +22,16 @@ class ZarrStore:
     """Each clip is a group in one Zarr v3 hierarchy; an array is one shard (one file)."""
 
     suffix = ""
+    attributes_file = "zarr.json"
 
     def __init__(self) -> None:
         self._context: Any = None
 
     def create(self, path: Path) -> _ZarrClip:
         return _ZarrClip(path)
+
+    def complete(self, path: Path, attributes: dict[str, Any]) -> None:
+        _write_group(path, attributes)
 
     def open(self, path: Path, name: str) -> Array:
         known = layout(path / name)
@@ -70,12 +74,13 @@ class ZarrStore:
     def index(self, root: Path, scratch: Path, ids: Sequence[str]) -> None:
         for folder in (root, root / "videos"):
             if not (folder / "zarr.json").exists():
-                (scratch / "zarr.json").write_text(json.dumps(_group({})))
+                _write_group(scratch, {})
                 commit(scratch / "zarr.json", folder / "zarr.json")
 
 
-def _group(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    (folder / "zarr.json").write_text(json.dumps(group))
 
 
 class _ZarrClip:
@@ -129,7 +134,7 @@ class _ZarrClip:
 
     def finish(self, attributes: dict[str, Any]) -> None:
         self._end_shard()
-        (self._path / "zarr.json").write_text(json.dumps(_group(attributes)))
+        _write_group(self._path, attributes)
 
     def abort(self) -> None:
         if self._file:
