@@ -20,10 +20,6 @@ class Ranks(Protocol):
     @property
     def size(self) -> int: ...
 
-    def broadcast(self, value: T) -> T:
-        """The root's value, on every rank."""
-        ...
-
     def gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order, on every rank."""
         ...
@@ -50,9 +46,6 @@ class OneRank:
 
     rank = 0
     size = 1
-
-    def broadcast(self, value: T) -> T:
-        return value
 
     def gather(self, value: T) -> list[T]:
         return [value]

@@ -250,15 +250,14 @@ def recording_streams(
 
 
 def _recorded_stream(video: Video, scale: int, noise: CameraNoise) -> Stream:
-    video.require_lr(scale)
+    _, h, w = video.require_lr(scale)
     if noise is not CLEAN:
         raise InputError(
             "noise is only put on binned low-resolution frames, a recorded stream has its own; "
             "leave it out, or set data.lr_source to binned"
         )
     nearest = video.nearest_lr(range(video.shape[0]))
-    shape = (video.shape[0], *video.lr_shape[1:])
-    return Stream(shape, lambda t: video.lr_intensity(nearest[t]))
+    return Stream((video.shape[0], h, w), lambda t: video.lr_intensity(nearest[t]))
 
 
 def streams_from_files(

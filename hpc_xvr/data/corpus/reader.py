@@ -121,8 +121,7 @@ class Video:
         Raises:
             InputError: there are none.
         """
-        self.require_lr()
-        return self._read("lr", self.lr_shape, t, y, x)
+        return self._read("lr", self.require_lr(), t, y, x)
 
     def intensity(
         self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
@@ -137,8 +136,8 @@ class Video:
         depth = self._manifest.bits(self._number)[1]
         return self.read_lr(t, y, x) * np.float32(1 / (2**depth - 1))
 
-    def require_lr(self, scale: int | None = None) -> None:
-        """Check that a low-resolution camera recorded, too.
+    def require_lr(self, scale: int | None = None) -> tuple[int, int, int]:
+        """`lr_shape`, after checking that a low-resolution camera recorded, too.
 
         Args:
             scale: its frames are to lie on the grid of the frames / scale.
@@ -147,20 +146,20 @@ class Video:
             InputError: it did not, or its frames lie on another grid.
         """
         where = f"corpus {self._manifest.path}, video {self.id}"
-        if self.lr_shape is None:
+        shape = self.lr_shape
+        if shape is None:
             raise InputError(
                 f"{where}: has no recorded low-resolution stream; set data.lr_source to binned, or "
                 "leave the video out"
             )
-        if scale is None:
-            return
-        (h, w), (height, width) = self.lr_shape[1:], self.shape[1:]
-        if (h, w) != (height // scale, width // scale):
+        (_, h, w), (_, height, width) = shape, self.shape
+        if scale is not None and (h, w) != (height // scale, width // scale):
             raise InputError(
                 f"{where}: its low-resolution frames are {h}x{w}, with data.scale {scale} they "
                 f"must be {height // scale}x{width // scale}; register the two cameras when "
                 "ingesting, or set data.lr_source to binned"
             )
+        return shape
 
     def nearest_lr(self, t: Sequence[int]) -> list[int]:
         """The low-resolution frame that lies nearest in time to each of these frames; of two
@@ -169,7 +168,8 @@ class Video:
         after = np.searchsorted(times, t).clip(max=len(times) - 1)
         before = (after - 1).clip(min=0)
         nearer = np.abs(times[after] - t) < np.abs(times[before] - t)
-        return np.where(nearer, after, before).tolist()
+        nearest: list[int] = np.where(nearer, after, before).tolist()
+        return nearest
 
     def _read(
         self, name: str, shape: tuple[int, int, int], t: int | Sequence[int], y: slice, x: slice
@@ -328,7 +328,7 @@ class Corpus:
         if VideoInfo.model_validate(stored) != video.info:
             return "the attributes stored with the frames differ from the manifest"
         # Bytes that no reader looks at: the clip is to be just what was written.
-        known = self._manifest.files(self._manifest.find(video.id))
+        known = self._manifest.files(video._number)
         found = {} if known is None else checksums(video.path)
         for name in sorted({*(known or {}), *found}):
             if (known or {}).get(name) != found.get(name):

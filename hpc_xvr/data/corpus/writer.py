@@ -24,6 +24,7 @@ from hpc_xvr.data.corpus.layout import (
     SCHEMA,
     SCRATCH,
     SPLITS,
+    Split,
     VideoInfo,
     checksum,
     checksums,
@@ -41,8 +42,8 @@ from hpc_xvr.files import commit, disk_errors, place, remove, sync
 class CorpusWriter:
     """Creates a corpus or appends to it; one writer at a time. Use as a context manager.
 
-    Clips come from `add`, or from other processes that called `write_clip` meanwhile and told this
-    one what they wrote.
+    Clips come from `add`, or from other processes that call `write_clip` and send this one the
+    entries to `commit`.
 
     Raises:
         InputError: another writer holds the corpus, the folder holds something else, the corpus
@@ -52,7 +53,7 @@ class CorpusWriter:
     def __init__(self, path: Path | str, store: Literal["zarr", "hdf5"] = "zarr") -> None:
         self.path = Path(path)
         self._known: set[str] = set()
-        self._format: Store | None = None
+        self._format: Store = STORES[store]()
         with disk_errors(self.path):
             self._made = not self.path.exists()
             if (
@@ -61,7 +62,7 @@ class CorpusWriter:
                 and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir()))
             ):
                 raise InputError(
-                    f"corpus {self.path}: holds something that is no corpus; choose a new folder"
+                    f"corpus {self.path}: holds something other than a corpus; choose a new folder"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = WriterLock(self.path / LOCK)
@@ -85,14 +86,12 @@ class CorpusWriter:
                 f"corpus {self.path}: is stored as {self.store}, not {store}; write to a "
                 f"new folder or ask for {self.store}"
             )
-        found = STORES[store]()
         (self.path / "videos").mkdir(exist_ok=True)
-        manifest = Manifest.read(self.path, found)
+        manifest = Manifest.read(self.path, self._format)
         if not manifest.complete:
             self._write(MANIFEST, b"".join(manifest.lines()))
         self._known = set(manifest.ids)
-        self._format = found
-        found.index(self.path, self._scratch, manifest.ids)
+        self._format.index(self.path, self._scratch, manifest.ids)
 
     def __enter__(self) -> CorpusWriter:
         return self
@@ -103,7 +102,7 @@ class CorpusWriter:
     def close(self) -> None:
         """Release the lock; a corpus that was created and got no video is removed again."""
         try:
-            if self._format and self._known:
+            if self._known:
                 with disk_errors(self.path):
                     self._format.index(self.path, self._scratch, sorted(self._known))
         finally:
@@ -132,7 +131,7 @@ class CorpusWriter:
         return self.commit(write_clip(self.path, self.store, id, frames, shape, dtype, info, lr=lr))
 
     def commit(
-        self, entry: dict[str, Any], id: str | None = None, split: str | None = None
+        self, entry: dict[str, Any], id: str | None = None, split: Split | None = None
     ) -> Video:
         """Make a clip that `write_clip` finished part of the corpus.
 
@@ -159,7 +158,7 @@ class CorpusWriter:
                 os.fsync(file.fileno())
         return Video(Manifest.of(self.path, self._format, entry), 0, OpenArrays(self._format))
 
-    def _with_split(self, entry: dict[str, Any], split: str) -> dict[str, Any]:
+    def _with_split(self, entry: dict[str, Any], split: Split) -> dict[str, Any]:
         """The entry of a clip whose split was open, after it was added to the clip's attributes."""
         clip, name = self._scratch / entry["file"], self._format.attributes_file
         attributes = VideoInfo(**entry["attributes"], split=split).model_dump(mode="json")

@@ -11,12 +11,14 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hpc_xvr.data.cameras import camera_files
 from hpc_xvr.data.cameras.recording import guarded
 from hpc_xvr.data.cameras.source import Source
+from hpc_xvr.data.corpus.layout import Split
 from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.ingest.schedule import Orders, Outcome, Schedule
 from hpc_xvr.data.ingest.sources import find_recordings
@@ -45,7 +47,7 @@ def ingest(
     *,
     lr: Sequence[Path | str] = (),
     store: Literal["zarr", "hdf5"] = "zarr",
-    split: Literal["auto", "train", "validation", "test"] = "auto",
+    split: Split | Literal["auto"] = "auto",
     skip_bad: bool = False,
     workers: int | None = None,
     ranks: Ranks = ONE_RANK,
@@ -70,7 +72,7 @@ def ingest(
     with contextlib.ExitStack() as stack:
         schedule: Schedule | None = None  # the root's
 
-        def prepare() -> tuple[int, int, Path, str, Treatment]:
+        def prepare() -> _Task:
             nonlocal schedule
             told = Reading(**reading)
             told.check()
@@ -78,19 +80,36 @@ def ingest(
             treatment = told.treatment()
             writer = stack.enter_context(CorpusWriter(corpus, store=store))
             schedule = Schedule(writer, sources, told, split, skip_bad)
-            return schedule.new, schedule.nbytes, writer.path, writer.store, treatment
+            return _Task(schedule.new, schedule.nbytes, writer.path, writer.store, treatment)
 
-        new, nbytes, *task = ranks.on_root(prepare)
-        count = min(workers or min(cores(), 1 + nbytes // WORTH), -(-new // ranks.size))
-        window = WINDOW * count * ranks.size
+        def outcomes() -> list[Outcome]:
+            assert schedule is not None
+            return schedule.outcomes()
+
+        task = ranks.on_root(prepare)
+        count = workers or min(cores(), 1 + task.nbytes // WORTH)
+        count = min(count, -(-task.new // ranks.size))
+        alone = ranks.size == 1 and count == 1
         with (
             contextlib.suppress(_Failed),
-            start_workers(0 if ranks.size == 1 and count == 1 else count, *task) as own,
+            start_workers(0 if alone else count, task.corpus, task.store, task.treatment) as own,
         ):
-            _work(own, schedule, ranks, window)
+            _work(own, schedule, ranks, WINDOW * count * ranks.size)
         ranks.gather(None)  # nobody writes any more: the writer may tidy up and leave
         ranks.on_root(stack.close)
-    return ranks.on_root(lambda: schedule.outcomes())
+    return ranks.on_root(outcomes)
+
+
+class _Task(NamedTuple):
+    """What every rank knows of the run."""
+
+    new: int
+    """Recordings to be read."""
+    nbytes: int
+    """Bytes of their files."""
+    corpus: Path
+    store: str
+    treatment: Treatment
 
 
 def _paired(sources: list[Source], lr: Sequence[Path | str], dataset: str | None) -> list[Source]:
@@ -115,6 +134,16 @@ class _Failed(Exception):
     """The disk, or a lost process, ends the work of all ranks; the schedule knows why."""
 
 
+class _Report(NamedTuple):
+    """What a rank tells the root."""
+
+    results: list[Result]
+    free: int
+    """Jobs it has room for."""
+    read: float
+    """Bytes of camera files read so far."""
+
+
 def _work(
     own: SerialWorker | ProcessWorkers, schedule: Schedule | None, ranks: Ranks, window: int
 ) -> None:
@@ -128,13 +157,9 @@ def _work(
         if isinstance(own, SerialWorker):
             own.on_progress = show
         while True:
-            reports = ranks.gather((results, own.free, own.read))
-            orders: Orders | None = None
-            if schedule is not None:
-                show(sum(read for _, _, read in reports))
-                schedule.take(result for found, _, _ in reports for result in found)
-                orders = schedule.orders([free for _, free, _ in reports], window)
-            orders = ranks.broadcast(orders)
+            reports = ranks.gather(_Report(results, own.free, own.read))
+            show(sum(report.read for report in reports))
+            orders = ranks.on_root(partial(_direct, schedule, reports, window))
             if orders.failed:
                 raise _Failed
             if orders.done:
@@ -142,6 +167,12 @@ def _work(
             for job in orders.jobs[ranks.rank]:
                 own.submit(job)
             results = own.finished(TICK)
+
+
+def _direct(schedule: Schedule | None, reports: list[_Report], window: int) -> Orders:
+    assert schedule is not None  # on the root
+    schedule.take(result for report in reports for result in report.results)
+    return schedule.orders([report.free for report in reports], window)
 
 
 @contextlib.contextmanager

@@ -10,14 +10,14 @@ from typing import Any, Literal, NamedTuple
 
 from hpc_xvr.data.cameras.source import Source
 from hpc_xvr.data.corpus import Corpus, Video
-from hpc_xvr.data.corpus.layout import SPLITS
+from hpc_xvr.data.corpus.layout import SPLITS, Split
 from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.ingest.workers import Job, Result
 from hpc_xvr.data.pairing.treatment import Reading
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
-SHARES = dict(zip(SPLITS, (0.8, 0.1, 0.1), strict=True))
+SHARES: dict[Split, float] = dict(zip(SPLITS, (0.8, 0.1, 0.1), strict=True))
 Status = Literal["added", "already there", "duplicate", "bad"]
 
 
@@ -53,11 +53,11 @@ class Schedule:
         writer: CorpusWriter,
         sources: Sequence[Source],
         reading: Reading,
-        split: str,
+        split: Split | Literal["auto"],
         skip_bad: bool,
     ) -> None:
         self._writer, self._sources, self._skip_bad = writer, sources, skip_bad
-        self._split = None if split == "auto" else split
+        self._split: Split | None = None if split == "auto" else split
         self._fingerprints = [reading.fingerprint(source) for source in sources]
         self._present = _Present(Corpus(writer.path))
         self._outcomes: dict[int, Outcome] = {}
@@ -139,13 +139,12 @@ class Schedule:
     def _decide(self, number: int, result: Result) -> None:
         for note in result.notes:
             logger.warning("%s", note)
-        entry = result.entry
-        if entry is None:
+        if result.error:
             self._refuse(number, result.error)
-        elif self._already_there(number) or self._duplicate(number, entry):
-            self._writer.discard(entry)
+        elif self._already_there(number) or self._duplicate(number, result.entry):
+            self._writer.discard(result.entry)
         else:
-            self._add(number, entry)
+            self._add(number, result.entry)
 
     def _refuse(self, number: int, error: InputError) -> None:
         self._bad_file = self._bad_file or error
@@ -206,10 +205,10 @@ class _Present:
     def __init__(self, corpus: Corpus) -> None:
         self.by_fingerprint: dict[str, _Known] = {}
         """Of the file and how it was treated."""
-        self.by_content: dict[tuple, _Known] = {}
+        self.by_content: dict[tuple[Any, ...], _Known] = {}
         """Of the frames, see `_content`."""
         self._ids: set[str] = set()
-        self._split_of_file: dict[tuple[str, str], str] = {}  # (folder, name)
+        self._split_of_file: dict[tuple[str, str], Split] = {}  # (folder, name)
         self._counts: Counter[str] = Counter()
         for video in corpus.videos:
             self.add(video)
@@ -223,11 +222,11 @@ class _Present:
         if "fingerprint" in info.metadata:
             self.by_fingerprint.setdefault(info.metadata["fingerprint"], known)
         file = info.metadata.get("source_folder", ""), info.source
-        self._split_of_file.setdefault(file, video.split)
+        self._split_of_file.setdefault(file, info.split)
         self._counts[video.split] += 1
         self._ids.add(video.id)
 
-    def split_for(self, source: Source) -> str:
+    def split_for(self, source: Source) -> Split:
         """That of another recording of the same file, else the one furthest below its share."""
         known = self._split_of_file.get((source.folder, source.name))
         if known is not None:
@@ -245,6 +244,6 @@ class _Present:
 
 def _content(
     sha256: str, shape: Sequence[int], lr_shape: Sequence[int] | None, dtype: str
-) -> tuple:
+) -> tuple[Any, ...]:
     """Equal for the same frames."""
     return sha256, tuple(shape), None if lr_shape is None else tuple(lr_shape), dtype

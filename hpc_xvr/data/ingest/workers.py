@@ -24,7 +24,7 @@ from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
 QUEUE = 2
-"""Files handed to a process beyond the one it reads: no waiting for the next."""
+"""Files handed to a process beyond the one it reads, so that it never waits for the next."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Result:
     """
 
     number: int
-    entry: dict[str, Any] | None = None
+    entry: dict[str, Any] = field(default_factory=dict)
     error: InputError | None = None
     fatal: bool = False
     notes: list[str] = field(default_factory=list)
@@ -76,7 +76,7 @@ class ClipWriter:
 
         def frames() -> Iterator[np.ndarray]:
             try:
-                for frame in _noted(recording):
+                for frame in _checked(recording):
                     yield frame
                     self._advance(job.nbytes / recording.shape[0])
             except InputError as error:
@@ -100,7 +100,7 @@ class ClipWriter:
         return Result(job.number, entry)
 
 
-def _noted(recording: Recording) -> Iterator[np.ndarray]:
+def _checked(recording: Recording) -> Iterator[np.ndarray]:
     """The frames; warns where a container seems to have more bits than the camera."""
     largest = 0
     for frame in recording.frames():
@@ -155,7 +155,7 @@ class ProcessWorkers:
 
     @property
     def read(self) -> float:
-        return self._counter.value
+        return float(self._counter.value)
 
     @property
     def free(self) -> int:
@@ -195,7 +195,7 @@ def start_workers(
         yield ProcessWorkers(pool, count, counter)
 
 
-_writer: ClipWriter | None = None  # of a worker process
+_writer: ClipWriter  # of a worker process
 _notes: list[str] = []
 
 

@@ -33,7 +33,7 @@ def training_batches(
     steps: int,
     micro_batch: int | None = None,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> DataLoader[Sample]:
     """Loader of one rank's share of steps start_step .. steps - 1, to iterate once.
 
     Yields share / micro_batch micro-batches for each step, in order (all of the share at once
@@ -86,7 +86,7 @@ class _MicroBatches:
         return len(self._steps) * (len(self._slots) // self._micro_batch)
 
 
-class _ErrorsAsValues(Dataset):
+class _ErrorsAsValues(Dataset[Sample]):
     """The samples of a micro-batch, or the InputError that prevents it.
 
     An exception that leaves a worker comes out of DataLoader with the worker's traceback in place
@@ -107,7 +107,7 @@ def _collate(samples: list[Sample] | InputError) -> Sample | InputError:
     return samples if isinstance(samples, InputError) else default_collate(samples)
 
 
-class _Loader(DataLoader):
+class _Loader(DataLoader[Sample]):
     def __iter__(self) -> Any:
         if not self.num_workers:
             return _raise_errors(super().__iter__())

@@ -21,7 +21,7 @@ from hpc_xvr.log import logger
 _ATTEMPTS = 50  # samples tried in place of one that cannot be read
 
 
-class TrainingSamples(Dataset):
+class TrainingSamples(Dataset[Sample]):
     """Crops of the corpus' train split, indexed by (step, slot); picklable.
 
     Everything random about a sample (frame pairing, crop, flips, noise; pairing, intervals and
@@ -113,8 +113,9 @@ class TrainingSamples(Dataset):
         y, x = (
             grid * int(rng.integers(0, (side - data.patch) // grid, endpoint=True)) for side in size
         )
-        flips = rng.integers(0, 2, 3).tolist() if data.augment else (0, 0, 0)
-        return Crop(slice(y, y + data.patch), slice(x, x + data.patch), tuple(map(bool, flips)))
+        rows, columns, transpose = rng.integers(0, 2, 3) if data.augment else (0, 0, 0)
+        flips = bool(rows), bool(columns), bool(transpose)
+        return Crop(slice(y, y + data.patch), slice(x, x + data.patch), flips)
 
     def _cameras(self) -> tuple[_Camera, _Camera]:
         """The fast and the sharp one."""

@@ -71,20 +71,25 @@ def simulate_corpus(
 
         def start() -> set[str]:
             nonlocal writer
-            writer = stack.enter_context(_started(simulate, path, beside))
+            writer = stack.enter_context(_start(simulate, path, beside))
             return _finished(beside)
+
+        def commit_all(entries: list[ClipEntry]) -> None:
+            assert writer is not None
+            for entry in entries:
+                writer.commit(entry)
 
         finished = ranks.on_root(start)  # from here on the other ranks may write, too
         if finished:
             logger.info("going on after %d of %d recordings", len(finished), len(plan))
         left = [item for item in plan if item.id not in finished]
         np.random.default_rng(simulate.seed).shuffle(left)  # scenes differ in cost
-        mine = _made(simulate, beside, left[ranks.rank :: ranks.size], workers or cores())
+        mine = _make_all(simulate, beside, left[ranks.rank :: ranks.size], workers or cores())
         stack.callback(mine.close)
         advance = stack.enter_context(progress_bar("simulating", len(plan), "recordings"))
         advance(len(finished))
         for entries in _rounds(mine, ranks, _ROUND_S if ranks.size > 1 else 0.0):
-            ranks.on_root(partial(_commit, writer, entries))
+            ranks.on_root(partial(commit_all, entries))
             advance(len(entries))
         ranks.on_root(stack.close)
     ranks.on_root(partial(_finish, beside, path))  # nobody leaves before it is in its place
@@ -98,7 +103,7 @@ def refuse_existing(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _started(simulate: config.Simulate, path: Path, beside: Path) -> Iterator[CorpusWriter]:
+def _start(simulate: config.Simulate, path: Path, beside: Path) -> Iterator[CorpusWriter]:
     """The writer of the corpus that grows in `beside`, after checking whose it is."""
     refuse_existing(path)
     with disk_errors(path):
@@ -160,11 +165,6 @@ def _round(entries: Iterator[ClipEntry], round_s: float) -> tuple[list[ClipEntry
     return made, True
 
 
-def _commit(writer: CorpusWriter, entries: list[ClipEntry]) -> None:
-    for entry in entries:
-        writer.commit(entry)
-
-
 def plan_corpus(simulate: config.Simulate) -> list[Planned]:
     """The recordings: scenes in turn, each with all cameras; every split a mix of all it can."""
     n = simulate.videos
@@ -214,24 +214,25 @@ def _splits(simulate: config.Simulate, kinds: list[tuple[str, str]]) -> list[str
         free.setdefault(kinds[i], deque()).append(int(i))
     split = [""] * n
     for name in sorted(counts, key=counts.__getitem__):
-        here: Counter[str] = Counter()
+        scenes_here: Counter[str] = Counter()
+        kinds_here: Counter[tuple[str, str]] = Counter()
         for _ in range(counts[name]):
             # A scene new to this split first, then a camera new to it with that scene; of those
             # the one that the others have most left of.
-            left = Counter()
+            left: Counter[str] = Counter()
             for (scene, _), numbers in free.items():
                 left[scene] += len(numbers)
             best = min(
                 (kind for kind, numbers in free.items() if numbers),
-                key=lambda k: (here[k[0]], -left[k[0]], here[k], -len(free[k])),
+                key=lambda k: (scenes_here[k[0]], -left[k[0]], kinds_here[k], -len(free[k])),
             )
             split[free[best].popleft()] = name
-            here[best[0]] += 1
-            here[best] += 1
+            scenes_here[best[0]] += 1
+            kinds_here[best] += 1
     return split
 
 
-def _made(
+def _make_all(
     simulate: config.Simulate, corpus: Path, items: list[Planned], workers: int
 ) -> Generator[ClipEntry, None, None]:
     """Simulate and write these recordings, in any process; entries for the writer to commit."""

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 CHUNK = 128
+ShapeAndType = tuple[tuple[int, int, int], str]
 
 
 class DamagedData(Exception):
@@ -57,7 +58,7 @@ class Store(Protocol):
 
     def open(self, path: Path, name: str) -> Array: ...
 
-    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple, str]]]: ...
+    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, ShapeAndType]]: ...
 
     def index(self, root: Path, scratch: Path, ids: Sequence[str]) -> None: ...
 

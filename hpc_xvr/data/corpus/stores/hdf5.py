@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hpc_xvr.data.corpus.stores.base import DamagedData, chunk_side, first_line
+from hpc_xvr.data.corpus.stores.base import DamagedData, ShapeAndType, chunk_side, first_line
 from hpc_xvr.files import commit
 
 
@@ -41,7 +41,7 @@ class Hdf5Store:
         except (OSError, KeyError, RuntimeError) as error:
             raise DamagedData(f"{name} cannot be opened: {first_line(error)}") from None
 
-    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple, str]]]:
+    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, ShapeAndType]]:
         import h5py
 
         with h5py.File(path, "r") as file:
@@ -63,7 +63,7 @@ class Hdf5Store:
         with contextlib.suppress(OSError, KeyError), h5py.File(master, "r") as file:
             if set(file["videos"]) == set(ids):
                 return
-        disk = _PatientFile(scratch / "corpus.h5", "w")
+        disk = _DeferredErrorsFile(scratch / "corpus.h5", "w")
         with contextlib.closing(disk):
             with h5py.File(disk, "w") as file:
                 videos = file.create_group("videos")
@@ -77,7 +77,7 @@ class _Hdf5Clip:
     def __init__(self, path: Path, mode: Literal["w", "r+"] = "w") -> None:
         import h5py
 
-        self._disk = _PatientFile(path, mode)
+        self._disk = _DeferredErrorsFile(path, mode)
         # This version's metadata blocks carry checksums too.
         self._file = h5py.File(self._disk, mode, libver=("v110", "v110"))
 
@@ -105,9 +105,9 @@ class _Hdf5Clip:
         self._disk.close()
 
 
-class _PatientFile:
-    """What HDF5 writes through: libhdf5 crashes after a write that failed (disk full), so it is
-    told that all went well, and `check` raises the OSError."""
+class _DeferredErrorsFile:
+    """What HDF5 writes through. libhdf5 crashes after a write that failed (disk full): here every
+    write seems to succeed, and `check` raises the first OSError."""
 
     def __init__(self, path: Path, mode: Literal["w", "r+"]) -> None:
         self._file = path.open("w+b" if mode == "w" else "r+b", buffering=0)

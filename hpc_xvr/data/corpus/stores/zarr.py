@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_xvr.data.corpus.stores.base import Array, DamagedData, chunk_side, first_line
+from hpc_xvr.data.corpus.stores.base import Array, DamagedData, ShapeAndType, chunk_side, first_line
 from hpc_xvr.data.corpus.stores.shard import Shard, layout
 from hpc_xvr.files import commit
 
@@ -62,7 +62,7 @@ class ZarrStore:
             raise DamagedData(f"{name} cannot be opened: {first_line(error)}") from None
         return _ZarrArray(array)
 
-    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple, str]]]:
+    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, ShapeAndType]]:
         attributes = json.loads((path / "zarr.json").read_text())["attributes"]
         arrays = {}
         for name in ("frames", "lr"):
@@ -159,8 +159,11 @@ class _ZarrArray:
 
     def read(self, t: Sequence[int], y: slice, x: slice) -> np.ndarray:
         try:
+            crops: np.ndarray
             if len(t) == 1:
-                return self._array[t[0], y, x].read().result()[None]
-            return self._array[list(t), y, x].read().result()
+                crops = self._array[t[0], y, x].read().result()[None]
+            else:
+                crops = self._array[list(t), y, x].read().result()
+            return crops
         except (ValueError, OSError, RuntimeError) as error:
             raise DamagedData(first_line(error)) from None
