@@ -57,7 +57,7 @@ def console() -> Console:
 
 
 @contextmanager
-def progress_bar(description: str, total: int | None, unit: str = "") -> Iterator[Any]:
+def progress_bar(description: str, total: float | None, unit: str = "") -> Iterator[Any]:
     """A bar with ETA on stderr, shown only on rank 0 of a terminal. Yields advance(n=1)."""
     show = _rank == 0 and sys.stderr.isatty() and not _launched
     columns = (

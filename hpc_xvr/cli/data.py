@@ -34,7 +34,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     mpirun those of all ranks; after an interruption, repeat the command and it goes on.
     """
     from hpc_xvr.config import load
-    from hpc_xvr.data.simulate.corpus import refuse_existing, simulate_corpus
+    from hpc_xvr.data.simulate.corpus import simulate_corpus
     from hpc_xvr.distributed.launch import cpu_threads, discover
 
     cfg = load(config, overrides)
@@ -48,9 +48,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
         simulate_corpus(cfg.simulate, cfg.data.corpus)
     else:
         comm = connect("auto", "cpu", cfg.dist)
-        comm.on_root(lambda: refuse_existing(cfg.data.corpus))
-        cores = cpu_threads(launch)
-        simulate_corpus(cfg.simulate, cfg.data.corpus, cores, comm.rank, comm.size, comm.gather)
+        simulate_corpus(cfg.simulate, cfg.data.corpus, cpu_threads(launch), comm)
         comm.close()
     _show_corpus(cfg.data.corpus)
 
@@ -130,8 +128,8 @@ def ingest(
     it goes on with what is missing. The result is the same on any number of processes and ranks.
     """
     from hpc_xvr.config import Dist
-    from hpc_xvr.data.ingest.run import Ranks
     from hpc_xvr.data.ingest.run import ingest as run
+    from hpc_xvr.data.ranks import ONE_RANK
     from hpc_xvr.distributed.launch import cpu_threads, discover
 
     told = [name for name, value in options.items() if name.startswith("lr_") and value]
@@ -141,10 +139,9 @@ def ingest(
         raise InputError(f"{names.replace('_', '-')}: for a fast camera's files; give --lr too")
     camera, lr_camera = take_reading("hr", options), take_reading("lr", options)
     pairing = take_pairing(options)
-    ranks, comm, launch = Ranks(), None, discover()
+    comm, launch = None, discover()
     if launch.size > 1:
         comm = connect("auto", "cpu", Dist(timeout_s=7 * 86400))
-        ranks = Ranks(comm.rank, comm.size, comm.gather)
         workers = workers or cpu_threads(launch)
 
     def work() -> list[Any]:
@@ -155,13 +152,13 @@ def ingest(
             lr_camera=lr_camera,
             pairing=pairing,
             workers=workers,
-            ranks=ranks,
+            ranks=comm or ONE_RANK,
             **asdict(camera),
             **options,
         )
 
     outcomes = work() if comm is None else comm.together(work)
-    if ranks.rank == 0:
+    if comm is None or comm.is_root:
         _show_outcomes(outcomes)
         _show_corpus(corpus)
     if comm is not None:

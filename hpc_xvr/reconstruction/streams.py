@@ -80,7 +80,7 @@ def recording_streams(
         )
     grid = (height // data.scale, width // data.scale)
     if data.lr_source == "recorded":
-        lr = _recorded_stream(video, grid, noise)
+        lr = _recorded_stream(video, data.scale, noise)
     else:
         name = zlib.crc32(video.id.encode())
 
@@ -93,26 +93,15 @@ def recording_streams(
     return lr, KeyFrames(times, (height, width), video.intensity)
 
 
-def _recorded_stream(video: Video, grid: tuple[int, int], noise: CameraNoise) -> Stream:
-    if video.lr_shape is None:
-        raise InputError(
-            f"recording {video.id}: has no low-resolution stream of its own; set "
-            "data.lr_source to binned or leave it out"
-        )
-    if tuple(video.lr_shape[1:]) != grid:
-        raise InputError(
-            f"recording {video.id}: its low-resolution frames are "
-            f"{video.lr_shape[1]}x{video.lr_shape[2]}, data.scale needs "
-            f"{grid[0]}x{grid[1]}; register the two cameras and ingest again"
-        )
+def _recorded_stream(video: Video, scale: int, noise: CameraNoise) -> Stream:
+    _, h, w = video.require_lr(scale)
     if noise is not CLEAN:
         raise InputError(
             "noise is only put on binned low-resolution frames, a recorded stream has its own; "
             "leave it out, or set data.lr_source to binned"
         )
-    lr_times = np.asarray(video.info.lr_times, float)
-    nearest = [int(np.abs(lr_times - t).argmin()) for t in range(video.shape[0])]
-    return Stream((video.shape[0], *grid), lambda t: video.lr_intensity(nearest[t]))
+    nearest = video.nearest_lr(range(video.shape[0]))
+    return Stream((video.shape[0], h, w), lambda t: video.lr_intensity(nearest[t]))
 
 
 def streams_of_pair(pair: Pair, scale: int) -> tuple[Stream, KeyFrames]:

@@ -1,15 +1,13 @@
 """A corpus simulated by two ranks is the one that a single process makes."""
 
 import pytest
-from mpi4py import MPI
 
 from hpc_xvr import config
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.simulate import corpus as simulation
 from hpc_xvr.data.simulate.corpus import simulate_corpus
+from hpc_xvr.errors import CollectiveError, InputError
 
-WORLD = MPI.COMM_WORLD
-RANK = WORLD.Get_rank()
 SIMULATE = config.Simulate(
     videos=9,
     size=(3, 32, 32),
@@ -29,7 +27,7 @@ def made(monkeypatch):
     def counted(simulate, corpus, item):
         ids.append(item.id)
         if len(ids) == counted.fail_at:
-            raise RuntimeError(f"recording {counted.fail_at} of rank {RANK}")
+            raise RuntimeError(f"recording {counted.fail_at}")
         return make(simulate, corpus, item)
 
     counted.fail_at = None
@@ -38,36 +36,61 @@ def made(monkeypatch):
     return ids, counted
 
 
-def simulate(path):
-    simulate_corpus(SIMULATE, path, 1, RANK, 2, WORLD.allgather)
+@pytest.fixture
+def folder(engine, shared_folder):
+    """One that both ranks see, for each engine."""
+    path = shared_folder / f"simulated-{engine.name}"
+    path.mkdir(exist_ok=True)
+    return path
 
 
-def test_two_ranks_share_the_recordings(shared_folder, made):
+def test_two_ranks_share_the_recordings(engine, folder, made):
     ids, _ = made
-    simulate(shared_folder / "shared")
-    assert (shared_folder / "shared").is_dir()  # on every rank, when the call returns
-    shares = WORLD.allgather(list(ids))
+    simulate_corpus(SIMULATE, folder / "shared", 1, engine)
+    assert (folder / "shared").is_dir()  # on every rank, when the call returns
+    shares = engine.gather(list(ids))
     assert sorted(map(len, shares)) == [4, 5] and len({*shares[0], *shares[1]}) == 9
-    if RANK == 0:
-        simulate_corpus(SIMULATE, shared_folder / "alone", 1)
-        assert files(shared_folder / "shared") == files(shared_folder / "alone")
-    WORLD.Barrier()
+    if engine.is_root:
+        simulate_corpus(SIMULATE, folder / "alone", 1)
+        assert files(folder / "shared") == files(folder / "alone")
+    engine.barrier()
 
 
-def test_an_interrupted_call_goes_on_with_what_is_missing(shared_folder, made):
+def test_an_interrupted_call_goes_on_with_what_is_missing(engine, folder, made):
     ids, counted = made
     counted.fail_at = 3
     with pytest.raises(RuntimeError, match="recording 3"):
-        simulate(shared_folder / "broken")
-    WORLD.Barrier()
-    assert not (shared_folder / "broken").exists()
-    kept = {video.id for video in Corpus(shared_folder / ".broken.building").videos}
+        simulate_corpus(SIMULATE, folder / "broken", 1, engine)
+    engine.barrier()
+    assert not (folder / "broken").exists()
+    kept = {video.id for video in Corpus(folder / ".broken.building").videos}
     assert len(kept) == 4  # two rounds of two ranks
     ids.clear()
     counted.fail_at = None
-    WORLD.Barrier()
-    simulate(shared_folder / "broken")
-    again = set().union(*WORLD.allgather(set(ids)))
+    engine.barrier()
+    simulate_corpus(SIMULATE, folder / "broken", 1, engine)
+    again = set().union(*engine.gather(set(ids)))
     assert len(again) == 5 and not again & kept
-    assert len(Corpus(shared_folder / "broken").videos) == 9
-    WORLD.Barrier()
+    assert len(Corpus(folder / "broken").videos) == 9
+    engine.barrier()
+
+
+def test_what_stops_one_rank_ends_all_alike(engine, folder, made, monkeypatch):
+    """A corpus that is there already, seen by the root; a disk that is full for another rank."""
+    taken = folder / "taken"
+    taken.mkdir(exist_ok=True)
+    with pytest.raises(CollectiveError, match=r"taken: exists"):
+        simulate_corpus(SIMULATE, taken, 1, engine)
+
+    def full(simulate, corpus, item):
+        if engine.rank == 1:
+            raise InputError("no space left")
+        return make(simulate, corpus, item)
+
+    make = simulation._make
+    monkeypatch.setattr(simulation, "_make", full)
+    with pytest.raises(CollectiveError, match="no space left"):
+        simulate_corpus(SIMULATE, folder / "full", 1, engine)
+    engine.barrier()
+    assert not (folder / "full").exists()
+    engine.barrier()

@@ -18,9 +18,9 @@ import h5py
 import numpy as np
 import pytest
 
-from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.corpus import Corpus, DamagedVideo
 from hpc_xvr.data.corpus import reader as corpus_module
-from hpc_xvr.data.corpus.writer import CorpusWriter
+from hpc_xvr.data.corpus.writer import CorpusWriter, write_clip
 from hpc_xvr.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,6 +154,110 @@ def test_an_array_is_described_as_zarr_python_would_describe_it(tmp_path, dtype)
         compressors=zarr.codecs.Crc32cCodec(),
     )
     assert ours == json.loads((tmp_path / "theirs/zarr.json").read_text())
+
+
+@pytest.fixture(scope="module", params=["zarr", "hdf5"])
+def pair(request, tmp_path_factory):
+    """A video with a second stream of another type, and what is in it."""
+    frames, lr = clip(1), clip(2, (9, 35, 50), bits=8)
+    info = {**INFO, "lr_times": [0.5 * i for i in range(9)], "lr_bit_depth": 8}
+    path = tmp_path_factory.mktemp("pair") / "c"
+    with CorpusWriter(path, request.param) as writer:
+        writer.add("run12", frames, frames.shape, frames.dtype, info, lr=lr)
+        writer.add("alone", frames, frames.shape, frames.dtype, INFO)
+    return Corpus(path), frames, lr
+
+
+def test_frames_are_an_array_that_is_read_where_it_is_indexed(pair):
+    corpus, *stored = pair
+    video = corpus["run12"]
+    for frames, expected in zip((video.frames, video.lr), stored, strict=True):
+        assert (frames.shape, frames.dtype, frames.ndim) == (expected.shape, expected.dtype, 3)
+        assert len(frames) == len(expected)
+        for key in [
+            3,
+            -1,
+            np.int64(2),
+            slice(1, 3),
+            slice(None, None, -2),
+            slice(3, 1),
+            slice(1, 99),
+            [4, 0, 4],
+            np.array([1, -2]),
+            [],
+            (3, slice(10, 30), slice(20, 40)),
+            (slice(1, 4), slice(-20, None), 7),
+            (slice(None), -3),
+            (-2, 4, 5),
+            (2, slice(30, 5, -7), slice(None, None, 3)),
+            (slice(4, None, -3), slice(None, None, -1), slice(40, 2, -1)),
+            ([3, 1], slice(2, 9, 2), -1),
+            (1, slice(5, 5)),
+            ...,
+            (..., slice(3, 9)),
+            (2, ..., 5),
+            (1, 2, 3, ...),
+        ]:
+            found = frames[key]
+            assert found.dtype == expected.dtype and found.shape == expected[key].shape, key
+            np.testing.assert_array_equal(found, expected[key], err_msg=str(key))
+        np.testing.assert_array_equal(np.asarray(frames), expected)
+        assert np.asarray(frames, np.float32).dtype == np.float32
+        assert [frame.tobytes() for frame in frames] == [frame.tobytes() for frame in expected]
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(frames))[1], expected[1])
+        for key in (len(expected), -len(expected) - 1, [0, 99], (0, 200), (0, 0, -201)):
+            with pytest.raises(IndexError, match="is outside of"):
+                frames[key]
+        for key in ((0, 0, 0, 0), (..., 0, ...)):
+            with pytest.raises(IndexError):
+                frames[key]
+        for key in ("a", 1.5, (0, [1, 2]), None):
+            with pytest.raises(TypeError):
+                frames[key]
+    assert corpus["alone"].lr is None
+    assert repr(video.frames) == "<Frames (5, 140, 200) of video run12>"
+
+
+def test_frames_read_no_more_than_is_asked_for(pair, monkeypatch):
+    """No frame but those that are indexed, none for shape and type."""
+    corpus, frames, _ = pair
+    video, read = corpus["run12"], []
+    array = type(video._arrays.get(video._manifest, "run12", "frames"))
+    original = array.read
+
+    def noted(self, t, y, x):
+        read.append((list(t), (y.start, y.stop), (x.start, x.stop)))
+        return original(self, t, y, x)
+
+    monkeypatch.setattr(array, "read", noted)
+    assert video.frames.shape == frames.shape and video.frames.dtype == frames.dtype
+    assert video.frames[3:1].shape == (0, 140, 200) and not read
+    video.frames[4:1:-2, 10:50:3, 20]
+    assert read == [([4, 2], (10, 50), (20, 21))]
+
+
+def test_damaged_frames_and_crops_with_steps_raise(tmp_path):
+    make(tmp_path / "c", "zarr", 1)
+    with pytest.raises(IndexError, match=r"steps; index video\.frames"):
+        Corpus(tmp_path / "c")["v0"].read(0, slice(None, None, 2))
+    (tmp_path / "c/videos/v0/frames/c/0/0/0").unlink()
+    with pytest.raises(DamagedVideo, match="video v0"):
+        Corpus(tmp_path / "c")["v0"].frames[0]
+
+
+def test_the_nearest_low_resolution_frame(tmp_path):
+    chance = np.random.default_rng(4)
+    for number, times in enumerate([[2.5], [0.0, 1, 2], [-3.25, 0.5, 1.5, 1.75, 40]]):
+        frames, lr = clip(0, (6, 8, 8)), clip(0, (len(times), 2, 2))
+        with CorpusWriter(tmp_path / f"{number}") as writer:
+            info = {**INFO, "lr_times": times}
+            video = writer.add("v", frames, frames.shape, frames.dtype, info, lr=lr)
+        wanted = chance.permutation(np.arange(6)).tolist()  # 1 lies midway between 0.5 and 1.5
+        distances = np.abs(np.array(times) - np.array(wanted)[:, None])
+        assert video.nearest_lr(wanted) == distances.argmin(axis=1).tolist()
+        video.require_lr(scale=4)
+        with pytest.raises(InputError, match=r"are 2x2, with data\.scale 2 they must be 4x4"):
+            video.require_lr(scale=2)
 
 
 @stores
@@ -298,6 +402,77 @@ def test_kill_at_any_moment_keeps_finished_videos(tmp_path, store):
 
 
 @stores
+def test_the_split_is_decided_at_the_commit(tmp_path, store):
+    """As if it had been known before: in the manifest, in the clip and for its checksums."""
+    frames, lr = clip(1), clip(2, (2, 35, 50), bits=10)
+    info = {**INFO, "lr_times": [0.0, 1.0]}
+    open_info = {key: value for key, value in info.items() if key != "split"}
+    described = frames.shape, frames.dtype
+    with CorpusWriter(tmp_path / "known", store) as writer:
+        writer.add("v", frames, *described, info, lr=lr)
+    with CorpusWriter(tmp_path / "c", store) as writer:
+        entry = write_clip(tmp_path / "c", store, "w", frames, *described, open_info, lr=lr)
+        assert not Corpus(tmp_path / "c").videos
+        with pytest.raises(ValueError, match="split"):
+            writer.commit(entry)
+        video = writer.commit(entry, id="v", split="train")
+        assert (video.id, video.split) == ("v", "train")
+        with pytest.raises(InputError, match=r"video x: split: one of train, validation, test"):
+            writer.add("x", frames, *described, open_info, lr=lr)
+        other = write_clip(tmp_path / "c", store, "x", frames, *described, info, lr=lr)
+        with pytest.raises(ValueError, match="once"):
+            writer.commit(other, split="test")
+        writer.discard(other)
+    opened, known = Corpus(tmp_path / "c"), Corpus(tmp_path / "known")
+    assert [video.info for video in opened.videos] == [video.info for video in known.videos]
+    assert list(opened.verify()) == [("v", None)]
+    (tmp_path / "c/manifest.jsonl").unlink()  # what the clip itself says
+    assert Corpus(tmp_path / "c")["v"].info == known["v"].info
+    if store == "zarr":
+        stored = json.loads((tmp_path / "c/videos/v/zarr.json").read_text())
+        assert stored["attributes"]["split"] == "train"
+        attributes = [path / "videos/v/zarr.json" for path in (tmp_path / "c", tmp_path / "known")]
+        assert attributes[0].read_bytes() == attributes[1].read_bytes()
+    else:
+        with h5py.File(tmp_path / "c/corpus.h5") as file:
+            assert file["videos/v"].attrs["split"] == "train"
+            assert (file["videos/v/frames"][:] == frames).all()
+
+
+COMMIT_ON_A_FULL_DISK = """
+    import resource, sys, numpy as np
+    from hpc_xvr.data.corpus import Corpus
+    from hpc_xvr.data.corpus.writer import CorpusWriter, write_clip
+    from hpc_xvr.errors import InputError
+    info = dict(camera="c", bit_depth=12, scene="s", source="x")
+    frames = np.ones((2, 64, 64), "u2")
+    path, store = sys.argv[1:]
+    with CorpusWriter(path, store) as writer:
+        first, second = (write_clip(path, store, id, frames, frames.shape, "u2", info)
+                         for id in ("first", "second"))
+        writer.commit(first, split="train")
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            writer.commit(second, split="test")
+        except InputError as error:
+            print(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    print([(v, p) for v, p in Corpus(path).verify()])
+"""
+
+
+@stores
+def test_a_commit_that_the_disk_refuses_adds_nothing(tmp_path, store):
+    child = python(COMMIT_ON_A_FULL_DISK, tmp_path / "c", store)
+    out, err = child.communicate()
+    message, after = out.splitlines()
+    assert "File too large" in message and "GB are free" in message, err
+    assert after == "[('first', None)]" and child.returncode == 0
+    assert left_over(tmp_path / "c") == []
+
+
+@stores
 def test_manifest_is_rebuilt_from_the_videos(tmp_path, store):
     expected = [v.info for v in make(tmp_path / "c", store).videos]
     manifest = tmp_path / "c/manifest.jsonl"
@@ -353,9 +528,9 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match=r"Not a directory.*GB are free"):
         CorpusWriter(tmp_path / "file/c")
-    with pytest.raises(InputError, match="holds something that is no corpus"):
+    with pytest.raises(InputError, match="holds something other than a corpus"):
         CorpusWriter(tmp_path / "file")
-    with pytest.raises(InputError, match="holds something that is no corpus"):
+    with pytest.raises(InputError, match="holds something other than a corpus"):
         CorpusWriter(tmp_path)
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)

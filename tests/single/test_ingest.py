@@ -112,15 +112,15 @@ def test_interrupted_ingest_goes_on_where_it_was(tmp_path, monkeypatch):
     films = [counts((4, 8, 8)) for _ in range(3)]
     paths = [write_photron(tmp_path, film, 16, f"film{k}") for k, film in enumerate(films)]
     corpus = tmp_path / "c"
-    noted = workers._noted
+    checked = workers._checked
 
     def killed(recording):
-        for index, frame in enumerate(noted(recording)):
+        for index, frame in enumerate(checked(recording)):
             if recording.path.stem == "film1" and index == 2:
                 raise KeyboardInterrupt
             yield frame
 
-    monkeypatch.setattr(workers, "_noted", killed)
+    monkeypatch.setattr(workers, "_checked", killed)
     with pytest.raises(KeyboardInterrupt):
         ingest(paths, corpus)
     assert [video.id for video in sound(corpus).videos] == ["film0"]

@@ -16,8 +16,14 @@ import numpy as np
 import psutil
 import pytest
 
+from hpc_xvr.data.cameras.source import Source
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.ingest.run import ingest
+from hpc_xvr.data.corpus.writer import CorpusWriter
+from hpc_xvr.data.ingest.run import find_recordings, ingest
+from hpc_xvr.data.ingest.schedule import Orders, Schedule
+from hpc_xvr.data.ingest.treatment import Treatment
+from hpc_xvr.data.ingest.workers import ClipWriter, Job, start_workers
+from hpc_xvr.errors import InputError
 from support.camera_files import counts, write_photron
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +35,10 @@ def content(path: Path) -> dict[str, tuple]:
     assert [problem for _, problem in corpus.verify() if problem] == []
     assert not (path / ".incoming").exists() and not (path / ".lock").exists()
     return {video.id: (video.shape, video.info) for video in corpus.videos}
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +65,53 @@ def undisturbed(films, tmp_path_factory):
     path = tmp_path_factory.mktemp("undisturbed") / "c"
     outcomes = ingest(films, path, workers=1)
     assert [o.status for o in outcomes].count("duplicate") == 2
-    return outcomes, content(path)
+    return outcomes, content(path), path
 
 
 def test_processes_do_not_change_the_result(films, undisturbed, tmp_path):
     outcomes = ingest(films, tmp_path / "c", workers=3)
-    assert (outcomes, content(tmp_path / "c")) == undisturbed
+    assert (outcomes, content(tmp_path / "c")) == undisturbed[:2]
+    assert _files(tmp_path / "c") == _files(undisturbed[2])
     again = ingest(films, tmp_path / "c", workers=1)
     assert {o.status for o in again} == {"already there", "duplicate"}
+
+
+@pytest.mark.parametrize("store, seed", [("zarr", 1), ("zarr", 2), ("hdf5", 3)])
+def test_each_file_is_read_once_in_whatever_order_they_come_back(
+    films, undisturbed, tmp_path, store, seed
+):
+    """All are under way at once: no clip's split can be known when it is written."""
+    with CorpusWriter(tmp_path / "c", store) as writer:
+        sources = find_recordings(films)
+        schedule = Schedule(writer, sources, Treatment(), split="auto", skip_bad=False)
+        own = ClipWriter(writer.path, store, Treatment(), lambda nbytes: None)
+        jobs = schedule.orders([len(films) + 1], window=100).jobs[0]
+        assert [job.source for job in jobs] == sources
+        results = [own.write(job) for job in jobs]
+        random.Random(seed).shuffle(results)
+        for result in results:
+            assert not schedule.orders([9], window=100).jobs[0]  # nothing to be read again
+            schedule.take([result])
+        assert schedule.orders([9], window=100) == Orders([[]], done=True, failed=False)
+        assert schedule.outcomes() == undisturbed[0]
+    assert content(tmp_path / "c") == undisturbed[1]
+    if store == "zarr":
+        assert _files(tmp_path / "c") == _files(undisturbed[2])
+
+
+def test_an_error_keeps_its_class_and_words_on_the_way_out_of_a_worker(tmp_path):
+    """Handed on as the object that was raised, not as text."""
+    with CorpusWriter(tmp_path / "c") as writer:
+        treatment = Treatment()
+        gone = Source((tmp_path / "gone.mraw",))
+        with start_workers(1, writer.path, "zarr", treatment) as own:
+            own.submit(Job(0, gone, "fingerprint", 1))
+            results = wait_for(lambda: own.finished(0.2))
+    (result,) = results
+    assert type(result.error) is InputError and not result.entry and not result.fatal
+    with pytest.raises(InputError) as here:
+        treatment.open(gone)
+    assert str(result.error) == str(here.value) and "gone" in str(here.value)
 
 
 def start(films, corpus: Path, *more, ranks: int = 0) -> subprocess.Popen:

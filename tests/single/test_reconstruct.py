@@ -255,7 +255,7 @@ def test_recorded_stream_is_taken_at_the_nearest_time(corpus):
         recording_streams(corpus.plain, 4, data)
     with pytest.raises(InputError, match="noise"):
         recording_streams(corpus.twin, 4, data, noise=CameraNoise(100))
-    with pytest.raises(InputError, match=r"twin: .*4x6, data\.scale needs 8x12"):
+    with pytest.raises(InputError, match=r"twin: .*4x6, with data\.scale 2 .*8x12"):
         recording_streams(corpus.twin, 4, Data(lr_source="recorded", scale=2))
 
 

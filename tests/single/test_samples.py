@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hpc_xvr.config import Data
-from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.corpus import Corpus, DamagedVideo
 from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.degrade import bin_down, poisson
 from hpc_xvr.data.samples.loader import training_batches
@@ -293,7 +293,7 @@ def test_what_cannot_be_trained_on(tmp_path, corpus):
     with pytest.raises(InputError, match=r"v0.*no recorded low-resolution stream.*binned"):
         dataset(corpus, lr_source="recorded")
     two = write(tmp_path / "lr", [9], lr=True)
-    with pytest.raises(InputError, match=r"v0.*\(12, 14\), with data\.scale 2 .*\(24, 28\)"):
+    with pytest.raises(InputError, match=r"v0.*12x14, with data\.scale 2 .*24x28"):
         dataset(two, lr_source="recorded", scale=2)
     test_only = write(tmp_path / "test", [9, 9], split="test")
     with pytest.raises(InputError, match="none of its 2 videos is in the train split"):
@@ -313,7 +313,7 @@ def test_damage_reaches_the_trainer_from_a_worker(tmp_path):
     content[100 : SIDE * SIDE * 2 * 9 : 500] ^= 1
     shard.write_bytes(content.tobytes())
     for workers in (0, 1):
-        with pytest.raises(InputError, match=r"^corpus .*video v0.*checksum") as error:
+        with pytest.raises(DamagedVideo, match=r"^corpus .*video v0.*checksum") as error:
             next(iter(training_batches(dataset(path, workers=workers), 0, 1, 0, 3)))
         assert "\n" not in str(error.value)
         assert multiprocessing.active_children() == []

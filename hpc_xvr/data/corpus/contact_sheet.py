@@ -69,7 +69,8 @@ def _draw(videos: Sequence[Video], title: str, file: Path) -> None:
     top = HEAD
     for row in range(rows):
         for column in range(min(columns, len(videos) - row * columns)):
-            video, strip = (of[row * columns + column] for of in (videos, strips))
+            number = row * columns + column
+            video, strip = videos[number], strips[number]
             left = GAP + column * (slots * SIDE + GAP)
             page[top + TEXT :, left:][: strip.shape[0], : strip.shape[1]] = strip
             figure.text(

@@ -1,4 +1,4 @@
-"""The corpus folder on disk: names, header, manifest, attributes, lock, safe replacement."""
+"""The corpus folder on disk: names, header, attributes of a recording, checksums."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -20,7 +20,8 @@ FORMAT = "hpc_xvr corpus"
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 HEADER, MANIFEST, LOCK, SCRATCH = "corpus.json", "manifest.jsonl", ".lock", ".incoming"
 STORES = ("zarr", "hdf5")
-SPLITS = ("train", "validation", "test")
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 class VideoInfo(BaseModel):
@@ -35,7 +36,7 @@ class VideoInfo(BaseModel):
     bit_depth: int
     """Stored values of `frames` are 0..2**bit_depth - 1."""
     scene: str
-    split: Literal["train", "validation", "test"]
+    split: Split
     source: str
     """Name of the camera file, or "simulated"."""
     sha256: str
@@ -67,7 +68,7 @@ def read_header(path: Path) -> str:
         header = json.loads((path / HEADER).read_text())
         if header["format"] != FORMAT:
             raise KeyError
-        schema, store = header["schema"], header["store"]
+        schema, store = header["schema"], str(header["store"])
     except OSError as error:
         raise InputError(
             f"corpus {path}: no corpus there ({error.strerror}: {HEADER}); make one "
@@ -86,19 +87,25 @@ def read_header(path: Path) -> str:
     return store
 
 
-def checksums(path: Path) -> dict[str, int]:
-    """CRC-32C of each file of a clip by its name in the clip's folder ("." is the clip itself)."""
+def checksums(path: Path, without: str | None = None) -> dict[str, int]:
+    """CRC-32C of each file of a clip by its name in the clip's folder ("." is the clip itself).
+
+    `without`: name of a file to leave out.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    named = {file.relative_to(path).as_posix(): file for file in files}
+    return {name: checksum(file) for name, file in named.items() if name != without}
+
+
+def checksum(file: Path) -> int:
+    """CRC-32C of a file."""
     from google_crc32c import extend
 
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    sums = {}
-    for file in files:
-        found = 0
-        with file.open("rb") as opened:
-            while data := opened.read(2**20):
-                found = extend(found, data)
-        sums[file.relative_to(path).as_posix()] = found
-    return sums
+    found = 0
+    with file.open("rb") as opened:
+        while data := opened.read(2**20):
+            found = extend(found, data)
+    return found
 
 
 def frame_bytes(frame: np.ndarray) -> memoryview:

@@ -17,7 +17,7 @@ class WriterLock:
         self._path = path
         while True:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT)
-            alone = True
+            alone: bool | None = True
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -30,7 +30,7 @@ class WriterLock:
                 continue
             break
         holder = os.read(self._file, 200).decode().split()
-        if alone is False or (len(holder) == 2 and self._lives(*holder, alone)):
+        if alone is False or (len(holder) == 2 and self._lives(holder[0], holder[1], alone)):
             os.close(self._file)
             name = " on ".join(reversed(holder[:2])) or "unknown"
             raise InputError(

@@ -22,6 +22,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from hpc_xvr.data.corpus.frames import Frames
 from hpc_xvr.data.corpus.layout import VideoInfo, checksums, frame_bytes, read_header
 from hpc_xvr.data.corpus.manifest import Manifest, describe_clip
 from hpc_xvr.data.corpus.stores import STORES, Array, DamagedData, Store
@@ -36,7 +37,11 @@ class DamagedVideo(InputError):
 
 
 class Video:
-    """A handle on one recording; cheap, picklable; arrays are opened on the first read."""
+    """A handle on one recording; cheap, picklable; arrays are opened on the first read.
+
+    `corpus["run12"].frames[10:20]` are stored values, `intensity(range(10, 20))` is float32 in
+    [0, 1].
+    """
 
     __slots__ = ("_arrays", "_manifest", "_number", "id")
 
@@ -74,6 +79,29 @@ class Video:
         """uint8 or uint16."""
         return self._manifest.dtype(self._number)
 
+    @property
+    def lr_dtype(self) -> np.dtype:
+        """The same of the low-resolution camera's frames; opens the clip.
+
+        Raises:
+            InputError: there are none, or they cannot be read.
+        """
+        self.require_lr()
+        try:
+            return self._arrays.get(self._manifest, self.id, "lr").dtype
+        except DamagedData as error:
+            raise self._damaged("lr", error) from None
+
+    @property
+    def frames(self) -> Frames:
+        """The frames as an array (T, H, W) of stored values that is read where it is indexed."""
+        return Frames(self)
+
+    @property
+    def lr(self) -> Frames | None:
+        """The low-resolution camera's frames (T_lr, h, w) in the same way, if there are any."""
+        return None if self.lr_shape is None else Frames(self, lr=True)
+
     def read(
         self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
     ) -> np.ndarray:
@@ -81,19 +109,19 @@ class Video:
 
         Raises:
             DamagedVideo: the data do not match their checksum or cannot be read.
+            IndexError: there is no such frame, or the crop has steps.
         """
         return self._read("frames", self.shape, t, y, x)
 
     def read_lr(
         self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
     ) -> np.ndarray:
-        """The same for the low-resolution camera's frames."""
-        if self.lr_shape is None:
-            raise InputError(
-                f"corpus {self._manifest.path}, video {self.id}: has no recorded "
-                "low-resolution stream; set data.lr_source to binned"
-            )
-        return self._read("lr", self.lr_shape, t, y, x)
+        """The same for the low-resolution camera's frames.
+
+        Raises:
+            InputError: there are none.
+        """
+        return self._read("lr", self.require_lr(), t, y, x)
 
     def intensity(
         self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
@@ -108,6 +136,41 @@ class Video:
         depth = self._manifest.bits(self._number)[1]
         return self.read_lr(t, y, x) * np.float32(1 / (2**depth - 1))
 
+    def require_lr(self, scale: int | None = None) -> tuple[int, int, int]:
+        """`lr_shape`, after checking that a low-resolution camera recorded, too.
+
+        Args:
+            scale: its frames are to lie on the grid of the frames / scale.
+
+        Raises:
+            InputError: it did not, or its frames lie on another grid.
+        """
+        where = f"corpus {self._manifest.path}, video {self.id}"
+        shape = self.lr_shape
+        if shape is None:
+            raise InputError(
+                f"{where}: has no recorded low-resolution stream; set data.lr_source to binned, or "
+                "leave the video out"
+            )
+        (_, h, w), (_, height, width) = shape, self.shape
+        if scale is not None and (h, w) != (height // scale, width // scale):
+            raise InputError(
+                f"{where}: its low-resolution frames are {h}x{w}, with data.scale {scale} they "
+                f"must be {height // scale}x{width // scale}; register the two cameras when "
+                "ingesting, or set data.lr_source to binned"
+            )
+        return shape
+
+    def nearest_lr(self, t: Sequence[int]) -> list[int]:
+        """The low-resolution frame that lies nearest in time to each of these frames; of two
+        that are equally near the earlier one."""
+        times = np.asarray(self.info.lr_times)
+        after = np.searchsorted(times, t).clip(max=len(times) - 1)
+        before = (after - 1).clip(min=0)
+        nearer = np.abs(times[after] - t) < np.abs(times[before] - t)
+        nearest: list[int] = np.where(nearer, after, before).tolist()
+        return nearest
+
     def _read(
         self, name: str, shape: tuple[int, int, int], t: int | Sequence[int], y: slice, x: slice
     ) -> np.ndarray:
@@ -115,15 +178,20 @@ class Video:
         if any(not 0 <= i < shape[0] for i in frames):
             raise IndexError(f"video {self.id}: {name} {frames} outside 0..{shape[0] - 1}")
         y, x = slice(*y.indices(shape[1])), slice(*x.indices(shape[2]))
+        if y.step != 1 or x.step != 1:
+            raise IndexError(f"video {self.id}: crops have no steps; index video.frames with them")
         try:
             crops = self._arrays.get(self._manifest, self.id, name).read(frames, y, x)
         except DamagedData as error:
-            raise DamagedVideo(
-                f"corpus {self._manifest.path}, video {self.id}: {name} {frames} cannot be read: a "
-                f"chunk does not match its checksum or is gone; restore {self.path} or remove it "
-                f"from the corpus ({error})"
-            ) from None
+            raise self._damaged(f"{name} {frames}", error) from None
         return crops[0] if isinstance(t, (int, np.integer)) else crops
+
+    def _damaged(self, what: str, error: DamagedData) -> DamagedVideo:
+        return DamagedVideo(
+            f"corpus {self._manifest.path}, video {self.id}: {what} cannot be read: a chunk does "
+            f"not match its checksum or is gone; restore {self.path} or remove it from the corpus "
+            f"({error})"
+        )
 
 
 class Videos(Sequence[Video]):
@@ -260,7 +328,7 @@ class Corpus:
         if VideoInfo.model_validate(stored) != video.info:
             return "the attributes stored with the frames differ from the manifest"
         # Bytes that no reader looks at: the clip is to be just what was written.
-        known = self._manifest.files(self._manifest.find(video.id))
+        known = self._manifest.files(video._number)
         found = {} if known is None else checksums(video.path)
         for name in sorted({*(known or {}), *found}):
             if (known or {}).get(name) != found.get(name):

@@ -23,7 +23,10 @@ from hpc_xvr.data.corpus.layout import (
     MANIFEST,
     SCHEMA,
     SCRATCH,
+    SPLITS,
+    Split,
     VideoInfo,
+    checksum,
     checksums,
     frame_bytes,
     read_header,
@@ -39,8 +42,8 @@ from hpc_xvr.files import commit, disk_errors, place, remove, sync
 class CorpusWriter:
     """Creates a corpus or appends to it; one writer at a time. Use as a context manager.
 
-    Clips come from `add`, or from other processes that called `write_clip` meanwhile and told this
-    one what they wrote.
+    Clips come from `add`, or from other processes that call `write_clip` and send this one the
+    entries to `commit`.
 
     Raises:
         InputError: another writer holds the corpus, the folder holds something else, the corpus
@@ -50,7 +53,7 @@ class CorpusWriter:
     def __init__(self, path: Path | str, store: Literal["zarr", "hdf5"] = "zarr") -> None:
         self.path = Path(path)
         self._known: set[str] = set()
-        self._format: Store | None = None
+        self._format: Store = STORES[store]()
         with disk_errors(self.path):
             self._made = not self.path.exists()
             if (
@@ -59,7 +62,7 @@ class CorpusWriter:
                 and (not self.path.is_dir() or any(p.name[0] != "." for p in self.path.iterdir()))
             ):
                 raise InputError(
-                    f"corpus {self.path}: holds something that is no corpus; choose a new folder"
+                    f"corpus {self.path}: holds something other than a corpus; choose a new folder"
                 )
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = WriterLock(self.path / LOCK)
@@ -83,14 +86,12 @@ class CorpusWriter:
                 f"corpus {self.path}: is stored as {self.store}, not {store}; write to a "
                 f"new folder or ask for {self.store}"
             )
-        found = STORES[store]()
         (self.path / "videos").mkdir(exist_ok=True)
-        manifest = Manifest.read(self.path, found)
+        manifest = Manifest.read(self.path, self._format)
         if not manifest.complete:
             self._write(MANIFEST, b"".join(manifest.lines()))
         self._known = set(manifest.ids)
-        self._format = found
-        found.index(self.path, self._scratch, manifest.ids)
+        self._format.index(self.path, self._scratch, manifest.ids)
 
     def __enter__(self) -> CorpusWriter:
         return self
@@ -101,7 +102,7 @@ class CorpusWriter:
     def close(self) -> None:
         """Release the lock; a corpus that was created and got no video is removed again."""
         try:
-            if self._format and self._known:
+            if self._known:
                 with disk_errors(self.path):
                     self._format.index(self.path, self._scratch, sorted(self._known))
         finally:
@@ -122,20 +123,33 @@ class CorpusWriter:
         """Write one recording; arguments and errors are those of `write_clip`.
 
         Raises:
-            InputError: the corpus has a video of this id.
+            InputError: the corpus has a video of this id; no split.
         """
         self._new(id)
+        if "split" not in info:
+            raise InputError(f"corpus {self.path}, video {id}: split: one of {', '.join(SPLITS)}")
         return self.commit(write_clip(self.path, self.store, id, frames, shape, dtype, info, lr=lr))
 
-    def commit(self, entry: dict[str, Any]) -> Video:
+    def commit(
+        self, entry: dict[str, Any], id: str | None = None, split: Split | None = None
+    ) -> Video:
         """Make a clip that `write_clip` finished part of the corpus.
+
+        Args:
+            entry: what `write_clip` returned.
+            id: instead of the one it was written with.
+            split: of a clip that was written without one, and only of such a clip.
 
         Raises:
             InputError: the corpus has a video of this id; the disk refuses.
         """
-        id = entry["id"]
+        id = id or entry["id"]
+        if ("split" in entry["attributes"]) == (split is not None):
+            raise ValueError(f"video {id}: a split is decided once, before or at the commit")
         self._new(id)
         with disk_errors(self.path):
+            entry = entry if split is None else self._with_split(entry, split)
+            entry = {**entry, "id": id}
             place(self._scratch / entry["file"], self.path / "videos" / (id + self._format.suffix))
             self._known.add(id)
             with (self.path / MANIFEST).open("ab") as file:
@@ -143,6 +157,15 @@ class CorpusWriter:
                 file.flush()
                 os.fsync(file.fileno())
         return Video(Manifest.of(self.path, self._format, entry), 0, OpenArrays(self._format))
+
+    def _with_split(self, entry: dict[str, Any], split: Split) -> dict[str, Any]:
+        """The entry of a clip whose split was open, after it was added to the clip's attributes."""
+        clip, name = self._scratch / entry["file"], self._format.attributes_file
+        attributes = VideoInfo(**entry["attributes"], split=split).model_dump(mode="json")
+        self._format.complete(clip, {"schema": SCHEMA, **attributes})
+        sync(clip / name)
+        files = {**entry["files"], name: checksum(clip / name)}
+        return {**entry, "attributes": attributes, "files": files}
 
     def discard(self, entry: dict[str, Any]) -> None:
         """Delete a clip that `write_clip` finished and that is not wanted."""
@@ -175,7 +198,7 @@ def write_clip(
     Args:
         frames: yields `shape[0]` arrays (H, W) of integers.
         dtype: uint8 or uint16, as stored.
-        info: VideoInfo's fields without sha256.
+        info: VideoInfo's fields without sha256. `split` may be missing: the commit adds it.
         lr: frames of the second camera (T_lr, h, w); info then has lr_times.
 
     Raises:
@@ -201,10 +224,12 @@ def write_clip(
         if lr is not None:
             depth = info.get("lr_bit_depth") or info["bit_depth"]
             _fill(where, clip, digest, "lr", lr, lr.shape, lr.dtype, depth)
-        full = VideoInfo(sha256=digest.hexdigest(), **info).model_dump(mode="json")
-        clip.finish({"schema": SCHEMA, **full})
+        attributes = _info(sha256=digest.hexdigest(), **info).model_dump(mode="json")
+        if "split" not in info:
+            del attributes["split"]
+        clip.finish({"schema": SCHEMA, **attributes})
         sync(temporary)
-        sums = checksums(temporary)
+        sums = checksums(temporary, without=None if "split" in info else form.attributes_file)
         undo.pop_all()
     return {
         "id": id,
@@ -212,9 +237,14 @@ def write_clip(
         "shape": list(shape),
         "dtype": dtype.name,
         "lr_shape": None if lr is None else list(lr.shape),
-        "attributes": full,
+        "attributes": attributes,
         "files": sums,
     }
+
+
+def _info(**fields: Any) -> VideoInfo:
+    """The fields, checked; where the split is still open it is the first one."""
+    return VideoInfo(**{"split": SPLITS[0], **fields})
 
 
 def _check(
@@ -231,7 +261,7 @@ def _check(
         if len(size) != 3 or min(size) < 1:
             raise InputError(f"{where}: shape {size} is not (frames, height, width)")
     try:
-        checked = VideoInfo(sha256="", **info)
+        checked = _info(sha256="", **info)
     except (ValidationError, TypeError) as error:
         raise InputError(f"{where}: {explain(error)}") from None
     for name, depth, kind in [

@@ -10,56 +10,37 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hpc_xvr.data.cameras import camera_files
 from hpc_xvr.data.cameras.recording import guarded
 from hpc_xvr.data.cameras.source import Source
+from hpc_xvr.data.corpus.layout import Split
 from hpc_xvr.data.corpus.writer import CorpusWriter
-from hpc_xvr.data.ingest.schedule import Orders, Outcome, Plan
+from hpc_xvr.data.ingest.schedule import Orders, Outcome, Schedule
 from hpc_xvr.data.ingest.sources import find_recordings
 from hpc_xvr.data.ingest.treatment import Treatment
-from hpc_xvr.data.ingest.workers import Alone, Crew, Result, crew
+from hpc_xvr.data.ingest.workers import ProcessWorkers, Result, SerialWorker, start_workers
 from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.processes import cores
+from hpc_xvr.data.ranks import ONE_RANK, Ranks
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, progress_bar
 
-__all__ = ["Outcome", "Ranks", "find_recordings", "ingest"]
+__all__ = ["Outcome", "find_recordings", "ingest"]
 
 TICK = 0.2
 """Seconds between two meetings of the ranks."""
-NEWS = 60.0
+LOG_EVERY = 60.0
 """Seconds between two lines about how far it is."""
 WINDOW = 8
 """Files a process may be ahead of the first one that is not finished yet."""
 WORTH = 2**26
 """Bytes of camera files for which one more process is started, which takes a second."""
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Who shares the work: `gather(value)` gives the values of all ranks to all of them."""
-
-    rank: int = 0
-    world: int = 1
-    gather: Callable[[Any], list[Any]] = lambda value: [value]
-
-    def from_first(self, action: Callable[[], Any]) -> Any:
-        """What `action` returns on rank 0, everywhere; its InputError too."""
-        found = problem = None
-        if self.rank == 0:
-            try:
-                found = action()
-            except InputError as error:
-                problem = str(error)
-        found, problem = self.gather((found, problem))[0]
-        if problem is not None:
-            raise InputError(problem)
-        return found
 
 
 def ingest(
@@ -73,10 +54,10 @@ def ingest(
     crop: bool = False,
     scene: str | None = None,
     store: Literal["zarr", "hdf5"] = "zarr",
-    split: Literal["auto", "train", "validation", "test"] = "auto",
+    split: Split | Literal["auto"] = "auto",
     skip_bad: bool = False,
     workers: int | None = None,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ONE_RANK,
     **camera: Any,
 ) -> list[Outcome]:
     """Add recordings to a corpus, which is created where it is missing. All ranks call it alike.
@@ -90,6 +71,7 @@ def ingest(
         split: auto gives each recording to the split furthest below its share of 0.8/0.1/0.1.
         skip_bad: go on with the others after a file that cannot be used.
         workers: processes of this rank; None: one a core, fewer for little work.
+        ranks: who share the work.
         camera: how the recordings are read, fields of CameraReading: flat, dark, bit_depth, ...
 
     Raises:
@@ -97,10 +79,10 @@ def ingest(
             Without skip_bad those before a bad one, and those under way with it, are finished.
     """
     with contextlib.ExitStack() as stack:
-        plan: Plan | None = None
+        schedule: Schedule | None = None  # the root's
 
-        def prepare() -> tuple[int, int, Path, str, Treatment]:
-            nonlocal plan
+        def prepare() -> _Task:
+            nonlocal schedule
             treatment = Treatment(
                 CameraReading(**camera),
                 lr_camera or CameraReading(),
@@ -114,25 +96,37 @@ def ingest(
             sources = _paired(found, lr, treatment.lr_camera.dataset)
             treatment = treatment.prepared()
             writer = stack.enter_context(CorpusWriter(corpus, store=store))
-            plan = Plan(writer, sources, treatment, split, skip_bad)
-            return plan.new, plan.nbytes, writer.path, writer.store, treatment
+            schedule = Schedule(writer, sources, treatment, split, skip_bad)
+            return _Task(schedule.new, schedule.nbytes, writer.path, writer.store, treatment)
 
-        new, nbytes, *task = ranks.from_first(prepare)
-        size = min(workers or min(cores(), 1 + nbytes // WORTH), -(-new // ranks.world))
-        fatal = ""
-        try:
-            with crew(0 if ranks.world == 1 and size == 1 else size, *task) as ours:
-                _work(ours, plan, ranks, WINDOW * size * ranks.world)
-        except _Stop as stop:
-            fatal = str(stop)
+        def outcomes() -> list[Outcome]:
+            assert schedule is not None
+            return schedule.outcomes()
+
+        task = ranks.on_root(prepare)
+        count = workers or min(cores(), 1 + task.nbytes // WORTH)
+        count = min(count, -(-task.new // ranks.size))
+        alone = ranks.size == 1 and count == 1
+        with (
+            contextlib.suppress(_Failed),
+            start_workers(0 if alone else count, task.corpus, task.store, task.treatment) as own,
+        ):
+            _work(own, schedule, ranks, WINDOW * count * ranks.size)
         ranks.gather(None)  # nobody writes any more: the writer may tidy up and leave
-        ranks.from_first(stack.close)
-    outcomes, problem = ranks.gather(
-        (plan.outcomes, _problem(plan, skip_bad)) if plan is not None else None
-    )[0]
-    if fatal or problem:
-        raise InputError(fatal or problem)
-    return outcomes
+        ranks.on_root(stack.close)
+    return ranks.on_root(outcomes)
+
+
+class _Task(NamedTuple):
+    """What every rank knows of the run."""
+
+    new: int
+    """Recordings to be read."""
+    nbytes: int
+    """Bytes of their files."""
+    corpus: Path
+    store: str
+    treatment: Treatment
 
 
 def _paired(sources: list[Source], lr: Sequence[Path | str], dataset: str | None) -> list[Source]:
@@ -153,72 +147,71 @@ def _paired(sources: list[Source], lr: Sequence[Path | str], dataset: str | None
     return pairs
 
 
-class _Stop(Exception):
-    """The disk, or a lost process, ends the work of all ranks."""
+class _Failed(Exception):
+    """The disk, or a lost process, ends the work of all ranks; the schedule knows why."""
 
 
-def _work(ours: Alone | Crew, plan: Plan | None, ranks: Ranks, window: int) -> None:
-    """Read, write and decide until all is done.
+class _Report(NamedTuple):
+    """What a rank tells the root."""
+
+    results: list[Result]
+    free: int
+    """Jobs it has room for."""
+    read: float
+    """Bytes of camera files read so far."""
+
+
+def _work(
+    own: SerialWorker | ProcessWorkers, schedule: Schedule | None, ranks: Ranks, window: int
+) -> None:
+    """Read, write and decide until all is done. The root has the schedule.
 
     Raises:
-        _Stop: on all ranks.
+        _Failed: on all ranks.
     """
     results: list[Result] = []
-    with _progress(plan) as show:
-        if isinstance(ours, Alone):
-            ours.tell = show
+    with _progress(schedule) as show:
+        if isinstance(own, SerialWorker):
+            own.on_progress = show
         while True:
-            news = ranks.gather((results, ours.free, ours.read))
-            orders: Orders | None = None
-            if plan is not None:
-                show(sum(read for _, _, read in news))
-                plan.take(result for found, _, _ in news for result in found)
-                orders = plan.orders([free for _, free, _ in news], window)
-            orders = ranks.gather(orders)[0]
-            if orders.fatal:
-                raise _Stop(orders.fatal)
-            if orders.over:
+            reports = ranks.gather(_Report(results, own.free, own.read))
+            show(sum(report.read for report in reports))
+            orders = ranks.on_root(partial(_direct, schedule, reports, window))
+            if orders.failed:
+                raise _Failed
+            if orders.done:
                 return
             for job in orders.jobs[ranks.rank]:
-                ours.submit(job)
-            results = ours.finished(TICK)
+                own.submit(job)
+            results = own.finished(TICK)
+
+
+def _direct(schedule: Schedule | None, reports: list[_Report], window: int) -> Orders:
+    assert schedule is not None  # on the root
+    schedule.take(result for report in reports for result in report.results)
+    return schedule.orders([report.free for report in reports], window)
 
 
 @contextlib.contextmanager
-def _progress(plan: Plan | None) -> Iterator[Callable[[float], None]]:
+def _progress(schedule: Schedule | None) -> Iterator[Callable[[float], None]]:
     """show(bytes read): a bar on a terminal, a line a minute in a log."""
-    if plan is None or not plan.new:
+    if schedule is None or not schedule.new:
         yield lambda read: None
         return
     started = last = time.monotonic()
     shown = 0.0
-    with progress_bar("ingesting", plan.nbytes / 1e6, "MB") as advance:
+    with progress_bar("ingesting", schedule.nbytes / 1e6, "MB") as advance:
 
         def show(read: float) -> None:
             nonlocal shown, last
             advance((read - shown) / 1e6)
             shown, now = read, time.monotonic()
-            if now - last > NEWS and read:
+            if now - last > LOG_EVERY and read:
                 last = now
-                left = (now - started) * max(0.0, plan.nbytes / read - 1)
+                left = (now - started) * max(0.0, schedule.nbytes / read - 1)
                 logger.info(
                     "%d of %d recordings, %.0f of %.0f MB, about %.0f min left",
-                    *(plan.decided, plan.new, read / 1e6, plan.nbytes / 1e6, left / 60),
+                    *(schedule.decided, schedule.new, read / 1e6, schedule.nbytes / 1e6, left / 60),
                 )
 
         yield show
-
-
-def _problem(plan: Plan, skip_bad: bool) -> str:
-    """What the run ends with, if not well."""
-    done = [outcome for outcome in plan.outcomes if outcome.status != "bad"]
-    if not plan.problem or (skip_bad and done):
-        return ""
-    if plan.total == 1:
-        return plan.problem
-    if skip_bad:
-        return f"{plan.problem}; none of the {plan.total} recordings could be used"
-    return (
-        f"{plan.problem}; {len(done)} of {plan.total} recordings are in the corpus, --skip-bad "
-        "goes on without the bad ones"
-    )

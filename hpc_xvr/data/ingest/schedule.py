@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections import ChainMap, Counter, deque
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hpc_xvr.data.cameras.source import Source
-from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.corpus.layout import SPLITS
+from hpc_xvr.data.corpus import Corpus, Video
+from hpc_xvr.data.corpus.layout import SPLITS, Split
 from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.ingest.treatment import Treatment
 from hpc_xvr.data.ingest.workers import Job, Result
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
-SHARES = dict(zip(SPLITS, (0.8, 0.1, 0.1), strict=True))
+SHARES: dict[Split, float] = dict(zip(SPLITS, (0.8, 0.1, 0.1), strict=True))
 Status = Literal["added", "already there", "duplicate", "bad"]
 
 
@@ -34,19 +34,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Orders:
-    """What every rank is told: its jobs, and whether that is all."""
+    """What every rank does next: its jobs, or nothing more, because all is done or had to end."""
 
     jobs: list[list[Job]]
-    over: bool
-    fatal: str
+    done: bool
+    failed: bool
 
 
-class Plan:
+class Schedule:
     """Hands out files, and decides about what comes back in the order of the files.
 
-    A recording's split depends on those before it, and it has to be written to know whether those
-    are duplicates. So each is written with the split it should get; where that proves wrong, it is
-    written again.
+    Clips are written without a split: it depends on the recordings before, and which of those are
+    duplicates is known only when they have been read.
     """
 
     def __init__(
@@ -54,39 +53,31 @@ class Plan:
         writer: CorpusWriter,
         sources: Sequence[Source],
         treatment: Treatment,
-        split: str,
+        split: Split | Literal["auto"],
         skip_bad: bool,
     ) -> None:
-        self.problem = ""
-        """What is wrong with the first file that cannot be used."""
         self._writer, self._sources, self._skip_bad = writer, sources, skip_bad
-        self._split = None if split == "auto" else split
-        self._prints = [treatment.fingerprint(source) for source in sources]
-        self._book = _Book(Corpus(writer.path))
-        self._found: dict[int, Outcome] = {}
+        self._split: Split | None = None if split == "auto" else split
+        self._fingerprints = [treatment.fingerprint(source) for source in sources]
+        self._present = _Present(Corpus(writer.path))
+        self._outcomes: dict[int, Outcome] = {}
         for number in range(len(sources)):
-            self._already(number)
-        self._waiting = deque(n for n in range(len(sources)) if n not in self._found)
-        self._out: deque[int] = deque()  # handed out, not decided yet
-        self._again: deque[Job] = deque()
+            self._already_there(number)
+        self._waiting = deque(n for n in range(len(sources)) if n not in self._outcomes)
+        self._handed_out: deque[int] = deque()  # and not decided yet
         self._results: dict[int, Result] = {}
-        self._ahead = self._book.ahead()
-        self._stopped, self._fatal = False, ""
-        self.total = len(sources)
+        self._bad_file: InputError | None = None  # the first one
+        self._failure: InputError | None = None  # no file's: it ends the run
+        self._stopped = False
         self.new = len(self._waiting)
         """Recordings to be read."""
         self.nbytes = sum(sources[n].nbytes for n in self._waiting)
         """Bytes of their files."""
 
     @property
-    def outcomes(self) -> list[Outcome]:
-        """Of the recordings decided about, in order."""
-        return [self._found[number] for number in sorted(self._found)]
-
-    @property
     def decided(self) -> int:
         """How many of the new ones are decided about."""
-        return len(self._found) - (self.total - self.new)
+        return len(self._outcomes) - (len(self._sources) - self.new)
 
     def orders(self, free: Sequence[int], window: int) -> Orders:
         """The next jobs for ranks that have room for so many; at most `window` are under way."""
@@ -96,167 +87,163 @@ class Plan:
             if job is None:
                 break
             jobs[rank].append(job)
-        over = not self._out and (self._stopped or not self._waiting)
-        return Orders(jobs, over, self._fatal)
+        done = not self._handed_out and (self._stopped or not self._waiting)
+        return Orders(jobs, done, self._failure is not None)
 
     def take(self, results: Iterable[Result]) -> None:
         """Decide about whatever can be decided now."""
         for result in results:
             if result.fatal:
-                self._fatal = self._fatal or result.problem
+                self._failure = self._failure or result.error
                 continue
             self._results[result.number] = result
-            self._stopped = self._stopped or bool(result.problem and not self._skip_bad)
+            self._stopped = self._stopped or bool(result.error and not self._skip_bad)
         try:
-            while self._out and self._out[0] in self._results:
-                if not self._decide(self._out[0], self._results.pop(self._out[0])):
-                    break
-        except InputError as error:
-            self._fatal = self._fatal or str(error)
+            while self._handed_out and self._handed_out[0] in self._results:
+                number = self._handed_out.popleft()
+                self._decide(number, self._results.pop(number))
+        except InputError as error:  # the disk
+            self._failure = self._failure or error
+
+    def outcomes(self) -> list[Outcome]:
+        """Of the recordings decided about, in order.
+
+        Raises:
+            InputError: the run failed, or a bad file stopped it, or none of the files was usable.
+        """
+        if self._failure:
+            raise self._failure
+        outcomes = [self._outcomes[number] for number in sorted(self._outcomes)]
+        usable = sum(outcome.status != "bad" for outcome in outcomes)
+        if not self._bad_file or (self._skip_bad and usable):
+            return outcomes
+        total = len(self._sources)
+        if total == 1:
+            raise self._bad_file
+        if self._skip_bad:
+            raise InputError(f"{self._bad_file}; none of the {total} recordings could be used")
+        raise InputError(
+            f"{self._bad_file}; {usable} of {total} recordings are in the corpus, --skip-bad goes "
+            "on without the bad ones"
+        )
 
     def _next(self, window: int) -> Job | None:
-        if self._again:
-            return self._again.popleft()
-        if self._stopped or self._fatal or not self._waiting or len(self._out) >= window:
+        enough = len(self._handed_out) >= window
+        if self._stopped or self._failure or not self._waiting or enough:
             return None
         number = self._waiting.popleft()
-        self._out.append(number)
-        return self._job(number, self._look_ahead(number))
-
-    def _job(self, number: int, split: str) -> Job:
+        self._handed_out.append(number)
         source = self._sources[number]
-        return Job(number, source, split, self._prints[number], source.nbytes)
+        return Job(number, source, self._fingerprints[number], source.nbytes)
 
-    def _look_ahead(self, number: int) -> str:
-        """The split a recording gets if all before it are added."""
-        source = self._sources[number]
-        split = self._split or self._ahead.split(source)
-        self._ahead.count((source.folder, source.name), split)
-        return split
-
-    def _decide(self, number: int, result: Result) -> bool:
-        """False: it is to be written again."""
-        source, entry = self._sources[number], result.entry
+    def _decide(self, number: int, result: Result) -> None:
         for note in result.notes:
             logger.warning("%s", note)
-        if result.problem:
-            self.problem = self.problem or result.problem
-            if self._skip_bad:
-                logger.warning("%s; skipped", result.problem)
-            self._found[number] = Outcome(source.path, "bad", problem=result.problem)
-        elif self._already(number):
-            self._writer.discard(entry)
-        elif (known := self._book.contents.get(_content(entry))) is not None:
-            self._writer.discard(entry)
-            id, split, origin = known
-            logger.warning(
-                "%s: holds the same frames as %s (from %s): skipped", source.path, id, origin
-            )
-            self._found[number] = Outcome(source.path, "duplicate", id, split)
+        if result.error:
+            self._refuse(number, result.error)
+        elif self._already_there(number) or self._duplicate(number, result.entry):
+            self._writer.discard(result.entry)
         else:
-            split = self._split or self._book.split(source)
-            if entry["attributes"]["split"] != split:
-                self._writer.discard(entry)
-                self._again.append(self._job(number, split))
-                return False
-            self._add(number, entry)
-            self._out.popleft()
-            return True
-        self._out.popleft()
-        # Those under way were given splits as if this one were added.
-        self._ahead = self._book.ahead()
-        for later in self._out:
-            self._look_ahead(later)
-        return True
+            self._add(number, result.entry)
 
-    def _already(self, number: int) -> bool:
+    def _refuse(self, number: int, error: InputError) -> None:
+        self._bad_file = self._bad_file or error
+        if self._skip_bad:
+            logger.warning("%s; skipped", error)
+        path = self._sources[number].path
+        self._outcomes[number] = Outcome(path, "bad", problem=str(error))
+
+    def _already_there(self, number: int) -> bool:
         """Whether the corpus has this file, treated in this way."""
-        known = self._book.fingerprints.get(self._prints[number])
+        known = self._present.by_fingerprint.get(self._fingerprints[number])
         if known is None:
             return False
         path = self._sources[number].path
-        logger.info("%s: already there as %s", path, known[0])
-        self._found[number] = Outcome(path, "already there", *known)
+        logger.info("%s: already there as %s", path, known.id)
+        self._outcomes[number] = Outcome(path, "already there", known.id, known.split)
+        return True
+
+    def _duplicate(self, number: int, entry: dict[str, Any]) -> bool:
+        """Whether the corpus has the same frames from another file."""
+        shapes = entry["shape"], entry["lr_shape"], entry["dtype"]
+        known = self._present.by_content.get(_content(entry["attributes"]["sha256"], *shapes))
+        if known is None:
+            return False
+        path = self._sources[number].path
+        logger.warning(
+            "%s: holds the same frames as %s (from %s): skipped", path, known.id, known.source
+        )
+        self._outcomes[number] = Outcome(path, "duplicate", known.id, known.split)
         return True
 
     def _add(self, number: int, entry: dict[str, Any]) -> None:
-        source, about = self._sources[number], entry["attributes"]
-        entry = {**entry, "id": self._book.name(source)}
-        self._writer.commit(entry)
-        self._book.add(entry)
-        self._found[number] = Outcome(source.path, "added", entry["id"], about["split"])
+        source = self._sources[number]
+        video = self._writer.commit(
+            entry,
+            id=self._present.unused_id(source),
+            split=self._split or self._present.split_for(source),
+        )
+        self._present.add(video)
+        self._outcomes[number] = Outcome(source.path, "added", video.id, video.split)
         logger.info(
             "%s: added as %s (%s, %s frames of %s x %s, %s bit)",
-            source.path,
-            entry["id"],
-            about["split"],
-            *entry["shape"],
-            about["bit_depth"],
+            *(source.path, video.id, video.split, *video.shape, video.info.bit_depth),
         )
 
 
-class _Book:
+class _Known(NamedTuple):
+    """A video of the corpus."""
+
+    id: str
+    split: str
+    source: str
+
+
+class _Present:
     """What a corpus has, and what the next recording becomes there."""
 
     def __init__(self, corpus: Corpus) -> None:
-        self.ids: set[str] = set()
-        self.fingerprints: dict[str, tuple[str, str]] = {}
-        """id and split"""
-        self.contents: dict[tuple, tuple[str, str, str]] = {}
-        """id, split and source"""
-        self.of_file: MutableMapping[tuple[str, str], str] = {}
-        """split"""
-        self.counts: Counter[str] = Counter()
+        self.by_fingerprint: dict[str, _Known] = {}
+        """Of the file and how it was treated."""
+        self.by_content: dict[tuple[Any, ...], _Known] = {}
+        """Of the frames, see `_content`."""
+        self._ids: set[str] = set()
+        self._split_of_file: dict[tuple[str, str], Split] = {}  # (folder, name)
+        self._counts: Counter[str] = Counter()
         for video in corpus.videos:
-            self.add(
-                {
-                    "id": video.id,
-                    "shape": video.shape,
-                    "dtype": video.dtype.name,
-                    "lr_shape": video.lr_shape,
-                    "attributes": video.info.__dict__,
-                }
-            )
+            self.add(video)
 
-    def add(self, entry: dict[str, Any]) -> None:
+    def add(self, video: Video) -> None:
         """Take note of a video of the corpus."""
-        id, about = entry["id"], entry["attributes"]
-        split, source, more = about["split"], about["source"], about["metadata"]
-        self.ids.add(id)
-        self.contents.setdefault(_content(entry), (id, split, source))
-        if "fingerprint" in more:
-            self.fingerprints.setdefault(more["fingerprint"], (id, split))
-        self.count((more.get("source_folder", ""), source), split)
+        info = video.info
+        known = _Known(video.id, video.split, info.source)
+        content = _content(info.sha256, video.shape, video.lr_shape, video.dtype.name)
+        self.by_content.setdefault(content, known)
+        if "fingerprint" in info.metadata:
+            self.by_fingerprint.setdefault(info.metadata["fingerprint"], known)
+        file = info.metadata.get("source_folder", ""), info.source
+        self._split_of_file.setdefault(file, info.split)
+        self._counts[video.split] += 1
+        self._ids.add(video.id)
 
-    def count(self, file: tuple[str, str], split: str) -> None:
-        """One more recording of this file (folder, name) in a split."""
-        self.of_file.setdefault(file, split)
-        self.counts[split] += 1
-
-    def split(self, source: Source) -> str:
+    def split_for(self, source: Source) -> Split:
         """That of another recording of the same file, else the one furthest below its share."""
-        known = self.of_file.get((source.folder, source.name))
+        known = self._split_of_file.get((source.folder, source.name))
         if known is not None:
             return known
-        total = sum(self.counts.values()) + 1
-        return max(SHARES, key=lambda part: round(SHARES[part] * total - self.counts[part], 9))
+        total = sum(self._counts.values()) + 1
+        return max(SHARES, key=lambda part: round(SHARES[part] * total - self._counts[part], 9))
 
-    def name(self, source: Source) -> str:
-        """An id made of the file's name, unused in the corpus."""
+    def unused_id(self, source: Source) -> str:
+        """An id made of the file's name that no video has."""
         number, unique = 2, source.stem
-        while unique in self.ids:
+        while unique in self._ids:
             unique, number = f"{source.stem}-{number}", number + 1
         return unique
 
-    def ahead(self) -> _Book:
-        """A copy to count in."""
-        book = object.__new__(_Book)
-        book.of_file, book.counts = ChainMap({}, self.of_file), Counter(self.counts)
-        return book
 
-
-def _content(entry: dict[str, Any]) -> tuple:
+def _content(
+    sha256: str, shape: Sequence[int], lr_shape: Sequence[int] | None, dtype: str
+) -> tuple[Any, ...]:
     """Equal for the same frames."""
-    lr_shape = entry["lr_shape"]
-    shapes = tuple(entry["shape"]), None if lr_shape is None else tuple(lr_shape)
-    return entry["attributes"]["sha256"], *shapes, entry["dtype"]
+    return sha256, tuple(shape), None if lr_shape is None else tuple(lr_shape), dtype

@@ -1,4 +1,4 @@
-"""Which recordings files, globs and folders hold; what tells one from another."""
+"""Which recordings files, globs and folders hold."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def find_recordings(paths: Sequence[Path | str], dataset: str | None = None) -> 
             ):
                 loose.append(folder)
             else:
-                files, inner = camera_files(path)
-                found.append(Source(tuple(files), inner or dataset))
+                of_one, inner = camera_files(path)
+                found.append(Source(tuple(of_one), inner or dataset))
     for files in _group(list(dict.fromkeys(loose))):
         found.append(Source(files if len(files) > 1 else tuple(camera_files(files[0])[0]), dataset))
     return list(dict.fromkeys(_by_pixels(source) for source in found))
@@ -59,7 +59,7 @@ def _matches(path: Path | str) -> list[Path | str]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """Camera files under a folder; hidden ones and those of a corpus are none."""
+    """Camera files under a folder, without hidden ones and those of a corpus."""
     corpora = {header.parent for header in folder.rglob(HEADER)}
     return sorted(
         file

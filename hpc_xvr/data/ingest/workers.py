@@ -24,32 +24,32 @@ from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
 QUEUE = 2
-"""Files handed to a process beyond the one it reads: no waiting for the next."""
+"""Files handed to a process beyond the one it reads, so that it never waits for the next."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One recording to write, as which split."""
+    """One recording to read and write."""
 
     number: int
     source: Source
-    split: str
     fingerprint: str
     nbytes: int
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a job: a clip beside the corpus, or a problem with the file.
+    """What came of a job: a clip beside the corpus (what `write_clip` returned), or an error.
 
-    `fatal`: it is no file's problem, and the others would meet it too.
+    `fatal`: the error is not the file's, and the others would meet it too.
     """
 
     number: int
-    entry: dict[str, Any] | None = None
-    problem: str | None = None
+    entry: dict[str, Any] = field(default_factory=dict)
+    error: InputError | None = None
     fatal: bool = False
     notes: list[str] = field(default_factory=list)
+    """Warnings to log."""
 
 
 class ClipWriter:
@@ -63,7 +63,7 @@ class ClipWriter:
 
     def write(self, job: Job) -> Result:
         """Read the files of a job to their end and write its clip."""
-        broken: list[InputError] = []
+        broken: list[InputError] = []  # what is wrong with the file
         try:
             recording, fast, info = self._treatment.open(job.source)
             lr = None
@@ -72,18 +72,17 @@ class ClipWriter:
                 for index, frame in enumerate(fast.frames()):
                     lr[index] = frame
         except InputError as error:
-            return Result(job.number, problem=str(error))
+            return Result(job.number, error=error.with_traceback(None))  # it would hold arrays
 
         def frames() -> Iterator[np.ndarray]:
             try:
-                for frame in _noted(recording):
+                for frame in _checked(recording):
                     yield frame
                     self._advance(job.nbytes / recording.shape[0])
             except InputError as error:
                 broken.append(error)
                 raise
 
-        info["split"] = job.split
         info["metadata"]["fingerprint"] = job.fingerprint
         try:
             entry = write_clip(
@@ -97,11 +96,11 @@ class ClipWriter:
                 lr=lr,
             )
         except InputError as error:
-            return Result(job.number, problem=str(error), fatal=not broken)
+            return Result(job.number, error=error.with_traceback(None), fatal=not broken)
         return Result(job.number, entry)
 
 
-def _noted(recording: Recording) -> Iterator[np.ndarray]:
+def _checked(recording: Recording) -> Iterator[np.ndarray]:
     """The frames; warns where a container seems to have more bits than the camera."""
     largest = 0
     for frame in recording.frames():
@@ -116,20 +115,20 @@ def _noted(recording: Recording) -> Iterator[np.ndarray]:
         )
 
 
-class Alone:
+class SerialWorker:
     """This process by itself: reads a file when it is handed one."""
 
     def __init__(self, corpus: Path, store: str, treatment: Treatment) -> None:
         self.read = 0.0
         """Bytes of camera files that were read."""
-        self.tell: Callable[[float], None] = lambda read: None
-        """Hears of `read` after each frame."""
+        self.on_progress: Callable[[float], None] = lambda read: None
+        """Called with `read` after each frame."""
         self._writer = ClipWriter(corpus, store, treatment, self._advance)
         self._done: list[Result] = []
 
     def _advance(self, nbytes: float) -> None:
         self.read += nbytes
-        self.tell(self.read)
+        self.on_progress(self.read)
 
     @property
     def free(self) -> int:
@@ -145,8 +144,8 @@ class Alone:
         return done
 
 
-class Crew:
-    """The processes of this rank."""
+class ProcessWorkers:
+    """The worker processes of this rank."""
 
     def __init__(self, pool: ProcessPoolExecutor, size: int, counter: Any) -> None:
         self._pool, self._counter = pool, counter
@@ -156,7 +155,7 @@ class Crew:
 
     @property
     def read(self) -> float:
-        return self._counter.value
+        return float(self._counter.value)
 
     @property
     def free(self) -> int:
@@ -184,22 +183,25 @@ class Crew:
 
 
 @contextlib.contextmanager
-def crew(workers: int, corpus: Path, store: str, treatment: Treatment) -> Iterator[Alone | Crew]:
-    """`workers` processes, or this one alone if that is 0; an exception ends them at once."""
-    if not workers:
-        yield Alone(corpus, store, treatment)
+def start_workers(
+    count: int, corpus: Path, store: str, treatment: Treatment
+) -> Iterator[SerialWorker | ProcessWorkers]:
+    """`count` processes, or this one alone if that is 0; an exception ends them at once."""
+    if not count:
+        yield SerialWorker(corpus, store, treatment)
         return
     counter = multiprocessing.get_context("spawn").Value("d", 0.0)
-    with worker_pool(workers, _start, (corpus, store, treatment, counter)) as pool:
-        yield Crew(pool, workers, counter)
+    with worker_pool(count, _start, (corpus, store, treatment, counter)) as pool:
+        yield ProcessWorkers(pool, count, counter)
 
 
-_writer: ClipWriter | None = None  # of a worker process
+_writer: ClipWriter  # of a worker process
 _notes: list[str] = []
 
 
 class _Notes(logging.Handler):
-    """What a worker would log is told by the one who hears of its results, once and in order."""
+    """What a worker would log goes with its result, and is logged by the process that schedules:
+    once, and in the order of the files."""
 
     def emit(self, record: logging.LogRecord) -> None:
         _notes.append(record.getMessage())
@@ -226,9 +228,8 @@ def _write(job: Job) -> Result:
 def _lost(jobs: list[Job]) -> Result:
     names = sorted({str(job.source.path) for job in jobs})
     some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return Result(
-        -1,
-        problem="a process that read camera files was killed, or crashed, or memory ran out; it "
-        f"had one of {some}: repeat the command, with fewer --workers if it happens again",
-        fatal=True,
+    error = InputError(
+        "a process that read camera files was killed, or crashed, or memory ran out; it had one "
+        f"of {some}: repeat the command, with fewer --workers if it happens again"
     )
+    return Result(-1, error=error, fatal=True)

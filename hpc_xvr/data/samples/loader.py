@@ -6,15 +6,14 @@ import atexit
 import multiprocessing
 import signal
 import threading
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from hpc_xvr import log
 from hpc_xvr.data.processes import end_with_parent
@@ -34,7 +33,7 @@ def training_batches(
     steps: int,
     micro_batch: int | None = None,
     pin_memory: bool = False,
-) -> DataLoader:
+) -> DataLoader[Sample]:
     """Loader of one rank's share of steps start_step .. steps - 1, to iterate once.
 
     Yields share / micro_batch micro-batches for each step, in order (all of the share at once
@@ -62,11 +61,16 @@ def training_batches(
             "multiprocessing_context": context,
             "worker_init_fn": partial(_start_worker, rank),
         }
-    plan = _Plan(slots, start_step, steps, micro_batch)
-    return _Loader(dataset, batch_sampler=plan, pin_memory=pin_memory, **options)
+    return _Loader(
+        _ErrorsAsValues(dataset),
+        batch_sampler=_MicroBatches(slots, start_step, steps, micro_batch),
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        **options,
+    )
 
 
-class _Plan:
+class _MicroBatches:
     """(step, slot) of each micro-batch."""
 
     def __init__(self, slots: range, start_step: int, steps: int, micro_batch: int) -> None:
@@ -82,31 +86,51 @@ class _Plan:
         return len(self._steps) * (len(self._slots) // self._micro_batch)
 
 
-class _Loader(DataLoader):
+class _ErrorsAsValues(Dataset[Sample]):
+    """The samples of a micro-batch, or the InputError that prevents it.
+
+    An exception that leaves a worker comes out of DataLoader with the worker's traceback in place
+    of its message.
+    """
+
+    def __init__(self, samples: TrainingSamples) -> None:
+        self._samples = samples
+
+    def __getitems__(self, indices: Sequence[tuple[int, int]]) -> list[Sample] | InputError:
+        try:
+            return [self._samples[index] for index in indices]
+        except InputError as error:
+            return error.with_traceback(None)
+
+
+def _collate(samples: list[Sample] | InputError) -> Sample | InputError:
+    return samples if isinstance(samples, InputError) else default_collate(samples)
+
+
+class _Loader(DataLoader[Sample]):
     def __iter__(self) -> Any:
         if not self.num_workers:
-            return super().__iter__()
+            return _raise_errors(super().__iter__())
         before = set(multiprocessing.active_children())
         with _signals_blocked():
             iterator = super().__iter__()
         # They ignore SIGTERM, so a run that ends with an exception would wait for them forever.
         for worker in set(multiprocessing.active_children()) - before:
             atexit.register(worker.kill)
-        return _as_raised(iterator)
+        return _raise_errors(iterator)
 
 
-def _as_raised(batches: Iterator[Sample]) -> Iterator[Sample]:
-    """A worker's InputError arrives with the worker's traceback as its message: keep the line."""
-    try:
-        yield from batches
+def _raise_errors(batches: Iterator[Sample | InputError]) -> Iterator[Sample]:
+    for batch in batches:
+        if isinstance(batch, InputError):
+            break
+        yield batch
+    else:
         return
-    except InputError as error:
-        kind, line = type(error).__name__, str(error).rstrip().splitlines()[-1]
-        # Tracebacks would keep the loader's workers until some later garbage collection, which
-        # cannot end them in an orderly way.
-        traceback.clear_frames(error.__traceback__)
+    # The error's traceback would keep the loader's workers until some later garbage collection,
+    # which cannot end them in an orderly way.
     del batches
-    raise InputError(line.partition(f"{kind}: ")[2] or line)
+    raise batch
 
 
 @contextmanager

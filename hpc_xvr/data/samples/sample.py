@@ -1,4 +1,4 @@
-"""Samples for training and evaluation, and the loader that reads them ahead.
+"""One sample: which frames of a recording it shows, which part of them, with what noise.
 
 A sample is a dict of float32 tensors in [0, 1]: `lr` (N_lr, 1, h, w), `hr` (2, 1, H, W), `target`
 (N_out, 1, H, W), and `hr_offset` (2,), the signed distance of the key frames from the centre
@@ -8,8 +8,8 @@ frame in the sample's own LR frames. H = scale * h. Batches put B in front.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +17,50 @@ from torch import Tensor
 
 from hpc_xvr import config
 from hpc_xvr.data.corpus import Video
-from hpc_xvr.data.degrade import CameraNoise, bin_down, fixed_pattern
-from hpc_xvr.errors import InputError
+from hpc_xvr.data.degrade import CameraNoise, bin_down
 
 Sample = dict[str, Tensor]
 OutputFrames = Literal["centre", "sequence"]
 _WHOLE = slice(None)
-_CLEAN = CameraNoise()
+
+
+class Times(NamedTuple):
+    """The frames of a sample, counted in HR frames of the recording."""
+
+    centre: int
+    lr: Sequence[int]
+    keys: tuple[int, int]
+    interval: int = 1
+    """From one LR frame to the next."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A part of the frames, and how it is turned."""
+
+    y: slice
+    x: slice
+    """First pixel and last + 1."""
+    flips: tuple[bool, bool, bool] = (False, False, False)
+    """Flip rows, flip columns, then transpose: the eight orientations."""
+
+    def coarse(self, scale: int) -> Crop:
+        """The same part on a grid whose pixels are `scale` times as large."""
+        y, x = (slice(part.start // scale, part.stop // scale) for part in (self.y, self.x))
+        return Crop(y, x, self.flips)
+
+    def turned(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (n, H, W) that show this part alone, turned."""
+        rows, columns, transpose = self.flips
+        frames = frames[:, :: -1 if rows else 1, :: -1 if columns else 1]
+        return frames.swapaxes(1, 2) if transpose else frames
+
+
+class Noise(NamedTuple):
+    """What the two cameras add."""
+
+    lr: CameraNoise = CameraNoise()
+    hr: CameraNoise = CameraNoise()
 
 
 def window_sample(
@@ -49,22 +86,12 @@ def window_sample(
     frames, height, width = video.shape
     half = data.lr_frames // 2
     if data.lr_source == "recorded":
-        _check_recorded(video, data.scale)
-    y, x = _trimmed(y, height, data.scale), _trimmed(x, width, data.scale)
-    lr_times = [min(max(t + k, 0), frames - 1) for k in range(-half, half + 1)]
-    return _sample(
-        video,
-        data,
-        output,
-        lr_times=lr_times,
-        keys=keys,
-        t=t,
-        interval=1,
-        y=y,
-        x=x,
-        flips=np.zeros(3, int),
-        lr_noise=CameraNoise(photons),
-        rng=rng or np.random.default_rng(),
+        video.require_lr(data.scale)
+    lr = [min(max(t + k, 0), frames - 1) for k in range(-half, half + 1)]
+    crop = Crop(_trimmed(y, height, data.scale), _trimmed(x, width, data.scale))
+    noise = Noise(lr=CameraNoise(photons))
+    return build_sample(
+        video, data, output, Times(t, lr, keys), crop, noise, rng or np.random.default_rng()
     )
 
 
@@ -79,81 +106,42 @@ def key_frames(t: int, gap: int, frames: int) -> tuple[int, int]:
     return first, min(first + gap, frames - 1)
 
 
-def _sample(
+def build_sample(
     video: Video,
     data: config.Data,
     output: OutputFrames,
-    *,
-    lr_times: Sequence[int],
-    keys: tuple[int, int],
-    t: int,
-    interval: int,
-    y: slice,
-    x: slice,
-    flips: np.ndarray,
+    times: Times,
+    crop: Crop,
+    noise: Noise,
     rng: np.random.Generator,
-    lr_noise: CameraNoise,
-    hr_noise: CameraNoise = _CLEAN,
 ) -> Sample:
-    targets = [t] if output == "centre" else list(lr_times)
+    """The sample of these frames; `rng` draws the noise, that of recorded LR frames is their own.
+
+    Raises:
+        DamagedVideo: frames cannot be read.
+    """
+    targets = [times.centre] if output == "centre" else times.lr
     recorded = data.lr_source == "recorded"
-    wanted = sorted({*keys, *targets, *(() if recorded else lr_times)})
-    crops = _oriented(video.intensity(wanted, y, x), flips)  # n, H, W
-    row = {frame: i for i, frame in enumerate(wanted)}
+    wanted = sorted({*times.keys, *targets, *(() if recorded else times.lr)})
+    sharp = crop.turned(video.intensity(wanted, crop.y, crop.x))  # n, H, W
+    row = {t: i for i, t in enumerate(wanted)}
+
+    def at(frames: Sequence[int]) -> np.ndarray:
+        return sharp[[row[t] for t in frames]]
+
     if recorded:
-        clock = np.asarray(video.info.lr_times)
-        nearest = np.abs(clock - np.asarray(lr_times)[:, None]).argmin(axis=1)
-        coarse_y, coarse_x = (slice(s.start // data.scale, s.stop // data.scale) for s in (y, x))
-        lr = _oriented(video.lr_intensity(nearest.tolist(), coarse_y, coarse_x), flips)
+        coarse = crop.coarse(data.scale)
+        nearest = video.nearest_lr(times.lr)
+        lr = coarse.turned(video.lr_intensity(nearest, coarse.y, coarse.x))
     else:
-        lr = bin_down(crops[[row[frame] for frame in lr_times]], data.scale)
-        lr = lr_noise.apply(lr, rng)
-    offsets = np.array([(key - t) / interval for key in keys], np.float32)
+        lr = noise.lr.apply(bin_down(at(times.lr), data.scale), rng)
+    offsets = np.array([(key - times.centre) / times.interval for key in times.keys], np.float32)
     return {
         "lr": _tensor(lr),
-        "hr": _tensor(hr_noise.apply(crops[[row[frame] for frame in keys]], rng)),
-        "target": _tensor(crops[[row[frame] for frame in targets]]),
+        "hr": _tensor(noise.hr.apply(at(times.keys), rng)),
+        "target": _tensor(at(targets)),
         "hr_offset": torch.from_numpy(offsets),
     }
-
-
-def _draw_noise(
-    kind: config.NoiseKind,
-    photons_log10: tuple[float, float],
-    data: config.Data,
-    video: Video,
-    scale: int,
-    y: slice,
-    x: slice,
-    flips: np.ndarray,
-    seed: list[int],
-    rng: np.random.Generator,
-) -> CameraNoise:
-    """Noise of one camera (pixels `scale` times as large as the sharp one's) for one sample; the
-    fixed pattern belongs to the recording, `seed`."""
-    if kind == "none":
-        return _CLEAN
-    photons = 10 ** rng.uniform(*photons_log10)
-    if kind == "poisson":
-        return CameraNoise(photons)
-    read_noise = rng.uniform(*data.read_noise)
-    if kind == "poisson_gaussian":
-        return CameraNoise(photons, read_noise)
-    height, width = (side // scale for side in video.shape[1:])
-    gain = _pattern((height, width), data.pattern, (*seed, scale))
-    rows, columns = (slice(s.start // scale, s.stop // scale) for s in (y, x))
-    return CameraNoise(photons, read_noise, _oriented(gain[None, rows, columns], flips)[0])
-
-
-@lru_cache(16)
-def _pattern(shape: tuple[int, int], strength: float, seed: tuple[int, ...]) -> np.ndarray:
-    return fixed_pattern(shape, strength, list(seed))
-
-
-def _oriented(crops: np.ndarray, flips: np.ndarray) -> np.ndarray:
-    """One of the eight orientations of (n, H, W): flip rows, flip columns, transpose."""
-    crops = crops[:, :: -1 if flips[0] else 1, :: -1 if flips[1] else 1]
-    return crops.swapaxes(1, 2) if flips[2] else crops
 
 
 def _tensor(frames: np.ndarray) -> Tensor:
@@ -163,18 +151,3 @@ def _tensor(frames: np.ndarray) -> Tensor:
 def _trimmed(part: slice, side: int, scale: int) -> slice:
     start, stop, _ = part.indices(side)
     return slice(start, stop - (stop - start) % scale)
-
-
-def _check_recorded(video: Video, scale: int) -> None:
-    if video.lr_shape is None:
-        raise InputError(
-            f"video {video.path}: has no recorded low-resolution stream, which "
-            "data.lr_source recorded needs; set it to binned or leave the video out"
-        )
-    expected = (video.shape[1] // scale, video.shape[2] // scale)
-    if video.lr_shape[1:] != expected:
-        raise InputError(
-            f"video {video.path}: its low-resolution frames are {video.lr_shape[1:]}, "
-            f"with data.scale {scale} they must be {expected}; register the two "
-            "cameras when ingesting, or set data.lr_source to binned"
-        )

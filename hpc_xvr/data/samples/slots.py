@@ -8,15 +8,23 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from hpc_xvr.errors import InputError
 
-Piece = tuple[int, int, int]
 _TOLERANCE = 0.02
 # Tags keep these random streams apart from each other and from the samples' [seed, step, slot].
 _DEAL, _SHUFFLE, _SUBSTITUTE = 1, 2, 3
+
+
+class Span(NamedTuple):
+    """Centre frames start .. stop - 1 of a video (its index)."""
+
+    video: int
+    start: int
+    stop: int
 
 
 def centres(frames: int, lr_frames: int) -> range:
@@ -62,10 +70,11 @@ class Slots:
         InputError: no video is long enough.
     """
 
-    def __init__(self, frames: Sequence[int], lr_frames: int, global_batch: int, seed: int) -> None:
-        frames = np.asarray(frames, np.int64)
+    def __init__(
+        self, frames: Sequence[int] | np.ndarray, lr_frames: int, global_batch: int, seed: int
+    ) -> None:
         self._first = centres(0, lr_frames).start
-        self._counts = np.maximum(frames - 2 * self._first, 0)
+        self._counts = np.maximum(np.asarray(frames, np.int64) - 2 * self._first, 0)
         self._slots = global_batch
         self._seed = seed
         total = int(self._counts.sum())
@@ -113,8 +122,8 @@ class Slots:
             while len(self._epochs) >= 2:
                 del self._epochs[min(self._epochs)]
             streams = [
-                _Stream(pieces, [self._seed, epoch, slot, _SHUFFLE])
-                for slot, pieces in enumerate(self.deal(epoch))
+                _Stream(spans, [self._seed, epoch, slot, _SHUFFLE])
+                for slot, spans in enumerate(self.deal(epoch))
             ]
             filled = [stream for stream in streams if len(stream)]
             # Fewer frames than slots: the empty slots borrow, so that a step is always whole.
@@ -124,67 +133,68 @@ class Slots:
             ]
         return self._epochs[epoch]
 
-    def deal(self, epoch: int) -> list[list[Piece]]:
-        """Pieces (video index, first centre, last centre + 1) of each slot in an epoch."""
+    def deal(self, epoch: int) -> list[list[Span]]:
+        """What each slot reads in an epoch."""
         rng = np.random.default_rng([self._seed, epoch, 0, _DEAL])
         shuffled = rng.permutation(len(self._counts))
         shuffled = shuffled[self._counts[shuffled] > 0]
         slots, loads = self._whole_videos(shuffled)
         spread = max(loads) - min(loads)
         if spread > 1 and spread > _TOLERANCE * sum(loads) / self._slots:
-            slots = self._cut_line(shuffled)
+            slots = self._equal_parts(shuffled)
         return slots
 
-    def _whole_videos(self, shuffled: np.ndarray) -> tuple[list[list[Piece]], list[int]]:
-        slots: list[list[Piece]] = [[] for _ in range(self._slots)]
+    def _whole_videos(self, shuffled: np.ndarray) -> tuple[list[list[Span]], list[int]]:
+        slots: list[list[Span]] = [[] for _ in range(self._slots)]
         loads = [(0, slot) for slot in range(self._slots)]
         for video in shuffled[np.argsort(-self._counts[shuffled], kind="stable")]:
             load, slot = loads[0]
-            slots[slot].append(self._piece(video, 0, self._counts[video]))
+            slots[slot].append(self._span(video, 0, self._counts[video]))
             heapq.heapreplace(loads, (load + int(self._counts[video]), slot))
         return slots, [load for load, _ in loads]
 
-    def _cut_line(self, shuffled: np.ndarray) -> list[list[Piece]]:
+    def _equal_parts(self, shuffled: np.ndarray) -> list[list[Span]]:
         """All videos laid end to end, cut in equal parts."""
         ends = np.cumsum(self._counts[shuffled])
         total = int(ends[-1])
-        slots: list[list[Piece]] = []
+        slots: list[list[Span]] = []
         for slot in range(self._slots):
             position, stop = slot * total // self._slots, (slot + 1) * total // self._slots
-            pieces = []
+            spans = []
             while position < stop:
                 i = int(np.searchsorted(ends, position, side="right"))
                 begin = int(ends[i]) - int(self._counts[shuffled[i]])
                 until = min(stop, int(ends[i]))
-                pieces.append(self._piece(shuffled[i], position - begin, until - begin))
+                spans.append(self._span(shuffled[i], position - begin, until - begin))
                 position = until
-            slots.append(pieces)
+            slots.append(spans)
         return slots
 
-    def _piece(self, video: int, start: int, stop: int) -> Piece:
-        return int(video), self._first + int(start), self._first + int(stop)
+    def _span(self, video: int, start: int, stop: int) -> Span:
+        return Span(int(video), self._first + int(start), self._first + int(stop))
 
 
 class _Stream:
     """The frames of a slot in the order of an epoch."""
 
-    def __init__(self, pieces: list[Piece], seed: list[int]) -> None:
-        self._video, self._start, stop = np.array(pieces, np.int32).reshape(-1, 3).T.copy()
+    def __init__(self, spans: list[Span], seed: list[int]) -> None:
+        self._video, self._start, stop = np.array(spans, np.int32).reshape(-1, 3).T.copy()
         self._ends = np.cumsum(stop - self._start, dtype=np.int64)
-        self._count = int(self._ends[-1]) if len(pieces) else 0
+        self._count = int(self._ends[-1]) if len(spans) else 0
         self._keys = np.random.default_rng(seed).integers(0, 2**32, 4).tolist()
 
     def __len__(self) -> int:
         return self._count
 
     def videos(self) -> list[int]:
-        return self._video.tolist()
+        numbers: list[int] = self._video.tolist()
+        return numbers
 
     def pick(self, k: int) -> tuple[int, int]:
         row = permuted(k % self._count, self._count, self._keys)
-        piece = int(np.searchsorted(self._ends, row, side="right"))
-        into = row - (int(self._ends[piece - 1]) if piece else 0)
-        return int(self._video[piece]), int(self._start[piece]) + into
+        span = int(np.searchsorted(self._ends, row, side="right"))
+        into = row - (int(self._ends[span - 1]) if span else 0)
+        return int(self._video[span]), int(self._start[span]) + into
 
 
 def permuted(i: int, count: int, keys: Sequence[int]) -> int:

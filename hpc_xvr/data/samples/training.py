@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from hpc_xvr import config
 from hpc_xvr.data.corpus import Corpus, DamagedVideo
-from hpc_xvr.data.samples.sample import OutputFrames, Sample, _check_recorded, _draw_noise, _sample
+from hpc_xvr.data.degrade import CameraNoise, fixed_pattern
+from hpc_xvr.data.samples.sample import Crop, Noise, OutputFrames, Sample, Times, build_sample
 from hpc_xvr.data.samples.slots import Slots
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
@@ -18,7 +21,7 @@ from hpc_xvr.log import logger
 _ATTEMPTS = 50  # samples tried in place of one that cannot be read
 
 
-class TrainingSamples(Dataset):
+class TrainingSamples(Dataset[Sample]):
     """Crops of the corpus' train split, indexed by (step, slot); picklable.
 
     Everything random about a sample (frame pairing, crop, flips, noise; pairing, intervals and
@@ -55,7 +58,7 @@ class TrainingSamples(Dataset):
                     f"data.patch to {fits} or less, or ingest it into another split"
                 )
             if data.lr_source == "recorded":
-                _check_recorded(video, data.scale)
+                video.require_lr(data.scale)
         self.data = data
         self.output = output
         self.global_batch = global_batch
@@ -85,43 +88,70 @@ class TrainingSamples(Dataset):
         return [self.videos[i].id for i in self.slots.videos(slots, first_step, last_step)]
 
     def _read(self, step: int, slot: int, number: int, t: int) -> Sample:
-        data, patch = self.data, self.data.patch
         video = self.videos[number]
-        frames, height, width = video.shape
         rng = np.random.default_rng([self.seed, step, slot])
+        times = self._draw_times(t, video.shape[0], rng)
+        crop = self._draw_crop(video.shape[1:], rng)
+        lr, hr = (self._draw_noise(camera, number, crop, rng) for camera in self._cameras())
+        return build_sample(video, self.data, self.output, times, crop, Noise(lr, hr), rng)
 
+    def _draw_times(self, t: int, frames: int, rng: np.random.Generator) -> Times:
+        """Interval of the LR frames around t, and the key frames before and after."""
+        data = self.data
         half = data.lr_frames // 2
         fits = min(t, frames - 1 - t) // half if half else 1
         interval = int(rng.integers(1, min(data.lr_interval, fits), endpoint=True))
         before = int(rng.integers(1, min(data.hr_gap, t), endpoint=True))
         after = int(rng.integers(1, min(data.hr_gap, frames - 1 - t), endpoint=True))
+        lr = [t + interval * k for k in range(-half, half + 1)]
+        return Times(t, lr, (t - before, t + after), interval)
+
+    def _draw_crop(self, size: tuple[int, int], rng: np.random.Generator) -> Crop:
+        data = self.data
         # The two cameras' pixels line up only at multiples of scale.
         grid = data.scale if data.lr_source == "recorded" else 1
         y, x = (
-            grid * int(rng.integers(0, (side - patch) // grid, endpoint=True))
-            for side in (height, width)
+            grid * int(rng.integers(0, (side - data.patch) // grid, endpoint=True)) for side in size
         )
-        flips = rng.integers(0, 2, 3) if data.augment else np.zeros(3, int)
-        y, x = slice(y, y + patch), slice(x, x + patch)
-        lr_noise, hr_noise = (
-            _draw_noise(kind, photons, data, video, scale, y, x, flips, [self.seed, number], rng)
-            for kind, photons, scale in (
-                (data.noise, data.photons_log10, data.scale),
-                (data.hr_noise, data.hr_photons_log10, 1),
-            )
+        rows, columns, transpose = rng.integers(0, 2, 3) if data.augment else (0, 0, 0)
+        flips = bool(rows), bool(columns), bool(transpose)
+        return Crop(slice(y, y + data.patch), slice(x, x + data.patch), flips)
+
+    def _cameras(self) -> tuple[_Camera, _Camera]:
+        """The fast and the sharp one."""
+        data = self.data
+        return (
+            _Camera(data.noise, data.photons_log10, data.scale),
+            _Camera(data.hr_noise, data.hr_photons_log10, 1),
         )
-        return _sample(
-            video,
-            data,
-            self.output,
-            lr_times=[t + interval * k for k in range(-half, half + 1)],
-            keys=(t - before, t + after),
-            t=t,
-            interval=interval,
-            y=y,
-            x=x,
-            flips=flips,
-            lr_noise=lr_noise,
-            hr_noise=hr_noise,
-            rng=rng,
-        )
+
+    def _draw_noise(
+        self, camera: _Camera, number: int, crop: Crop, rng: np.random.Generator
+    ) -> CameraNoise:
+        if camera.noise == "none":
+            return CameraNoise()
+        photons = 10 ** rng.uniform(*camera.photons_log10)
+        if camera.noise == "poisson":
+            return CameraNoise(photons)
+        read_noise = rng.uniform(*self.data.read_noise)
+        if camera.noise == "poisson_gaussian":
+            return CameraNoise(photons, read_noise)
+        # The fixed pattern belongs to the recording, whichever part of it is shown.
+        height, width = (side // camera.scale for side in self.videos[number].shape[1:])
+        gain = _pattern((height, width), self.data.pattern, (self.seed, number, camera.scale))
+        part = crop.coarse(camera.scale)
+        return CameraNoise(photons, read_noise, part.turned(gain[None, part.y, part.x])[0])
+
+
+class _Camera(NamedTuple):
+    """What the settings say of one camera's noise."""
+
+    noise: config.NoiseKind
+    photons_log10: tuple[float, float]
+    scale: int
+    """Size of its pixels / that of the sharp camera's."""
+
+
+@lru_cache(16)
+def _pattern(shape: tuple[int, int], strength: float, seed: tuple[int, ...]) -> np.ndarray:
+    return fixed_pattern(shape, strength, list(seed))

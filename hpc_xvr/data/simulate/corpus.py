@@ -1,4 +1,4 @@
-"""Simulated experiments recorded by two cameras, and whole corpora of them."""
+"""Whole corpora of simulated experiments, made by many processes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import contextlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.corpus.layout import MANIFEST
 from hpc_xvr.data.corpus.writer import CorpusWriter, write_clip
 from hpc_xvr.data.processes import cores, worker_pool
+from hpc_xvr.data.ranks import ONE_RANK, Ranks
 from hpc_xvr.data.simulate.experiment import Experiment
 from hpc_xvr.errors import InputError
 from hpc_xvr.files import commit, disk_errors
@@ -26,7 +28,7 @@ from hpc_xvr.log import logger, progress_bar
 from hpc_xvr.version import __version__
 
 SETTINGS = "simulate.json"
-_ROUND_S = 3.0  # between two meetings of the ranks
+_ROUND_S = 3.0  # between two exchanges of the ranks
 ClipEntry = dict[str, Any]
 
 
@@ -46,9 +48,7 @@ def simulate_corpus(
     simulate: config.Simulate,
     path: Path | str,
     workers: int | None = None,
-    rank: int = 0,
-    world: int = 1,
-    gather: Callable[[Any], list[Any]] = lambda value: [value],
+    ranks: Ranks = ONE_RANK,
 ) -> None:
     """Simulate a whole corpus on all cores of all ranks; the same, bit for bit, on any number.
 
@@ -58,37 +58,43 @@ def simulate_corpus(
 
     Args:
         workers: processes of this rank. Default: one for each core it may use.
-        rank, world: which share of the recordings is this process's.
-        gather: gives every rank the values of all, in rank order. Every rank calls it alike.
+        ranks: who share the work. All of them make this call alike.
 
     Raises:
         InputError: something is at `path` already, a corpus of other settings is half made there,
-            another process is making it, or the disk refuses.
+            another process is making it, or the disk refuses; on all ranks.
     """
     path = Path(path)
     plan = plan_corpus(simulate)
     beside = path.with_name(f".{path.name}.building")
-    workers = workers or cores()
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(_started(simulate, path, beside)) if rank == 0 else None
-        # Also the moment from which the others may write.
-        finished = gather(_finished(beside) if rank == 0 else None)[0]
+        writer: CorpusWriter | None = None  # the root's
+
+        def start() -> set[str]:
+            nonlocal writer
+            writer = stack.enter_context(_start(simulate, path, beside))
+            return _finished(beside)
+
+        def commit_all(entries: list[ClipEntry]) -> None:
+            assert writer is not None
+            for entry in entries:
+                writer.commit(entry)
+
+        finished = ranks.on_root(start)  # from here on the other ranks may write, too
+        if finished:
+            logger.info("going on after %d of %d recordings", len(finished), len(plan))
         left = [item for item in plan if item.id not in finished]
         np.random.default_rng(simulate.seed).shuffle(left)  # scenes differ in cost
-        mine = _made(simulate, beside, left[rank::world], workers)
+        mine = _make_all(simulate, beside, left[ranks.rank :: ranks.size], workers or cores())
         stack.callback(mine.close)
         advance = stack.enter_context(progress_bar("simulating", len(plan), "recordings"))
         advance(len(finished))
-        if finished and rank == 0:
-            logger.info("going on after %d of %d recordings", len(finished), len(plan))
-        for entry in _gathered(mine, gather, _ROUND_S if world > 1 else 0.0):
-            if writer is not None:
-                writer.commit(entry)
-            advance()
-    if rank == 0:
-        _finish(beside, path)
-        logger.info("simulated %d recordings into %s", len(plan), path)
-    gather(None)  # nobody leaves before the corpus is in its place
+        for entries in _rounds(mine, ranks, _ROUND_S if ranks.size > 1 else 0.0):
+            ranks.on_root(partial(commit_all, entries))
+            advance(len(entries))
+        ranks.on_root(stack.close)
+    ranks.on_root(partial(_finish, beside, path))  # nobody leaves before it is in its place
+    logger.info("simulated %d recordings into %s", len(plan), path)
 
 
 def refuse_existing(path: Path) -> None:
@@ -98,7 +104,7 @@ def refuse_existing(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _started(simulate: config.Simulate, path: Path, beside: Path) -> Iterator[CorpusWriter]:
+def _start(simulate: config.Simulate, path: Path, beside: Path) -> Iterator[CorpusWriter]:
     """The writer of the corpus that grows in `beside`, after checking whose it is."""
     refuse_existing(path)
     with disk_errors(path):
@@ -138,22 +144,26 @@ def _finish(beside: Path, path: Path) -> None:
         beside.rename(path)
 
 
-def _gathered(
-    entries: Iterator[ClipEntry], gather: Callable[[Any], list[Any]], round_s: float
-) -> Iterator[ClipEntry]:
-    """The entries of all ranks, told each other every `round_s` seconds until all are done."""
+def _rounds(
+    entries: Iterator[ClipEntry], ranks: Ranks, round_s: float
+) -> Iterator[list[ClipEntry]]:
+    """The entries that all ranks made in rounds of `round_s` seconds, until all are done."""
     while True:
-        batch: list[ClipEntry] = []
-        end = time.monotonic() + round_s
-        done = False
-        while not done and (not batch or time.monotonic() < end):
-            entry = next(entries, None)
-            done = entry is None
-            batch += [] if done else [entry]
-        told = gather((batch, done))
-        yield from (entry for batch, _ in told for entry in batch)
-        if all(done for _, done in told):
+        rounds = ranks.gather(ranks.together(partial(_round, entries, round_s)))
+        yield [entry for made, _ in rounds for entry in made]
+        if all(done for _, done in rounds):
             return
+
+
+def _round(entries: Iterator[ClipEntry], round_s: float) -> tuple[list[ClipEntry], bool]:
+    """At least one entry, and those of `round_s` seconds; whether they were the last."""
+    made: list[ClipEntry] = []
+    end = time.monotonic() + round_s
+    for entry in entries:
+        made.append(entry)
+        if time.monotonic() >= end:
+            return made, False
+    return made, True
 
 
 def plan_corpus(simulate: config.Simulate) -> list[Planned]:
@@ -205,26 +215,27 @@ def _splits(simulate: config.Simulate, kinds: list[tuple[str, str]]) -> list[str
         free.setdefault(kinds[i], deque()).append(int(i))
     split = [""] * n
     for name in sorted(counts, key=counts.__getitem__):
-        here: Counter[str] = Counter()
+        scenes_here: Counter[str] = Counter()
+        kinds_here: Counter[tuple[str, str]] = Counter()
         for _ in range(counts[name]):
             # A scene new to this split first, then a camera new to it with that scene; of those
             # the one that the others have most left of.
-            left = Counter()
+            left: Counter[str] = Counter()
             for (scene, _), numbers in free.items():
                 left[scene] += len(numbers)
             best = min(
                 (kind for kind, numbers in free.items() if numbers),
-                key=lambda k: (here[k[0]], -left[k[0]], here[k], -len(free[k])),
+                key=lambda k: (scenes_here[k[0]], -left[k[0]], kinds_here[k], -len(free[k])),
             )
             split[free[best].popleft()] = name
-            here[best[0]] += 1
-            here[best] += 1
+            scenes_here[best[0]] += 1
+            kinds_here[best] += 1
     return split
 
 
-def _made(
+def _make_all(
     simulate: config.Simulate, corpus: Path, items: list[Planned], workers: int
-) -> Iterator[ClipEntry]:
+) -> Generator[ClipEntry, None, None]:
     """Simulate and write these recordings, in any process; entries for the writer to commit."""
     workers = min(workers, len(items))
     if workers <= 1:

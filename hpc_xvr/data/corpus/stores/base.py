@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 CHUNK = 128
+ShapeAndType = tuple[tuple[int, int, int], str]
 
 
 class DamagedData(Exception):
@@ -41,12 +42,23 @@ class Store(Protocol):
     """One file format. Arrays of a clip are named `frames` and `lr`."""
 
     suffix: str
+    attributes_file: str
+    """Name, in the folder of a clip, of the file that holds its attributes; ".": the clip is one
+    file."""
 
     def create(self, path: Path) -> Clip: ...
 
+    def complete(self, path: Path, attributes: dict[str, Any]) -> None:
+        """Give a finished clip these attributes: what it has already, and what was not known yet.
+
+        Raises:
+            OSError: the disk refuses. The clip is unusable then.
+        """
+        ...
+
     def open(self, path: Path, name: str) -> Array: ...
 
-    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple, str]]]: ...
+    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, ShapeAndType]]: ...
 
     def index(self, root: Path, scratch: Path, ids: Sequence[str]) -> None: ...
 

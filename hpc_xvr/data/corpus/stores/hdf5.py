@@ -6,11 +6,11 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from hpc_xvr.data.corpus.stores.base import DamagedData, chunk_side, first_line
+from hpc_xvr.data.corpus.stores.base import DamagedData, ShapeAndType, chunk_side, first_line
 from hpc_xvr.files import commit
 
 
@@ -18,9 +18,18 @@ class Hdf5Store:
     """Each clip is one HDF5 file; a small master file links to all of them."""
 
     suffix = ".h5"
+    attributes_file = "."
 
     def create(self, path: Path) -> _Hdf5Clip:
         return _Hdf5Clip(path)
+
+    def complete(self, path: Path, attributes: dict[str, Any]) -> None:
+        clip = _Hdf5Clip(path, "r+")
+        try:
+            clip.finish(attributes)
+        finally:
+            with contextlib.suppress(Exception):
+                clip.abort()
 
     def open(self, path: Path, name: str) -> _Hdf5Array:
         import h5py
@@ -32,7 +41,7 @@ class Hdf5Store:
         except (OSError, KeyError, RuntimeError) as error:
             raise DamagedData(f"{name} cannot be opened: {first_line(error)}") from None
 
-    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple, str]]]:
+    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, ShapeAndType]]:
         import h5py
 
         with h5py.File(path, "r") as file:
@@ -54,7 +63,7 @@ class Hdf5Store:
         with contextlib.suppress(OSError, KeyError), h5py.File(master, "r") as file:
             if set(file["videos"]) == set(ids):
                 return
-        disk = _PatientFile(scratch / "corpus.h5")
+        disk = _DeferredErrorsFile(scratch / "corpus.h5", "w")
         with contextlib.closing(disk):
             with h5py.File(disk, "w") as file:
                 videos = file.create_group("videos")
@@ -65,12 +74,12 @@ class Hdf5Store:
 
 
 class _Hdf5Clip:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mode: Literal["w", "r+"] = "w") -> None:
         import h5py
 
-        self._disk = _PatientFile(path)
+        self._disk = _DeferredErrorsFile(path, mode)
         # This version's metadata blocks carry checksums too.
-        self._file = h5py.File(self._disk, "w", libver=("v110", "v110"))
+        self._file = h5py.File(self._disk, mode, libver=("v110", "v110"))
 
     def start(self, name: str, shape: tuple[int, int, int], dtype: np.dtype) -> None:
         chunks = (1, chunk_side(shape[1]), chunk_side(shape[2]))
@@ -86,7 +95,7 @@ class _Hdf5Clip:
 
     def finish(self, attributes: dict[str, Any]) -> None:
         for key, value in attributes.items():
-            if value is not None:
+            if value is not None and key not in self._file.attrs:
                 self._file.attrs[key] = json.dumps(value) if isinstance(value, dict) else value
         self.abort()
         self._disk.check()
@@ -96,12 +105,12 @@ class _Hdf5Clip:
         self._disk.close()
 
 
-class _PatientFile:
-    """What HDF5 writes through: libhdf5 crashes after a write that failed (disk full), so it is
-    told that all went well, and `check` raises the OSError."""
+class _DeferredErrorsFile:
+    """What HDF5 writes through. libhdf5 crashes after a write that failed (disk full): here every
+    write seems to succeed, and `check` raises the first OSError."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b", buffering=0)
+    def __init__(self, path: Path, mode: Literal["w", "r+"]) -> None:
+        self._file = path.open("w+b" if mode == "w" else "r+b", buffering=0)
         self._failure: OSError | None = None
         self.seek, self.tell, self.close = self._file.seek, self._file.tell, self._file.close
         self.read, self.readinto = self._file.read, self._file.readinto

@@ -86,7 +86,8 @@ class Shard:
         for content, wanted in zip(contents, sums, strict=True):
             if self._crc(content).to_bytes(CRC, "little") != wanted.tobytes():
                 raise DamagedData(f"frame {t}: a chunk does not match its checksum")
-        return contents.view(self.dtype).reshape(count, *self._chunk)
+        chunks: np.ndarray = contents.view(self.dtype).reshape(count, *self._chunk)
+        return chunks
 
     def _pread(self, count: int, offset: int) -> bytes:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_xvr.data.corpus.stores.base import Array, DamagedData, chunk_side, first_line
+from hpc_xvr.data.corpus.stores.base import Array, DamagedData, ShapeAndType, chunk_side, first_line
 from hpc_xvr.data.corpus.stores.shard import Shard, layout
 from hpc_xvr.files import commit
 
@@ -22,12 +22,16 @@ class ZarrStore:
     """Each clip is a group in one Zarr v3 hierarchy; an array is one shard (one file)."""
 
     suffix = ""
+    attributes_file = "zarr.json"
 
     def __init__(self) -> None:
         self._context: Any = None
 
     def create(self, path: Path) -> _ZarrClip:
         return _ZarrClip(path)
+
+    def complete(self, path: Path, attributes: dict[str, Any]) -> None:
+        _write_group(path, attributes)
 
     def open(self, path: Path, name: str) -> Array:
         known = layout(path / name)
@@ -58,7 +62,7 @@ class ZarrStore:
             raise DamagedData(f"{name} cannot be opened: {first_line(error)}") from None
         return _ZarrArray(array)
 
-    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, tuple[tuple, str]]]:
+    def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, ShapeAndType]]:
         attributes = json.loads((path / "zarr.json").read_text())["attributes"]
         arrays = {}
         for name in ("frames", "lr"):
@@ -70,12 +74,13 @@ class ZarrStore:
     def index(self, root: Path, scratch: Path, ids: Sequence[str]) -> None:
         for folder in (root, root / "videos"):
             if not (folder / "zarr.json").exists():
-                (scratch / "zarr.json").write_text(json.dumps(_group({})))
+                _write_group(scratch, {})
                 commit(scratch / "zarr.json", folder / "zarr.json")
 
 
-def _group(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+def _write_group(folder: Path, attributes: dict[str, Any]) -> None:
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    (folder / "zarr.json").write_text(json.dumps(group))
 
 
 class _ZarrClip:
@@ -118,7 +123,7 @@ class _ZarrClip:
 
     def finish(self, attributes: dict[str, Any]) -> None:
         self._end_shard()
-        (self._path / "zarr.json").write_text(json.dumps(_group(attributes)))
+        _write_group(self._path, attributes)
 
     def abort(self) -> None:
         if self._file:
@@ -169,8 +174,11 @@ class _ZarrArray:
 
     def read(self, t: Sequence[int], y: slice, x: slice) -> np.ndarray:
         try:
+            crops: np.ndarray
             if len(t) == 1:
-                return self._array[t[0], y, x].read().result()[None]
-            return self._array[list(t), y, x].read().result()
+                crops = self._array[t[0], y, x].read().result()[None]
+            else:
+                crops = self._array[list(t), y, x].read().result()
+            return crops
         except (ValueError, OSError, RuntimeError) as error:
             raise DamagedData(first_line(error)) from None
