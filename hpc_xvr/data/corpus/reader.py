@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -145,18 +146,17 @@ class Video:
         Raises:
             InputError: it did not, or its frames lie on another grid.
         """
-        where = f"corpus {self._manifest.path}, video {self.id}"
         shape = self.lr_shape
         if shape is None:
             raise InputError(
-                f"{where}: has no recorded low-resolution stream; set data.lr_source to binned, or "
-                "leave the video out"
+                f"{self._name}: has no recorded low-resolution stream; set data.lr_source to "
+                "binned, or leave the video out"
             )
         (_, h, w), (_, height, width) = shape, self.shape
         if scale is not None and (h, w) != (height // scale, width // scale):
             raise InputError(
-                f"{where}: its low-resolution frames are {h}x{w}, with data.scale {scale} they "
-                f"must be {height // scale}x{width // scale}; register the two cameras when "
+                f"{self._name}: its low-resolution frames are {h}x{w}, with data.scale {scale} "
+                f"they must be {height // scale}x{width // scale}; register the two cameras when "
                 "ingesting, or set data.lr_source to binned"
             )
         return shape
@@ -164,12 +164,14 @@ class Video:
     def nearest_lr(self, t: Sequence[int]) -> list[int]:
         """The low-resolution frame that lies nearest in time to each of these frames; of two
         that are equally near the earlier one."""
-        times = np.asarray(self.info.lr_times)
-        after = np.searchsorted(times, t).clip(max=len(times) - 1)
-        before = (after - 1).clip(min=0)
-        nearer = np.abs(times[after] - t) < np.abs(times[before] - t)
-        nearest: list[int] = np.where(nearer, after, before).tolist()
-        return nearest
+        times = self.info.lr_times or []
+
+        def nearest(one: int) -> int:
+            after = min(bisect_left(times, one), len(times) - 1)
+            before = max(after - 1, 0)
+            return before if one - times[before] <= times[after] - one else after
+
+        return [nearest(one) for one in t]
 
     def _read(
         self, name: str, shape: tuple[int, int, int], t: int | Sequence[int], y: slice, x: slice
@@ -188,10 +190,14 @@ class Video:
 
     def _damaged(self, what: str, error: DamagedData) -> DamagedVideo:
         return DamagedVideo(
-            f"corpus {self._manifest.path}, video {self.id}: {what} cannot be read: a chunk does "
-            f"not match its checksum or is gone; restore {self.path} or remove it from the corpus "
-            f"({error})"
+            f"{self._name}: {what} cannot be read: a chunk does not match its checksum or is gone; "
+            f"restore {self.path} or remove it from the corpus ({error})"
         )
+
+    @property
+    def _name(self) -> str:
+        """For messages."""
+        return f"corpus {self._manifest.path}, video {self.id}"
 
 
 class Videos(Sequence[Video]):

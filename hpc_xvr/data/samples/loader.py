@@ -41,7 +41,7 @@ def training_batches(
 
     Raises:
         InputError: the global batch cannot be shared by the ranks, or the share not be divided
-            into micro-batches.
+            into micro-batches. Iterating raises what `dataset` raises, in whichever process.
     """
     slots = slots_of_rank(rank, world, dataset.global_batch)
     micro_batch = micro_batch or len(slots)

@@ -8,7 +8,6 @@ frame in the sample's own LR frames. H = scale * h. Batches put B in front.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from hpc_xvr.data.degrade import CameraNoise, bin_down
 Sample = dict[str, Tensor]
 OutputFrames = Literal["centre", "sequence"]
 _WHOLE = slice(None)
+CLEAN = CameraNoise()
 
 
 class Times(NamedTuple):
@@ -34,8 +34,7 @@ class Times(NamedTuple):
     """From one LR frame to the next."""
 
 
-@dataclass(frozen=True)
-class Crop:
+class Crop(NamedTuple):
     """A part of the frames, and how it is turned."""
 
     y: slice
@@ -59,8 +58,8 @@ class Crop:
 class Noise(NamedTuple):
     """What the two cameras add."""
 
-    lr: CameraNoise = CameraNoise()
-    hr: CameraNoise = CameraNoise()
+    lr: CameraNoise = CLEAN
+    hr: CameraNoise = CLEAN
 
 
 def window_sample(

@@ -13,7 +13,15 @@ from torch.utils.data import Dataset
 from hpc_xvr import config
 from hpc_xvr.data.corpus import Corpus, DamagedVideo
 from hpc_xvr.data.degrade import CameraNoise, fixed_pattern
-from hpc_xvr.data.samples.sample import Crop, Noise, OutputFrames, Sample, Times, build_sample
+from hpc_xvr.data.samples.sample import (
+    CLEAN,
+    Crop,
+    Noise,
+    OutputFrames,
+    Sample,
+    Times,
+    build_sample,
+)
 from hpc_xvr.data.samples.slots import Slots
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
@@ -129,7 +137,7 @@ class TrainingSamples(Dataset[Sample]):
         self, camera: _Camera, number: int, crop: Crop, rng: np.random.Generator
     ) -> CameraNoise:
         if camera.noise == "none":
-            return CameraNoise()
+            return CLEAN
         photons = 10 ** rng.uniform(*camera.photons_log10)
         if camera.noise == "poisson":
             return CameraNoise(photons)
