@@ -14,9 +14,8 @@ from hpc_xvr.data.cameras import Recording, open_recording
 from hpc_xvr.data.cameras.flatfield import transmission
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.pairing.treatment import Reading, field_of
-from hpc_xvr.distributed.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
-from hpc_xvr.factory.execution import prepare
+from hpc_xvr.factory.execution import prepare, use_threads
 from hpc_xvr.factory.weights import Which, model_of_run
 from hpc_xvr.log import logger, track
 from hpc_xvr.reconstruct.pipeline import (
@@ -67,8 +66,8 @@ def reconstruct_run(
             "reconstruct from --lr and --hr (two camera files), or from --video "
             "(a recording of the corpus)"
         )
-    use_threads()
     model, config, step = model_of_run(run, which)
+    use_threads(config.run.threads)
     gap = gap or config.data.hr_gap
     if video:
         fast, keys, calibration, truth = _from_corpus(
@@ -114,11 +113,6 @@ def reconstruct_run(
         write_movie(movie, shown, MOVIE_FPS, labels)
         logger.info("written: %s", movie)
     return out
-
-
-def use_threads() -> None:
-    """Give torch the cores of this rank."""
-    torch.set_num_threads(cpu_threads(discover()))
 
 
 def _opened(
