@@ -85,8 +85,7 @@ class Group:
 
     def start(self) -> Group:
         """Start the ranks; returns at once."""
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-        environment["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,

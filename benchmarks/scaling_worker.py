@@ -13,11 +13,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hpc_xvr.distributed.launch import cpu_threads, discover
+from hpc_xvr.distributed.launch import discover
 from hpc_xvr.factory.memory import keep_freed_memory
 
 keep_freed_memory()  # before torch is imported, as the trainer does
@@ -27,14 +27,13 @@ from torch import Tensor  # noqa: E402
 
 from hpc_xvr import log  # noqa: E402
 from hpc_xvr.config import Config, Dist, load  # noqa: E402
-from hpc_xvr.data.samples.loader import training_batches  # noqa: E402
 from hpc_xvr.distributed.comm import Comm, connect, device_of  # noqa: E402
+from hpc_xvr.factory.execution import use_threads  # noqa: E402
 from hpc_xvr.train.engine import Trainer  # noqa: E402
+from hpc_xvr.train.learner import new_model  # noqa: E402
 from hpc_xvr.train.meters import peak_memory, reset_peak_memory, synchronise  # noqa: E402
 from hpc_xvr.train.objective import l1  # noqa: E402
 from hpc_xvr.train.optim import MovingAverage, learning_rate  # noqa: E402
-
-Batch = dict[str, Tensor]
 
 
 class Timed:
@@ -46,12 +45,13 @@ class Timed:
 
     def __init__(self, cfg: Config, comm: Comm) -> None:
         self.trainer = Trainer(cfg, comm)
-        self.batch = self.trainer.share
+        self.trainer.stage()
+        self.batch = self.trainer.share.samples
         self._step = 0
         self._computed = 0.0
-        for p in self.trainer.model.parameters():
+        for p in self.trainer.learner.model.parameters():
             p.register_post_accumulate_grad_hook(self._note)
-        self._batches = iter(_batches(self.trainer))
+        self._batches = self.trainer.batches()
 
     def _note(self, _: Tensor) -> None:
         self._computed = time.perf_counter()
@@ -60,7 +60,7 @@ class Timed:
         """Seconds of waiting: for data, and for gradients."""
         clock = self.trainer.clock
         clock.reset()
-        self.trainer.train_step(self._step, self.trainer._wait_for(self._batches))
+        self.trainer.train_step(self._step, self._batches)
         clock.enter("")
         self._step += 1
         ready = clock.since["update"]  # averaged gradients are in place
@@ -72,12 +72,12 @@ class Plain:
 
     def __init__(self, trainer: Trainer) -> None:
         cfg, self.device = trainer.cfg, trainer.comm.device
-        self.cfg, self.precision, self.batch = cfg, trainer.precision, trainer.share
-        torch.manual_seed(cfg.run.seed)
-        self.model = trainer._new_model()[0].train()
+        self.cfg, self.batch = cfg, trainer.share.samples
+        self.model, self.precision = new_model(cfg, self.device)
+        self.model.train()
         self.optimizer = torch.optim.Adam(self.model.parameters(), cfg.optim.lr, fused=True)
         self.average = MovingAverage(self.model, cfg.optim.ema)
-        self._batches = iter(_batches(trainer))
+        self._batches = trainer.batches()
         self._step = 0
 
     def __call__(self) -> tuple[float, float]:
@@ -95,19 +95,6 @@ class Plain:
         self.average.update()
         self._step += 1
         return waited, 0.0
-
-
-def _batches(trainer: Trainer) -> Iterator[Batch]:
-    comm, cfg = trainer.comm, trainer.cfg
-    return training_batches(
-        trainer.data,
-        comm.rank,
-        comm.size,
-        0,
-        cfg.train.steps,
-        trainer.micro,
-        pin_memory=comm.device.type == "cuda",
-    )
 
 
 def measure(step: Callable[[], tuple[float, float]], count: int, comm: Comm, control: Comm) -> dict:
@@ -176,7 +163,7 @@ def main() -> None:
     log.setup(1)  # warnings only
     cfg = load(config, overrides)
     comm, control = meet(kind, cfg.run.device, cfg.dist)
-    torch.set_num_threads(cfg.run.threads or cpu_threads(discover()))
+    use_threads(cfg.run.threads)
     steps: dict[str, Any] = {}
     for what, batch in (("weak", int(per_rank)), ("strong", int(whole) // control.size)):
         if what == "strong" and batch in (0, int(per_rank)):
@@ -186,14 +173,15 @@ def main() -> None:
         run = cfg.run.model_copy(update={"dir": folder})
         train = cfg.train.model_copy(update={"global_batch": batch * comm.size})
         steps[what] = Timed(cfg.model_copy(update={"run": run, "train": train}), comm)
-    plain = Plain(steps["weak"].trainer) if control.size == 1 else None
+    weak = steps["weak"].trainer
+    plain = Plain(weak) if control.size == 1 else None
     about = control.gather({"pid": os.getpid(), "host": os.uname().nodename})
     hello = {
         "ranks": about,
         "engine": comm.describe(),
         "runs": {what: step.batch for what, step in steps.items()},
-        "gradient_bytes": 4 * sum(p.numel() for p in steps["weak"].trainer.model.parameters()),
-        "flops_per_sample": steps["weak"].trainer.flops_per_sample,
+        "gradient_bytes": 4 * sum(p.numel() for p in weak.learner.model.parameters()),
+        "flops_per_sample": weak.flops_per_sample,
     }
     while True:
         if control.is_root:

@@ -9,7 +9,7 @@ import traceback
 import click
 
 from hpc_xvr.cli.common import connected
-from hpc_xvr.errors import InputError
+from hpc_xvr.errors import CollectiveError, InputError, explain_os_error
 
 
 def _leave(code: int) -> None:
@@ -34,12 +34,10 @@ def run(cli: click.Group) -> None:
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code, collective=True)
     except InputError as error:
-        _fail(str(error), 2, collective=type(error).__name__ == "CollectiveError")
+        _fail(str(error), 2, collective=isinstance(error, CollectiveError))
     except OSError as error:
-        if error.errno is None:  # no trouble of the system's: one of our own
+        if error.errno is None:  # not the system's, but one of our own
             _crash(error)
-        from hpc_xvr.errors import explain_os_error
-
         _fail(f"{error.filename or 'input or output'}: {explain_os_error(error)}", 2)
     except Exception as error:
         _crash(error)
@@ -51,7 +49,7 @@ def _crash(error: Exception) -> None:
 
     comm = connected()
     if comm is not None and comm.watch and comm.lost_another(error):
-        time.sleep(5)  # the rank that is gone is the news, and the watch is about to tell it
+        time.sleep(5)  # the cause is another rank's loss, which the watch is about to report
     where = ""
     if comm is not None and comm.size > 1:
         step = f" in step {comm.place.step} ({comm.place.doing})" if comm.place.step else ""
@@ -73,7 +71,7 @@ def _fail(message: str, code: int, collective: bool = False) -> None:
     except InputError:
         rank = 0
     if rank and comm is None:
-        time.sleep(2)  # before the ranks know each other: rank 0 most likely has the same trouble
+        time.sleep(2)  # the ranks are not connected yet: rank 0 most likely has the same error
     if rank == 0 or not collective:
         where = f"[rank {rank}] " if rank else ""
         print(f"hpc-xvr: error: {where}{message}", file=sys.stderr, flush=True)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from hpc_xvr.cli.common import Examples, a_config, connect, settings
 from hpc_xvr.cli.common import engine as engine_option
 from hpc_xvr.log import logger
+
+if TYPE_CHECKING:
+    from hpc_xvr.config import Config
+    from hpc_xvr.distributed.comm import Comm
+    from hpc_xvr.train.stopping import Stopping
 
 
 class Duration(click.ParamType):
@@ -27,7 +33,7 @@ class Duration(click.ParamType):
         except ValueError:
             numbers = []
         if not 1 <= len(numbers) <= 3 or any(not 0 <= n < float("inf") for n in numbers):
-            self.fail(f"{value!r} is no time; write 02:30:00, 30:00 or minutes, such as 150")
+            self.fail(f"{value!r} is not a time; write 02:30:00, 30:00 or minutes, such as 150")
         if len(numbers) == 1:
             return 60.0 * numbers[0]
         return float(sum(n * 60**i for i, n in enumerate(reversed(numbers))))
@@ -76,7 +82,11 @@ def train(
 
     The global batch is fixed by the config and shared by the ranks, so the same run gives the
     same losses on any number of them. Everything goes to the run folder (run.dir): config,
-    metrics.jsonl, TensorBoard events, checkpoints, sample pictures.
+    metrics.jsonl, TensorBoard events, checkpoints, sample pictures. Where data.corpus is missing
+    and CONFIG has a section simulate, that corpus is simulated first.
+
+    A rank computes with run.threads CPU threads; if that is not set with OMP_NUM_THREADS, else
+    with its share of the cores.
 
     Exit codes: 0 done, 2 bad input, 75 stopped with a checkpoint, by SIGUSR1, SIGTERM or SIGINT
     or as --max-time is nearly over (start again with --resume). Under mpirun send SIGUSR1: it
@@ -95,17 +105,27 @@ def train(
 
         measure(cfg, comm)
         return
+    done = _train(cfg, comm, resume, stopping)
+    comm.close()
+    comm.leave(0 if done else UNFINISHED)
+
+
+def _train(cfg: Config, comm: Comm, resume: bool, stopping: Stopping) -> bool:
+    """Is the run done now?"""
+    from hpc_xvr.data.simulate.corpus import simulate_if_missing
     from hpc_xvr.train.engine import Trainer
     from hpc_xvr.train.run_folder import finished
+    from hpc_xvr.train.share import Share
 
     step = comm.on_root(lambda: finished(cfg)) if resume else None
     if step is not None:
         if comm.is_root:
             logger.info("%s is done (step %d); nothing to do", cfg.run.dir, step)
-        done = True
-    else:
-        trainer = Trainer(cfg, comm, resume, stopping)
-        done = trainer.run()
-        trainer.close()
-    comm.close()
-    comm.leave(0 if done else UNFINISHED)
+        return True
+    # What the ranks cannot share is refused before minutes of simulation.
+    comm.together(lambda: Share.of(cfg.train, comm.rank, comm.size))
+    comm.on_root(lambda: simulate_if_missing(cfg.simulate, cfg.data.corpus))
+    trainer = Trainer(cfg, comm, resume, stopping)
+    done = trainer.run()
+    trainer.close()
+    return done

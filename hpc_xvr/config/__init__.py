@@ -13,6 +13,7 @@ from hpc_xvr.config.sections import (
     NoiseKind,
     Optim,
     Simulate,
+    Train,
 )
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "NoiseKind",
     "Optim",
     "Simulate",
+    "Train",
     "check",
     "dump",
     "flat",

@@ -31,7 +31,8 @@ class Run(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU for each rank where there is one, else the CPU."""
     threads: Positive | None = None
-    """CPU threads of a rank. Default: cores of the node / ranks on the node."""
+    """CPU threads of a rank. Default: OMP_NUM_THREADS where it is set (torchrun sets it to 1 if you
+    do not), else the cores that the rank is bound to, else cores of the node / ranks on it."""
     utilisation_s: Annotated[float, Field(ge=0)] = 2.0
     """Seconds between two looks at GPU, CPU and memory of each rank, by one thread a node, which go
     to utilisation/ in the run folder. 0: none."""

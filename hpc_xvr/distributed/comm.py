@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from hpc_xvr.config import Dist
+from hpc_xvr.distributed.choice import Sees, Wish, choose
 from hpc_xvr.distributed.launch import Launch, discover, gpu_index
 from hpc_xvr.errors import CollectiveError, InputError
 from hpc_xvr.log import logger
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from hpc_xvr.distributed.watch import Watch
 
 T = TypeVar("T")
-Engine = Literal["auto", "serial", "horovod", "torch"]
 
 
 class Place(NamedTuple):
@@ -161,12 +162,12 @@ class Comm:
 
 
 def connect(
-    engine: Engine = "auto",
+    engine: Wish = "auto",
     device: str = "auto",
     dist: Dist | None = None,
     folder: Path | None = None,
 ) -> Comm:
-    """Find the other ranks and return the engine that talks to them.
+    """Find the other ranks and return the engine that talks to them (the table in choice.py).
 
     Args:
         engine: "auto" is serial on one rank, else Horovod where it is installed, else torch.
@@ -181,62 +182,43 @@ def connect(
     dist = dist or Dist()
     comm = _connect(engine, device, dist, folder)
     if comm.size > 1:
-        from hpc_xvr.distributed.watch import Watch
+        from hpc_xvr.distributed.watch import start_watch
 
-        comm.watch = Watch(comm, dist.timeout_s)
+        comm.watch = start_watch(comm, dist.timeout_s)
     return comm
 
 
-def _connect(engine: Engine, device: str, dist: Dist, folder: Path | None) -> Comm:
-    if engine == "horovod" and dist.compression == "bf16":
-        raise InputError(
-            "dist.compression bf16: Horovod cannot sum bfloat16; use fp16, or --engine torch"
-        )
+def _connect(wish: Wish, device: str, dist: Dist, folder: Path | None) -> Comm:
     launch = discover()
     chosen = device_of(launch, device)
     if chosen.index is not None:
         torch.cuda.set_device(chosen)  # before MPI is imported: some MPIs bind to it
-    if launch.launcher == "torchrun":
-        if engine == "horovod":
-            raise InputError("engine horovod needs mpirun; torchrun works with --engine torch")
-        mpi = None
-    else:
-        several = launch.size > 1 and engine != "torch"  # one rank needs nobody, even under mpirun
-        mpi = _mpi(launch, chosen, required=several or engine == "horovod")
-        size = mpi.Get_size() if mpi else 1
-        if size == 1 < launch.size and engine == "torch":
-            mpi = None  # the launcher has told rank and size; torch needs no more than that
-        elif size != launch.size:
-            raise InputError(
-                f"{launch.launcher or 'MPI'} started {launch.size} ranks but MPI sees {size}: this "
-                "environment's MPI was not started by its own launcher; use the mpirun that "
-                "belongs to it (`which mpirun`), srun --mpi=pmix, or --engine torch, which "
-                "needs no MPI"
-            )
-        if size > 1 and chosen.type == "cuda" and chosen.index is None:
-            local = mpi.Split_type(_shared()).Get_rank()
-            chosen = device_of(Launch(launch.launcher, launch.rank, size, local), device)
+    world = _look_for_mpi(launch, chosen)
+    engine = choose(
+        launch.launcher,
+        launch.size,
+        wish,
+        dist.compression,
+        world.sees,
+        world.seen,
+        world.problem,
+    )
+    mpi = None if engine == "torch without MPI" else world.mpi
     if chosen.type == "cuda":
+        if chosen.index is None and mpi and launch.size > 1:  # only MPI can tell the local rank
+            local = mpi.Split_type(_shared()).Get_rank()
+            chosen = device_of(replace(launch, local_rank=local), device)
         torch.cuda.set_device(chosen)
-    if launch.size == 1:
-        if engine == "horovod":
-            return _horovod(chosen, mpi, dist)
-        if engine == "torch":
-            return _torch(chosen, launch, mpi, dist, folder)
-        return Comm(device=chosen)
+    if engine == "horovod or torch":
+        # All ranks must agree: an engine that only some of them can import would hang the rest.
+        all_can = all(mpi.allgather(_horovod_usable(chosen)))
+        if not all_can and launch.rank == 0:
+            logger.info("Horovod is not installed for this device; using torch.distributed")
+        engine = "horovod" if all_can else "torch"
     if engine == "serial":
-        raise InputError(
-            f"engine serial is one rank, but {launch.launcher} started {launch.size}; "
-            "use --engine horovod or torch, or start without mpirun"
-        )
+        return Comm(device=chosen)
     if engine == "horovod":
         return _horovod(chosen, mpi, dist)
-    if engine == "auto" and mpi is not None and dist.compression != "bf16":
-        # All ranks must agree: an engine that only some of them can import would hang the rest.
-        if all(mpi.allgather(_horovod_usable(chosen))):
-            return _horovod(chosen, mpi, dist)
-        if launch.rank == 0:
-            logger.info("Horovod is not installed for this device; using torch.distributed")
     return _torch(chosen, launch, mpi, dist, folder)
 
 
@@ -253,23 +235,28 @@ def device_of(launch: Launch, wish: str) -> torch.device:
     return torch.device("cuda", gpu_index(launch, gpus))
 
 
-def _mpi(launch: Launch, device: torch.device, required: bool) -> Any:
-    """COMM_WORLD, or None on one rank that no MPI launcher started."""
-    if launch.size == 1 and launch.launcher not in ("Open MPI", "PALS", "PMI"):
-        return None
+class _World(NamedTuple):
+    """What MPI sees, how many ranks that are, its communicator, or why it cannot be imported."""
+
+    sees: Sees
+    seen: int = 1
+    mpi: Any = None
+    problem: str = ""
+
+
+def _look_for_mpi(launch: Launch, device: torch.device) -> _World:
+    by_mpi = launch.launcher in ("Open MPI", "PALS", "PMI")
+    if launch.launcher == "torchrun" or (launch.size == 1 and not by_mpi):
+        return _World("not asked")
     if device.type == "cpu":  # waiting must not take the core that the other thread computes on
         os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        if not required:
-            return None
-        line = str(error).splitlines()[0]
-        raise InputError(
-            f"{launch.launcher} started {launch.size} ranks, but mpi4py cannot be "
-            f"imported ({line}); install it (jobs/setup.sh does), or use --engine torch"
-        ) from None
-    return MPI.COMM_WORLD
+        return _World("missing", problem=str(error).splitlines()[0])
+    seen = MPI.COMM_WORLD.Get_size()
+    sees: Sees = "all" if seen == launch.size else "alone" if seen == 1 else "other"
+    return _World(sees, seen, MPI.COMM_WORLD)
 
 
 def _shared() -> int:

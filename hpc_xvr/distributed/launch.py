@@ -1,7 +1,7 @@
-"""Who am I, and where do we meet: rank, size, device and the ranks' meeting point.
+"""Who am I: rank, size, GPU and CPU threads of this process, from its environment.
 
-The one file that reads launcher and scheduler variables. It runs before MPI is imported, because
-some MPIs bind to the GPU that is current when they start.
+The one file that reads the launchers' variables. It runs before MPI is imported, because some MPIs
+bind to the GPU that is current when they start.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _integer(environment: Mapping[str, str], name: str, launcher: str) -> int:
             "that of a launcher; start with mpirun, or unset it"
         ) from None
     except ValueError:
-        raise InputError(f"{launcher}: {name}={environment[name]!r} is no number") from None
+        raise InputError(f"{launcher}: {name}={environment[name]!r} is not a number") from None
 
 
 def _optional(environment: Mapping[str, str], names: tuple[str, ...], launcher: str) -> int | None:
@@ -108,6 +108,27 @@ def cpu_threads(launch: Launch) -> int:
     if bound < (os.cpu_count() or 1):
         return bound
     return max(1, bound // (launch.local_size or launch.size))
+
+
+def rank_threads(wish: int | None = None, environment: Mapping[str, str] = os.environ) -> int:
+    """CPU threads for what this rank computes: `wish` (config key run.threads), else
+    OMP_NUM_THREADS, else its cores.
+
+    Raises:
+        InputError: OMP_NUM_THREADS is not a positive number.
+    """
+    if wish:
+        return wish
+    text = environment.get("OMP_NUM_THREADS", "")
+    if not text:
+        return cpu_threads(discover(environment))
+    first = text.split(",")[0].strip()  # the other numbers of a list are for threads of threads
+    if not first.isdecimal() or int(first) == 0:
+        raise InputError(
+            f"OMP_NUM_THREADS={text!r} is not a number of threads; set it to 1 or more, unset it, "
+            "or set run.threads"
+        )
+    return int(first)
 
 
 def gpu_index(launch: Launch, gpus: int) -> int | None:

@@ -1,15 +1,32 @@
-"""Who has gone silent: each rank tells rank 0 where it is, and the job ends when one is lost.
+"""Ends the job when a rank is lost, and names it.
 
 Collectives wait for a rank that was killed, stopped or hangs, some of them for ever, and none of
-them can tell which rank it was. So a thread on every rank keeps a TCP connection to rank 0 and
-sends a line with its step a few times a second at most. Rank 0 ends the job when
+them can tell which rank it was. So every rank but 0 keeps a TCP connection to rank 0, and a thread
+at each end of it looks after the other. Rank 0 listens on a free port; all ranks learn the address
+and a random token over the collectives that work at the start.
 
-- a connection breaks without a goodbye: the rank was killed;
+    from    says                                  when                      the other end
+    ------  ------------------------------------  ------------------------  ------------------------
+    rank n  [token, n, where, step, doing, age]   at each new step, and     notes where rank n is
+            where: process and host; age: for     every beat                since when; hangs up if
+            how many seconds it has done that                               the token is wrong
+    rank n  left                                  it ends in good order     expects nothing more
+    rank n  failed                                it has said what failed   expects nothing more;
+                                                  and ends the job          ends the job 2 s later
+    rank 0  .                                     every beat                knows that rank 0 lives
+    rank 0  B (bye)                               it ends in good order     stops watching
+    rank 0  X (exit)                              the job ends              exits 1 s later
+
+Lines of rank n are JSON or a word and end with a newline; rank 0 says single bytes. A beat is a
+second, or an eighth of the time limit if that is less. Rank 0 ends the job when
+
+- a connection closes without `left` or `failed`: the rank was killed;
 - a rank is silent for the time limit: it was stopped, or its node is gone;
 - no rank gets on for the time limit: the one furthest behind is named.
 
-The others watch rank 0 in the same way. MPI_Abort ends the ranks; where there is no MPI, or it
-does not answer, each ends itself.
+The others end it when they lose rank 0 in one of the first two ways. Outside of training they are
+more patient. MPI_Abort ends the ranks; where there is no MPI, or it does not answer, each ends
+itself.
 """
 
 from __future__ import annotations
@@ -39,12 +56,171 @@ _STARTING_S = 60.0
 # What a rank does in a step, in that order: of ranks that wait for each other, the one that is
 # furthest behind is the one the others wait for.
 ORDER = ("data", "forward", "backward", "gradients", "update", "logging", "saving", "validation")
-_BYE, _END = b"B", b"X"  # from rank 0: it leaves; the job ends
+# The protocol's words.
+_LEFT, _FAILED = b"left", b"failed"
+_ALIVE, _BYE, _EXIT = b".", b"B", b"X"
+
+
+def start_watch(comm: Comm, limit_s: float) -> Watch:
+    """Watch over the ranks of `comm`, which all call it, with a time limit in seconds."""
+    watch: Watch
+    if comm.is_root:
+        server = _listen()
+        meeting = (_address(discover()), server.getsockname()[1]), secrets.token_hex(8)
+        _, token = comm.broadcast(meeting)
+        watch = _RootWatch(comm, limit_s, server, token)
+    else:
+        address, token = comm.broadcast(None)
+        try:
+            link = socket.create_connection(address, timeout=20)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            logger.warning(
+                "rank 0 cannot be reached at %s:%d (%s): if this rank is lost, the others "
+                "will only see that nothing gets on",
+                *address,
+                error.strerror or error,
+            )
+            return Watch(comm, limit_s)
+        watch = _RankWatch(comm, limit_s, link, token)
+    watch.start()
+    return watch
+
+
+class Watch:
+    """What both ends share. By itself it watches nothing: for a rank that cannot reach rank 0."""
+
+    def __init__(self, comm: Comm, limit_s: float) -> None:
+        # Threads breathe however long a collective may take: no reason to wait longer for one.
+        self._comm, self._limit = comm, min(limit_s, 3600.0)
+        self._beat = min(1.0, limit_s / 8)
+        self._where = f"process {os.getpid()} on {socket.gethostname()}"
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._awake = time.perf_counter()  # when the thread last ran
+
+    def start(self) -> None:
+        """Begin to watch; the end of this process in good order will be announced."""
+        self._thread.start()
+        atexit.register(self.stop)
+
+    def tell(self) -> None:
+        """Let the other end know where this rank is, unless that was done a moment ago."""
+
+    def stop(self, failed: bool = False) -> None:
+        """Say goodbye; safe to call twice. `failed`: this rank has said why and ends the job."""
+        self._stopping.set()
+
+    def _run(self) -> None:
+        """Watch the other end until this one stops or the job has to end."""
+
+    def _patience(self, step: int | None) -> float:
+        """Seconds for which a rank in that step may be silent."""
+        return self._limit + (0 if step else _STARTING_S)
+
+    def _was_stopped(self, now: float) -> bool:
+        """Was this process itself stopped since the last call, maybe with all others?"""
+        asleep, self._awake = now - self._awake, now
+        return asleep > self._limit / 2 + self._beat
+
+    def _end_job(self, message: str | None) -> None:
+        """Print what happened and end every rank; does not return."""
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        if message:
+            advice = "all ranks are ended; --resume goes on from the newest checkpoint"
+            print(f"hpc-xvr: error: {message}; {advice}", file=sys.stderr, flush=True)
+        self._say(_EXIT)
+        self._comm.leave_record()
+        threading.Thread(target=self._comm.abort, args=(EXIT_CODE,), daemon=True).start()
+        time.sleep(3)  # should MPI not answer
+        os._exit(EXIT_CODE)
+
+    def _say(self, what: bytes) -> None:
+        """To all at the other ends; only rank 0 has something to say to them."""
+
+
+class _RankWatch(Watch):
+    """A rank other than 0: tells rank 0 that it lives, and looks whether rank 0 does."""
+
+    def __init__(self, comm: Comm, limit_s: float, link: socket.socket, token: str) -> None:
+        super().__init__(comm, limit_s)
+        self._link, self._token = link, token
+        # Rank 0 can hear a few thousand lines a second from all ranks together.
+        self._pause = max(0.02, comm.size / 2000)
+        self._told = 0.0
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        self.tell()
+        super().start()
+
+    def tell(self) -> None:
+        now = time.perf_counter()
+        if now - self._told < self._pause:
+            return
+        with self._lock:
+            if self._stopping.is_set():
+                return
+            self._told = now
+            place = self._comm.place
+            line = [self._token, self._comm.rank, self._where, place.step, place.doing]
+            line.append(round(now - place.since, 3))
+            with contextlib.suppress(OSError):
+                self._link.send(json.dumps(line).encode() + b"\n")
+
+    def stop(self, failed: bool = False) -> None:
+        if self._stopping.is_set():
+            return
+        with self._lock:
+            self._stopping.set()
+            with contextlib.suppress(OSError):
+                self._link.send((_FAILED if failed else _LEFT) + b"\n")
+
+    def _run(self) -> None:
+        heard = time.perf_counter()
+        self._link.settimeout(self._beat)
+        while not self._stopping.is_set():
+            self.tell()
+            said = self._hear()
+            now = time.perf_counter()
+            if self._was_stopped(now):
+                heard = now
+            if self._stopping.is_set() or (said and _BYE in said):
+                return
+            if said and _EXIT in said:
+                self._comm.leave_record()
+                time.sleep(1)  # rank 0 ends the job for all
+                os._exit(EXIT_CODE)
+            if said:
+                heard = now
+            if said == b"":
+                self._lost("died")
+            elif now - heard > (patience := self._patience(self._comm.place.step)):
+                self._lost(f"has given no sign of life for {patience:g} s")
+
+    def _hear(self) -> bytes | None:
+        """What rank 0 says within a beat: None if nothing, empty if the connection is broken."""
+        try:
+            return self._link.recv(64)
+        except TimeoutError:
+            return None
+        except OSError:
+            return b""
+
+    def _lost(self, how: str) -> None:
+        """Rank 0 is gone: rank 1 says so; if it is gone too, the next one does."""
+        rank = self._comm.rank
+        time.sleep(min(0.2 * (rank - 1), 3.0))
+        step = self._comm.place.step
+        where = f", about when this rank was in step {step}" if step else ""
+        self._end_job(f"[rank {rank}] rank 0 {how}{where}")
 
 
 @dataclass
 class _Peer:
-    """What rank 0 knows of a rank."""
+    """What rank 0 knows of a rank; the number is -1 until it has introduced itself."""
 
     rank: int
     where: str  # process and host
@@ -53,7 +229,7 @@ class _Peer:
     doing: str = "starting"
     since: float = 0.0
     link: Any = None
-    text: bytes = field(default=b"", repr=False)
+    text: bytes = field(default=b"", repr=False)  # the beginning of a line
 
     @property
     def name(self) -> str:
@@ -67,243 +243,154 @@ class _Peer:
     def position(self) -> tuple[int, int]:
         return self.step or 0, ORDER.index(self.doing) if self.doing in ORDER else len(ORDER)
 
+    @property
+    def left(self) -> bool:
+        return self.doing == "left"
 
-class Watch:
-    """Started on all ranks at once; `stop` says goodbye."""
 
-    def __init__(self, comm: Comm, limit_s: float) -> None:
-        # Threads breathe however long a collective may take: no reason to wait longer for one.
-        self._comm, self._limit = comm, min(limit_s, 3600.0)
-        self._beat = min(1.0, limit_s / 8)
+class _RootWatch(Watch):
+    """Rank 0: hears from all ranks, itself included, and judges."""
+
+    def __init__(self, comm: Comm, limit_s: float, server: socket.socket, token: str) -> None:
+        super().__init__(comm, limit_s)
+        self._server, self._token = server, token
         self._farewell = _BYE
-        # Rank 0 can hear a few thousand lines a second from all ranks together.
-        self._pause = max(0.02, comm.size / 2000)
-        self._told = 0.0
-        self._resumed = 0.0
-        self._stopping = threading.Event()
-        self._lock = threading.Lock()
-        self._where = f"process {os.getpid()} on {socket.gethostname()}"
-        launch = discover()
-        server = _listen() if comm.is_root else None
-        address = (_address(launch), server.getsockname()[1]) if server else None
-        address, self._token = comm.broadcast(
-            (address, secrets.token_hex(8)) if comm.is_root else None
-        )
-        self._link: socket.socket | None = None
-        if comm.is_root:
-            work = threading.Thread(target=self._serve, args=(server,), daemon=True)
-        else:
-            try:
-                self._link = socket.create_connection(address, timeout=20)
-                self._link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            except OSError as error:
-                logger.warning(
-                    "rank 0 cannot be reached at %s:%d (%s): if this rank is lost, the others "
-                    "will only see that nothing gets on",
-                    *address,
-                    error.strerror or error,
-                )
-                return
-            self.tell()
-            work = threading.Thread(target=self._follow, daemon=True)
-        self._thread = work
-        work.start()
-        atexit.register(self.stop)
-
-    def tell(self) -> None:
-        """Send this rank's place to rank 0, unless that was done a moment ago."""
-        now = time.perf_counter()
-        if self._link is None or now - self._told < self._pause:
-            return
-        with self._lock:
-            if self._stopping.is_set():
-                return
-            self._told = now
-            place = self._comm.place
-            line = [self._token, self._comm.rank, self._where, place.step, place.doing]
-            line.append(round(now - place.since, 3))
-            with contextlib.suppress(OSError):
-                self._link.send(json.dumps(line).encode() + b"\n")
+        self._resumed = 0.0  # when this process last went on after it had been stopped
+        self._me = _Peer(0, self._where, time.perf_counter())
+        self._peers = {0: self._me}
+        self._events = selectors.DefaultSelector()
+        self._events.register(server, selectors.EVENT_READ)
 
     def stop(self, failed: bool = False) -> None:
-        """Say goodbye; safe to call twice. `failed`: this rank has said why and ends the job."""
         if self._stopping.is_set():
             return
-        with self._lock:
-            self._farewell = _END if failed else _BYE
-            self._stopping.set()
-            if self._link is not None:
-                with contextlib.suppress(OSError):
-                    self._link.send(b"failed\n" if failed else b"left\n")
-        if self._comm.is_root and threading.current_thread() is not self._thread:
+        self._farewell = _EXIT if failed else _BYE
+        self._stopping.set()
+        if threading.current_thread() is not self._thread:
             self._thread.join(2)  # it says goodbye to the others
 
-    def _patience(self, step: int | None) -> float:
-        return self._limit + (0 if step else _STARTING_S)
-
-    # Ranks other than 0.
-
-    def _follow(self) -> None:
-        """Tell rank 0 that this rank lives, and look whether rank 0 does."""
-        link, heard, last = self._link, time.perf_counter(), time.perf_counter()
-        assert link is not None
-        link.settimeout(self._beat)
+    def _run(self) -> None:
+        told = time.perf_counter()
         while not self._stopping.is_set():
-            self.tell()
-            try:
-                said = link.recv(64)
-            except TimeoutError:
-                said = None
-            except OSError:
-                said = b""
-            now = time.perf_counter()
-            if now - last > self._limit / 2 + self._beat:
-                heard = now  # this process was stopped itself, maybe with all others
-            last = now
-            if self._stopping.is_set() or (said and _BYE in said):
-                return
-            if said and _END in said:
-                self._comm.leave_record()
-                time.sleep(1)  # rank 0 ends the job for all
-                os._exit(EXIT_CODE)
-            if said:
-                heard = now
-            if said == b"" or now - heard > self._patience(self._comm.place.step):
-                # Rank 1 speaks; if it is gone too, the next one does.
-                time.sleep(min(0.2 * (self._comm.rank - 1), 3.0))
-                step = self._comm.place.step
-                where = f", about when this rank was in step {step}" if step else ""
-                what = "died"
-                if said != b"":
-                    what = f"has given no sign of life for {self._patience(step):g} s"
-                self._end(f"[rank {self._comm.rank}] rank 0 {what}{where}")
-
-    # Rank 0.
-
-    def _serve(self, server: socket.socket) -> None:
-        """Listen to all ranks until this one stops or the job has to end."""
-        peers: dict[int, _Peer] = {0: _Peer(0, self._where, time.perf_counter())}
-        events = selectors.DefaultSelector()
-        events.register(server, selectors.EVENT_READ)
-        last = told = time.perf_counter()
-        while not self._stopping.is_set():
-            for key, _ in events.select(self._beat / 2):
-                if key.fileobj is server:
-                    link, _ = server.accept()
-                    link.setblocking(False)
-                    peer = _Peer(-1, "unknown", time.perf_counter(), link=link)
-                    events.register(link, selectors.EVENT_READ, peer)
+            for key, _ in self._events.select(self._beat / 2):
+                if key.fileobj is self._server:
+                    self._accept()
                 else:
-                    self._hear(key.data, peers, events)
+                    self._hear(key.data)
             now = time.perf_counter()
-            if now - last > self._limit / 2 + self._beat:
-                self._resumed = now  # stopped ourselves, maybe with all others
-                for peer in peers.values():
+            if self._was_stopped(now):
+                self._resumed = now
+                for peer in self._peers.values():
                     peer.heard = now
-            last = now
-            self._look_at_myself(peers[0], now)
-            problem = self._silent(peers, now) or self._stuck(peers, now)
+            self._look_at_myself(now)
+            problem = self._silent(now) or self._stuck(now)
             if problem:
-                self._end(problem, peers)
+                self._end_job(problem)
             if now - told > self._beat:
-                self._answer(peers, b".")
+                self._say(_ALIVE)
                 told = now
-        self._answer(peers, self._farewell)
+        self._say(self._farewell)
 
-    def _look_at_myself(self, me: _Peer, now: float) -> None:
-        place = self._comm.place
-        me.heard, me.step, me.doing, me.since = now, place.step, place.doing, place.since
+    # Listening.
 
-    def _hear(self, peer: _Peer, peers: dict[int, _Peer], events: Any) -> None:
+    def _accept(self) -> None:
+        link, _ = self._server.accept()
+        link.setblocking(False)
+        peer = _Peer(-1, "unknown", time.perf_counter(), link=link)
+        self._events.register(link, selectors.EVENT_READ, peer)
+
+    def _hear(self, peer: _Peer) -> None:
         try:
             data = peer.link.recv(65536)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        now = time.perf_counter()
-        peer.heard = now
+        peer.heard = time.perf_counter()
         *lines, peer.text = (peer.text + data).split(b"\n")
         for line in lines:
-            if line in (b"left", b"failed"):
-                peer.doing = "left"
-                if line == b"failed":
-                    threading.Timer(2, self._end, (None, peers)).start()  # where there is no MPI
-                continue
-            try:
-                token, rank, where, step, doing, age = json.loads(line)
-            except ValueError:
-                token = None
-            if token != self._token:  # somebody else's program
-                events.unregister(peer.link)
-                peer.link.close()
+            if not self._understand(line, peer):  # somebody else's program
+                self._hang_up(peer)
                 return
-            peer.rank, peer.where, peer.step, peer.doing = rank, where, step, doing
-            peer.since = now - age
-            peers[rank] = peer
-        if data:
-            return
-        events.unregister(peer.link)
+        if not data:
+            self._hang_up(peer)
+            self._broken(peer)
+
+    def _understand(self, line: bytes, peer: _Peer) -> bool:
+        """Note what a rank says; False if it is not one of ours."""
+        if line == _LEFT:
+            peer.doing = "left"
+            return True
+        if line == _FAILED:
+            peer.doing = "left"
+            threading.Timer(2, self._end_job, (None,)).start()  # where there is no MPI
+            return True
+        try:
+            token, rank, where, step, doing, age = json.loads(line)
+        except (ValueError, TypeError):
+            return False
+        if token != self._token:
+            return False
+        peer.rank, peer.where, peer.step, peer.doing = rank, where, step, doing
+        peer.since = peer.heard - age
+        self._peers[rank] = peer
+        return True
+
+    def _hang_up(self, peer: _Peer) -> None:
+        self._events.unregister(peer.link)
         peer.link.close()
         peer.link = None
-        if peer.doing == "left" or peer.rank < 0 or self._stopping.is_set():
+
+    def _look_at_myself(self, now: float) -> None:
+        me, place = self._me, self._comm.place
+        me.heard, me.step, me.doing, me.since = now, place.step, place.doing, place.since
+
+    def _say(self, what: bytes) -> None:
+        for peer in list(self._peers.values()):
+            if peer.link:
+                with contextlib.suppress(OSError):
+                    peer.link.send(what)
+
+    # Judging.
+
+    def _broken(self, peer: _Peer) -> None:
+        """A connection has closed: without a goodbye the rank was killed."""
+        if peer.left or peer.rank < 0 or self._stopping.is_set():
             return
         # It may have got on since its last line, but not past what needs all ranks.
         mine = self._comm.place.step
         if mine and peer.step and mine - 1 > peer.step:
             peer.step, peer.doing = mine - 1, "unknown"
-        self._end(f"{peer.name} died {peer.place}", peers)
+        self._end_job(f"{peer.name} died {peer.place}")
 
-    def _silent(self, peers: dict[int, _Peer], now: float) -> str | None:
-        for peer in peers.values():
+    def _silent(self, now: float) -> str | None:
+        for peer in self._peers.values():
             patience = self._patience(peer.step)
-            if peer.doing != "left" and peer.link and now - peer.heard > patience:
+            if not peer.left and peer.link and now - peer.heard > patience:
                 return (
                     f"{peer.name} has given no sign of life for {patience:g} s; it was {peer.place}"
                 )
         return None
 
-    def _stuck(self, peers: dict[int, _Peer], now: float) -> str | None:
+    def _stuck(self, now: float) -> str | None:
         """While training, some rank must move on within the limit."""
-        if any(p.doing != "left" and not p.step for p in peers.values()):
+        peers = list(self._peers.values())
+        here = [peer for peer in peers if not peer.left]
+        if any(not peer.step for peer in here):
             return None
         # A little longer than `_silent`, which knows better who it is.
         limit = self._limit + 2 * self._beat
-        if any(
-            now - max(p.since, self._resumed) < limit for p in peers.values() if p.doing != "left"
-        ):
+        if any(now - max(peer.since, self._resumed) < limit for peer in here):
             return None
-        least = min(p.position for p in peers.values())
-        behind = [p for p in peers.values() if p.position == least]
+        least = min(peer.position for peer in peers)
+        behind = [peer for peer in peers if peer.position == least]
         if len(behind) == len(peers):
             return f"no rank has got on for {self._limit:g} s; all are {behind[0].place}"
-        names = ", ".join(p.name for p in behind[:5]) + (" ..." if len(behind) > 5 else "")
+        names = ", ".join(peer.name for peer in behind[:5]) + (" ..." if len(behind) > 5 else "")
         return (
             f"no rank has got on for {self._limit:g} s; the others wait for {names} "
             f"{behind[0].place}"
         )
-
-    def _answer(self, peers: dict[int, _Peer], what: bytes) -> None:
-        for peer in peers.values():
-            if peer.link:
-                with contextlib.suppress(OSError):
-                    peer.link.send(what)
-
-    # The end.
-
-    def _end(self, message: str | None, peers: dict[int, _Peer] | None = None) -> None:
-        """Print what happened and end every rank; does not return."""
-        if self._stopping.is_set():
-            return
-        self._stopping.set()
-        if message:
-            advice = "all ranks are ended; --resume goes on from the newest checkpoint"
-            print(f"hpc-xvr: error: {message}; {advice}", file=sys.stderr, flush=True)
-        self._answer(peers or {}, _END)
-        self._comm.leave_record()
-        threading.Thread(target=self._comm.abort, args=(EXIT_CODE,), daemon=True).start()
-        time.sleep(3)  # should MPI not answer
-        os._exit(EXIT_CODE)
 
 
 def _listen() -> socket.socket:
@@ -315,5 +402,6 @@ def _listen() -> socket.socket:
 
 
 def _address(launch: Launch) -> str:
+    """Where the others reach this host."""
     one_node = launch.size in (1, launch.local_size)
     return "127.0.0.1" if one_node else socket.gethostname()

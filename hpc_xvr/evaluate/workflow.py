@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hpc_xvr.config import Config, Data
 from hpc_xvr.data.corpus import Corpus, Video
 from hpc_xvr.data.samples.sample import key_frames
 from hpc_xvr.distributed.comm import Comm
-from hpc_xvr.distributed.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import figures
 from hpc_xvr.evaluate.methods import NamedMethod, open_methods
@@ -31,6 +28,7 @@ from hpc_xvr.evaluate.scoring import (
     renamed,
     score,
 )
+from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.factory.weights import Which
 from hpc_xvr.log import logger, progress_bar
 from hpc_xvr.reconstruction.writers import write_movie
@@ -57,7 +55,7 @@ def evaluate(
     Raises:
         InputError: no such method, run, corpus or split; nothing to compare.
     """
-    torch.set_num_threads(config.run.threads or cpu_threads(discover()))
+    comm.together(lambda: use_threads(config.run.threads))
     wanted, data = config.evaluate, config.data
 
     def load() -> tuple[dict[str, NamedMethod], list[Unit], dict[str, Row]]:

@@ -1,4 +1,4 @@
-"""How a model is run: precision, compilation, recomputation; what this machine can do of it."""
+"""How a model is run: threads, precision, compilation, recomputation; what this machine can do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hpc_xvr.config import Config
+from hpc_xvr.distributed.launch import rank_threads
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory import execution as speed
 from hpc_xvr.log import logger
@@ -21,6 +22,20 @@ from hpc_xvr.model.swin import Recompute, SwinBlock, WindowAttention, add_norm
 
 Precision = Literal["auto", "float32", "bf16", "float64"]
 Compile = Literal["none", "parts", "blocks"]
+
+
+def use_threads(wish: int | None = None) -> int:
+    """Give torch the CPU threads of this rank, and return how many (see `rank_threads`).
+
+    Args:
+        wish: config key run.threads.
+
+    Raises:
+        InputError: OMP_NUM_THREADS is not a positive number.
+    """
+    threads = rank_threads(wish)
+    torch.set_num_threads(threads)
+    return threads
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> str:

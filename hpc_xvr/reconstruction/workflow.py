@@ -14,9 +14,8 @@ from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.pairing.joining import Pairing, joined
 from hpc_xvr.data.pairing.reading import CameraReading
-from hpc_xvr.distributed.launch import cpu_threads, discover
 from hpc_xvr.errors import InputError
-from hpc_xvr.factory.execution import prepare
+from hpc_xvr.factory.execution import prepare, use_threads
 from hpc_xvr.factory.weights import Which, open_model
 from hpc_xvr.log import logger, track
 from hpc_xvr.reconstruction.pipeline import as_method, reconstruct
@@ -78,8 +77,8 @@ def reconstruct_run(
     Raises:
         InputError: no trained run, unreadable or unfitting files, an unwritable result.
     """
-    use_threads()
     model, config, step = open_model(run, which)
+    use_threads(config.run.threads)
     if isinstance(source, CorpusRecording):
         material = _from_corpus(config, source)
     else:
@@ -121,11 +120,6 @@ def reconstruct_run(
         write_movie(movie, shown, MOVIE_FPS, labels)
         logger.info("written: %s", movie)
     return out
-
-
-def use_threads() -> None:
-    """Give torch the cores of this rank."""
-    torch.set_num_threads(cpu_threads(discover()))
 
 
 def from_recordings(

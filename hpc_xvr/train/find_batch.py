@@ -7,16 +7,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
 from hpc_xvr.config import Config
 from hpc_xvr.distributed.comm import Comm
-from hpc_xvr.distributed.launch import cpu_threads, discover
 from hpc_xvr.errors import CollectiveError, InputError
-from hpc_xvr.factory.build import build_model
-from hpc_xvr.factory.execution import prepare
+from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.log import logger, print_table, track
+from hpc_xvr.train.learner import new_model
 from hpc_xvr.train.meters import peak_memory, reset_peak_memory, synchronise
 from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import adam
@@ -37,7 +37,7 @@ class Trial:
 
 
 def find_batch(cfg: Config, comm: Comm) -> Trial:
-    """Train on random numbers with micro-batches of 1, 2, 4, ... and show what each costs.
+    """Train on random numbers with micro-batches of 1, 2, 4, ... samples; show what each costs.
 
     Ends where the next one would not fit, where two doublings have gained nothing, or after a
     minute. Returns the smallest micro-batch within 3 % of the best speed.
@@ -47,10 +47,8 @@ def find_batch(cfg: Config, comm: Comm) -> Trial:
     """
     if comm.size > 1:
         raise CollectiveError("train --find-batch is one process; start it without mpirun")
-    torch.set_num_threads(cfg.run.threads or cpu_threads(discover()))
-    torch.manual_seed(cfg.run.seed)
-    model = build_model(cfg)
-    precision = prepare(model, cfg, comm.device, training=True)
+    use_threads(cfg.run.threads)
+    model, precision = new_model(cfg, comm.device)
     optimizer = adam(model.parameters(), cfg.optim)
     room = int(_MARGIN * _free_memory(comm.device))
     trials: list[Trial] = []
@@ -162,9 +160,9 @@ def _fitting(trials: list[Trial], room: int) -> int:
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    group = Path("/sys/fs/cgroup")  # the limit of a container or of a scheduler's job
+    free = psutil.virtual_memory().available
+    # The limit of a container or of a scheduler's job, which psutil does not know.
+    group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # "max": none
         limit = int((group / "memory.max").read_text())
         free = min(free, limit - int((group / "memory.current").read_text()))

@@ -1,96 +1,25 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events, the state of the machine."""
+"""What a run measures of itself and its machine: time, losses, memory, versions."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import platform
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hpc_xvr.distributed.comm import Comm
-from hpc_xvr.errors import explain_os_error
-from hpc_xvr.files import write_atomic
-from hpc_xvr.log import logger
 from hpc_xvr.version import __version__
 
 # Dense bf16 matrix peak in TFLOP/s by (part of) the device's name; vendor data sheets.
 PEAK_BF16 = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "MI250X": 191.5, "GH200": 989.0}
-
-
-class Metrics:
-    """Lines of numbers, appended to metrics.jsonl and shown in TensorBoard; rank 0 only.
-
-    On resume, lines beyond the checkpoint's step are dropped, so that a curve never runs twice
-    over the same steps.
-    """
-
-    def __init__(self, folder: Path, resumed_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._path = folder / "metrics.jsonl"
-        if resumed_step is not None and self._path.exists():
-            kept = [
-                line
-                for line in self._path.read_text().splitlines(keepends=True)
-                if _step_of(line) <= resumed_step
-            ]
-            write_atomic(self._path, lambda file: file.write("".join(kept).encode()))
-        self._warned = False
-        self._file = self._path.open("a", buffering=1)
-        self._board = SummaryWriter(
-            str(folder / "tensorboard"),
-            purge_step=None if resumed_step is None else resumed_step + 1,
-        )
-
-    def write(self, kind: str, step: int, **values: Any) -> None:
-        """One line, on disk at once."""
-        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        record = {name: None if _not_finite(v) else v for name, v in record.items()}
-        with self._going_on():
-            self._file.write(json.dumps(record) + "\n")
-        with self._going_on():
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
-
-    def close(self) -> None:
-        """Flush everything."""
-        with self._going_on():
-            self._file.close()
-        with self._going_on():
-            self._board.close()
-
-    @contextmanager
-    def _going_on(self) -> Iterator[None]:
-        """A full disk ends no training: lines wait for room, curves may have gaps."""
-        try:
-            yield
-        except OSError as error:
-            if not self._warned:
-                logger.warning("metrics cannot be written: %s", explain_os_error(error))
-            self._warned = True
-
-
-def _not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)  # JSON knows no NaN
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line torn by a crash
 
 
 class Stopwatch:
@@ -104,6 +33,7 @@ class Stopwatch:
         self._device = device
         self.all: dict[str, float] = {}  # seconds of each part since the run began
         self.since: dict[str, float] = {}  # when each part was last begun
+        self.mfu: float | None = None  # of the last report, where the peak is known
         self._doing = "starting"
         self._since = time.perf_counter()
         self.parts: dict[str, float] = {}  # seconds of each part since the last report
@@ -125,14 +55,16 @@ class Stopwatch:
         self._start, self.steps = time.perf_counter(), 0
         self.parts = {}
 
-    def report(self, samples: int, flops_per_sample: int, ranks: int) -> dict[str, float]:
-        """Throughput since the last reset; resets.
+    def report(self, global_batch: int, flops_per_sample: int, ranks: int) -> dict[str, float]:
+        """Throughput of the `steps` counted since the last reset; resets.
 
-        `samples` counts all ranks'; `flops_per_sample` is forward plus backward.
+        `global_batch` counts all ranks' samples of a step; `flops_per_sample` is forward plus
+        backward.
         """
         synchronise(self._device)
         self.enter(self._doing)
         seconds = max(time.perf_counter() - self._start, 1e-9)
+        samples = self.steps * global_batch
         out = {
             "step_s": seconds / max(self.steps, 1),
             "samples_per_s": samples / seconds,
@@ -142,11 +74,35 @@ class Stopwatch:
         }
         peak = peak_tflops(self._device)
         if peak:
-            out["mfu"] = out["tflops_per_rank"] / peak
+            self.mfu = out["mfu"] = out["tflops_per_rank"] / peak
         if self._device.type == "cuda":
             out["gpu_memory_gb"] = peak_memory(self._device) / 1e9
         self.reset()
         return out
+
+
+class MeanLoss:
+    """Mean over ranks and steps of the loss; summed on the device, which nobody waits for."""
+
+    def __init__(self, dtype: torch.dtype, comm: Comm) -> None:
+        self._comm = comm
+        self._sum = torch.zeros((), dtype=dtype, device=comm.device)
+        self._steps = 0
+
+    def add(self, loss: Tensor) -> None:
+        """A micro-batch's part of this rank's mean loss of a step."""
+        self._sum += loss
+
+    def end_step(self) -> None:
+        """The parts of one step are complete."""
+        self._steps += 1
+
+    def take(self) -> Tensor:
+        """The mean since the last call, on the device; all ranks call it."""
+        mean = self._comm.all_reduce(self._sum.double()) / self._comm.size / self._steps
+        self._sum.zero_()
+        self._steps = 0
+        return mean
 
 
 def synchronise(device: torch.device) -> None:
@@ -160,13 +116,14 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5); psutil knows no such reset
 
 
 def peak_memory(device: torch.device) -> int:
     """Most bytes in use since the last reset: by tensors on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # psutil does not tell the peak, and getrusage's cannot be reset.
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
@@ -201,7 +158,7 @@ def environment(comm: Comm, threads: int) -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    try:
+    try:  # neither psutil nor platform tells a CPU's name on Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):

@@ -107,7 +107,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(engine, settings):
     trainer.train_step = stop_in_time
     assert trainer.run() is False
     trainer.close()
-    assert trainer.done == 4
+    assert trainer.progress.step == 4
     engine.barrier()
     if engine.is_root:
         losses, state = train(cfg, Comm(), resume=True)

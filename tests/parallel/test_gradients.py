@@ -66,10 +66,10 @@ def test_gradients_travel_once_a_step_however_many_micro_batches(
             numbers[0] += bucket.buffer().numel()
             return default_hooks.allreduce_hook(state, bucket)
 
-        trainer.net.register_comm_hook(None, hook)
+        trainer.learner.net.register_comm_hook(None, hook)
     assert trainer.run()
     trainer.close()
-    assert numbers[0] == 3 * sum(p.numel() for p in trainer.model.parameters())
+    assert numbers[0] == 3 * sum(p.numel() for p in trainer.learner.model.parameters())
     engine.barrier()
 
 
@@ -109,11 +109,11 @@ def test_the_size_of_a_bucket_is_settable(engines, settings, monkeypatch):
             seen.append(bucket.buffer().numel())
             return default_hooks.allreduce_hook(state, bucket)
 
-        trainer.net.register_comm_hook(None, hook)
+        trainer.learner.net.register_comm_hook(None, hook)
         assert trainer.run()
         trainer.close()
         buckets[size] = len(seen) / 3
         engines[1].barrier()
     assert buckets[None] == 1
     assert buckets[0.05] >= 3
-    assert torch.isfinite(trainer.norm)
+    assert torch.isfinite(trainer.learner.norm)

@@ -46,8 +46,9 @@ def test_each_node_gets_one_copy_and_reads_it(engine, settings, shared_folder, m
     copies = {path.name: path.stat().st_ino for path in disk.glob("*/*")}
     assert copies and copies.keys() <= {v.id for v in Corpus(cfg.data.corpus).split("train")}
     trainer = Trainer(settings("again", "train.steps=4", f"data.stage_dir={disk}"), engine)
+    trainer.stage()
     assert {path.name: path.stat().st_ino for path in disk.glob("*/*")} == copies  # used again
-    assert {v.path.parents[1] for v in trainer.data.videos} == {disk}
+    assert {v.path.parents[1] for v in trainer.samples.videos} == {disk}
     trainer.close()
     engine.barrier()
 
@@ -58,6 +59,8 @@ def test_a_node_without_space_ends_all_ranks(engine, settings, shared_folder, mo
     if engine.rank == 1:  # as on the second of two nodes
         usage = shutil.disk_usage(shared_folder)._replace(free=10)
         monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
+    trainer = Trainer(settings("full", f"data.stage_dir={shared_folder / 'small'}"), engine)
     with pytest.raises(InputError, match=r"data\.stage_dir .* are needed"):
-        Trainer(settings("full", f"data.stage_dir={shared_folder / 'small'}"), engine)
+        trainer.run()
+    trainer.close()
     engine.barrier()

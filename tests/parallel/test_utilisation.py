@@ -9,15 +9,15 @@ from hpc_xvr.train.utilisation import read
 
 def test_both_ranks_are_looked_at_and_the_slow_one_is_named(engine, settings, monkeypatch):
     trainer = Trainer(settings("run", "run.utilisation_s=0.05"), engine)
-    real = trainer._wait_for
+    real = trainer.batches
 
-    def slow(batches):
-        for batch in real(batches):
+    def slow():
+        for batch in real():
             if engine.rank == 1:
                 time.sleep(0.4)
             yield batch
 
-    monkeypatch.setattr(trainer, "_wait_for", slow)
+    monkeypatch.setattr(trainer, "batches", slow)
     assert trainer.run()
     trainer.close()
     engine.barrier()

@@ -157,6 +157,7 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(
 def trained_run(tmp_path_factory):
     """Two steps of the pulse config, with a corpus of its own beside the run."""
     from hpc_xvr.config import load
+    from hpc_xvr.data.simulate.corpus import simulate_if_missing
     from hpc_xvr.distributed.comm import Comm
     from hpc_xvr.train.engine import Trainer
 
@@ -172,6 +173,7 @@ def trained_run(tmp_path_factory):
             "run.threads=1",
         ],
     )
+    simulate_if_missing(cfg.simulate, cfg.data.corpus)
     trainer = Trainer(cfg, Comm())
     assert trainer.run()
     trainer.close()

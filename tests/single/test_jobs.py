@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hpc_xvr.checkpoint import list_checkpoints, load, path_of
+from hpc_xvr.data.corpus import Corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 PULSE = ROOT / "configs" / "pulse.yaml"
@@ -76,7 +77,7 @@ import hpc_xvr.train.engine as engine
 real = engine.Trainer.train_step
 def train_step(self, step, batches):
     if step == 3:
-        self.writer.wait()
+        self.checkpoints.wait()
         self.comm.barrier()  # rank 0 has its checkpoint on disk
     if step == 3 and self.comm.rank == self.comm.size - 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -235,6 +236,33 @@ def test_bad_input_is_one_line_from_one_rank_and_exit_code_2(overrides, message,
     assert len(errors) == 1
     assert message in errors[0]
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_corpus_is_simulated_by_the_command_once_nothing_else_is_wrong(job, tmp_path):
+    """Not before ranks that cannot share the global batch have been refused."""
+    corpus = tmp_path / "corpus"
+    small = [f"data.corpus={corpus}", "simulate.videos=4", "simulate.size=[12, 32, 32]"]
+    refused = job("torch", *small, "train.global_batch=5")
+    assert refused.returncode == 2
+    assert "train.global_batch 5 cannot be shared by 2 ranks" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+    done = job("torch", *small, "train.steps=1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"simulating 4 recordings into {corpus}") == 1
+    assert len(Corpus(corpus)) == 4
+    made = (corpus / "corpus.json").stat().st_mtime_ns
+    again = job("serial", *small, "train.steps=2", options=["--resume"])
+    assert again.returncode == 0, again.stderr
+    assert "simulating" not in again.stderr
+    assert (corpus / "corpus.json").stat().st_mtime_ns == made
+
+
+def test_what_omp_num_threads_must_not_be_is_said_once_by_all_ranks(job, tmp_path):
+    done = job("torch", "run.threads=null", environment={"OMP_NUM_THREADS": "all"})
+    assert done.returncode == 2, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if "hpc-xvr: error:" in line]
+    assert "OMP_NUM_THREADS='all' is not a number of threads" in error
     assert not (tmp_path / "run").exists()
 
 

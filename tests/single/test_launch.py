@@ -1,5 +1,6 @@
-"""Finding out who we are, from each launcher's variables."""
+"""Finding out who we are, from each launcher's variables, and how the ranks are connected."""
 
+import itertools
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpc_xvr.distributed import launch, rendezvous
+from hpc_xvr.distributed.choice import choose
 from hpc_xvr.errors import InputError
 
 OMPI = {
@@ -60,7 +62,7 @@ def test_each_launcher_is_recognised(environment, expected):
     [
         ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE"),
         ({"PMI_RANK": "4", "PMI_SIZE": "4"}, "does not fit"),
-        ({"PMI_RANK": "x", "PMI_SIZE": "4"}, "no number"),
+        ({"PMI_RANK": "x", "PMI_SIZE": "4"}, "not a number"),
     ],
 )
 def test_a_partly_set_environment_is_an_error(environment, message):
@@ -88,6 +90,86 @@ def test_threads_are_the_cores_a_rank_is_bound_to_or_its_share(monkeypatch):
     assert launch.cpu_threads(launch.Launch(None)) == 8
     monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: range(2))
     assert launch.cpu_threads(launch.Launch("Open MPI", 0, 4, 0, 4)) == 2
+
+
+def test_run_threads_comes_before_omp_num_threads_and_that_before_the_cores(monkeypatch):
+    monkeypatch.setattr(launch.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda _: range(8))
+    assert launch.rank_threads(3, {**OMPI, "OMP_NUM_THREADS": "5"}) == 3
+    assert launch.rank_threads(None, {**OMPI, "OMP_NUM_THREADS": "5"}) == 5
+    assert launch.rank_threads(None, {**OMPI, "OMP_NUM_THREADS": "6, 2"}) == 6  # nested: the outer
+    assert launch.rank_threads(None, {**OMPI, "OMP_NUM_THREADS": ""}) == 4
+    assert launch.rank_threads(None, OMPI) == 4, "two ranks on the node"
+    for text in ("0", "-2", "many", "2.5"):
+        with pytest.raises(InputError, match=f"OMP_NUM_THREADS='{text}' is not a number of thr"):
+            launch.rank_threads(None, {"OMP_NUM_THREADS": text})
+        assert launch.rank_threads(2, {"OMP_NUM_THREADS": text}) == 2
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "wish", "gradients", "sees", "expected"),
+    [
+        # one process
+        (None, 1, "auto", "none", "not asked", "serial"),
+        (None, 1, "serial", "bf16", "not asked", "serial"),
+        (None, 1, "torch", "none", "not asked", "torch"),
+        (None, 1, "horovod", "none", "not asked", "horovod"),
+        ("Open MPI", 1, "auto", "none", "all", "serial"),
+        ("Open MPI", 1, "auto", "none", "missing", "mpi4py cannot be imported (no lib)"),
+        ("Open MPI", 1, "torch", "none", "missing", "torch without MPI"),
+        ("Open MPI", 1, "auto", "none", "other", "started 1 ranks but MPI sees 3"),
+        # many ranks that MPI has started
+        ("Open MPI", 4, "auto", "none", "all", "horovod or torch"),
+        ("PALS", 4, "auto", "fp16", "all", "horovod or torch"),
+        ("PMI", 4, "auto", "bf16", "all", "torch"),
+        ("Open MPI", 4, "horovod", "fp16", "all", "horovod"),
+        ("Open MPI", 4, "horovod", "bf16", "all", "Horovod cannot sum bfloat16; use fp16"),
+        ("Open MPI", 4, "torch", "bf16", "all", "torch"),
+        ("Open MPI", 4, "serial", "none", "all", "engine serial is one rank, but Open MPI star"),
+        # many ranks of which MPI knows nothing, or something else
+        ("srun", 4, "torch", "none", "alone", "torch without MPI"),
+        ("srun", 4, "auto", "none", "alone", "srun started 4 ranks but MPI sees 3"),
+        ("srun", 4, "horovod", "none", "alone", "--engine torch, which needs no MPI"),
+        ("srun", 4, "serial", "none", "alone", "but MPI sees"),
+        ("srun", 4, "torch", "none", "missing", "torch without MPI"),
+        ("srun", 4, "auto", "none", "missing", "srun started 4 ranks, but mpi4py cannot"),
+        ("PMI", 4, "torch", "none", "other", "PMI started 4 ranks but MPI sees 3"),
+        # torchrun
+        ("torchrun", 4, "auto", "none", "not asked", "torch"),
+        ("torchrun", 4, "torch", "bf16", "not asked", "torch"),
+        ("torchrun", 4, "horovod", "none", "not asked", "torchrun works with --engine torch"),
+        ("torchrun", 1, "horovod", "none", "not asked", "torchrun works with --engine torch"),
+        ("torchrun", 4, "serial", "none", "not asked", "engine serial is one rank, but torchrun"),
+        ("torchrun", 1, "auto", "none", "not asked", "serial"),
+    ],
+)
+def test_which_engine_is_taken(launcher, ranks, wish, gradients, sees, expected):
+    try:
+        taken = choose(launcher, ranks, wish, gradients, sees, seen=3, problem="no lib")
+    except InputError as error:
+        assert expected in str(error)
+    else:
+        assert taken == expected
+
+
+def test_every_situation_has_an_engine_or_an_error():
+    """MPI is not asked where torchrun or nobody has started us; one rank alone is all of one."""
+    by_mpi = itertools.product(("Open MPI", "PALS", "PMI"), (1, 4), ("missing", "all", "other"))
+    situations = [*by_mpi, *itertools.product(("Open MPI", "PALS", "PMI"), (4,), ("alone",))]
+    situations += itertools.product(("srun",), (4,), ("missing", "all", "alone", "other"))
+    situations += [(who, 1, "not asked") for who in (None, "srun", "torchrun")]
+    situations += [("torchrun", 4, "not asked")]
+    for (launcher, ranks, sees), wish, gradients in itertools.product(
+        situations, ("auto", "serial", "horovod", "torch"), ("none", "fp16", "bf16")
+    ):
+        try:
+            taken = choose(launcher, ranks, wish, gradients, sees)
+        except InputError:
+            continue
+        assert (taken == "serial") == (ranks == 1 and wish in ("auto", "serial"))
+        assert not (taken.startswith("horovod") and gradients == "bf16")
+        assert wish not in ("horovod", "torch") or taken.startswith(wish)
+        assert taken == "torch without MPI" or sees in ("all", "not asked")
 
 
 @pytest.mark.parametrize(

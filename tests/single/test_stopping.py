@@ -92,7 +92,7 @@ def test_times_as_schedulers_write_them():
     assert seconds("90:00") == 5400
     assert seconds("2.5") == 150
     for text in ("1:2:3:4", "1:x", "", "-5", "1:-2", "nan", "inf"):
-        with pytest.raises(Exception, match="is no time"):
+        with pytest.raises(Exception, match="is not a time"):
             seconds(text)
 
 

@@ -8,18 +8,32 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_xvr import checkpoint, log
-from hpc_xvr.config import Optim, load
+from hpc_xvr.config import Optim, Train, check, load
+from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.samples.sample import window_sample
+from hpc_xvr.data.samples.training import TrainingSamples
 from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
+from hpc_xvr.evaluate.workflow import evaluate
+from hpc_xvr.factory.build import build_model
+from hpc_xvr.factory.execution import resolve_precision
 from hpc_xvr.factory.weights import read_weights
+from hpc_xvr.reconstruction.workflow import CorpusRecording, reconstruct_run
 from hpc_xvr.train.engine import Trainer
+from hpc_xvr.train.find_batch import find_batch
+from hpc_xvr.train.nonfinite import SkippedSteps
 from hpc_xvr.train.optim import MovingAverage, learning_rate
+from hpc_xvr.train.progress import Progress
+from hpc_xvr.train.share import Share
 from hpc_xvr.train.stopping import Stopping
 from hpc_xvr.train.validation import Validator
 from support.disk import fill
 from support.paths import PULSE
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -73,6 +87,30 @@ MODELS = {
 }
 
 
+def validation_psnr(state):
+    """What a validation of the pulse run must find, from the checkpoint and the definition of PSNR.
+
+    Its 26 candidates are the frames 1 to 7 and 9 to 14 of two recordings; 4 of them, evenly.
+    """
+    cfg = check(state["config"], "checkpoint")
+    model = build_model(cfg)
+    model.load_state_dict(state["ema"])
+    model.eval()
+    videos = Corpus(cfg.data.corpus).split("validation")
+    decibels = []
+    for video, t in ((videos[0], 1), (videos[0], 10), (videos[1], 4), (videos[1], 14)):
+        keys = (0, 8) if t < 8 else (8, 15)
+        sample = window_sample(video, t, keys, cfg.data, "centre")
+        inputs = [torch.as_tensor(sample[key])[None] for key in ("lr", "hr", "hr_offset")]
+        bf16 = cfg.train.precision == "auto" and resolve_precision("auto", CPU) == "bf16"
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            frames = model(*inputs)
+        ours = frames[0, frames.shape[1] // 2, 0].double().numpy()
+        ours, truth = (np.round(255 * frame.clip(0, 1)) for frame in (ours, video.intensity(t)))
+        decibels.append(10 * math.log10(255**2 / np.square(ours - truth).mean()))
+    return np.mean(decibels)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_every_kind_of_model_trains_and_is_validated(name, train):
     lines, state = train("train.steps=3", "validation.every=3", "checkpoint.every=3", *MODELS[name])
@@ -80,7 +118,7 @@ def test_every_kind_of_model_trains_and_is_validated(name, train):
     assert len(losses) == 3
     assert np.isfinite(losses).all()
     (validation,) = [line for line in lines if line["kind"] == "validation"]
-    assert validation["psnr"] > 3
+    assert validation["psnr"] == pytest.approx(validation_psnr(state), abs=1e-3)
     assert validation["frames"] == 4
     moments = [s["exp_avg"].abs().max() for s in state["optimizer"]["state"].values()]
     still = sum(float(m) == 0 for m in moments)
@@ -125,8 +163,8 @@ def test_a_resumed_run_uses_the_optimizer_settings_of_its_config(train, tmp_path
     )
     trainer = Trainer(cfg, Comm(), resume=True)
     trainer.close()
-    assert trainer.done == 2
-    assert trainer.optimizer.param_groups[0]["betas"] == (0.8, 0.95)
+    assert trainer.progress.step == 2
+    assert trainer.learner.optimizer.param_groups[0]["betas"] == (0.8, 0.95)
 
 
 def test_the_learning_rate_is_one_cosine_from_the_published_values():
@@ -151,14 +189,137 @@ def test_the_moving_average_follows_its_formula():
     torch.testing.assert_close(average.mean["weight"], first + (1 - 0.9**2))
 
 
-def test_lines_of_the_log_say_what_the_run_does(train):
+def test_lines_of_the_log_say_what_the_run_does(train, monkeypatch):
+    """Steps of two micro-batches, each of which comes 0.05 s late."""
+    real = Trainer.batches
+
+    def late(self):
+        for batch in real(self):
+            time.sleep(0.05)
+            yield batch
+
+    monkeypatch.setattr(Trainer, "batches", late)
+    start = time.perf_counter()
     lines, state = train("train.steps=6", "train.micro_batch=2")
-    rates = [line["lr"] for line in lines if line["kind"] == "train"]
-    expected = [0.5 * 2e-4 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
-    assert rates == pytest.approx(expected, abs=1e-7)
+    elapsed = time.perf_counter() - start
     assert state["config"]["train"]["micro_batch"] == 2
-    for key in ("samples_per_s", "data_wait", "step_s", "grad_norm", "tflops_per_rank"):
-        assert all(line[key] >= 0 for line in lines if line["kind"] == "train"), key
+    steps = [line for line in lines if line["kind"] == "train"]
+    expected = [0.5 * 2e-4 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
+    assert [line["lr"] for line in steps] == pytest.approx(expected, abs=1e-7)
+    assert sum(line["step_s"] for line in steps) < elapsed
+    side = 32 // 4
+    flops = 3 * build_model(check(state["config"], "checkpoint")).flops(side, side)
+    for line in steps:
+        assert 0.1 <= line["data_wait"] * line["step_s"] < line["step_s"]
+        assert line["samples_per_s"] == pytest.approx(4 / line["step_s"])
+        assert line["tflops_per_rank"] == pytest.approx(4e-12 * flops / line["step_s"])
+        assert line["epoch"] == pytest.approx(line["step"] / 11)
+
+
+def test_loss_and_gradient_norm_of_the_first_step_are_those_of_its_samples(train):
+    """Of the fresh model, on slots 0 to 3 of step 0, without trainer or optimizer."""
+    lines, state = train("train.steps=1")
+    cfg = check(state["config"], "checkpoint")
+    samples = TrainingSamples(cfg.data.corpus, cfg.data, "centre", 4, cfg.run.seed)
+    four = [samples[0, slot] for slot in range(4)]
+    batch = {name: torch.stack([torch.as_tensor(s[name]) for s in four]) for name in four[0]}
+    torch.manual_seed(cfg.run.seed)
+    model = build_model(cfg).train()
+    output = model(batch["lr"], batch["hr"], batch["hr_offset"])
+    loss = (output - batch["target"]).abs().sum() / (4 * 32 * 32)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    assert lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert lines[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+class HostReads(TorchDispatchMode):
+    """Notes each operation that hands a tensor's value to Python, for which a GPU must finish."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back_from_the_device(tmp_path, pulse_corpus):
+    trainer = resumed(tmp_path / "run", pulse_corpus, "optim.clip_norm=1.0", resume=False)
+    batches = trainer.batches()
+    with HostReads() as reads:
+        for step in range(2):
+            trainer.train_step(step, batches)
+    assert reads.seen == []
+    with reads:
+        assert float(trainer.learner.norm) > 0
+    assert len(reads.seen) == 1, "it would have been seen"
+    trainer.close()
+
+
+def test_skipped_steps_are_counted_reported_and_end_the_run_after_too_many(caplog, monkeypatch):
+    monkeypatch.setattr(log.logger, "propagate", True)
+    skipped = SkippedSteps(Train(nonfinite_limit=3), Comm())
+    for step, skip in enumerate((1, 1, 0, 1, 1), 1):
+        skipped.count(torch.tensor(float(skip)))
+        skipped.check(step)
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[0] for line in said] == ["step 1", "step 2", "step 4", "step 5"]
+    assert said[-1].endswith("4 steps so far")
+    skipped.count(torch.tensor(1.0))
+    with pytest.raises(InputError, match="step 6: 3 steps in a row"):
+        skipped.check(6)
+
+
+def test_skipped_steps_are_read_from_a_gpu_only_now_and_then():
+    """Tensors on the device "meta" have no values: reading one is an error."""
+    skipped = SkippedSteps(
+        Train(nonfinite_limit=3, log_every=100), Comm(device=torch.device("meta"))
+    )
+    for step in (1, 2, 4, 5):
+        skipped.check(step)
+    with pytest.raises(RuntimeError, match="meta"):
+        skipped.check(3)
+
+
+def test_a_rank_s_share_is_its_part_of_the_global_batch_in_micro_batches():
+    share = Share.of(Train(global_batch=12, micro_batch=2), rank=1, ranks=2)
+    assert (share.samples, share.micro, share.micro_batches) == (6, 2, 3)
+    assert Share.of(Train(global_batch=12), 0, 3) == Share(4, 4)
+    with pytest.raises(InputError, match="global_batch 10 cannot be shared by 4 ranks"):
+        Share.of(Train(global_batch=10), 0, 4)
+    with pytest.raises(InputError, match="micro_batch 4 does not divide the 6 samples"):
+        Share.of(Train(global_batch=12, micro_batch=4), 0, 2)
+
+
+def test_what_is_due_when_and_what_a_checkpoint_says_of_it():
+    progress = Progress(steps=7)
+    due = []
+    while not progress.finished:
+        progress.step += 1
+        due += [progress.step] if progress.due(3) else []
+    assert due == [3, 6, 7]
+    assert [progress.improves(psnr) for psnr in (20.0, 20.0, 21.0)] == [True, False, True]
+    assert progress.best == {"step": 7, "psnr": 21.0}
+    assert Progress.of(None, 5) == Progress(5)
+    assert Progress.of({"step": 2}, 5) == Progress(5, 2), "one of an earlier version"
+    state = {"step": 4, "best": {"step": 3, "psnr": 1.0}, "unvalidated": True}
+    assert Progress.of(state, 5) == Progress(5, 4, {"step": 3, "psnr": 1.0}, True)
+
+
+def test_making_a_trainer_writes_nothing_but_its_run_folder(tmp_path, pulse_corpus):
+    """A missing corpus is the command's to simulate, a copy on the node's disk comes with `run`."""
+    where = [f"run.dir={tmp_path}/run", "run.threads=1", f"data.stage_dir={tmp_path}/disk"]
+    cfg = load(PULSE, [*where, f"data.corpus={tmp_path}/corpus"])
+    assert cfg.simulate
+    with pytest.raises(InputError, match=f"{tmp_path}/corpus"):
+        Trainer(cfg, Comm())
+    assert list(tmp_path.iterdir()) == []
+    trainer = Trainer(load(PULSE, [*where, f"data.corpus={pulse_corpus}"]), Comm())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    trainer.close()
 
 
 def test_a_run_may_start_from_the_weights_of_another(train, tmp_path):
@@ -252,7 +413,7 @@ def test_a_run_stops_before_its_time_is_over(tmp_path, pulse_corpus):
     assert trainer.run() is False
     trainer.close()
     assert time.time() - psutil.Process().create_time() < age + 10
-    assert steps_on_disk(tmp_path / "run") == [trainer.done]
+    assert steps_on_disk(tmp_path / "run") == [trainer.progress.step]
     assert "max-time" in stopping.reason
 
 
@@ -267,10 +428,10 @@ def test_a_full_disk_stops_a_run_only_after_several_failures(
 
     def filling(self, number, batches):
         if number == 3:
-            self.writer.finish()
+            self.checkpoints.finish()
             fill(small_disk)
         step(self, number, batches)
-        self.writer.wait()
+        self.checkpoints.wait()
 
     monkeypatch.setattr(Trainer, "train_step", filling)
     trainer = resumed(small_disk, pulse_corpus, *keep)
@@ -285,11 +446,49 @@ def test_a_full_disk_stops_a_run_only_after_several_failures(
     (small_disk / "filler").unlink()
     monkeypatch.setattr(Trainer, "train_step", step)
     trainer = resumed(small_disk, pulse_corpus, *keep)
-    assert trainer.done == 3
+    assert trainer.progress.step == 3
     assert trainer.run()
     trainer.close()
     text = (small_disk / "metrics.jsonl").read_text().splitlines()
     assert [x["step"] for x in map(json.loads, text) if x["kind"] == "train"] == [*range(1, 9)]
+
+
+@pytest.mark.parametrize(("settings", "expected"), [([], 3), (["run.threads=2"], 2)])
+def test_every_command_computes_with_the_threads_it_was_given(
+    settings, expected, tmp_path, pulse_corpus, monkeypatch
+):
+    """OMP_NUM_THREADS holds where run.threads is not set, in training and with what it made."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr("hpc_xvr.train.find_batch._PATIENCE", 0.01)
+    run = tmp_path / "run"
+    fixed = [f"run.dir={run}", f"data.corpus={pulse_corpus}", "run.device=cpu", "train.steps=1"]
+    cfg = load(PULSE, [*fixed, "evaluate.methods=[bicubic]", *settings])
+    video = Corpus(pulse_corpus).split("test")[0].id
+
+    def training():
+        trainer = Trainer(cfg, Comm())
+        assert trainer.run()
+        trainer.close()
+
+    commands = {
+        "train": training,
+        "find_batch": lambda: find_batch(cfg, Comm()),
+        "evaluate": lambda: evaluate(cfg, [str(run)], Comm(), tmp_path / "evaluation"),
+        "reconstruct": lambda: reconstruct_run(
+            run, CPU, CorpusRecording(None, video), out=tmp_path / "out.tif"
+        ),
+    }
+    before, used = torch.get_num_threads(), {}
+    try:
+        for name, command in commands.items():
+            torch.set_num_threads(1)
+            command()
+            used[name] = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert used == dict.fromkeys(commands, expected)
+    (rank,) = json.loads((run / "environment.json").read_text())["ranks"]
+    assert rank["threads"] == expected
 
 
 def test_weights_that_do_not_fit_are_explained_key_by_key(train, tmp_path, pulse_corpus):

@@ -97,6 +97,17 @@ def simulate_corpus(
     logger.info("simulated %d recordings into %s", len(plan), path)
 
 
+def simulate_if_missing(simulate: config.Simulate | None, path: Path) -> None:
+    """Simulate the corpus of a config that describes one, where there is none at `path` yet.
+
+    Raises:
+        InputError: as `simulate_corpus`.
+    """
+    if simulate and not path.exists():
+        logger.info("simulating %d recordings into %s", simulate.videos, path)
+        simulate_corpus(simulate, path)
+
+
 def refuse_existing(path: Path) -> None:
     """Raises InputError if something is there already."""
     if path.exists():

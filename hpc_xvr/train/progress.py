@@ -1,0 +1,47 @@
+"""How far a run has come."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Progress:
+    """What a checkpoint keeps of a run besides its weights and optimizer, and what follows from it.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        step: optimizer steps behind us.
+        best: `step` and `psnr` (dB) of the best validation so far.
+        unvalidated: a validation is due; if the run stops before it, it resumes with it.
+    """
+
+    steps: int
+    step: int = 0
+    best: dict[str, Any] | None = None
+    unvalidated: bool = False
+
+    @classmethod
+    def of(cls, state: dict[str, Any] | None, steps: int) -> Progress:
+        """From a checkpoint's state, or from the start where there is none."""
+        if state is None:
+            return cls(steps)
+        return cls(steps, state["step"], state.get("best"), bool(state.get("unvalidated")))
+
+    @property
+    def finished(self) -> bool:
+        """Is no step left?"""
+        return self.step >= self.steps
+
+    def due(self, every: int) -> bool:
+        """Is it time for what happens every `every` steps, and after the last one?"""
+        return self.step == self.steps or self.step % every == 0
+
+    def improves(self, psnr: float) -> bool:
+        """Note the PSNR (dB) of a validation. Is it the best so far?"""
+        if psnr > (self.best["psnr"] if self.best else -math.inf):
+            self.best = {"step": self.step, "psnr": psnr}
+            return True
+        return False

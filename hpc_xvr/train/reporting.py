@@ -1,0 +1,176 @@
+"""What a run says of itself: the log, metrics.jsonl, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hpc_xvr.config import Config
+from hpc_xvr.errors import explain_os_error
+from hpc_xvr.files import write_atomic
+from hpc_xvr.log import logger
+from hpc_xvr.train.share import Share
+
+
+class Reporter:
+    """Writes the lines of a run on rank 0; on the other ranks it does nothing.
+
+    Args:
+        resumed_step: the checkpoint's, if the run may continue an earlier one; else None.
+    """
+
+    def __init__(self, cfg: Config, is_root: bool, resumed_step: int | None) -> None:
+        self._cfg = cfg
+        self._metrics = Metrics(cfg.run.dir, resumed_step) if is_root else None
+
+    def resumed(self, step: int, ranks: int) -> None:
+        """The run goes on after `step`."""
+        if self._metrics:
+            self._metrics.write("event", step, text=f"resumed on {ranks} ranks")
+
+    def started(
+        self,
+        machine: dict[str, Any],
+        share: Share,
+        parameters: int,
+        flops_per_sample: int,
+        recordings: tuple[int, int],
+        steps_per_epoch: int,
+    ) -> None:
+        """Who trains, and what on; `recordings` are those for training and for validation."""
+        if not self._metrics:
+            return
+        cfg, ranks = self._cfg, machine["ranks"]
+        packed = cfg.dist.compression
+        logger.info(
+            "%s, %d rank(s) on %d node(s), %s, %d thread(s) a rank%s; global batch %d = "
+            "%d rank(s) x %d micro-batch(es) x %d sample(s)",
+            machine["engine"],
+            len(ranks),
+            len({rank["host"] for rank in ranks}),
+            ranks[0]["device"],
+            ranks[0]["threads"],
+            "" if packed == "none" or len(ranks) == 1 else f", gradients in {packed}",
+            cfg.train.global_batch,
+            len(ranks),
+            share.micro_batches,
+            share.micro,
+        )
+        logger.info(
+            "%s: %s parameters, %.1f GFLOP a sample and step; %d training and %d "
+            "validation recordings, %d steps an epoch",
+            cfg.model.name,
+            f"{parameters:,}",
+            flops_per_sample / 1e9,
+            *recordings,
+            steps_per_epoch,
+        )
+
+    def trained(self, step: int, speed: dict[str, float], **values: Any) -> None:
+        """Loss, gradient norm, learning rate and epoch at a step; `speed` is Stopwatch's report."""
+        if not self._metrics:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        self._metrics.write("train", step, **values, **speed)
+        steps = self._cfg.train.steps
+        logger.info(
+            "step %d/%d  loss %.5f  lr %.2e  %.1f samples/s  data wait %.1f %%  left %d:%02d",
+            step,
+            steps,
+            values["loss"],
+            values["lr"],
+            speed["samples_per_s"],
+            100 * speed["data_wait"],
+            *divmod(int((steps - step) * speed["step_s"]), 60),
+        )
+
+    def validated(self, step: int, scores: dict[str, float]) -> None:
+        """The scores of `Validator.run`."""
+        if not self._metrics:
+            return
+        self._metrics.write("validation", step, **scores)
+        logger.info(
+            "step %d: validation PSNR %.2f dB, SSIM %.4f (bicubic %.2f dB, detail "
+            "transfer %.2f dB)",
+            step,
+            scores["psnr"],
+            scores["ssim"],
+            scores["psnr_bicubic"],
+            scores["psnr_detail"],
+        )
+
+    def close(self) -> None:
+        """Flush everything; safe to call twice."""
+        if self._metrics:
+            self._metrics.close()
+            self._metrics = None
+
+
+class Metrics:
+    """Lines of numbers, appended to metrics.jsonl and shown in TensorBoard; rank 0 only.
+
+    On resume, lines beyond the checkpoint's step are dropped, so that a curve never runs twice
+    over the same steps.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._path = folder / "metrics.jsonl"
+        if resumed_step is not None and self._path.exists():
+            kept = [
+                line
+                for line in self._path.read_text().splitlines(keepends=True)
+                if _step_of(line) <= resumed_step
+            ]
+            write_atomic(self._path, lambda file: file.write("".join(kept).encode()))
+        self._warned = False
+        self._file = self._path.open("a", buffering=1)
+        self._board = SummaryWriter(
+            str(folder / "tensorboard"),
+            purge_step=None if resumed_step is None else resumed_step + 1,
+        )
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One line, on disk at once."""
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        record = {name: None if _not_finite(v) else v for name, v in record.items()}
+        with self._going_on():
+            self._file.write(json.dumps(record) + "\n")
+        with self._going_on():
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        with self._going_on():
+            self._file.close()
+        with self._going_on():
+            self._board.close()
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """A full disk ends no training: lines wait for room, curves may have gaps."""
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                logger.warning("metrics cannot be written: %s", explain_os_error(error))
+            self._warned = True
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)  # JSON has no NaN
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line torn by a crash
