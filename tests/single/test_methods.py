@@ -118,7 +118,7 @@ def test_files_of_weights_open_too(runs, reference):
 def test_weights_of_the_authors_program_open_and_give_their_pictures(reference, tmp_path):
     import numpy as np
 
-    for name, kind in (("centre_small", SwinXVR), ("edvr_stf_small", None)):
+    for name, kind in (("centre", SwinXVR), ("edvr_stf", None)):
         vectors = np.load(reference(f"{name}.npz"))
         weights = {
             key.removeprefix("param/"): torch.from_numpy(vectors[key])
