@@ -47,7 +47,7 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.10",
     packages=find_packages(include=["hpc_xvr", "hpc_xvr.*"]),
-    package_data={"hpc_xvr.evaluate": ["*.html"]},
+    package_data={"hpc_xvr": ["templates/*.html"]},
     ext_modules=kernels(),
     entry_points={"console_scripts": ["hpc-xvr = hpc_xvr.cli:main"]},
     install_requires=[

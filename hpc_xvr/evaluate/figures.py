@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from hpc_xvr import metrics
-from hpc_xvr.evaluate.noise import KINDS, NoiseLevel
+from hpc_xvr.evaluate.noise import KINDS, NO_NOISE
 from hpc_xvr.evaluate.results import Evaluation
-from hpc_xvr.evaluate.scoring import METRICS, Condition
+from hpc_xvr.evaluate.rows import METRICS, Condition
 from hpc_xvr.evaluate.summary import Summary
 from hpc_xvr.files import replacing
 
@@ -155,19 +155,17 @@ def charts(evaluation: Evaluation) -> dict[str, Figure]:
 
 def _against_noise(evaluation: Evaluation, own: Sequence[Condition], corpus: str) -> Figure:
     gaps = sorted({c.gap for c in own})
-    kinds = [k for k in KINDS if k in {NoiseLevel.parse(c.noise).kind for c in own}]
+    kinds = [kind for kind in KINDS if kind in {c.noise.kind for c in own}]
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(len(kinds) * len(gaps), f"{corpus}: PSNR against noise")
         for axis, (kind, gap) in zip(axes, [(k, g) for k in kinds for g in gaps], strict=True):
-            part = [
-                c for c in own if c.gap == gap and NoiseLevel.parse(c.noise).kind in (kind, "none")
-            ]
-            levels = {c: NoiseLevel.parse(c.noise).photons for c in part}
-            finite = [v for v in levels.values() if v is not None]
-            clean = 10 * max(finite)  # its own place behind the brightest
-            _lines(evaluation, axis, {c: clean if v is None else v for c, v in levels.items()})
+            part = [c for c in own if c.gap == gap and c.noise.kind in (kind, NO_NOISE.kind)]
+            noisy = sorted({c.noise.photons for c in part if c.noise.photons is not None})
+            clean = 10 * noisy[-1]  # its own place behind the brightest
+            places = {c: clean if c.noise.photons is None else c.noise.photons for c in part}
+            _lines(evaluation, axis, places)
             axis.set_xscale("log")
-            ticks = sorted(set(finite)) + [clean] * (None in levels.values())
+            ticks = sorted(set(places.values()))
             axis.set_xticks(ticks, ["none" if v == clean else _power(v) for v in ticks])
             axis.minorticks_off()
             axis.set_xlabel(f"{KINDS[kind]}: photons a pixel")
@@ -187,7 +185,7 @@ def _against_gap(evaluation: Evaluation, own: Sequence[Condition], corpus: str) 
             axis.set_xticks(sorted(part.values()), [f"{g}" for g in sorted(part.values())])
             axis.minorticks_off()
             axis.set_xlabel("frames from key frame to key frame")
-            axis.set_title(NoiseLevel.parse(noise).label, fontsize=9)
+            axis.set_title(noise.label, fontsize=9)
         _legend(figure, axes)
     return figure
 

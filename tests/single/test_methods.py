@@ -5,21 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from hpc_xvr import checkpoint
-from hpc_xvr.config import dump, load
+from hpc_xvr.config import load
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import BASELINES
 from hpc_xvr.evaluate.methods import open_methods
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.model.xvr import SwinXVR
+from support.runs import SMALL, a_run
 
-SMALL = {
-    "edvr": {"name": "edvr", "embed_dim": 8, "heads": 2, "depths": [1, 1]},
-    "edvr_stf": {"name": "edvr_stf", "embed_dim": 8, "heads": 2, "depths": [1, 1]},
-    "swin_centre": {"embed_dim": 6, "depths": [2], "window": 4},
-    "swin_sequence": {"embed_dim": 6, "depths": [2], "window": 4, "output": "sequence"},
-    "swin_adaptive": {"embed_dim": 6, "depths": [2], "window": 4, "base": "adaptive"},
-}
 TITLES = {
     "edvr": "EDVR",
     "edvr_stf": "EDVR-STF",
@@ -27,18 +20,6 @@ TITLES = {
     "swin_sequence": "SWIN-XVR sequence",
     "swin_adaptive": "SWIN-XVR centre, base adaptive",
 }
-
-
-def a_run(folder, model, seed=0):
-    """A run folder with one checkpoint of random weights."""
-    config = load(None, [f"model.{key}={value}" for key, value in model.items()])
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump(config))
-    torch.manual_seed(seed)
-    weights = build_model(config).state_dict()
-    state = {"model": weights, "ema": None, "step": 3, "config": config.model_dump(mode="json")}
-    checkpoint.save(state, checkpoint.path_of(folder / "checkpoints", 3))
-    return folder
 
 
 @pytest.fixture(scope="module")
