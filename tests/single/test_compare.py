@@ -57,6 +57,7 @@ def numbers(folder):
     return [{k: v for k, v in row.items() if k not in left_out} for row in tree["rows"]]
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_goes_on_and_two_ranks_find_the_same(runs, pulse_corpus, tmp_path):
     options = ["--corpus", pulse_corpus, "--split", "train", "--set", "run.threads=1"]
     options += ["--gap", 4, "--gap", 8, "--noise", "none", "--noise", "1e2"]
@@ -108,6 +109,7 @@ def settings(corpus, **values):
     return with_evaluate(load(None, ["run.threads=1"]), **tree)
 
 
+@pytest.mark.slow
 def test_rows_are_kept_and_methods_can_join_later(runs, pulse_corpus, tmp_path, caplog):
     caplog.set_level("INFO", logger="hpc_xvr")
     logger = logging.getLogger("hpc_xvr")

@@ -91,6 +91,7 @@ def test_recomputing_activations_keeps_fewer_of_them():
     assert features < 0.7 * kept["mlp"]
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("kind", ["parts", "blocks"])
 def test_a_compiled_model_computes_the_same(kind):
@@ -207,6 +208,7 @@ def test_edvr_has_no_blocks_to_compile_or_recompute():
     speed.recompute_activations(model, "none")
 
 
+@pytest.mark.slow
 def test_compile_without_a_compiler_is_refused_before_anything_starts(tmp_path, pulse_corpus):
     settings = [f"run.dir={tmp_path}/run", f"data.corpus={pulse_corpus}", "train.compile=parts"]
     out = subprocess.run(

@@ -161,6 +161,7 @@ def test_lines_of_the_log_say_what_the_run_does(train):
         assert all(line[key] >= 0 for line in lines if line["kind"] == "train"), key
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_the_weights_of_another(train, tmp_path):
     _, first = train("train.steps=2")
     path = checkpoint.path_of(tmp_path / "run/checkpoints", 2)
