@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import allreduce
-import scaling_model as model
+import cluster_model as model
 from support.paths import BENCHMARKS
 
 A100, H200 = model.CLUSTERS
