@@ -248,14 +248,14 @@ def _series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarr
 
 def _chart(
     label: str,
-    lines: list[tuple],
+    lines: list[tuple[Any, ...]],
     resumes: list[int],
     *,
     log: bool = False,
     zero: bool = False,
     marks: bool = False,
 ) -> str:
-    style = {
+    style: dict[Any, Any] = {
         "font.family": "DejaVu Sans",
         "font.size": 9,
         "axes.spines.top": False,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,7 +22,7 @@ from hpc_xvr.evaluate.rows import METRICS, Condition
 from hpc_xvr.evaluate.summary import Summary
 from hpc_xvr.files import replacing
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,
@@ -61,7 +62,12 @@ def side_by_side(panels: Mapping[str, np.ndarray], truth: np.ndarray, title: str
         sum(error / max(float(error.mean()), 1e-6) for error in errors.values())
     )
     low, high = np.percentile(truth, (0.2, 99.8))
-    grey = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6), "interpolation": "nearest"}
+    grey: dict[str, Any] = {
+        "cmap": "gray",
+        "vmin": low,
+        "vmax": max(high, low + 1e-6),
+        "interpolation": "nearest",
+    }
     top = max(float(np.percentile(np.stack(list(errors.values())), 99.5)), 1.0)
     columns = len(panels) + 1
     height, width = truth.shape
@@ -199,8 +205,8 @@ def _against_flops(evaluation: Evaluation, condition: Condition) -> Figure:
         for summary in rows:
             colour, _ = style[summary.method]
             value, cost = summary.values["psnr"], summary.flops_per_frame / 1e9
-            if value.low is not None:
-                axis.plot([cost, cost], [value.low, value.high], color=colour, linewidth=1)
+            if value.interval:
+                axis.plot([cost, cost], value.interval, color=colour, linewidth=1)
             axis.plot(cost, value.mean, "o", color=colour, label=evaluation.title(summary.method))
         axis.set_xscale("log")
         axis.set_xlabel("GFLOP a frame")
@@ -237,8 +243,9 @@ def _lines(evaluation: Evaluation, axis: Axes, places: Mapping[Condition, float]
             linewidth=1.8 if facts.learned else 1.2,
             label=facts.title,
         )
-        if facts.learned and all(v.low is not None for v in values):
-            low, high = ([getattr(v, end) for v in values] for end in ("low", "high"))
+        intervals = [v.interval for v in values if v.interval]
+        if facts.learned and len(intervals) == len(values):
+            low, high = zip(*intervals, strict=True)
             axis.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
     axis.set_ylabel(METRICS["psnr"])
 

@@ -40,10 +40,10 @@ def write_pictures(
         best = best_methods(evaluation, unit.condition)
         _side_by_side(folder, unit, [methods[name] for name in best], setting)
     if shown:
-        best = best_methods(evaluation, shown[0].condition)[-1]
-        path = folder / f"{_name(shown[0])}-{best}.webp"
+        method = methods[best_methods(evaluation, shown[0].condition)[-1]]
+        path = folder / f"{_name(shown[0])}-{method.name}.webp"
         labels = ["fast camera", "reconstruction", "truth"]
-        write_movie(path, _movie(shown[0], methods[best], setting), MOVIE_FPS, labels)
+        write_movie(path, _movie(shown[0], method, setting), MOVIE_FPS, labels)
 
 
 def best_methods(evaluation: Evaluation, condition: Condition) -> list[str]:

@@ -29,7 +29,7 @@ class Cells:
         self._path = self.folder / f"rank-{rank:04d}.jsonl"
 
     def load(self) -> dict[str, Row]:
-        """Key -> row. A line that a killed writer left unfinished is no row."""
+        """Key -> row. A line that a killed writer left unfinished is passed over."""
         rows: dict[str, Row] = {}
         try:
             texts = [path.read_text() for path in sorted(self.folder.glob("*.jsonl"))]

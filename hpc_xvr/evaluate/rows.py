@@ -77,7 +77,8 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """For JSON, which has no infinities: the PSNR of a method that met the truth exactly is
         None."""
-        return without_infinities(asdict(self) | {"condition": self.condition.to_json()})
+        tree = {key: without_infinities(value) for key, value in asdict(self).items()}
+        return tree | {"condition": self.condition.to_json()}
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Row:
@@ -86,7 +87,7 @@ class Row:
         Raises:
             KeyError, TypeError, InputError: something else.
         """
-        values = {key: math.inf if value is None else value for key, value in tree.items()}
+        values: dict[str, Any] = {k: math.inf if v is None else v for k, v in tree.items()}
         return cls(**values | {"condition": Condition.from_json(tree["condition"])})
 
 

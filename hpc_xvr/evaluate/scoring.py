@@ -130,6 +130,7 @@ class _Take:
             self.values[name].append(getattr(metrics, name)(frame, truth))
         # In the movie key frames stand among the others: a jump from and to them is flicker too.
         last = self._keys.get(t - 1, self._last)
+        assert last is not None  # the first frame is a key frame
         self.values["flicker"].append(metrics.flicker(last, frame, before, truth))
         key = self._keys.get(t + 1)
         if key is not None:

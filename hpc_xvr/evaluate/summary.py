@@ -25,7 +25,12 @@ class Estimate:
     @property
     def sure(self) -> bool:
         """Does the interval leave out 0?"""
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """From low to high."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
 
 @dataclass(frozen=True)

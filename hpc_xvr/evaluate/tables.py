@@ -32,8 +32,11 @@ def write_tables(evaluation: Evaluation, folder: Path) -> None:
         ("tables.md", as_markdown),
         ("tables.tex", as_latex),
     ):
-        text = make(evaluation).encode()
-        write_atomic(folder / name, lambda file, text=text: file.write(text))
+        _write(folder / name, make(evaluation))
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def show(evaluation: Evaluation) -> None:
@@ -181,9 +184,9 @@ def shown(value: float, metric: str) -> str:
 
 def interval(estimate: Estimate, metric: str) -> str:
     """Its interval; nothing where there is none."""
-    if estimate.low is None:
+    if estimate.interval is None:
         return ""
-    return f"{shown(estimate.low, metric)} to {shown(estimate.high, metric)}"
+    return " to ".join(shown(value, metric) for value in estimate.interval)
 
 
 def change(value: float, digits: int = 2) -> str:
@@ -195,9 +198,9 @@ def signed(estimate: Estimate) -> str:
     """A difference of PSNR with its interval."""
     if not math.isfinite(estimate.mean):
         return ""
-    if estimate.low is None:
+    if estimate.interval is None:
         return change(estimate.mean)
-    return f"{change(estimate.mean)} [{change(estimate.low)}, {change(estimate.high)}]"
+    return f"{change(estimate.mean)} [{', '.join(map(change, estimate.interval))}]"
 
 
 def verdicts(evaluation: Evaluation, condition: Condition) -> list[str]:
@@ -219,23 +222,20 @@ def verdict(summary: Summary, title: str, against: str, metric: str = "psnr") ->
     found, digits = summary.differences[metric], DIGITS.get(metric, 2)
     if not math.isfinite(found.mean):
         return f"{title} and {against}: one of them is exact in some recordings, no difference"
-    known = found.low is not None
-    looks_zero = [
-        round(v, digits) == 0 for v in (found.mean, found.low, found.high) if v is not None
-    ]
-    if all(looks_zero) or (looks_zero[0] and found.sure):
+    ends = found.interval or ()
+    if all(round(value, digits) == 0 for value in (found.mean, *ends)) or (
+        round(found.mean, digits) == 0 and found.sure
+    ):
         word = "equals"
-    elif known and not found.sure:
+    elif ends and not found.sure:
         word = "cannot be told from"
     else:
         better = (found.mean < 0) == (metric in LOWER)
         sure, unsure = ("beats", "is better than") if better else ("loses to", "is worse than")
-        word = sure if known else unsure
-    number = change(found.mean, digits)
-    if known:
-        number += f" [{change(found.low, digits)} to {change(found.high, digits)}]"
-    alone = " (one recording: no interval)" if not known else ""
-    return f"{title} {word} {against}: {number} {METRICS[metric]}{alone}"
+        word = sure if ends else unsure
+    span = f" [{' to '.join(change(value, digits) for value in ends)}]" if ends else ""
+    alone = "" if ends else " (one recording: no interval)"
+    return f"{title} {word} {against}: {change(found.mean, digits)}{span} {METRICS[metric]}{alone}"
 
 
 def _counted(summary: Summary, scene: str | None) -> str:

@@ -214,7 +214,7 @@ def test_a_state_dict_tells_its_architecture(kind):
     assert type(found) is kind and found.lr_frames == 7
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     assert {name: value.shape for name, value in found.state_dict().items()} == shapes
-    with pytest.raises(ValueError, match=r"no weights of EDVR: conv_first\.weight is missing"):
+    with pytest.raises(ValueError, match=r"not weights of EDVR: conv_first\.weight is missing"):
         infer_edvr({"stages.0.weight": torch.zeros(1)})
 
 

@@ -128,8 +128,8 @@ def test_what_cannot_be_opened_is_one_line(runs, tmp_path):
     (tmp_path / "junk.pth").write_text("no weights")
     for what, words in (
         (["lanczos"], r"lanczos: neither a run folder .* nor a method; .*bicubic, nearest_hr"),
-        ([tmp_path], "no run folder"),
-        ([tmp_path / "junk.pth"], "no readable checkpoint"),
+        ([tmp_path], "is not a run folder"),
+        ([tmp_path / "junk.pth"], "not a readable checkpoint"),
         ([f"bicubic={runs['edvr']}"], r"bicubic already; .* as in NAME="),
         ([runs["edvr"], f"edvr={runs['edvr_stf']}"], "a method called edvr already"),
     ):

@@ -91,7 +91,7 @@ def test_load_xfusion_names_a_missing_file_and_a_missing_parameter(reference, tm
     with pytest.raises(ValueError, match="no such file"):
         load_xfusion(tmp_path / "nothing.pth")
     (tmp_path / "noise.pth").write_bytes(b"no checkpoint at all")
-    with pytest.raises(ValueError, match="no readable checkpoint"):
+    with pytest.raises(ValueError, match="not a readable checkpoint"):
         load_xfusion(tmp_path / "noise.pth")
     state = vectors(reference("centre.npz"))[0]
     del state["conv_last.bias"]
