@@ -12,8 +12,6 @@ is t = latency + 2 (N-1)/N bytes / bandwidth, as of a ring, by least squares of 
 from __future__ import annotations
 
 import json
-import math
-import os
 import shlex
 import statistics
 import subprocess
@@ -29,14 +27,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy.optimize import least_squares
 
-from filing import usage
+from filing import file_result, usage
 from hpc_xvr import log
-from hpc_xvr.distributed.launch import discover
 from hpc_xvr.train.meters import describe_machine, synchronise
-
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-ROOT = HERE.parent
+from starting import environment, ranks_options, refuse_launcher
 
 
 def worker(engine: str, device: str, sizes: list[int], seconds: float) -> None:
@@ -89,10 +83,7 @@ def measure(engine: str, ranks: int, device: str, sizes: list[int], mpirun: str,
     command = [*shlex.split(mpirun), "-n", str(ranks), sys.executable, __file__]
     command += ["--worker", engine, "--device", device, "--sizes", ",".join(map(str, sizes))]
     command += ["--seconds", str(s)]
-    paths = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
         raise click.ClickException(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -125,15 +116,7 @@ def draw(curves: dict[str, dict[int, float]], fits: dict[str, tuple], path: Path
 @click.command(help=usage(__doc__))
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
-@click.option("--ranks", default="2")
-@click.option("--engines", default="horovod,torch")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-@click.option(
-    "--mpirun",
-    default="mpirun --oversubscribe",
-    envvar="XVR_MPIRUN",  # what the site's file says, in a job of hpc-xvr submit
-    help="How ranks are started.",
-)
+@ranks_options(default="2")
 @click.option("--worker", "engine", hidden=True)
 @click.option("--sizes", hidden=True)
 @click.option("--seconds", type=float, hidden=True)
@@ -152,8 +135,7 @@ def main(
     if engine:
         assert sizes and seconds
         worker(engine, device, [int(n) for n in sizes.split(",")], seconds)
-    if discover().launcher:
-        raise click.UsageError("start it without mpirun: it starts mpirun itself")
+    refuse_launcher()
     largest = 28 if device == "cuda" else 26
     sweep = [4 * 4**k for k in range(0, (largest - 2) // 2 + 1, 2 if quick else 1)]
     result: dict[str, float] = {}
@@ -191,16 +173,9 @@ def main(
         ],
     )
     context: dict[str, Any] = describe_machine(torch.device(device)) | {"engines": about}
-    if out is None and not quick:
-        from filing import file_name
-
-        RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / file_name("allreduce", context)
-    if out:
-        known = {name: value for name, value in result.items() if math.isfinite(value)}
-        out.write_text(json.dumps({**known, "context": context}, indent=1) + "\n")
-        draw(curves, fits, out.with_suffix(".png"))
-        print(f"written: {out}, .png")
+    path = file_result("allreduce", result, context, out, quick)
+    if path:
+        draw(curves, fits, path.with_suffix(".png"))
 
 
 def _bytes(n: int) -> str:

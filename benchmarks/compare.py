@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+from filing import RESULTS
 from hpc_xvr.config import Config, load
 from hpc_xvr.factory.build import build_model
+from starting import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "compare"
 MODELS = ("edvr", "edvr_stf", "swin_centre", "swin_sequence", "swin_adaptive", "swin_bayes")
 REDUCED = [
@@ -81,18 +82,14 @@ def main() -> None:
         trained[name] = train(name, args, corpus, commands)
         print(json.dumps({name: trained[name]}), flush=True)
     begin, out = time.time(), args.work / "evaluation"
-    evaluation = [
+    wanted = [
         *(str(args.work / name) for name in args.models),
         *("--corpus", str(corpus), "--out", str(out)),
         *("--set", f"evaluate.pictures={1 if args.quick else 5}"),
+        *repeated("--gap", (8,) if args.quick else (8, 20)),
+        *repeated("--noise", ("none",) if args.quick else ("none", "1e3", "poisson_gaussian:1e3")),
     ]
-    if args.threads:
-        evaluation += ["--set", f"run.threads={args.threads}"]
-    for gap in (8,) if args.quick else (8, 20):
-        evaluation += ["--gap", str(gap)]
-    for noise in ("none",) if args.quick else ("none", "1e3", "poisson_gaussian:1e3"):
-        evaluation += ["--noise", noise]
-    commands.append(call(["evaluate", *evaluation], args))
+    commands.append(evaluate(wanted, args))
     summary = {
         "budget_tflop": args.budget,
         "models": trained,
@@ -120,8 +117,7 @@ def train(name: str, args: argparse.Namespace, corpus: Path, commands: list[str]
     """Train one config on the budget; what it cost."""
     config, overrides = settings(name, args, corpus)
     path = CONFIGS / f"{name}.yaml"
-    options = [option for text in overrides for option in ("--set", text)]
-    commands.append(call(["train", str(path), *options, "--resume"], args))
+    commands.append(call(["train", str(path), *repeated("--set", overrides), "--resume"], args))
     model = build_model(config)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -174,17 +170,22 @@ def step_flops(config: Config) -> float:
     return 3 * forward(config) * config.train.global_batch
 
 
+def repeated(option: str, values: Iterable[object]) -> list[str]:
+    """The option once for each value."""
+    return [text for value in values for text in (option, str(value))]
+
+
+def evaluate(wanted: list[str], args: argparse.Namespace) -> str:
+    """Run hpc-xvr evaluate on the ranks; the command as one would type it."""
+    threads = ["--set", f"run.threads={args.threads}"] if args.threads else []
+    return call(["evaluate", *wanted, *threads, "--device", args.device], args)
+
+
 def call(arguments: list[str], args: argparse.Namespace) -> str:
     """Run hpc-xvr on the ranks; the command as one would type it."""
     launcher = ["mpirun", "-n", str(args.ranks), "--oversubscribe"] if args.ranks > 1 else []
-    if arguments[0] == "evaluate":
-        arguments = [*arguments, "--device", args.device]
-    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    subprocess.run(
-        [*launcher, sys.executable, "-m", "hpc_xvr", *arguments],
-        check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-    )
+    command = [*launcher, sys.executable, "-m", "hpc_xvr", *arguments]
+    subprocess.run(command, check=True, env=environment())
     return shlex.join([*launcher, "hpc-xvr", *arguments]).replace(f"{ROOT}/", "")
 
 
@@ -201,24 +202,39 @@ def context(args: argparse.Namespace) -> dict:
 def parse() -> argparse.Namespace:
     """The command line; folders and ranks have defaults for the kind of run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="about a minute, tiny networks")
     parser.add_argument("--published", action="store_true", help="published widths (needs a GPU)")
-    parser.add_argument("--budget", type=float, help="TFLOP that each model is trained with")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    parser.add_argument("--corpus", type=Path, help="default: a simulated one")
-    parser.add_argument("--work", type=Path, help="runs and corpus [runs/compare-KIND]")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--ranks", type=int, help="[1; 2 for reduced widths]")
-    parser.add_argument("--threads", type=int, help="CPU threads of a rank")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    add_training_options(parser)
     args = parser.parse_args()
     kind = "quick" if args.quick else "published" if args.published else "reduced"
     if args.published and not args.corpus:
         parser.error("--published needs --corpus: reduced simulated recordings would not do")
+    return completed(args, "compare", kind)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every study: where it works, and on what."""
+    parser.add_argument("--work", type=Path, help="runs and corpus [runs/NAME]")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--ranks", type=int, help="[1; 2 for reduced widths]")
+    parser.add_argument("--threads", type=int, help="CPU threads of a rank")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Options of studies that train networks, and those of every study."""
+    parser.add_argument("--quick", action="store_true", help="about a minute, tiny networks")
+    parser.add_argument("--budget", type=float, help="TFLOP that each network is trained with")
+    parser.add_argument("--corpus", type=Path, help="default: a simulated one")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    add_options(parser)
+
+
+def completed(args: argparse.Namespace, study: str, kind: str) -> argparse.Namespace:
+    """The options of a study that trains, with the defaults of its kind."""
+    args.name = f"{study}-{kind}"
     args.ranks = args.ranks or (2 if kind == "reduced" else 1)
     args.budget = args.budget or BUDGET[kind]
-    args.name = f"compare-{kind}"
     args.work = (args.work or ROOT / "runs" / args.name).resolve()
     args.results = args.results.resolve()
     args.corpus = args.corpus and args.corpus.resolve()

@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from filing import file_result, usage  # noqa: E402
 from hpc_xvr import log  # noqa: E402
 from hpc_xvr.errors import InputError  # noqa: E402
-from hpc_xvr.factory import execution as speed  # noqa: E402
+from hpc_xvr.factory import execution  # noqa: E402
 from hpc_xvr.model import kernels  # noqa: E402
 from hpc_xvr.model.xvr import SwinXVR  # noqa: E402
 from hpc_xvr.train.meters import (  # noqa: E402
@@ -94,21 +94,21 @@ def random_batch(size: tuple[int, int], count: int, device: torch.device) -> tup
 def build(
     kind: type,
     device: torch.device,
-    compile: speed.Compile = "none",
+    compile: execution.Compile = "none",
     recompute: str = "none",
     **options: Any,
 ) -> SwinXVR:
     """A model of seed 0; all kinds get the same weights."""
     torch.manual_seed(0)
     model = kind(drop_path=0.0, **options).to(device)
-    speed.compile_model(model, compile, device)
-    speed.recompute_activations(model, recompute)
+    execution.compile_model(model, compile, device)
+    execution.recompute_activations(model, recompute)
     return model
 
 
 def precision_of(device: torch.device) -> str:
     """What ours runs in: bf16 or float32."""
-    return speed.resolve_precision("auto", device)
+    return execution.resolve_precision("auto", device)
 
 
 def forward(model: SwinXVR, size: tuple[int, int], bf16: bool, device: torch.device) -> Callable:

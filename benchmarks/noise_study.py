@@ -51,19 +51,16 @@ def main() -> None:
     for kind in args.kinds:
         config, overrides = compare.settings("swin_adaptive", args, corpus)
         own = [*overrides, *TRAIN[kind], f"run.dir={args.work / kind}", *args.set]
-        options = [option for text in own for option in ("--set", text)]
+        options = compare.repeated("--set", own)
         path = compare.CONFIGS / "swin_adaptive.yaml"
         commands.append(compare.call(["train", str(path), *options, "--resume"], args))
     out = args.work / "evaluation"
     levels = QUICK_TEST if args.quick else TEST
     wanted = [f"train_{kind}={args.work / kind}" for kind in args.kinds]
     wanted += ["--corpus", str(corpus), "--out", str(out), "--set", "evaluate.pictures=0"]
-    for name in PLAIN:
-        wanted += ["--method", name]
-    for level in levels:
-        wanted += ["--noise", level]
-    wanted += ["--gap", str(config.data.hr_gap), "--set", f"run.threads={args.threads or 1}"]
-    commands.append(compare.call(["evaluate", *wanted], args))
+    wanted += compare.repeated("--method", PLAIN) + compare.repeated("--noise", levels)
+    wanted += ["--gap", str(config.data.hr_gap)]
+    commands.append(compare.evaluate(wanted, args))
     result = study(json.loads((out / "evaluation.json").read_text()), args.kinds)
     result |= {
         "steps": config.train.steps,
@@ -161,26 +158,11 @@ def draw(result: dict, path: Path) -> None:
 def parse() -> argparse.Namespace:
     """The command line; `compare` reads the same names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="about a minute, tiny networks")
-    parser.add_argument("--budget", type=float, help="TFLOP that each network is trained with")
     parser.add_argument("--kinds", nargs="+", choices=list(TRAIN), default=list(TRAIN))
-    parser.add_argument("--corpus", type=Path, help="default: a simulated one")
-    parser.add_argument("--work", type=Path, help="runs and corpus [runs/noise-study-KIND]")
-    parser.add_argument("--results", type=Path, default=compare.ROOT / "benchmarks" / "results")
-    parser.add_argument("--ranks", type=int, help="[1; 2 for the whole study]")
-    parser.add_argument("--threads", type=int, help="CPU threads of a rank")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    compare.add_training_options(parser)
+    parser.set_defaults(published=False)
     args = parser.parse_args()
-    kind = "quick" if args.quick else "reduced"
-    args.published = False
-    args.name = f"noise-study-{kind}"
-    args.ranks = args.ranks or (1 if args.quick else 2)
-    args.budget = args.budget or (0.004 if args.quick else 10.0)
-    args.work = (args.work or compare.ROOT / "runs" / args.name).resolve()
-    args.results = args.results.resolve()
-    args.corpus = args.corpus and args.corpus.resolve()
-    return args
+    return compare.completed(args, "noise-study", "quick" if args.quick else "reduced")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 import compare
+from starting import ROOT
 
 SEQUENCES = {
     "merging drops": "pims_cine/cine_781.cine",
@@ -32,11 +33,8 @@ def main() -> None:
     parser.add_argument("--gap", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--noise", nargs="+", default=["none"])
     parser.add_argument("--name", default="real-sequences")
-    parser.add_argument("--work", type=Path, default=compare.ROOT / "runs" / "real-sequences")
-    parser.add_argument("--results", type=Path, default=compare.ROOT / "benchmarks" / "results")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "auto"])
+    compare.add_options(parser)
+    parser.set_defaults(work=ROOT / "runs" / "real-sequences", ranks=1)
     args = parser.parse_args()
     corpus, out = args.work / "real-sequences", args.work / "evaluation"
     for scene, name in SEQUENCES.items():
@@ -48,13 +46,8 @@ def main() -> None:
         compare.call([*ingest, "--scene", scene, "--crop"], one)
     wanted = [*map(str, args.runs), "--corpus", str(corpus), "--split", "test"]
     wanted += ["--out", str(out), "--set", f"evaluate.pictures={len(SEQUENCES)}"]
-    for gap in args.gap:
-        wanted += ["--gap", str(gap)]
-    for noise in args.noise:
-        wanted += ["--noise", noise]
-    if args.threads:
-        wanted += ["--set", f"run.threads={args.threads}"]
-    command = compare.call(["evaluate", *wanted], args)
+    wanted += compare.repeated("--gap", args.gap) + compare.repeated("--noise", args.noise)
+    command = compare.evaluate(wanted, args)
     text = command.replace(f"{args.work}/", "").replace(str(args.data), "FOLDER")
     about = {"command": text, "context": compare.context(args)}
     compare.file_results(out, args.results.resolve() / args.name, about)

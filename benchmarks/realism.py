@@ -38,13 +38,13 @@ import numpy as np
 from scipy.ndimage import convolve
 from scipy.stats import wasserstein_distance
 
+from filing import RESULTS
 from hpc_xvr.data.cameras import open_camera_file
 from hpc_xvr.data.simulate.experiment import Experiment
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-RESULTS = Path(__file__).parent / "results"
 REAL = Path(os.environ.get("HPC_XVR_REALDATA", Path(__file__).parents[2] / "shared" / "realdata"))
 MASK = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]]) / 6
 BLOCK = 12

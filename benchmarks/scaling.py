@@ -46,18 +46,15 @@ from typing import Any
 import click
 import torch
 
-from filing import usage
+from filing import file_result, usage
 from hpc_xvr import log
 from hpc_xvr.config import Simulate
 from hpc_xvr.data.simulate.corpus import simulate_corpus
-from hpc_xvr.distributed.launch import discover
 from hpc_xvr.train.meters import describe_machine
 from ranks_figure import draw
+from starting import ROOT, environment, ranks_options, refuse_launcher
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
-ROOT = HERE.parent
-
 QUICK = (
     "model.embed_dim=48",
     "model.depths=[2,2]",
@@ -85,14 +82,13 @@ class Group:
 
     def start(self) -> Group:
         """Start the ranks; returns at once."""
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=environment,
+            env=environment(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", "1")),
             preexec_fn=_end_with_me,
         )
         return self
@@ -311,36 +307,25 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"
 
 
-def save(rows: list[Row], figures: dict[str, float], context: dict[str, Any], out: Path) -> None:
-    """JSON, and beside it the CSV and, of more than one number of ranks, the figure."""
-    known = {name: value for name, value in figures.items() if value is not None}
-    out.write_text(json.dumps({**known, "context": context}, indent=1) + "\n")
-    with out.with_suffix(".csv").open("w", newline="") as file:
+def save_beside(rows: list[Row], context: dict[str, Any], result: Path) -> None:
+    """The rows as CSV and, of more than one number of ranks, as a figure."""
+    with result.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     if len(context["ranks"]) > 1:
-        draw(rows, context, out.with_suffix(".png"))
-    print(f"written: {out} and what is beside it")
+        draw(rows, context, result.with_suffix(".png"))
 
 
 @click.command(help=usage(__doc__))
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
-@click.option("--ranks", default="1,2", help="Numbers of ranks; 1 is always among them.")
-@click.option("--engines", default="horovod,torch")
+@ranks_options(default="1,2")
 @click.option("--config", default=str(ROOT / "configs/published.yaml"))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE")
 @click.option("--batch", default=1, help="Samples of a rank in weak scaling.")
 @click.option("--rounds", type=int)
 @click.option("--steps", type=int, help="Of a group in a round.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-@click.option(
-    "--mpirun",
-    default="mpirun --oversubscribe",
-    envvar="XVR_MPIRUN",  # what the site's file says, in a job of hpc-xvr submit
-    help="How ranks are started.",
-)
 @click.option("--corpus", type=click.Path(path_type=Path), help="Default: a simulated one.")
 def main(
     quick: bool,
@@ -357,9 +342,8 @@ def main(
     corpus: Path | None,
 ) -> None:
     log.setup()
-    if discover().launcher:
-        raise click.UsageError("start it without mpirun: it starts mpirun itself")
-    sizes = sorted({1, *map(int, ranks.split(","))})
+    refuse_launcher()
+    sizes = sorted({1, *map(int, ranks.split(","))})  # one is always among them
     rounds, steps = rounds or (2 if quick else 5), steps or (3 if quick else 2)
     if sizes[-1] > 1 and not mpirun:
         raise click.UsageError("more than one rank needs --mpirun")
@@ -418,13 +402,9 @@ def main(
         ["figure", *(str(i) for i in range(1, context["rounds"] + 1))],
         [(n, *(f"{v:.3f}" for v in values)) for n, values in context["by_round"].items()],
     )
-    if out is None and not quick:
-        from filing import file_name
-
-        RESULTS.mkdir(exist_ok=True)
-        out = RESULTS / file_name("scaling", context)
-    if out:
-        save(rows, figures, context, out)
+    path = file_result("scaling", figures, context, out, quick)
+    if path:
+        save_beside(rows, context, path)
 
 
 if __name__ == "__main__":

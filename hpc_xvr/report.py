@@ -6,7 +6,6 @@ import io
 import json
 import math
 from collections import Counter
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,10 @@ from matplotlib.figure import Figure
 from hpc_xvr import config
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import BASELINES
-from hpc_xvr.evaluate.page import (
-    Pictures,
-    data_uri,
-    movies,
-    natural,
-    pictures_of,
-    template,
-    write_page,
-)
-from hpc_xvr.evaluate.results import Evaluation
-from hpc_xvr.files import write_atomic
+from hpc_xvr.evaluate.comparison import pictures_of, write_comparison
+from hpc_xvr.evaluate.page import Pictures, data_uri, movies, natural, write_page
+from hpc_xvr.evaluate.results import FILE, Evaluation
 from hpc_xvr.log import logger
-from hpc_xvr.version import __version__
 
 CURVE_POINTS = 800
 BLUE, ORANGE, GREY = "#1c5d99", "#d9480f", "#868e96"
@@ -46,25 +36,26 @@ def write_report(run_dir: Path | str) -> Path:
     run = Path(run_dir)
     if not run.is_dir():
         raise InputError(f"{run}: no such run folder; `hpc-xvr train` makes one (run.dir)")
-    if (run / "evaluation.json").exists():  # an evaluation's own folder
-        return write_page(run)
+    if (run / FILE).exists():  # an evaluation's own folder
+        return write_comparison(run)
     settings = _settings(run / "config.yaml")
     lines, unreadable = _metrics(run / "metrics.jsonl")
     evaluation = Evaluation.load(run / "evaluation")
     if not settings and not lines and not evaluation:
         raise InputError(
-            f"{run}: holds no run (no config.yaml, metrics.jsonl or evaluation/"
-            "evaluation.json); give the folder named in run.dir"
+            f"{run}: holds no run (no config.yaml, metrics.jsonl or evaluation/{FILE}); give the "
+            "folder named in run.dir"
         )
     train, validation, events = (_of_kind(lines, kind) for kind in ("train", "validation", "event"))
     pictures = Pictures(run)
     samples = natural(run.glob("samples/*.png"))
     charts, sides = pictures_of(run / "evaluation")
-    page = template("report.html").render(
+    return write_page(
+        run / "report.html",
+        "report.html",
+        pictures,
         name=run.resolve().name,
         folder=str(run),
-        version=__version__,
-        written=datetime.now().strftime("%d %B %Y, %H:%M"),
         headline=_headline(evaluation, validation),
         evaluation=evaluation,
         charts=pictures.take(charts, 4),
@@ -76,7 +67,6 @@ def write_report(run_dir: Path | str) -> Path:
         comparisons=pictures.take(sides, 4),
         samples=pictures.take(dict.fromkeys([*samples[:1], *samples[-1:]]), 2),
         utilisation=pictures.take(run.glob("utilisation.png"), 1),
-        left_out=pictures.left_out,
         settings={
             section: _shown(config.flat(values))
             for section, values in settings.items()
@@ -84,9 +74,6 @@ def write_report(run_dir: Path | str) -> Path:
         },
         environment=_environment(_json(run / "environment.json") or {}),
     )
-    path = run / "report.html"
-    write_atomic(path, lambda file: file.write(page.encode()))
-    return path
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -261,14 +248,14 @@ def _series(lines: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarr
 
 def _chart(
     label: str,
-    lines: list[tuple],
+    lines: list[tuple[Any, ...]],
     resumes: list[int],
     *,
     log: bool = False,
     zero: bool = False,
     marks: bool = False,
 ) -> str:
-    style = {
+    style: dict[Any, Any] = {
         "font.family": "DejaVu Sans",
         "font.size": 9,
         "axes.spines.top": False,

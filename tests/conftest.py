@@ -1,4 +1,4 @@
-"""Where tests find real camera files and reference vectors; both are optional."""
+"""What tests of every kind share: files they read, a simulated corpus, a disk that fills up."""
 
 import os
 import subprocess
@@ -25,8 +25,14 @@ def realdata():
 
 @pytest.fixture(scope="session")
 def reference():
-    """reference("centre_small.npz") -> path of vectors of the authors' model, or skip."""
-    return lambda name: _find("HPC_XVR_REFERENCE", "reference", name)
+    """reference("centre.npz") -> path of vectors of the authors' program: those of tests/data, or
+    larger ones kept elsewhere, or skip."""
+
+    def find(name: str) -> Path:
+        own = ROOT / "tests" / "data" / "authors" / name
+        return own if own.exists() else _find("HPC_XVR_REFERENCE", "reference", name)
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,13 +16,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from hpc_xvr import metrics
-from hpc_xvr.evaluate.noise import KINDS, NoiseLevel
+from hpc_xvr.evaluate.noise import KINDS, NO_NOISE
 from hpc_xvr.evaluate.results import Evaluation
-from hpc_xvr.evaluate.scoring import METRICS, Condition
+from hpc_xvr.evaluate.rows import METRICS, Condition
 from hpc_xvr.evaluate.summary import Summary
 from hpc_xvr.files import replacing
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,
@@ -61,7 +62,12 @@ def side_by_side(panels: Mapping[str, np.ndarray], truth: np.ndarray, title: str
         sum(error / max(float(error.mean()), 1e-6) for error in errors.values())
     )
     low, high = np.percentile(truth, (0.2, 99.8))
-    grey = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6), "interpolation": "nearest"}
+    grey: dict[str, Any] = {
+        "cmap": "gray",
+        "vmin": low,
+        "vmax": max(high, low + 1e-6),
+        "interpolation": "nearest",
+    }
     top = max(float(np.percentile(np.stack(list(errors.values())), 99.5)), 1.0)
     columns = len(panels) + 1
     height, width = truth.shape
@@ -155,19 +161,17 @@ def charts(evaluation: Evaluation) -> dict[str, Figure]:
 
 def _against_noise(evaluation: Evaluation, own: Sequence[Condition], corpus: str) -> Figure:
     gaps = sorted({c.gap for c in own})
-    kinds = [k for k in KINDS if k in {NoiseLevel.parse(c.noise).kind for c in own}]
+    kinds = [kind for kind in KINDS if kind in {c.noise.kind for c in own}]
     with matplotlib.rc_context(STYLE):
         figure, axes = _panels(len(kinds) * len(gaps), f"{corpus}: PSNR against noise")
         for axis, (kind, gap) in zip(axes, [(k, g) for k in kinds for g in gaps], strict=True):
-            part = [
-                c for c in own if c.gap == gap and NoiseLevel.parse(c.noise).kind in (kind, "none")
-            ]
-            levels = {c: NoiseLevel.parse(c.noise).photons for c in part}
-            finite = [v for v in levels.values() if v is not None]
-            clean = 10 * max(finite)  # its own place behind the brightest
-            _lines(evaluation, axis, {c: clean if v is None else v for c, v in levels.items()})
+            part = [c for c in own if c.gap == gap and c.noise.kind in (kind, NO_NOISE.kind)]
+            noisy = sorted({c.noise.photons for c in part if c.noise.photons is not None})
+            clean = 10 * noisy[-1]  # its own place behind the brightest
+            places = {c: clean if c.noise.photons is None else c.noise.photons for c in part}
+            _lines(evaluation, axis, places)
             axis.set_xscale("log")
-            ticks = sorted(set(finite)) + [clean] * (None in levels.values())
+            ticks = sorted(set(places.values()))
             axis.set_xticks(ticks, ["none" if v == clean else _power(v) for v in ticks])
             axis.minorticks_off()
             axis.set_xlabel(f"{KINDS[kind]}: photons a pixel")
@@ -187,7 +191,7 @@ def _against_gap(evaluation: Evaluation, own: Sequence[Condition], corpus: str) 
             axis.set_xticks(sorted(part.values()), [f"{g}" for g in sorted(part.values())])
             axis.minorticks_off()
             axis.set_xlabel("frames from key frame to key frame")
-            axis.set_title(NoiseLevel.parse(noise).label, fontsize=9)
+            axis.set_title(noise.label, fontsize=9)
         _legend(figure, axes)
     return figure
 
@@ -201,8 +205,8 @@ def _against_flops(evaluation: Evaluation, condition: Condition) -> Figure:
         for summary in rows:
             colour, _ = style[summary.method]
             value, cost = summary.values["psnr"], summary.flops_per_frame / 1e9
-            if value.low is not None:
-                axis.plot([cost, cost], [value.low, value.high], color=colour, linewidth=1)
+            if value.interval:
+                axis.plot([cost, cost], value.interval, color=colour, linewidth=1)
             axis.plot(cost, value.mean, "o", color=colour, label=evaluation.title(summary.method))
         axis.set_xscale("log")
         axis.set_xlabel("GFLOP a frame")
@@ -239,8 +243,9 @@ def _lines(evaluation: Evaluation, axis: Axes, places: Mapping[Condition, float]
             linewidth=1.8 if facts.learned else 1.2,
             label=facts.title,
         )
-        if facts.learned and all(v.low is not None for v in values):
-            low, high = ([getattr(v, end) for v in values] for end in ("low", "high"))
+        intervals = [v.interval for v in values if v.interval]
+        if facts.learned and len(intervals) == len(values):
+            low, high = zip(*intervals, strict=True)
             axis.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
     axis.set_ylabel(METRICS["psnr"])
 

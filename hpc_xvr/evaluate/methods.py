@@ -13,6 +13,7 @@ from torch import nn
 from hpc_xvr.config import Config
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import BASELINES, find_baseline
+from hpc_xvr.factory.build import Network
 from hpc_xvr.factory.execution import prepare
 from hpc_xvr.factory.weights import SUFFIX, Which, model_of_run
 from hpc_xvr.model.xfusion import load_xfusion
@@ -93,7 +94,7 @@ def baseline_entry(name: str) -> NamedMethod:
     )
 
 
-def model_entry(name: str, model: nn.Module, precision: str = "float32") -> NamedMethod:
+def model_entry(name: str, model: Network, precision: str = "float32") -> NamedMethod:
     """A network in eval mode, on its device."""
     method, n_out = as_method(model)
     block = 1 if isinstance(model, SwinXVR) else 4  # EDVR's frames are continued to multiples
@@ -131,7 +132,7 @@ def _open_model(text: str, device: torch.device, which: Which) -> tuple[NamedMet
     return model_entry(name, model, prepare(model, config or Config(), device)), config
 
 
-def _authors_model(path: Path) -> nn.Module:
+def _authors_model(path: Path) -> Network:
     try:
         return load_xfusion(path)
     except ValueError as error:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from hpc_xvr.data.degrade import CameraNoise, fixed_pattern
 from hpc_xvr.errors import InputError
 from hpc_xvr.reconstruction.streams import CLEAN
 
-KINDS = {
+Kind = Literal["none", "poisson", "poisson_gaussian", "fixed_pattern"]
+KINDS: dict[Kind, str] = {
     "poisson": "photon noise",
     "poisson_gaussian": "photon and read noise",
     "fixed_pattern": "photon and read noise, fixed pattern",
@@ -22,7 +24,7 @@ READ_NOISE = 0.005  # share of full scale, where the text does not say
 class NoiseLevel:
     """A kind of noise on the fast camera's frames, and its strength."""
 
-    kind: str = "none"
+    kind: Kind = "none"
     photons: float | None = None
     """A pixel's at full scale."""
     read_noise: float = 0.0
@@ -63,9 +65,9 @@ class NoiseLevel:
         if self.photons is None:
             return self.kind
         if self.kind == "poisson":
-            return f"{self.photons:g}"
-        read = "" if self.read_noise == READ_NOISE else f":{self.read_noise:g}"
-        return f"{self.kind}:{self.photons:g}{read}"
+            return _shortest(self.photons)
+        read = "" if self.read_noise == READ_NOISE else f":{_shortest(self.read_noise)}"
+        return f"{self.kind}:{_shortest(self.photons)}{read}"
 
     @property
     def label(self) -> str:
@@ -74,6 +76,11 @@ class NoiseLevel:
             return "no noise"
         read = f", read noise {100 * self.read_noise:g} %" if self.read_noise else ""
         return f"{KINDS[self.kind]}: {self.photons:g} photons a pixel{read}"
+
+    @property
+    def order(self) -> tuple[int, float, float]:
+        """Sorts levels by kind, and from little noise to much."""
+        return get_args(Kind).index(self.kind), self.read_noise, -(self.photons or 0)
 
     def camera(
         self, recording: str, shape: tuple[int, int], pattern: float, seed: int
@@ -85,3 +92,12 @@ class NoiseLevel:
         if self.kind == "fixed_pattern":
             gain = fixed_pattern(shape, pattern, [seed, zlib.crc32(recording.encode())])
         return CameraNoise(self.photons, self.read_noise, gain)
+
+
+NO_NOISE = NoiseLevel()
+
+
+def _shortest(number: float) -> str:
+    """The shortest text that is exactly this number."""
+    text = f"{number:g}"
+    return text if float(text) == number else repr(number)

@@ -1,4 +1,4 @@
-"""A self-contained HTML page about an evaluation, and what a run's page shares with it."""
+"""What self-contained HTML pages share: templates, and pictures inside the page."""
 
 from __future__ import annotations
 
@@ -9,77 +9,21 @@ import re
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from PIL import Image
 
-from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.results import Evaluation
-from hpc_xvr.evaluate.scoring import Condition
-from hpc_xvr.evaluate.summary import Summary
-from hpc_xvr.evaluate.tables import best_of, interval, shown, signed
+from hpc_xvr.evaluate import tables
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
 from hpc_xvr.version import __version__
 
+TEMPLATES = Path(__file__).parents[1] / "templates"
+
 PICTURE_LIMIT = 900_000  # bytes; larger pictures are stored again as WebP
 PAGE_LIMIT = 5_500_000  # bytes of base64 text of all pictures
 TYPES = {".png": "image/png", ".gif": "image/gif", ".webp": "image/webp"}
-CHARTS = ("psnr-noise", "psnr-gap", "psnr-flops")
-
-
-def write_page(folder: Path | str) -> Path:
-    """Write comparison.html beside evaluation.json from what is in the folder.
-
-    Raises:
-        InputError: there is no evaluation, or it cannot be read.
-    """
-    folder = Path(folder)
-    evaluation = Evaluation.load(folder)
-    if evaluation is None:
-        raise InputError(f"{folder}: holds no evaluation.json; `hpc-xvr evaluate` makes one")
-    pictures = Pictures(folder)
-    charts, sides = pictures_of(folder)
-    page = template("comparison.html").render(
-        name=folder.resolve().name,
-        version=__version__,
-        written=datetime.now().strftime("%d %B %Y, %H:%M"),
-        evaluation=evaluation,
-        charts=pictures.take(charts, 12),
-        movies=pictures.take(movies(folder), 1),
-        sides=pictures.take(sides, 8),
-        left_out=pictures.left_out,
-    )
-    path = folder / "comparison.html"
-    write_atomic(path, lambda file: file.write(page.encode()))
-    return path
-
-
-def pictures_of(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Charts and side-by-side pictures of an evaluation's folder."""
-    found = natural(folder.glob("*.png"))
-    charts = [path for path in found if path.name.startswith(CHARTS)]
-    return charts, [path for path in found if path not in charts]
-
-
-def bars(rows: Iterable[Summary]) -> dict[str, float]:
-    """Method -> length of its bar in percent: PSNR above the lowest."""
-    psnr = {summary.method: summary.values["psnr"].mean for summary in rows}
-    finite = [value for value in psnr.values() if math.isfinite(value)] or [0.0]
-    low, high = min(finite), max(finite)
-    return {
-        method: 100 * min((value - low + 0.5) / (high - low + 0.5), 1.0)
-        for method, value in psnr.items()
-    }
-
-
-def by_recording(evaluation: Evaluation, condition: Condition) -> dict[str, dict[str, float]]:
-    """Recording -> method -> PSNR as it is shown."""
-    found: dict[str, dict[str, float]] = {}
-    for row in evaluation.rows:
-        if row.condition == condition:
-            found.setdefault(row.recording, {})[row.method] = round(row.psnr, 2)
-    return found
 
 
 def data_uri(kind: str, data: bytes) -> str:
@@ -148,28 +92,45 @@ def _smaller(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def template(name: str) -> jinja2.Template:
-    """A page of this folder, with the filters that the pages share."""
+def write_page(path: Path, template: str, pictures: Pictures, **values: Any) -> Path:
+    """Fill a template in and write it as `path`.
+
+    Raises:
+        InputError: the disk refuses.
+    """
+    page = (
+        _environment()
+        .get_template(template)
+        .render(
+            version=__version__,
+            written=datetime.now().strftime("%d %B %Y, %H:%M"),
+            left_out=pictures.left_out,
+            **values,
+        )
+    )
+    write_atomic(path, lambda file: file.write(page.encode()))
+    return path
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         # Not PackageLoader: it wants the package to be importable as a plain folder of its own.
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["signed"] = lambda value, digits=2: f"{value:+.{digits}f}".replace(
-        "-", "\u2212"
-    )
+    environment.filters["signed"] = tables.change
     environment.filters["fixed"] = lambda value, digits=2: (
         f"{value:.{digits}f}" if math.isfinite(value) else "exact"
     )
     environment.globals.update(
-        bars=bars,
-        best_of=best_of,
-        by_recording=by_recording,
-        interval=interval,
-        shown=shown,
-        difference=signed,
+        bars=tables.bars,
+        best_of=tables.best_of,
+        interval=tables.interval,
+        shown=tables.shown,
+        difference=tables.signed,
+        verdicts=tables.verdicts,
     )
-    return environment.get_template(name)
+    return environment

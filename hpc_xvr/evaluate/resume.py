@@ -11,13 +11,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
-from hpc_xvr.config import Data
 from hpc_xvr.errors import InputError, explain_os_error
 from hpc_xvr.evaluate.methods import NamedMethod
-from hpc_xvr.evaluate.scoring import Condition, Row, Unit
+from hpc_xvr.evaluate.rows import Row
+from hpc_xvr.evaluate.scoring import Setting, Unit
 
 VERSION = 2  # raise it when a metric or a method without learning changes
 
@@ -30,7 +29,7 @@ class Cells:
         self._path = self.folder / f"rank-{rank:04d}.jsonl"
 
     def load(self) -> dict[str, Row]:
-        """Key -> row. A line that a killed writer left unfinished is no row."""
+        """Key -> row. A line that a killed writer left unfinished is passed over."""
         rows: dict[str, Row] = {}
         try:
             texts = [path.read_text() for path in sorted(self.folder.glob("*.jsonl"))]
@@ -42,8 +41,7 @@ class Cells:
         for line in (line for text in texts for line in text.splitlines()):
             try:
                 tree = json.loads(line)
-                condition = Condition(**tree["row"].pop("condition"))
-                rows[tree["key"]] = Row(condition=condition, **tree["row"])
+                rows[tree["key"]] = Row.from_json(tree["row"])
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue
         return rows
@@ -54,7 +52,7 @@ class Cells:
         Raises:
             InputError: the disk refuses.
         """
-        text = "".join(json.dumps({"key": key, "row": asdict(row)}) + "\n" for key, row in rows)
+        text = "".join(json.dumps({"key": key, "row": row.to_json()}) + "\n" for key, row in rows)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab+") as file:
@@ -70,20 +68,21 @@ class Cells:
             raise InputError(f"cannot write {self._path}: {explain_os_error(error)}") from None
 
 
-def key_of(unit: Unit, entry: NamedMethod, data: Data, seed: int) -> str:
+def key_of(unit: Unit, method: NamedMethod, setting: Setting) -> str:
     """Of everything the numbers of a row depend on."""
+    data = setting.data
     facts = [
         VERSION,
         unit.video.info.sha256,
         unit.video.id,
         unit.condition.gap,
-        unit.condition.noise,
-        entry.name,
-        entry.fingerprint,
-        entry.lr_frames or data.lr_frames,
+        unit.condition.noise.name,
+        method.name,
+        method.fingerprint,
+        method.lr_frames or data.lr_frames,
         data.scale,
         data.lr_source,
         data.pattern,
-        seed,
+        setting.seed,
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]

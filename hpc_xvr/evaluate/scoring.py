@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,63 +12,14 @@ import torch
 from hpc_xvr import metrics
 from hpc_xvr.config import Data
 from hpc_xvr.data.corpus import Video
+from hpc_xvr.data.samples.sample import key_frames
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.methods import NamedMethod
-from hpc_xvr.evaluate.noise import NoiseLevel
+from hpc_xvr.evaluate.rows import METRICS, Condition, Row
 from hpc_xvr.reconstruction.pipeline import reconstruct
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream, recording_streams
 
-METRICS = {
-    "psnr": "PSNR dB",
-    "ssim": "SSIM",
-    "aad": "AAD",
-    "psnr_float": "PSNR dB, not rounded",
-    "psnr_gradient": "gradient PSNR dB",
-    "flicker": "flicker",
-}
-"""Field of a row -> what tables call it. Higher is better of those not in LOWER."""
-LOWER = ("aad", "flicker")
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What the methods were given: a corpus, a key frame every `gap` frames, a noise level."""
-
-    corpus: str
-    gap: int
-    noise: str
-    """As `NoiseLevel.name`."""
-
-    def __str__(self) -> str:
-        noise = "" if self.noise == "none" else f", {NoiseLevel.parse(self.noise).label}"
-        return f"{Path(self.corpus).name}: a key frame every {self.gap} frames{noise}"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method on one recording under one condition; means over its counted frames."""
-
-    condition: Condition
-    recording: str
-    scene: str
-    method: str
-    frames: int
-    """Frames compared with the truth."""
-    keys: int
-    """Key frames, which every method is given and none is scored on."""
-    psnr: float
-    """dB on the 8-bit scale."""
-    ssim: float
-    aad: float
-    """Mean absolute difference in 8-bit grey levels."""
-    psnr_float: float
-    """dB without rounding to 8 bits."""
-    psnr_gradient: float
-    """dB of the gradients: edge sharpness."""
-    flicker: float
-    """Error of the change from frame to frame, in grey levels of 255."""
-    seconds_per_frame: float
-    flops_per_frame: float = 0.0
+FRAME_METRICS = [name for name in METRICS if name != "flicker"]  # flicker takes two frames
 
 
 @dataclass(frozen=True)
@@ -80,26 +30,34 @@ class Unit:
     video: Video = field(repr=False)
 
 
-def recording_seen(
-    video: Video, gap: int, noise: NoiseLevel, data: Data, seed: int
-) -> tuple[Stream, KeyFrames]:
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all units of an evaluation."""
+
+    data: Data
+    """Scale, where low-resolution frames come from, and frames of a window where the method takes
+    any number."""
+    seed: int = 0
+    """Of the noise."""
+    device: str | torch.device = "cpu"
+
+
+def streams_of(unit: Unit, setting: Setting) -> tuple[Stream, KeyFrames]:
     """What the two cameras see of a recording. The same noise whoever asks, in any order.
 
     Raises:
         InputError: noise on a recorded stream, which has its own; frames that do not fit.
     """
+    video, data = unit.video, setting.data
     grid = (video.shape[1] // data.scale, video.shape[2] // data.scale)
-    camera = noise.camera(video.id, grid, data.pattern, seed)
-    return recording_streams(video, gap, data, camera, seed)
+    camera = unit.condition.noise.camera(video.id, grid, data.pattern, setting.seed)
+    return recording_streams(video, unit.condition.gap, data, camera, setting.seed)
 
 
 def score(
-    entries: Mapping[str, NamedMethod],
+    methods: Mapping[str, NamedMethod],
     unit: Unit,
-    *,
-    data: Data,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    setting: Setting,
     advance: Callable[[int], None] = lambda n: None,
 ) -> list[Row]:
     """A row for each method; all see the same low-resolution frames.
@@ -111,8 +69,7 @@ def score(
         InputError: a recording without a frame between two key frames, or of the wrong size.
     """
     video, condition = unit.video, unit.condition
-    noise = NoiseLevel.parse(condition.noise)
-    lr_stream, key_stream = recording_seen(video, condition.gap, noise, data, seed)
+    lr_stream, key_stream = streams_of(unit, setting)
     lr, keys = list(lr_stream), dict(key_stream)  # once, not once a method
     between = [t for t in range(len(lr)) if t not in keys]
     if not between:
@@ -120,13 +77,13 @@ def score(
             f"recording {video.id}: all its {len(lr)} frames are key frames at gap "
             f"{condition.gap}; set evaluate.gap to 2 or more"
         )
-    runs = {name: _Run(entry, lr, keys, between, data, device) for name, entry in entries.items()}
+    takes = {name: _Take(method, lr, keys, between, setting) for name, method in methods.items()}
     truth = keys[0]
     for t in between:
         before = keys.get(t - 1, truth)
         truth = video.intensity(t)
-        for run in runs.values():
-            run.take(t, truth, before, keys.get(t + 1))
+        for take in takes.values():
+            take.score_next(t, before, truth)
         advance(1)
     advance(len(keys))
     h, w = lr_stream.shape[1:]
@@ -138,100 +95,87 @@ def score(
             name,
             len(between),
             len(keys),
-            **{key: float(np.mean(values)) for key, values in run.values.items()},
-            seconds_per_frame=run.seconds / len(between),
-            flops_per_frame=entries[name].flops(h, w, data.scale),
+            **{metric: float(np.mean(values)) for metric, values in take.values.items()},
+            seconds_per_frame=take.seconds / len(between),
+            flops_per_frame=methods[name].flops(h, w, setting.data.scale),
         )
-        for name, run in runs.items()
+        for name, take in takes.items()
     ]
 
 
-class _Run:
-    """One method going through one recording."""
+class _Take:
+    """One method going through one recording, frame by frame."""
 
     def __init__(
         self,
-        entry: NamedMethod,
+        method: NamedMethod,
         lr: Sequence[np.ndarray],
         keys: Mapping[int, np.ndarray],
         between: Sequence[int],
-        data: Data,
-        device: str | torch.device,
+        setting: Setting,
     ) -> None:
-        options = {
-            "lr_frames": entry.lr_frames or data.lr_frames,
-            "n_out": entry.n_out,
-            "device": device,
-            "precision": entry.precision,
-        }
-        next(reconstruct(entry.method, lr, keys, only={between[0]}, **options))
-        self._frames = reconstruct(entry.method, lr, keys, only=set(between), **options)
+        next(_frames(method, lr, keys, between[:1], setting))  # warm up
+        self._frames = _frames(method, lr, keys, between, setting)
         self._keys = keys
         self._last: np.ndarray | None = None
         self.values: dict[str, list[float]] = {name: [] for name in METRICS}
         self.seconds = 0.0
 
-    def take(self, t: int, truth: np.ndarray, before: np.ndarray, after: np.ndarray | None) -> None:
-        """Make frame `t` and score it; `before` and `after` are the truth, after at a key only."""
+    def score_next(self, t: int, before: np.ndarray, truth: np.ndarray) -> None:
+        """Make frame `t` and compare it with the truth; `before` is the truth at t - 1."""
         start = time.perf_counter()
         found, frame = next(self._frames)
         self.seconds += time.perf_counter() - start
         assert found == t
-        for name in ("psnr", "ssim", "aad", "psnr_float", "psnr_gradient"):
+        for name in FRAME_METRICS:
             self.values[name].append(getattr(metrics, name)(frame, truth))
         # In the movie key frames stand among the others: a jump from and to them is flicker too.
         last = self._keys.get(t - 1, self._last)
+        assert last is not None  # the first frame is a key frame
         self.values["flicker"].append(metrics.flicker(last, frame, before, truth))
-        if after is not None:
-            self.values["flicker"].append(metrics.flicker(frame, after, truth, after))
+        key = self._keys.get(t + 1)
+        if key is not None:
+            self.values["flicker"].append(metrics.flicker(frame, key, truth, key))
         self._last = frame
 
 
-def reconstruct_one(
-    entry: NamedMethod,
-    video: Video,
-    t: int,
-    streams: tuple[Stream, KeyFrames],
-    around: tuple[int, int],
-    data: Data,
-    device: str | torch.device = "cpu",
-) -> np.ndarray:
-    """Frame `t` of a recording, (H, W), from the key frames at the two times `around`."""
-    lr, keys = streams
-    frames = reconstruct(
-        entry.method,
-        lr,
-        {key: keys[key] for key in around},
-        lr_frames=entry.lr_frames or data.lr_frames,
-        n_out=entry.n_out,
-        device=device,
-        precision=entry.precision,
-        only={t},
-    )
+def frame_at(method: NamedMethod, unit: Unit, t: int, setting: Setting) -> np.ndarray:
+    """Frame `t` of a recording, (H, W), made from the key frames around it."""
+    lr, keys = streams_of(unit, setting)
+    around = key_frames(t, unit.condition.gap, unit.video.shape[0])
+    frames = _frames(method, lr, {key: keys[key] for key in around}, {t}, setting)
     return next(frame for _, frame in frames)
 
 
-def check_methods(entries: Mapping[str, NamedMethod], data: Data) -> None:
+def _frames(
+    method: NamedMethod,
+    lr: Sequence[np.ndarray],
+    keys: Mapping[int, np.ndarray],
+    only: Collection[int],
+    setting: Setting,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(t, frame) of the times `only`, in order."""
+    return reconstruct(
+        method.method,
+        lr,
+        keys,
+        lr_frames=method.lr_frames or setting.data.lr_frames,
+        n_out=method.n_out,
+        device=setting.device,
+        precision=method.precision,
+        only=set(only),
+    )
+
+
+def check_methods(methods: Mapping[str, NamedMethod], data: Data) -> None:
     """Refuse models that work on another ratio of the grids than the data have.
 
     Raises:
         InputError: names the method and both scales.
     """
-    for entry in entries.values():
-        if entry.scale not in (None, data.scale):
+    for method in methods.values():
+        if method.scale not in (None, data.scale):
             raise InputError(
-                f"{entry.name}: works at scale {entry.scale}, the low-resolution frames are made "
-                f"at data.scale {data.scale}; set it to {entry.scale}, or leave the method out"
+                f"{method.name}: works at scale {method.scale}, the low-resolution frames are made "
+                f"at data.scale {data.scale}; set it to {method.scale}, or leave the method out"
             )
-
-
-def in_order(rows: Sequence[Row], methods: Sequence[str]) -> list[Row]:
-    """Rows by recording and method, whoever made them and in whichever order."""
-    order = {name: i for i, name in enumerate(methods)}
-    unique = {(row.condition, row.recording, row.method): row for row in rows}
-    return sorted(unique.values(), key=lambda row: (row.recording, order[row.method]))
-
-
-def renamed(row: Row, corpus: str) -> Row:
-    """The row with its corpus called by another path (a folder that has moved)."""
-    return replace(row, condition=replace(row.condition, corpus=corpus))

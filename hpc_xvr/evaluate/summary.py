@@ -8,8 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from hpc_xvr.evaluate.noise import KINDS, NoiseLevel
-from hpc_xvr.evaluate.scoring import LOWER, METRICS, Condition, Row
+from hpc_xvr.evaluate.rows import METRICS, Condition, Row
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -26,7 +25,12 @@ class Estimate:
     @property
     def sure(self) -> bool:
         """Does the interval leave out 0?"""
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """From low to high."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,7 @@ def _draws(count: int) -> np.ndarray:
 
 def conditions(rows: Sequence[Row]) -> list[Condition]:
     """In order of corpus, gap, and noise from none to most."""
-
-    def order(condition: Condition) -> tuple:
-        noise = NoiseLevel.parse(condition.noise)
-        kind = list(KINDS).index(noise.kind) if noise.photons else -1
-        return condition.corpus, condition.gap, kind, noise.read_noise, -(noise.photons or 0)
-
-    return sorted({row.condition for row in rows}, key=order)
+    return sorted({row.condition for row in rows}, key=lambda c: (c.corpus, c.gap, c.noise.order))
 
 
 def summarise(rows: Sequence[Row], methods: Sequence[str], reference: str) -> list[Summary]:
@@ -124,24 +122,3 @@ def _summary(
 
 def _minus(a: float, b: float) -> float:
     return 0.0 if a == b else a - b  # two exact methods do not differ
-
-
-def verdict(summary: Summary, title: str, against: str, metric: str = "psnr") -> str | None:
-    """A sentence that says whether a method is better than the reference, or worse."""
-    if summary.differences is None:
-        return None
-    difference = summary.differences[metric]
-    better = (difference.mean < 0) == (metric in LOWER)
-    if difference.low is None:
-        word = "is better than" if better else "is worse than"
-    elif not difference.sure:
-        word = "cannot be told from"
-    else:
-        word = "beats" if better else "loses to"
-    unit = METRICS[metric]
-    number = f"{difference.mean:+.2f}".replace("-", "\u2212")
-    if difference.low is not None:
-        span = " to ".join(f"{v:+.2f}" for v in (difference.low, difference.high))
-        number += f" [{span}]".replace("-", "\u2212")
-    alone = " (one recording: no interval)" if difference.low is None else ""
-    return f"{title} {word} {against}: {number} {unit}{alone}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TypeAlias
 
 from hpc_xvr.config import Config
 from hpc_xvr.model.edvr import EDVR, EDVRSTF
 from hpc_xvr.model.xvr import SwinXVR
 
+Network: TypeAlias = SwinXVR | EDVR
 
-def build_model(config: Config) -> nn.Module:
+
+def build_model(config: Config) -> Network:
     """The model that the sections `model` and `data` describe, with fresh weights."""
     m, data = config.model, config.data
     if m.name == "swin_xvr":

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from torch import nn
 from hpc_xvr.config import Config
 from hpc_xvr.distributed.launch import rank_threads
 from hpc_xvr.errors import InputError
-from hpc_xvr.factory import execution as speed
 from hpc_xvr.log import logger
 from hpc_xvr.model.attention import Kind
 from hpc_xvr.model.kernels import cpu_has_bf16
@@ -22,6 +21,7 @@ from hpc_xvr.model.swin import Recompute, SwinBlock, WindowAttention, add_norm
 
 Precision = Literal["auto", "float32", "bf16", "float64"]
 Compile = Literal["none", "parts", "blocks"]
+T = TypeVar("T")
 
 
 def use_threads(wish: int | None = None) -> int:
@@ -161,7 +161,7 @@ def prepare(model: nn.Module, config: Config, device: torch.device, training: bo
     """
     train = config.train
 
-    def attempt(action: Callable[[], Any], otherwise: Callable[[], Any]) -> Any:
+    def attempt(action: Callable[[], T], otherwise: Callable[[], T]) -> T:
         try:
             return action()
         except InputError as problem:
@@ -170,15 +170,15 @@ def prepare(model: nn.Module, config: Config, device: torch.device, training: bo
             logger.warning("%s (going on without it)", str(problem).split(";")[0])
             return otherwise()
 
-    precision = attempt(lambda: speed.resolve_precision(train.precision, device), lambda: "float32")
+    precision = attempt(lambda: resolve_precision(train.precision, device), lambda: "float32")
     attempt(
-        lambda: speed.check_attention(config.model.attention, device, training),
-        lambda: speed.set_attention(model, "auto"),
+        lambda: check_attention(config.model.attention, device, training),
+        lambda: set_attention(model, "auto"),
     )
     torch.set_float32_matmul_precision("high" if train.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = train.tf32
     if training:
-        speed.recompute_activations(model, train.recompute)
-    attempt(lambda: speed.compile_model(model, train.compile, device), lambda: None)
+        recompute_activations(model, train.recompute)
+    attempt(lambda: compile_model(model, train.compile, device), lambda: None)
     model.to(device, torch.float64 if precision == "float64" else torch.float32)
     return precision

@@ -15,7 +15,7 @@ from torch import nn
 from hpc_xvr import checkpoint
 from hpc_xvr.config import Config, check, load
 from hpc_xvr.errors import InputError
-from hpc_xvr.factory.build import build_model
+from hpc_xvr.factory.build import Network, build_model
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
 from hpc_xvr.model.xfusion import load_xfusion
@@ -26,7 +26,7 @@ SUFFIX = ".safetensors"
 FORMAT = "hpc_xvr weights 1"
 
 
-def model_of_run(run: Path, which: Which = "newest") -> tuple[nn.Module, Config, int]:
+def model_of_run(run: Path, which: Which = "newest") -> tuple[Network, Config, int]:
     """Model (averaged weights, eval mode), config and step of what hpc-xvr has trained.
 
     Args:
@@ -84,7 +84,7 @@ def read_weights(run: Path, which: Which = "newest", raw: bool = False) -> Train
             path, state = _best(run, state)
     else:
         raise InputError(
-            f"{run}: no run folder (it has no config.yaml); make one with hpc-xvr train"
+            f"{run}: is not a run folder (it has no config.yaml); make one with hpc-xvr train"
         )
     weights = state["model"] if raw or not state.get("ema") else state["ema"]
     _check_fit(config, weights, path)
@@ -103,7 +103,9 @@ def _read_file(path: Path) -> dict[str, Any]:
         ) from None
     for name, kind in (("model", dict), ("config", dict), ("step", int)):
         if not isinstance(state.get(name), kind):
-            raise InputError(f"checkpoint {path}: has no {name}; it is not of hpc-xvr train")
+            raise InputError(
+                f"checkpoint {path}: has no {name}; it was not written by hpc-xvr train"
+            )
     return state
 
 
@@ -175,7 +177,7 @@ def _read_exported(path: Path) -> dict[str, Any]:
         raise
     except (safetensors.SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: truncated, or no file of hpc-xvr export ({line})") from None
+        raise InputError(f"{path}: truncated, or not written by hpc-xvr export ({line})") from None
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
@@ -205,7 +207,7 @@ def mismatch(ours: dict[str, torch.Tensor], theirs: Any) -> str | None:
         return "it holds no named tensors"
 
     def shape(value: Any) -> tuple[int, ...] | str:
-        return tuple(value.shape) if isinstance(value, torch.Tensor) else "no tensor"
+        return tuple(value.shape) if isinstance(value, torch.Tensor) else "not a tensor"
 
     both = [name for name in ours if name in theirs]
     kinds = {

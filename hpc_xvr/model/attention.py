@@ -5,9 +5,10 @@ Shapes: T tokens in window order, groups of n windows of N tokens, A heads, c ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -103,15 +104,12 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     return _compiled_flex()(q, k, v, score_mod=add_bias)
 
 
-_flex_cache: list = []
-
-
-def _compiled_flex():  # compiled on first use; not compiled it would build the whole matrix
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    """Compiled on first use; not compiled it would build the whole matrix."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    if not _flex_cache:
-        _flex_cache.append(torch.compile(flex_attention, dynamic=False))
-    return _flex_cache[0]
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class _FusedOnCPU(torch.autograd.Function):
@@ -119,7 +117,7 @@ class _FusedOnCPU(torch.autograd.Function):
     needed. Here it runs forward, and the backward pass computes the weights a second time."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, windows: Windows, *biases: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, windows: Windows, *biases: Tensor) -> Tensor:
         out = qkv.new_empty(sum(windows.asking), qkv.shape[1] // 3)
         for (q, k, v), y, bias, rows in zip(
             windows.qkv(qkv), windows.out(out), biases, windows.rows, strict=True
@@ -132,7 +130,7 @@ class _FusedOnCPU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         windows: Windows = ctx.windows
         qkv, *biases = ctx.saved_tensors
         grad_qkv, grad_biases = torch.zeros_like(qkv), []

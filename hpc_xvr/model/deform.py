@@ -99,8 +99,8 @@ class DeformConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, channels, 3, 3).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.conv_offset = nn.Conv2d(channels, groups * 27, 3, padding=1)
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, motion: Tensor) -> Tensor:
         """Features to sample and features to take offsets from, both (B, C, h, w)."""

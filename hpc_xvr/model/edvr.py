@@ -145,6 +145,7 @@ class EDVRSTF(EDVR):
         self.conv2_hi = _conv(features, features)
 
     def _first_features(self, lr: Tensor, hr: Tensor | None) -> Tensor:
+        assert hr is not None  # checked
         keys = _leaky(self.conv_first_hi(hr.flatten(0, 1)))  # B*2, C, H, W
         keys = F.max_pool2d(_leaky(self.conv1_hi(keys)), 3, stride=2, padding=1)
         keys = F.max_pool2d(_leaky(self.conv2_hi(keys)), 3, stride=2, padding=1)  # B*2, C, h, w
@@ -181,10 +182,11 @@ class PyramidAlignment(nn.Module):
 
     def forward(self, frames: list[Tensor], centre: list[Tensor]) -> Tensor:
         """Two pyramids, finest level first, (B*T, C, ...) each -> (B*T, C, h, w)."""
-        coarse_motion = coarse = None
+        coarse_motion: Tensor | None = None
+        coarse: Tensor | None = None
         for level, frame, reference in reversed(list(zip(LEVELS, frames, centre, strict=True))):
             motion = _leaky(self.offset_conv1[level](torch.cat((frame, reference), dim=1)))
-            if coarse is None:
+            if coarse is None or coarse_motion is None:
                 motion = _leaky(self.offset_conv2[level](motion))
                 aligned = self.dcn_pack[level](frame, motion)
             else:
@@ -249,6 +251,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = _conv(features, features)
         for conv in (self.conv1, self.conv2):
             nn.init.kaiming_normal_(conv.weight)
+            assert conv.bias is not None
             nn.init.zeros_(conv.bias)
             with torch.no_grad():
                 conv.weight.mul_(0.1)  # a deep stack starts close to the identity
@@ -269,7 +272,7 @@ def infer_edvr(state: Mapping[str, Tensor]) -> EDVR:
         groups = state["pcd_align.cas_dcnpack.conv_offset.weight"].shape[0] // 27
         up_features = state["conv_hr.weight"].shape[0]
     except KeyError as error:
-        raise ValueError(f"these are no weights of EDVR: {error.args[0]} is missing") from None
+        raise ValueError(f"these are not weights of EDVR: {error.args[0]} is missing") from None
     kind = EDVRSTF if "conv_first_hi.weight" in state else EDVR
     return kind(
         lr_frames=frames - kind.key_frames,

@@ -6,6 +6,7 @@ import importlib.util
 import platform
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def fit(x: torch.Tensor, channels: int) -> bool:
     return (
         x.device.type == "cpu"
         and channels % 16 == 0
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.compiler.is_compiling()
         and available()
     )
@@ -92,7 +93,17 @@ def swin_block(
 
 class _SwinBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, there, valid, drops, eps, windows, save: int, *rest: Tensor):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        there: Tensor,
+        valid: Tensor | None,
+        drops: list[Tensor | None],
+        eps: tuple[float, float],
+        windows: tuple[list[int], list[int], list[int]],
+        save: int,
+        *rest: Tensor,
+    ) -> Tensor:
         parameters, biases = rest[:12], rest[12:]
         out, saved = torch.ops.hpc_xvr.swin_block(
             x, there, valid, *drops, parameters, *eps, biases, *windows, save
@@ -103,7 +114,7 @@ class _SwinBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, there, valid, drop1, drop2, *rest = ctx.saved_tensors
         saved, parameters, biases = rest[:4], rest[4:16], rest[16:]
         grad_x, grad_parameters, grad_biases = torch.ops.hpc_xvr.swin_block_backward(

@@ -5,6 +5,8 @@ Shapes: T tokens, C channels in, K channels out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,14 +54,14 @@ class _LinearOnCPU(torch.autograd.Function):
     bias to every row of the result and then reads it all back."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight = weight.to(x.dtype)
         ctx.save_for_backward(x, weight)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias.to(x.dtype), "none", [], "")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         # In four parts and rows of 64, where they fit: oneDNN's product with a transposed left
         # side is a quarter faster on shorter columns, and a bf16 sum is vectorised along rows.

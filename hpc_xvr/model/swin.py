@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -163,12 +163,12 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, back: Tensor, valid: Tensor | None) -> Tensor:
         ctx.save_for_backward(back, valid)
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         back, valid = ctx.saved_tensors
         gradient = gradient.index_select(0, back)
         if valid is not None:
@@ -196,7 +196,9 @@ class DropPath(nn.Module):
         return (keep.float() / (1 - self.rate))[sample]
 
 
-def add_norm(x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, step: Step | None = None):
+def add_norm(
+    x: Tensor, branch: Tensor | None, norm: nn.LayerNorm, step: Step | None = None
+) -> tuple[Tensor, Tensor]:
     """Close a residual branch and open the next one: the sum (T, C) in the order of `step`, and
     its LayerNorm in the type of matrix products, padding zeroed. One kernel when compiled."""
     if branch is not None:
@@ -269,7 +271,7 @@ class SwinBlock(nn.Module):
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         self.drop_path = DropPath(drop_path)
-        self.add_norm = add_norm  # `speed.compile_model` puts a compiled one here
+        self.add_norm = add_norm  # factory.execution may put a compiled one here
         self.recompute: Recompute = "none"
 
     def forward(
@@ -356,7 +358,7 @@ class SwinStage(nn.Module):
         batch, frames, height, width = image.shape[:4]
         g = grid(batch, frames, height, width, self.window, image.device)
         x, branch = image.flatten(0, 3), None
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(cast("Iterable[SwinBlock]", self.blocks)):
             step = g.first if i == 0 else g.to_shifted if i % 2 else g.to_plain
             # The last block of the last stage lets only those frames ask that are kept.
             last = i == len(self.blocks) - 1

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hpc_xvr.model.edvr import infer_edvr
+from hpc_xvr.model.edvr import EDVR, infer_edvr
 from hpc_xvr.model.xvr import SwinXVR
 
 _RENAME = (
@@ -33,7 +33,7 @@ def load_xfusion(
     *,
     output: Literal["centre", "sequence"] | None = None,
     heads: int | None = None,
-) -> nn.Module:
+) -> SwinXVR | EDVR:
     """Build the model of the authors' SWIN-XVR, EDVR or EDVR-STF and load its weights.
 
     Args:
@@ -51,7 +51,7 @@ def load_xfusion(
     """
     state = _unwrap(_read(weights) if isinstance(weights, (str, Path)) else weights)
     if _TABLE in state:
-        model: nn.Module = _infer_swin(state, output, heads)
+        model: SwinXVR | EDVR = _infer_swin(state, output, heads)
         state = {_rename(name): value for name, value in state.items()}
     else:
         model = infer_edvr(state)
@@ -70,9 +70,9 @@ def _read(path: str | Path) -> Mapping[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"weights {path}: no such file") from None
-    except Exception as error:  # whatever torch meets in a file that is no checkpoint
+    except Exception as error:  # whatever torch meets in a file that is not a checkpoint
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"weights {path}: no readable checkpoint of tensors ({line})") from None
+        raise ValueError(f"weights {path}: not a readable checkpoint of tensors ({line})") from None
 
 
 def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ h w low-resolution grid, H = scale*h, W = scale*w, C embedding.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsam
 from hpc_xvr.model.bayes import BayesianFusion
 from hpc_xvr.model.folding import Folding
 from hpc_xvr.model.linear import conv_of_one_channel
-from hpc_xvr.model.swin import SwinBlock, SwinStage, conv2d, grid
+from hpc_xvr.model.swin import SwinBlock, SwinStage, WindowAttention, conv2d, grid
 
 BAYES = BayesianFusion(tolerance=0, steps=10)
 """As a base: more steps change a picture by less than 0.1 grey levels on average."""
@@ -101,12 +102,10 @@ class SwinXVR(Folding):
         self.last_conv = nn.Conv2d(up_features, 1, 3, padding=1)
         self.apply(_initialise)
         if base != "none":
-            nn.init.zeros_(self.last_conv.weight)
-            nn.init.zeros_(self.last_conv.bias)
+            _zero(self.last_conv)
         if base == "adaptive":
             self.gate_conv = nn.Conv2d(embed_dim, 2, 3, padding=1)  # one map a key frame
-            nn.init.zeros_(self.gate_conv.weight)
-            nn.init.zeros_(self.gate_conv.bias)
+            _zero(self.gate_conv)
 
     @property
     def n_out(self) -> int:
@@ -171,8 +170,9 @@ class SwinXVR(Folding):
 
     def hr_features(self, hr: Tensor) -> Tensor:
         """(B, 2, 1, H, W) -> (B, 2, h, w, C): convolutions, each but the first halving the grid."""
-        y = F.leaky_relu(conv_of_one_channel(self.hr_convs[0], hr.flatten(0, 1)), 0.1)
-        for conv in self.hr_convs[1:]:
+        first, *halving = cast("Iterable[nn.Conv2d]", self.hr_convs)
+        y = F.leaky_relu(conv_of_one_channel(first, hr.flatten(0, 1)), 0.1)
+        for conv in halving:
             # LeakyReLU is monotonic: after the pooling it is the same, on a quarter of the pixels.
             y = F.leaky_relu(F.max_pool2d(conv(y), 3, stride=2, padding=1), 0.1)
         return y.permute(0, 2, 3, 1).unflatten(0, hr.shape[:2])
@@ -236,26 +236,32 @@ class SwinXVR(Folding):
         g = grid(1, frames, h, w, self.window, torch.device("cpu"))
         tokens = g.plain.from_image.numel()
         total = self.lr_frames * _conv_flops(self.lr_conv, pixels)
-        for i, conv in enumerate(self.hr_convs):
+        for i, conv in enumerate(cast("Iterable[nn.Conv2d]", self.hr_convs)):
             total += 2 * _conv_flops(conv, pixels * self.scale**2 // 4 ** max(i - 1, 0))
-        for s, stage in enumerate(self.stages):
-            for i, block in enumerate(stage.blocks):
+        stages = [*cast("Iterable[SwinStage]", self.stages)]
+        for stage in stages:
+            for i, block in enumerate(cast("Iterable[SwinBlock]", stage.blocks)):
                 groups = (g.shifted if i % 2 else g.plain).groups
-                last = s == len(self.stages) - 1 and i == len(stage.blocks) - 1
+                last = stage is stages[-1] and i == len(stage.blocks) - 1
                 share = self.n_out / frames if last else 1  # of the tokens that come out
                 linear = [block.attn.proj, block.fc1, block.fc2]
                 total += 2 * tokens * block.attn.qkv.weight.numel()
                 total += int(share * 2 * tokens * sum(layer.weight.numel() for layer in linear))
                 total += int(share * sum(4 * x.count * x.tokens**2 * dim for x in groups))
-            last = s == len(self.stages) - 1
+            last = stage is stages[-1]
             total += (self.n_out if last else frames) * _conv_flops(stage.conv, pixels)
         total += self.n_out * _conv_flops(self.body_conv, pixels)
         total += self.n_out * _conv_flops(self.head_conv, pixels)
         if self.base == "adaptive":
             total += self.n_out * _conv_flops(self.gate_conv, pixels)
-        for i, conv in enumerate(self.up_convs):
+        for i, conv in enumerate(cast("Iterable[nn.Conv2d]", self.up_convs)):
             total += self.n_out * _conv_flops(conv, pixels * 4**i)
         return total + self.n_out * _conv_flops(self.last_conv, pixels * self.scale**2)
+
+
+def _zero(conv: nn.Conv2d) -> None:
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _conv_flops(conv: nn.Conv2d, pixels: int) -> int:
@@ -267,5 +273,5 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-    elif hasattr(module, "bias_table"):
+    elif isinstance(module, WindowAttention):
         nn.init.trunc_normal_(module.bias_table, std=0.02)

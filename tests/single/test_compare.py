@@ -10,17 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
-from test_methods import SMALL, a_run
 
 from hpc_xvr.cli.results import _evaluation_config
 from hpc_xvr.config import load, with_evaluate
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
+from hpc_xvr.evaluate.pictures import best_methods
 from hpc_xvr.evaluate.results import Evaluation, Facts
-from hpc_xvr.evaluate.workflow import _best, evaluate
+from hpc_xvr.evaluate.workflow import evaluate
+from support.paths import ROOT
+from support.runs import SMALL, a_run
+from support.scores import row
 
-ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -55,6 +57,7 @@ def numbers(folder):
     return [{k: v for k, v in row.items() if k not in left_out} for row in tree["rows"]]
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_goes_on_and_two_ranks_find_the_same(runs, pulse_corpus, tmp_path):
     options = ["--corpus", pulse_corpus, "--split", "train", "--set", "run.threads=1"]
     options += ["--gap", 4, "--gap", 8, "--noise", "none", "--noise", "1e2"]
@@ -106,6 +109,7 @@ def settings(corpus, **values):
     return with_evaluate(load(None, ["run.threads=1"]), **tree)
 
 
+@pytest.mark.slow
 def test_rows_are_kept_and_methods_can_join_later(runs, pulse_corpus, tmp_path, caplog):
     caplog.set_level("INFO", logger="hpc_xvr")
     logger = logging.getLogger("hpc_xvr")
@@ -157,10 +161,15 @@ def test_options_of_the_command(pulse_corpus, tmp_path, runs):
 
 
 def test_pictures_show_a_handful_with_the_best_models():
-    from test_results import row
-
     names = ["bicubic", "nearest_hr", "detail", "adaptive", "bayes", *(f"m{i}" for i in range(5))]
     rows = [row(name, f"r{k}", 30.0 + i) for i, name in enumerate(names) for k in range(2)]
     facts = [Facts(name, name, name.startswith("m")) for name in names]
     whole = Evaluation(rows, facts, {}, "detail")
-    assert _best(whole, whole.conditions[0]) == ["bicubic", "detail", "bayes", "m2", "m3", "m4"]
+    assert best_methods(whole, whole.conditions[0]) == [
+        "bicubic",
+        "detail",
+        "bayes",
+        "m2",
+        "m3",
+        "m4",
+    ]

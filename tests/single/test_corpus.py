@@ -376,6 +376,7 @@ ADD_FOREVER = """
 """
 
 
+@pytest.mark.slow
 @stores
 def test_kill_at_any_moment_keeps_finished_videos(tmp_path, store):
     chance, count = random.Random(1), 0

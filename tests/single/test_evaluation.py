@@ -12,16 +12,10 @@ from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import figures
 from hpc_xvr.evaluate.methods import NamedMethod, baseline_entry
-from hpc_xvr.evaluate.noise import NoiseLevel
+from hpc_xvr.evaluate.noise import NO_NOISE, NoiseLevel
 from hpc_xvr.evaluate.resume import Cells, key_of
-from hpc_xvr.evaluate.scoring import (
-    Condition,
-    Unit,
-    check_methods,
-    reconstruct_one,
-    recording_seen,
-    score,
-)
+from hpc_xvr.evaluate.rows import Condition
+from hpc_xvr.evaluate.scoring import Setting, Unit, check_methods, frame_at, score, streams_of
 
 DATA = Data(lr_frames=3)
 
@@ -78,16 +72,16 @@ ENTRIES = {
     "detail": baseline_entry("detail"),
     "shifted": NamedMethod("shifted", "shifted", shifted, n_out=3, flops=lambda h, w, s: h * w * s),
 }
-SETTING = Condition("corpus", 4, "none")
+SETTING = Setting(DATA)
 
 
-def scored(videos, noise="none", entries=ENTRIES, **options):
-    condition = Condition("corpus", options.pop("gap", 4), noise)
-    return [
-        row
-        for video in videos
-        for row in score(entries, Unit(condition, video), data=DATA, **options)
-    ]
+def unit(video, gap=4, noise="none"):
+    return Unit(Condition("corpus", gap, NoiseLevel.parse(noise)), video)
+
+
+def scored(videos, noise="none", entries=ENTRIES, gap=4, seed=0):
+    setting = Setting(DATA, seed)
+    return [row for v in videos for row in score(entries, unit(v, gap, noise), setting)]
 
 
 def scores(frame, truth):
@@ -161,9 +155,8 @@ def test_noise_lowers_the_score_and_is_the_same_again(videos):
 
 
 def test_a_fixed_pattern_stays_the_same_throughout_a_recording(videos):
-    clean, _ = recording_seen(videos[0], 4, NoiseLevel(), DATA, 1)
-    noise = NoiseLevel.parse("fixed_pattern:1e9:1e-6")
-    stream = recording_seen(videos[0], 4, noise, DATA, 1)[0]
+    clean, _ = streams_of(unit(videos[0]), Setting(DATA, 1))
+    stream, _ = streams_of(unit(videos[0], noise="fixed_pattern:1e9:1e-6"), Setting(DATA, 1))
     pattern = [stream[t] / clean[t] for t in (1, 2)]
     assert 0.01 < pattern[0].std() < 0.04
     np.testing.assert_allclose(pattern[0], pattern[1], atol=2e-3)
@@ -174,6 +167,7 @@ def test_a_fixed_pattern_stays_the_same_throughout_a_recording(videos):
     [
         ("none", "none", "no noise"),
         ("1e3", "1000", "photon noise: 1000 photons a pixel"),
+        ("1234567", "1234567.0", "photon noise: 1.23457e+06 photons a pixel"),
         ("poisson:1e3", "1000", "photon noise: 1000 photons a pixel"),
         (
             "poisson_gaussian:50",
@@ -191,6 +185,7 @@ def test_noise_levels_have_one_name(text, name, label):
     noise = NoiseLevel.parse(text)
     assert (noise.name, noise.label) == (name, label)
     assert NoiseLevel.parse(noise.name) == noise
+    assert (noise == NO_NOISE) == (text == "none")
 
 
 @pytest.mark.parametrize("text", ["some", "-3", "0", "poisson:1:2", "none:3", "1e3:", "inf"])
@@ -200,9 +195,9 @@ def test_noise_that_cannot_be(text):
 
 
 def test_finished_rows_are_found_again_and_unfinished_ones_are_not(videos, tmp_path):
-    unit = Unit(SETTING, videos[0])
+    one = unit(videos[0])
     rows = scored(videos[:1])
-    keys = {row.method: key_of(unit, ENTRIES[row.method], DATA, 0) for row in rows}
+    keys = {row.method: key_of(one, ENTRIES[row.method], SETTING) for row in rows}
     first, second = Cells(tmp_path, 0), Cells(tmp_path, 1)
     first.add([(keys["bicubic"], rows[0])])
     with (tmp_path / "cells" / "rank-0000.jsonl").open("a") as file:
@@ -213,15 +208,15 @@ def test_finished_rows_are_found_again_and_unfinished_ones_are_not(videos, tmp_p
     # What numbers depend on makes another key; what they do not, does not.
     key = keys["shifted"]
     again = NamedMethod("shifted", "another title", shifted, n_out=3)
-    moved = Unit(Condition("elsewhere", 4, "none"), videos[0])
-    assert key == key_of(moved, again, DATA, 0)
+    moved = Unit(Condition("elsewhere", 4), videos[0])
+    assert key == key_of(moved, again, SETTING)
     for other in (
-        key_of(Unit(SETTING, videos[1]), again, DATA, 0),
-        key_of(Unit(Condition("corpus", 5, "none"), videos[0]), again, DATA, 0),
-        key_of(Unit(Condition("corpus", 4, "10"), videos[0]), again, DATA, 0),
-        key_of(unit, NamedMethod("shifted", "", shifted, fingerprint="other weights"), DATA, 0),
-        key_of(unit, again, DATA, 1),
-        key_of(unit, again, Data(lr_frames=5), 0),
+        key_of(unit(videos[1]), again, SETTING),
+        key_of(unit(videos[0], gap=5), again, SETTING),
+        key_of(unit(videos[0], noise="10"), again, SETTING),
+        key_of(one, NamedMethod("shifted", "", shifted, fingerprint="other weights"), SETTING),
+        key_of(one, again, Setting(DATA, seed=1)),
+        key_of(one, again, Setting(Data(lr_frames=5))),
     ):
         assert other != key
 
@@ -250,11 +245,8 @@ def test_a_method_that_meets_the_truth_exactly(videos, tmp_path):
 
 
 def test_side_by_side_shows_frames_details_errors_and_a_profile(videos, tmp_path):
-    streams = recording_seen(videos[0], 4, NoiseLevel.parse("500"), DATA, 0)
-    panels = {
-        name: reconstruct_one(entry, videos[0], 6, streams, (4, 8), DATA)
-        for name, entry in ENTRIES.items()
-    }
+    noisy = unit(videos[0], noise="500")
+    panels = {name: frame_at(method, noisy, 6, SETTING) for name, method in ENTRIES.items()}
     figure = figures.side_by_side(panels, videos[0].intensity(6), "clip0")
     path = figures.save(figure, tmp_path / "p.png")
     with Image.open(path) as image:

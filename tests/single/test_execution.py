@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from hpc_xvr.config import load
 from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
-from hpc_xvr.factory import execution as speed
+from hpc_xvr.factory import execution
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.execution import prepare
 from hpc_xvr.log import logger
@@ -28,7 +28,7 @@ SMALL = dict(embed_dim=24, depths=(2, 2), heads=3, window=4, up_features=8)
 
 def has_compiler():
     try:
-        speed._check_compiler("", "", CPU)
+        execution._check_compiler("", "", CPU)
     except InputError:
         return False
     return True
@@ -73,7 +73,7 @@ def test_recomputing_activations_changes_no_gradient(kind):
     model = SwinXVR(drop_path=0.4, **SMALL).double()
     lr, hr = (t.double() for t in pair(9, 13, batch=2))
     plain = gradients(model, lr, hr)
-    speed.recompute_activations(model, kind)
+    execution.recompute_activations(model, kind)
     for ours, exact in zip(gradients(model, lr, hr), plain, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
 
@@ -84,13 +84,14 @@ def test_recomputing_activations_keeps_fewer_of_them():
     lr, hr = pair(16, 16)
     kept = {}
     for kind in ("none", "mlp", "blocks"):
-        speed.recompute_activations(model, kind)
+        execution.recompute_activations(model, kind)
         kept[kind] = saved_bytes(model, lr, hr)
     features = kept["blocks"]  # those of the key frames' convolutions stay
     assert kept["mlp"] < 0.9 * kept["none"]
     assert features < 0.7 * kept["mlp"]
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("kind", ["parts", "blocks"])
 def test_a_compiled_model_computes_the_same(kind):
@@ -98,7 +99,7 @@ def test_a_compiled_model_computes_the_same(kind):
     torch.manual_seed(0)
     model, other = SwinXVR(**options), SwinXVR(**options)
     other.load_state_dict(model.state_dict())
-    speed.compile_model(other, kind, CPU)
+    execution.compile_model(other, kind, CPU)
     block = other.stages[0].blocks[0]
     assert block.add_norm is not add_norm if kind == "parts" else block._compiled_call_impl
     lr, hr = pair(4, 8, batch=2)
@@ -146,13 +147,13 @@ def test_features_of_the_key_frames_are_made_once_between_two_of_them(monkeypatc
 
 
 def test_precision_auto_takes_what_the_device_has(monkeypatch):
-    monkeypatch.setattr(speed, "cpu_has_bf16", lambda: True)
-    assert speed.resolve_precision("auto", CPU) == "bf16"
-    assert speed.resolve_precision("float64", CPU) == "float64"
-    monkeypatch.setattr(speed, "cpu_has_bf16", lambda: False)
-    assert speed.resolve_precision("auto", CPU) == "float32"
+    monkeypatch.setattr(execution, "cpu_has_bf16", lambda: True)
+    assert execution.resolve_precision("auto", CPU) == "bf16"
+    assert execution.resolve_precision("float64", CPU) == "float64"
+    monkeypatch.setattr(execution, "cpu_has_bf16", lambda: False)
+    assert execution.resolve_precision("auto", CPU) == "float32"
     with pytest.raises(InputError, match=r"train\.precision bf16: .* set it to float32"):
-        speed.resolve_precision("bf16", CPU)
+        execution.resolve_precision("bf16", CPU)
 
 
 @pytest.mark.parametrize(
@@ -171,12 +172,12 @@ def test_settings_that_cannot_work_are_refused(overrides, words):
 
 def test_a_run_from_another_machine_is_used_without_what_this_one_lacks(monkeypatch, caplog):
     """Training refuses such settings; inference warns and goes on."""
-    monkeypatch.setattr(speed, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(execution, "cpu_has_bf16", lambda: False)
 
     def no_compiler(setting, otherwise, device):
         raise InputError(f"{setting}: found no C++ compiler; {otherwise}")
 
-    monkeypatch.setattr(speed, "_check_compiler", no_compiler)
+    monkeypatch.setattr(execution, "_check_compiler", no_compiler)
     monkeypatch.setattr(logger, "propagate", True)
     settings = ["train.precision=bf16", "train.compile=parts", "model.attention=flex"]
     cfg = load(PULSE, settings)
@@ -201,12 +202,13 @@ def test_a_model_is_used_in_the_type_it_was_trained_in(name):
 def test_edvr_has_no_blocks_to_compile_or_recompute():
     model = EDVR(features=8, groups=2, extract_blocks=1, reconstruct_blocks=1)
     with pytest.raises(InputError, match=r"train\.compile blocks: only swin_xvr"):
-        speed.compile_model(model, "blocks", CPU)
+        execution.compile_model(model, "blocks", CPU)
     with pytest.raises(InputError, match=r"train\.recompute mlp: only swin_xvr"):
-        speed.recompute_activations(model, "mlp")
-    speed.recompute_activations(model, "none")
+        execution.recompute_activations(model, "mlp")
+    execution.recompute_activations(model, "none")
 
 
+@pytest.mark.slow
 def test_compile_without_a_compiler_is_refused_before_anything_starts(tmp_path, pulse_corpus):
     settings = [f"run.dir={tmp_path}/run", f"data.corpus={pulse_corpus}", "train.compile=parts"]
     out = subprocess.run(

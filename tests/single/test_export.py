@@ -96,9 +96,12 @@ def test_what_is_wrong_with_a_file_is_one_line(run, tmp_path):
         (lambda: written(bad, weights, changed("model", embed_dim=2_400_000)), "of other shapes"),
         (lambda: written(bad, weights, changed("model", heads="many")), "model.heads"),
         (lambda: written(bad, weights, changed("model", secret=1)), "unknown key model.secret"),
-        (lambda: written(bad, weights, facts | {"config": "{" * 9}), "no file of hpc-xvr export"),
-        (lambda: written(bad, weights, facts | {"config": "[" * 99_999}), "no file of hpc-xvr"),
-        (lambda: written(bad, weights, facts | {"step": "three"}), "no file of hpc-xvr export"),
+        (
+            lambda: written(bad, weights, facts | {"config": "{" * 9}),
+            "not written by hpc-xvr export",
+        ),
+        (lambda: written(bad, weights, facts | {"config": "[" * 99_999}), "not written by hpc-xvr"),
+        (lambda: written(bad, weights, facts | {"step": "three"}), "not written by hpc-xvr export"),
         (lambda: written(bad, weights, facts | {"config": "7"}), "bad.safetensors"),
     ]
     for make, message in cases:
@@ -133,7 +136,7 @@ def test_a_checkpoint_that_is_valid_but_not_of_training_says_what_it_lacks(tmp_p
     with pytest.raises(InputError, match="has no config"):
         model_of_run(path)
     checkpoint.save({"step": 3, "model": {"lr_conv.bias": "text"}, "config": {}}, path)
-    with pytest.raises(InputError, match="bias is no tensor there"):
+    with pytest.raises(InputError, match="bias is not a tensor there"):
         model_of_run(path)
 
 

@@ -71,6 +71,7 @@ def gone(process):
     return "zombie" in Path(f"/proc/{process}/status").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "fate", "message"),
     [
@@ -95,6 +96,7 @@ def test_a_lost_rank_ends_the_job_and_is_named(engine, fate, message, pulse_corp
     assert gone(process)
 
 
+@pytest.mark.slow
 def test_the_others_notice_that_rank_0_is_lost(pulse_corpus, tmp_path):
     log, seconds, process = run("horovod", "stopped", 0, pulse_corpus, tmp_path)
     assert "[rank 1] rank 0 has given no sign of life for 3 s, about when" in log, log

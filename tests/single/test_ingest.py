@@ -31,6 +31,7 @@ def statuses(outcomes) -> list[str]:
     return [outcome.status for outcome in outcomes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
 def test_real_recordings(realdata, tmp_path, store):
     paths = [
@@ -173,6 +174,7 @@ def test_sizes_and_crop(tmp_path):
         ingest([path], tmp_path / "e", multiple_of=16, crop=True)
 
 
+@pytest.mark.slow
 def test_splits_fill_up_and_older_ones_stay(tmp_path):
     paths = [write_photron(tmp_path, counts((2, 4, 4)), 16, f"f{k:02d}") for k in range(20)]
     ingest(paths[:11], tmp_path / "c")

@@ -68,6 +68,7 @@ def undisturbed(films, tmp_path_factory):
     return outcomes, content(path), path
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_the_result(films, undisturbed, tmp_path):
     outcomes = ingest(films, tmp_path / "c", workers=3)
     assert (outcomes, content(tmp_path / "c")) == undisturbed[:2]
@@ -156,6 +157,7 @@ def sound_so_far(path: Path, expected: dict) -> None:
         assert (video.shape, video.info) == expected[video.id]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_and_repeated(films, undisturbed, tmp_path, seed):
     """SIGKILL of the command at any moment: its workers end too, the corpus is sound."""
@@ -173,6 +175,7 @@ def test_killed_and_repeated(films, undisturbed, tmp_path, seed):
     assert content(corpus) == undisturbed[1]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_in_one_line(films, undisturbed, tmp_path):
     corpus = tmp_path / "c"
     job = start(films, corpus, "--workers", "2")
@@ -203,6 +206,7 @@ def test_ctrl_c_ends_all_at_once(films, undisturbed, tmp_path):
     sound_so_far(corpus, undisturbed[1])
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_in_one_line(films, undisturbed, tmp_path, monkeypatch):
     """Not file after file: the others would meet it too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -218,6 +222,7 @@ def test_a_full_disk_ends_the_run_in_one_line(films, undisturbed, tmp_path, monk
     assert content(tmp_path / "c") == undisturbed[1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="no mpirun on PATH")
 def test_a_killed_rank_and_the_same_command_again(films, undisturbed, tmp_path):
     corpus = tmp_path / "c"

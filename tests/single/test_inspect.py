@@ -47,6 +47,7 @@ def inspect(monkeypatch, capfd):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
 def test_any_changed_byte_is_found_and_the_recording_named(tmp_path, store):
     path, chance = make(tmp_path / "c", 3, store), random.Random(store)
@@ -81,6 +82,7 @@ def test_the_command_names_the_damaged_recording(tmp_path, inspect):
     assert code == 2 and "1 of 3 recordings" in line and "v01" in line
 
 
+@pytest.mark.slow
 def test_many_recordings_are_summed_up(tmp_path, inspect):
     path = make(tmp_path / "c", 52)
     _, few, _ = inspect(path)

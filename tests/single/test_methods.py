@@ -5,21 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from hpc_xvr import checkpoint
-from hpc_xvr.config import dump, load
+from hpc_xvr.config import load
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.baselines import BASELINES
 from hpc_xvr.evaluate.methods import open_methods
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.model.xvr import SwinXVR
+from support.runs import SMALL, a_run
 
-SMALL = {
-    "edvr": {"name": "edvr", "embed_dim": 8, "heads": 2, "depths": [1, 1]},
-    "edvr_stf": {"name": "edvr_stf", "embed_dim": 8, "heads": 2, "depths": [1, 1]},
-    "swin_centre": {"embed_dim": 6, "depths": [2], "window": 4},
-    "swin_sequence": {"embed_dim": 6, "depths": [2], "window": 4, "output": "sequence"},
-    "swin_adaptive": {"embed_dim": 6, "depths": [2], "window": 4, "base": "adaptive"},
-}
 TITLES = {
     "edvr": "EDVR",
     "edvr_stf": "EDVR-STF",
@@ -27,18 +20,6 @@ TITLES = {
     "swin_sequence": "SWIN-XVR sequence",
     "swin_adaptive": "SWIN-XVR centre, base adaptive",
 }
-
-
-def a_run(folder, model, seed=0):
-    """A run folder with one checkpoint of random weights."""
-    config = load(None, [f"model.{key}={value}" for key, value in model.items()])
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump(config))
-    torch.manual_seed(seed)
-    weights = build_model(config).state_dict()
-    state = {"model": weights, "ema": None, "step": 3, "config": config.model_dump(mode="json")}
-    checkpoint.save(state, checkpoint.path_of(folder / "checkpoints", 3))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +99,7 @@ def test_files_of_weights_open_too(runs, reference):
 def test_weights_of_the_authors_program_open_and_give_their_pictures(reference, tmp_path):
     import numpy as np
 
-    for name, kind in (("centre_small", SwinXVR), ("edvr_stf_small", None)):
+    for name, kind in (("centre", SwinXVR), ("edvr_stf", None)):
         vectors = np.load(reference(f"{name}.npz"))
         weights = {
             key.removeprefix("param/"): torch.from_numpy(vectors[key])
@@ -147,8 +128,8 @@ def test_what_cannot_be_opened_is_one_line(runs, tmp_path):
     (tmp_path / "junk.pth").write_text("no weights")
     for what, words in (
         (["lanczos"], r"lanczos: neither a run folder .* nor a method; .*bicubic, nearest_hr"),
-        ([tmp_path], "no run folder"),
-        ([tmp_path / "junk.pth"], "no readable checkpoint"),
+        ([tmp_path], "is not a run folder"),
+        ([tmp_path / "junk.pth"], "not a readable checkpoint"),
         ([f"bicubic={runs['edvr']}"], r"bicubic already; .* as in NAME="),
         ([runs["edvr"], f"edvr={runs['edvr_stf']}"], "a method called edvr already"),
     ):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import allreduce
-import scaling_model as model
+import cluster_model as model
 from support.paths import BENCHMARKS
 
 A100, H200 = model.CLUSTERS
@@ -84,6 +84,7 @@ def test_it_predicts_a_measurement_that_it_made_itself():
     assert row["communication_s"] == pytest.approx(travel)
 
 
+@pytest.mark.slow
 def test_the_benchmarks_run_from_measurement_to_plan(tmp_path):
     """Real ranks of the real trainer, as little of it as there is."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

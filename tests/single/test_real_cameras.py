@@ -87,6 +87,7 @@ def test_every_recording_is_there_with_its_shape_and_intact(corpus):
     assert "all intact" in hpc_xvr("inspect", corpus, "--verify").stdout
 
 
+@pytest.mark.slow
 def test_training_evaluation_and_report_run_on_it(corpus, run):
     losses = [
         json.loads(line)["loss"]

@@ -12,9 +12,10 @@ from PIL import Image
 from hpc_xvr import config, report
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import page as pages
-from hpc_xvr.evaluate.page import write_page
+from hpc_xvr.evaluate.comparison import write_comparison
+from hpc_xvr.evaluate.noise import NoiseLevel
 from hpc_xvr.evaluate.results import Evaluation, Facts
-from hpc_xvr.evaluate.scoring import Condition, Row
+from hpc_xvr.evaluate.rows import Condition, Row
 from hpc_xvr.report import write_report
 
 
@@ -41,7 +42,7 @@ def evaluation(scores, gap=20, noise="none", ssim=None, aad=None, reference="det
     """Of methods with these PSNR, one number a recording."""
     rows = [
         Row(
-            Condition("corpus", gap, noise),
+            Condition("corpus", gap, NoiseLevel.parse(noise)),
             f"clip{i}",
             "spray",
             name,
@@ -287,7 +288,7 @@ def test_page_of_an_evaluation(tmp_path):
     Evaluation(rows, parts[0].methods, parts[0].settings).save(tmp_path)
     for name in ("psnr-noise.png", "psnr-gap.png", "corpus-clip0.png", "corpus-clip0.webp"):
         noise(tmp_path / name)
-    assert write_report(tmp_path) == write_page(tmp_path) == tmp_path / "comparison.html"
+    assert write_report(tmp_path) == write_comparison(tmp_path) == tmp_path / "comparison.html"
     page = (tmp_path / "comparison.html").read_text()
     text = text_of(page)
     assert "Peer loses to detail transfer: \u22120.57 [" in text
@@ -299,4 +300,4 @@ def test_page_of_an_evaluation(tmp_path):
     assert rest.count("data:image/png") == 1 and rest.count("data:image/webp") == 1
     assert not re.search(r"https?://|<script|@import", page)
     with pytest.raises(InputError, match=r"holds no evaluation\.json"):
-        write_page(tmp_path.parent)
+        write_comparison(tmp_path.parent)

@@ -12,23 +12,25 @@ from scipy import stats
 
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import figures
+from hpc_xvr.evaluate.noise import NoiseLevel
 from hpc_xvr.evaluate.results import Evaluation, Facts
-from hpc_xvr.evaluate.scoring import Condition, Row
-from hpc_xvr.evaluate.summary import Estimate, Summary, estimate, verdict
+from hpc_xvr.evaluate.rows import Condition
+from hpc_xvr.evaluate.summary import Estimate, Summary, estimate
+from hpc_xvr.evaluate.tables import (
+    as_csv,
+    as_markdown,
+    show,
+    verdict,
+    verdicts,
+    write_tables,
+)
+from support.scores import row
 
 METHODS = [
     Facts("bicubic", "bicubic"),
     Facts("detail", "detail transfer"),
     Facts("mine", "SWIN-XVR", True, 1000),
 ]
-
-
-def row(method, recording, psnr, gap=8, noise="none", scene="spray", corpus="c"):
-    flops = 2e9 if method == "mine" else 3e5
-    return Row(
-        Condition(corpus, gap, noise), recording, scene, method, 18, 2, psnr, 0.9 + psnr / 1000,
-        5 - psnr / 10, psnr + 0.01, psnr + 3, 1 - psnr / 100, 0.0123, flops
-    )  # fmt: skip
 
 
 def some(gaps=(8,), noises=("none",), recordings=6, better=1.0):
@@ -70,7 +72,7 @@ def test_intervals_cover_what_they_say():
 
 def test_differences_are_paired():
     """Recordings differ by 3 dB, methods by 1: only a paired difference can tell."""
-    table = {s.method: s for s in some().table(Condition("c", 8, "none"))}
+    table = {s.method: s for s in some().table(Condition("c", 8))}
     mine = table["mine"]
     assert mine.values["psnr"].low < table["detail"].values["psnr"].high
     assert mine.differences["psnr"].sure and mine.differences["psnr"].low > 0.8
@@ -84,7 +86,7 @@ def test_differences_are_paired():
 
 def test_scenes_and_conditions_have_tables_of_their_own():
     whole = some(gaps=(20, 4), noises=("10", "none", "1000", "poisson_gaussian:10"))
-    assert [(c.gap, c.noise) for c in whole.conditions] == [
+    assert [(c.gap, c.noise.name) for c in whole.conditions] == [
         (gap, noise) for gap in (4, 20) for noise in ("none", "1000", "10", "poisson_gaussian:10")
     ]
     first = whole.conditions[0]
@@ -108,38 +110,64 @@ def test_scenes_and_conditions_have_tables_of_their_own():
         (Estimate(0.1, -0.2, 0.4), "psnr", "mine cannot be told from theirs"),
         (Estimate(-1.0, -1.5, -0.5), "aad", "mine beats theirs"),
         (Estimate(-0.3), "psnr", "mine is worse than theirs: −0.30 PSNR dB (one recording"),
+        (Estimate(0.0), "psnr", "mine equals theirs: +0.00 PSNR dB (one recording"),
+        (Estimate(-0.004), "psnr", "mine equals theirs: +0.00 PSNR dB"),
+        (Estimate(0.0, 0.0, 0.0), "psnr", "mine equals theirs: +0.00 [+0.00 to +0.00]"),
+        (Estimate(0.002, -0.001, 0.004), "psnr", "mine equals theirs: +0.00 [+0.00 to +0.00]"),
+        (Estimate(0.004, 0.001, 0.008), "psnr", "mine equals theirs: +0.00 [+0.00 to +0.01]"),
+        (Estimate(0.004, -0.2, 0.2), "psnr", "mine cannot be told from theirs: +0.00 [−0.20"),
+        (Estimate(0.006), "psnr", "mine is better than theirs: +0.01 PSNR dB"),
+        (Estimate(0.0004), "ssim", "mine is better than theirs: +0.0004 SSIM"),
+        (Estimate(0.00004), "ssim", "mine equals theirs: +0.0000 SSIM"),
+        (Estimate(math.inf), "psnr", "mine and theirs: one of them is exact"),
     ],
 )
 def test_verdicts(estimate, metric, words):
-    summary = Summary(Condition("c", 8, "none"), None, "m", 3, 3, 1, {}, {metric: estimate})
+    summary = Summary(Condition("c", 8), None, "m", 3, 3, 1, {}, {metric: estimate})
     assert verdict(summary, "mine", "theirs", metric).startswith(words)
+
+
+def test_a_method_that_does_as_the_reference_does_is_neither_better_nor_worse():
+    """Not even where rounding errors make a difference that no table shows."""
+    for recordings in (1, 4):
+        rows = [
+            row(name, f"r{i}", 30.0 + i + tiny)
+            for i in range(recordings)
+            for name, tiny in (("detail", 0), ("mine", 1e-9))
+        ]
+        whole = Evaluation(rows, METHODS, {}, "detail")
+        for text in (as_markdown(whole), *verdicts(whole, whole.conditions[0])):
+            assert "SWIN-XVR equals detail transfer: +0.00" in text
+            assert "better" not in text and "beats" not in text and "−0.00" not in text
 
 
 def test_the_tables_say_when_the_network_loses(capsys):
     whole = some(better=-0.5)
-    whole.show()
+    show(whole)
     shown = capsys.readouterr().out
     assert "SWIN-XVR loses to detail transfer: −0.4" in shown
-    assert "SWIN-XVR loses to detail transfer: −0.4" in whole.markdown()
+    assert "SWIN-XVR loses to detail transfer: −0.4" in as_markdown(whole)
     assert "6 recordings, 108 frames; 12 key frames not counted" in shown
     for s in whole.table(whole.conditions[0]):
         assert f"{s.values['psnr'].mean:.2f}" in shown and f"{s.values['ssim'].mean:.4f}" in shown
 
 
 def test_files_hold_every_number(tmp_path):
-    whole = some(gaps=(4, 8))
+    whole = some(gaps=(4, 8), noises=("1e3",))
     whole.save(tmp_path)
+    write_tables(whole, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         "evaluation.json", "evaluation.csv", "tables.md", "tables.tex"
     }  # fmt: skip
     again = Evaluation.load(tmp_path)
     assert again.rows == whole.rows and again.methods == METHODS
     assert again.reference == "detail" and again.settings == {"split": "test"}
+    assert again.conditions == whole.conditions
     tree = json.loads((tmp_path / "evaluation.json").read_text())
     assert tree["summaries"][2]["differences"]["psnr"]["low"] > 0
     table = list(csv.DictReader(io.StringIO((tmp_path / "evaluation.csv").read_text())))
     assert len(table) == 36 and float(table[5]["ssim"]) == whole.rows[5].ssim
-    assert {line["gap"] for line in table} == {"4", "8"}
+    assert {(line["gap"], line["noise"]) for line in table} == {("4", "1000"), ("8", "1000")}
     markdown = (tmp_path / "tables.md").read_text()
     assert markdown.count("## c: a key frame every") == 2
     best = whole.table(whole.conditions[0])[-1]
@@ -157,23 +185,30 @@ def test_an_exact_method_stays_exact(tmp_path):
     whole = Evaluation(rows, METHODS, {}, "detail")
     whole.save(tmp_path)
     tree = json.loads((tmp_path / "evaluation.json").read_text())
-    assert tree["rows"][1]["psnr"] is None and ",inf," in whole.csv()
+    assert tree["rows"][1]["psnr"] is None and ",inf," in as_csv(whole)
     assert Evaluation.load(tmp_path).rows[1].psnr == math.inf
-    assert "**exact**" in whole.markdown()
+    assert "**exact**" in as_markdown(whole)
     assert whole.summaries[2].differences["psnr"].mean == 0
 
 
 def test_files_that_cannot_be_read_or_written(tmp_path):
     assert Evaluation.load(tmp_path) is None
     path = tmp_path / "evaluation.json"
-    for text, words in (('{"rows": [', "not valid JSON"), ('{"means": []}', "another version")):
+    strange = json.dumps({"rows": [row("mine", "r", 30.0).to_json() | {"condition": {"gap": 8}}]})
+    for text, words in (
+        ('{"rows": [', "not valid JSON"),
+        ('{"means": []}', "another version"),
+        (strange, "another version"),
+        (strange.replace('{"gap": 8}', '{"corpus": "c", "gap": 8, "noise": "lots"}'), "another"),
+    ):
         path.write_text(text)
         with pytest.raises(InputError, match=words):
             Evaluation.load(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError) as error:
-        some().save(tmp_path / "file" / "evaluation")
-    assert "\n" not in str(error.value)
+    for write in (some().save, lambda folder: write_tables(some(), folder)):
+        with pytest.raises(InputError) as error:
+            write(tmp_path / "file" / "evaluation")
+        assert "\n" not in str(error.value)
 
 
 def test_charts_are_drawn_of_what_varies(tmp_path):
@@ -191,7 +226,7 @@ def test_charts_are_drawn_of_what_varies(tmp_path):
     whole = some(gaps=(4, 8), noises=("none", "10", "1000", "poisson_gaussian:10"), recordings=2)
     mine = first.lines[2]
     expected = [
-        whole.table(Condition("c", 4, level))[2].values["psnr"].mean
+        whole.table(Condition("c", 4, NoiseLevel.parse(level)))[2].values["psnr"].mean
         for level in ("10", "1000", "none")
     ]
     np.testing.assert_allclose(mine.get_ydata(), expected)

@@ -419,6 +419,7 @@ def gone(children, seconds):
     return not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_workers_survive_the_jobs_signals_and_not_a_killed_rank(run):
     process, children = run("signals")
     workers = [p for p in children if "forkserver" in " ".join(p.cmdline())]
@@ -432,6 +433,7 @@ def test_workers_survive_the_jobs_signals_and_not_a_killed_rank(run):
     assert gone(children, 15)
 
 
+@pytest.mark.slow
 def test_an_exception_ends_the_run_and_its_workers(run):
     process, children = run("raise")
     _, errors = process.communicate(timeout=30)

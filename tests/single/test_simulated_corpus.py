@@ -100,6 +100,7 @@ def test_mistakes_about_cameras():
             config.load(None, [f"simulate={json.dumps(override)}"])
 
 
+@pytest.mark.slow
 def test_mpirun_shares_the_recordings_and_bad_input_ends_all_ranks(tmp_path):
     pulse = ROOT / "configs" / "pulse.yaml"
     small = ["simulate.size=[3,32,32]", "data.patch=32", f"data.corpus={tmp_path / 'two'}"]
@@ -145,6 +146,7 @@ def test_a_failure_half_way_keeps_what_is_finished(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
+@pytest.mark.slow
 def test_killed_half_way_it_goes_on_and_ends_with_the_same_corpus(tmp_path):
     """No worker outlives the killed one; nothing is simulated twice."""
     script = tmp_path / "run.py"

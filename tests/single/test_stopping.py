@@ -96,6 +96,7 @@ def test_times_as_schedulers_write_them():
             seconds(text)
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time_has_a_run_folder(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from hpc_xvr.train.run_folder import lock_run;"

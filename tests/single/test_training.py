@@ -322,6 +322,7 @@ def test_making_a_trainer_writes_nothing_but_its_run_folder(tmp_path, pulse_corp
     trainer.close()
 
 
+@pytest.mark.slow
 def test_a_run_may_start_from_the_weights_of_another(train, tmp_path):
     _, first = train("train.steps=2")
     path = checkpoint.path_of(tmp_path / "run/checkpoints", 2)
@@ -335,7 +336,7 @@ def test_a_run_may_start_from_the_weights_of_another(train, tmp_path):
 
 
 def test_a_run_may_start_from_the_authors_weights(train, tmp_path, reference):
-    data = np.load(reference("centre_small.npz"))
+    data = np.load(reference("centre.npz"))
     state = {k[6:]: torch.as_tensor(data[k]) for k in data if k.startswith("param/")}
     torch.save({"params": state}, tmp_path / "net_g.pth")
     _, ours = train(
@@ -343,8 +344,10 @@ def test_a_run_may_start_from_the_authors_weights(train, tmp_path, reference):
         "optim.lr=1e-12",
         "optim.lr_min=0",
         "model.base=none",
-        "model.depths=[2,2]",
-        "model.up_features=64",
+        "model.embed_dim=12",
+        "model.heads=3",
+        "model.depths=[2]",
+        "model.up_features=8",
         f"train.weights={tmp_path}/net_g.pth",
     )
     torch.testing.assert_close(
