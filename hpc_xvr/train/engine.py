@@ -116,7 +116,7 @@ class Trainer:
     def flops_per_sample(self) -> int:
         """Forward and backward pass, 2 per multiply-add."""
         side = self.cfg.data.patch // self.cfg.data.scale
-        return 3 * self.learner.model.flops(side, side)
+        return 3 * self.learner.model.flops(side, side)  # type: ignore[operator]
 
     def run(self) -> bool:
         """Train to the last step. False: stopped before it, with a checkpoint."""

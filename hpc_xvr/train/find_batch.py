@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -87,11 +88,11 @@ def _try(
     data, patch = cfg.data, cfg.data.patch
     low = patch // data.scale
     n_out = getattr(model, "n_out", 1)
-    kind = {"device": device, "dtype": next(model.parameters()).dtype}
-    lr = torch.rand(size, data.lr_frames, 1, low, low, **kind)
-    hr = torch.rand(size, 2, 1, patch, patch, **kind)
-    target = torch.rand(size, n_out, 1, patch, patch, **kind)
-    offset = torch.tensor([[-1.0, 1.0]], **kind).expand(size, 2)
+    rand = partial(torch.rand, device=device, dtype=next(model.parameters()).dtype)
+    lr = rand(size, data.lr_frames, 1, low, low)
+    hr = rand(size, 2, 1, patch, patch)
+    target = rand(size, n_out, 1, patch, patch)
+    offset = torch.tensor([[-1.0, 1.0]], device=device, dtype=lr.dtype).expand(size, 2)
 
     def step() -> None:
         optimizer.zero_grad()

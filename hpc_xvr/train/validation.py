@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +91,8 @@ class Validator:
         return [a / max(count, 1), b / max(count, 1), int(count)]
 
 
-def _spread(videos: list[Video], gap: int, count: int) -> list[tuple[Video, int]]:
-    """About `count` frames that are no key frames, evenly over recordings and times."""
+def _spread(videos: Iterable[Video], gap: int, count: int) -> list[tuple[Video, int]]:
+    """About `count` frames that are not key frames, evenly over recordings and times."""
     candidates = [(v, t) for v in videos for t in range(v.shape[0] - 1) if t % gap]
     if len(candidates) <= count:
         return candidates
