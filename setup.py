@@ -80,11 +80,13 @@ setup(
         "test": [
             "hypothesis",
             "import-linter>=2",
+            "mypy>=1.11",
             "pyMRAW>=0.32",
             "pytest>=8",
             "pytest-timeout",
             "ruff>=0.6",
             "scikit-image>=0.22",  # its PSNR and SSIM are what ours are compared with
+            "types-PyYAML",
             'zarr>=3.0; python_version >= "3.11"',  # reads what we have written
         ],
     },
