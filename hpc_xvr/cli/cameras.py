@@ -90,8 +90,8 @@ def camera_options(camera: str, short: bool = False) -> Callable[[Command], Comm
 
 
 def pairing_options(command: Command) -> Command:
-    """A decorator that adds `--gap`, `--lr-start`, `--registration` and `--crop`: how two recordings
-    fit together."""
+    """A decorator that adds `--gap`, `--lr-start`, `--registration` and `--crop`: how the two
+    recordings fit together."""
     for decorate in reversed(
         (
             click.option(

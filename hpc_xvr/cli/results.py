@@ -171,9 +171,9 @@ def evaluate(
     cls=Examples,
     examples="""
     hpc-xvr reconstruct runs/quickstart --video sim-0001-spray --out spray.tif
-    hpc-xvr reconstruct runs/mine --lr fast.tif --hr sharp.tif --gap 20 --out movie.h5
+    hpc-xvr reconstruct runs/mine --lr fast.tif --hr sharp.tif --gap 20 --out m.h5
     hpc-xvr reconstruct runs/mine --lr fast.dat --hr sharp.cihx --gap 8 \\
-        --registration cameras.yaml --crop --out movie.tif --movie movie.gif
+        --registration cameras.yaml --crop --out m.tif --movie m.gif
 """,
 )
 @a_run

@@ -132,7 +132,7 @@ def submit(
 
     A training run stops with a checkpoint before its time is up and continues from there when it
     starts again; a run that fails without a new checkpoint is not started again. Script, log and a
-    record of the starts are in RUN/jobs, those of other jobs in runs/jobs.
+    record of the starts are in RUN/jobs, or in runs/jobs if the job has no run folder.
 
     What the queue or the job itself would refuse is refused here, with the reason.
     """

@@ -40,8 +40,9 @@ UNFINISHED = 75  # "not done yet, start me again": what job scripts requeue on
     cls=Examples,
     examples="""
     mpirun -n 2 hpc-xvr train configs/pulse.yaml
-    mpirun -n 5 hpc-xvr train configs/published.yaml --set data.corpus=corpus --resume
-    hpc-xvr train configs/quickstart.yaml --set run.dir=runs/mine --set train.steps=100
+    mpirun -n 5 hpc-xvr train configs/published.yaml --set data.corpus=corpus
+    hpc-xvr train configs/quickstart.yaml --set run.dir=runs/mine \\
+        --set train.steps=100
     mpirun -n 5 hpc-xvr train configs/published.yaml --resume --max-time 02:55:00
     hpc-xvr train configs/published.yaml --find-batch
 """,

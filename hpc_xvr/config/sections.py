@@ -178,8 +178,8 @@ class Model(Section):
     """Channels of the upsampling convolutions."""
     attention: Literal["auto", "fused", "flex", "explicit"] = "auto"
     """How attention is computed. auto: the fastest measured: fused on GPUs, our own kernels for
-    bf16 on CPUs with bf16 instructions; fused: torch's kernels; flex: FlexAttention, for comparisons on
-    GPUs; explicit: the whole attention matrix, for checks."""
+    bf16 on CPUs with bf16 instructions; fused: torch's kernels; flex: FlexAttention, for
+    comparisons on GPUs; explicit: the whole attention matrix, for checks."""
 
     @model_validator(mode="after")
     def _fits(self) -> Model:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 import numpy as np
 
@@ -22,9 +21,14 @@ def bin_down(frames: np.ndarray, scale: int) -> np.ndarray:
         )
     frames = np.asarray(frames, np.float32)
     # Sums of slices are five times as fast as a mean over two axes of small boxes.
-    rows: np.ndarray = reduce(np.add, (frames[..., i::scale, :] for i in range(scale)))
-    boxes: np.ndarray = reduce(np.add, (rows[..., i::scale] for i in range(scale)))
-    return boxes * np.float32(1 / scale**2)
+    rows = frames[..., ::scale, :].copy()
+    for i in range(1, scale):
+        rows += frames[..., i::scale, :]
+    boxes = rows[..., ::scale].copy()
+    for i in range(1, scale):
+        boxes += rows[..., i::scale]
+    boxes *= np.float32(1 / scale**2)
+    return boxes
 
 
 def poisson(lr: np.ndarray, photons: float, rng: np.random.Generator) -> np.ndarray:

@@ -161,7 +161,7 @@ def _report_times(pair: Pair, nearest: Sequence[int]) -> None:
     aside = np.abs(pair.times[nearest] - np.arange(len(nearest))) / interval
     if aside.max() > BESIDE:
         logger.warning(
-            "%s: key frame %d lies %.2f fast frames from the nearest fast frame (frame %d), %d others "
+            "%s: key frame %d lies %.2f fast frames beside the nearest one (frame %d), %d others "
             "more than %g: check --gap and --lr-start",
             pair.sharp.path,
             *(worst := int(aside.argmax()), aside.max(), nearest[worst]),
