@@ -22,6 +22,7 @@ extensions = [
     "sphinx_click",
     "sphinx_copybutton",
     "sphinx_design",
+    "attribute_text",
     "command_help",
     "value_tables",
 ]
@@ -32,7 +33,12 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are stored with their outputs; the tests run them
 
+default_role = "literal"  # docstrings write `name`
+smartquotes = False  # of help texts: --option has two hyphens
 autodoc_member_order = "bysource"
+autodoc_class_signature = "separated"  # most objects are made by functions, not by hand
+autodoc_default_options = {"exclude-members": "__init__, __new__"}
+autodoc_preserve_defaults = True
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autosummary_generate = False
