@@ -200,7 +200,7 @@ def program() -> Figure:
     s.arrow((106, 54), (92.5, 54), (92.5, 45))
     s.text(99, 52.7, "weights", color=GREY)
 
-    s.box((42, 35, 17, 10), "reconstruct", "frame by frame, from", "key frame to key frame")
+    s.box((42, 35, 17, 10), "reconstruction", "frame by frame, from", "key frame to key frame")
     s.arrow((84, 42), (59, 42), label="model")
     s.arrow((50.5, 13), (50.5, 35))
     s.text(51.7, 24, "two recordings", ha="left", color=GREY)

@@ -169,6 +169,13 @@ def test_configs_in_the_text_are_those_of_the_program():
     assert found > 50
 
 
+def test_the_layers_are_those_that_are_checked():
+    contract = (ROOT / "pyproject.toml").read_text().partition("layers = [")[2].partition("]")[0]
+    layers = re.findall(r'"(.*)"', contract.replace("hpc_xvr.", ""))
+    page = (DOCS / "explanation" / "program.md").read_text()
+    assert "```text\n" + "\n".join(layers) + "\n```" in page
+
+
 def test_the_citation_is_that_of_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
