@@ -188,7 +188,9 @@ def test_sharp_frames_alone_and_sets_that_do_not_fit(tmp_path):
         with pytest.raises(InputError, match=r"recordings of 5x12x16, 5x24x32; expected"):
             fetch("rad_00001", tmp_path / "two", settings(server.address, tmp_path / "d2"))
     assert not (tmp_path / "two").exists()
-    with pytest.raises(InputError, match=r"rad_9: unknown data set.*--set fetch\.address\.rad_9=URL"):
+    with pytest.raises(
+        InputError, match=r"rad_9: unknown data set.*--set fetch\.address\.rad_9=URL"
+    ):
         fetch("rad_9", tmp_path / "x", Fetch())
 
 
