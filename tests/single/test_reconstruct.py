@@ -444,7 +444,7 @@ def test_nothing_half_written_stays(tmp_path, movie, suffix):
     with pytest.raises(RuntimeError, match="unplugged"):
         writers.write_sequence(path, failing(movie), 5)
     for frames, count, words in (
-        (movie[:4], 5, "4 frames came"),
+        (movie[:4], 5, "only 4 of the expected 5 frames came"),
         (movie, 4, "more than the 4"),
         ([*movie[:4], movie[4, 1:]], 5, "frame 4 is"),
         ([], 5, "no frames"),
