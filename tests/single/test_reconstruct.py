@@ -444,8 +444,8 @@ def test_nothing_half_written_stays(tmp_path, movie, suffix):
     with pytest.raises(RuntimeError, match="unplugged"):
         writers.write_sequence(path, failing(movie), 5)
     for frames, count, words in (
-        (movie[:4], 5, "only 4 of the expected 5 frames came"),
-        (movie, 4, "more than the 4"),
+        (movie[:4], 5, "only 4 of the expected 5 frames"),
+        (movie, 4, "more than the expected 4"),
         ([*movie[:4], movie[4, 1:]], 5, "frame 4 is"),
         ([], 5, "no frames"),
         ([*movie[:4], movie[4] * np.nan], 5, "frame 4 .*not finite"),

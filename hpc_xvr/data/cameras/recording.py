@@ -61,7 +61,7 @@ class Recording:
         for index, frame in enumerate(self.values(start, stop), start):
             if frame.dtype.kind == "f":
                 scaled = frame * (top / self.full_scale)
-                clipped += np.count_nonzero(scaled > top + 0.5)
+                clipped += int(np.count_nonzero(scaled > top + 0.5))
                 count += frame.size
                 yield np.clip(np.rint(scaled), 0, top).astype(self.dtype)
                 continue

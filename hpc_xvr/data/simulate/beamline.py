@@ -157,7 +157,7 @@ class SimulatedCamera:
     def record(self, image: np.ndarray) -> np.ndarray:
         """A noisy frame (h, w), uint16 within 0..2**bit_depth - 1."""
         seen = self.expose(image)
-        variance = np.float32(self.read_noise**2)
+        variance: np.ndarray | np.float32 = np.float32(self.read_noise**2)
         if float(seen.min()) * self.photons >= _MANY:
             variance = seen * np.float32(1 / self.photons) + variance
         else:
@@ -246,7 +246,9 @@ class Beamline:
     def exposed(self, t: int) -> np.ndarray:
         """Mean intensity over the exposure of frame t."""
         instants = (np.arange(_STATES) + 0.5) / _STATES * self.exposure
-        total = sum(self.state(t + float(dt)) for dt in instants)
+        total = self.state(t + float(instants[0]))
+        for dt in instants[1:]:
+            total += self.state(t + float(dt))
         total *= np.float32((1 + self.flicker[t]) / _STATES)
         return gaussian_filter(total, (0, self.penumbra), truncate=3, mode="nearest")
 

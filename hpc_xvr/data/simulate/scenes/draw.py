@@ -47,7 +47,7 @@ def _splat(
     r2 = (r * r)[:, None]
     # Spheres of a pixel or two would flicker as they move if sampled at pixel centres only.
     points = (-0.25, 0.25) if half <= 4 else (0.0,)
-    chord = None
+    chord: np.ndarray | None = None
     for a in points:
         rest = r2 - np.square(dy + np.float32(a))
         for b in points:
@@ -55,6 +55,7 @@ def _splat(
             np.maximum(inside, 0, out=inside)
             np.sqrt(inside, out=inside)
             chord = inside if chord is None else np.add(chord, inside, out=chord)
+    assert chord is not None
     chord *= (np.float32(2 / len(points) ** 2) * weight)[:, None, None]
     row = (near_y.astype(np.intp)[:, None] + offsets) * canvas.shape[1]
     column = near_x.astype(np.intp)[:, None] + offsets
