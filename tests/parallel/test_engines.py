@@ -1,7 +1,5 @@
 """Both engines for real: the interface, and training that equals training on one rank."""
 
-import json
-
 import pytest
 import torch
 
@@ -10,30 +8,7 @@ from hpc_xvr.checkpoint import load, path_of
 from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import CollectiveError, InputError
 from hpc_xvr.train.engine import Trainer
-
-
-def train(cfg, comm, resume=False):
-    """Run a training; return its losses and the final weights (rank 0's checkpoint)."""
-    trainer = Trainer(cfg, comm, resume)
-    assert trainer.run()
-    trainer.close()
-    comm.barrier()
-    lines = [json.loads(line) for line in (cfg.run.dir / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if line["kind"] == "train"]
-    return losses, load(path_of(cfg.run.dir / "checkpoints", cfg.train.steps))
-
-
-def one_rank(cfg):
-    """The same training alone, on each rank for itself."""
-    alone = cfg.run.dir.with_name(f"{cfg.run.dir.name}-alone-{rank()}")
-    run = cfg.run.model_copy(update={"dir": alone})
-    return train(cfg.model_copy(update={"run": run}), Comm())
-
-
-def rank():
-    from mpi4py import MPI
-
-    return MPI.COMM_WORLD.Get_rank()
+from support.training import one_rank, train
 
 
 def test_ranks_talk(engine):

@@ -3,11 +3,11 @@
 import shutil
 
 import pytest
-from test_engines import one_rank, train
 
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.errors import CollectiveError, InputError
 from hpc_xvr.train.engine import Trainer
+from support.training import one_rank, train
 
 
 @pytest.fixture(scope="module")
