@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,7 +11,8 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NoiseKind = Literal["none", "poisson", "poisson_gaussian", "fixed_pattern"]
-SceneName = Literal["keyhole", "spray", "bubbles", "crack", "tissue"]
+EXPERIMENTS = ("keyhole", "spray", "bubbles", "crack", "tissue")
+SceneName = Literal["keyhole", "spray", "bubbles", "crack", "tissue", "layers"]
 SensorName = Literal["sa-z", "hpv-x2"]
 Split = Literal["train", "validation", "test"]
 Size = tuple[Positive, Positive, Positive]
@@ -58,8 +59,9 @@ class Simulate(Section):
     cameras: Annotated[dict[SensorName, CameraShare], Field(min_length=1)] = {"sa-z": CameraShare()}
     """Sharp cameras and their shares of each scene's recordings: sa-z (12 bit) and hpv-x2 (10
     bit). The fast low-resolution one beside them is an hpv-x2."""
-    scenes: Annotated[list[SceneName], Field(min_length=1)] = list(get_args(SceneName))
-    """Scenes, dealt to the recordings in turn."""
+    scenes: Annotated[list[SceneName], Field(min_length=1)] = list(EXPERIMENTS)
+    """Scenes, dealt to the recordings in turn: five kinds of experiment, and layers (textures that
+    move through each other, for training)."""
     splits: dict[Split, Fraction] = {"train": 0.75, "validation": 0.125, "test": 0.125}
     """Share of the recordings in each split."""
     lr_stream: bool = True
