@@ -212,8 +212,10 @@ class KeyPropagation(nn.Module):
             )
 
     def flops(self, h: int, w: int) -> int:
-        """Floating-point operations for one frame that comes out (2 per multiply-add): convolutions,
-        linear layers and attention products, padding included."""
+        """Floating-point operations for one frame that comes out (2 per multiply-add).
+
+        Counts convolutions, linear layers and attention products, padding included.
+        """
         once = [self.enter, self.stage.conv, self.choose.conv]
         both = [m for part in (self.frames, self.motion) for m in part.modules()]
         total = sum(2 * h * w * conv.weight.numel() for conv in once)
