@@ -112,6 +112,20 @@ class Data(Section):
     """Training: key frames lie 1 to hr_gap frames from the centre. Test: one every hr_gap."""
     lr_interval: Positive = 3
     """Training: frames between two low-resolution frames of a sample are drawn from 1..this."""
+    gaps: tuple[Annotated[int, Field(ge=2)], Annotated[int, Field(le=200)]] = (2, 20)
+    """Training of key_propagation, which takes whole gaps: range of the frames from key frame to
+    key frame, drawn anew for each step, short gaps more often."""
+    speed_up: Positive = 3
+    """The same: up to this, only every n-th frame of a recording is taken for some samples, so that
+    motion is faster. 1: never."""
+    regrey: bool = True
+    """The same: show samples in other greys too (negative, other contrast, other gamma)."""
+    misregistration: Fraction = 0.0
+    """The same: largest shift of binned low-resolution frames against the sharp ones, in pixels of
+    the fast camera; drawn for each sample."""
+    grey_mismatch: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """The same: largest relative difference of the two cameras' gains, and of their offsets as a
+    share of full scale."""
     lr_source: Literal["binned", "recorded"] = "binned"
     """binned: simulate the fast camera from the sharp frames. recorded: its own stream."""
     noise: NoiseKind = "poisson"
@@ -145,6 +159,8 @@ class Data(Section):
             raise ValueError(f"lr_frames must be odd, it is {self.lr_frames}")
         if self.patch % self.scale:
             raise ValueError(f"patch {self.patch} must be a multiple of scale {self.scale}")
+        if self.gaps[0] > self.gaps[1]:
+            raise ValueError(f"gaps must be shortest, longest; got {list(self.gaps)}")
         for name, largest in (("photons_log10", 12), ("hr_photons_log10", 12), ("read_noise", 1)):
             low, high = getattr(self, name)
             if not 0 <= low <= high <= largest:
@@ -157,8 +173,9 @@ class Data(Section):
 class Model(Section):
     """Architecture; the defaults are the published SWIN-XVR (10,009,033 parameters)."""
 
-    name: Literal["swin_xvr", "edvr", "edvr_stf"] = "swin_xvr"
-    """Which network."""
+    name: Literal["swin_xvr", "edvr", "edvr_stf", "key_propagation"] = "swin_xvr"
+    """Which network. key_propagation carries the key frames along the fast stream and gives all
+    frames of a gap at once."""
     output: Literal["centre", "sequence"] = "centre"
     """Frames that come out: the centre one, or one for each low-resolution frame."""
     base: Literal["none", "bicubic", "detail", "adaptive", "bayes"] = "none"
@@ -166,15 +183,24 @@ class Model(Section):
     transfer, detail transfer where the scene has not moved, corrected by the network, or Bayesian
     fusion."""
     embed_dim: Positive = 192
-    """Channels of the transformer (EDVR: of all features)."""
+    """Channels of the transformer (EDVR: of all features; key_propagation: of its fusing part)."""
     depths: Annotated[list[Positive], Field(min_length=1)] = [2, 2, 18, 2]
-    """Blocks in each Swin stage (EDVR: extraction and reconstruction blocks)."""
+    """Blocks in each Swin stage (EDVR: extraction and reconstruction blocks; key_propagation: one
+    stage)."""
     heads: Positive = 3
     """Attention heads (EDVR: deformable groups)."""
     window: Positive = 8
     """Side of an attention window on the low-resolution grid."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 2.0
     """Hidden width of the MLP / embed_dim."""
+    motions: Positive = 2
+    """key_propagation: motion fields in each direction."""
+    motion_features: Positive = 64
+    """key_propagation: hidden channels of the network that follows the motion."""
+    frame_features: Positive = 24
+    """key_propagation: channels that describe a low-resolution frame."""
+    step_features: Positive = 16
+    """key_propagation: channels that a step of the motion leaves for the fusing part."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Stochastic depth of the last block; earlier ones rise to it linearly from 0."""
     up_features: Positive = 64
