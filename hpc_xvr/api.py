@@ -37,9 +37,9 @@ class Model:
     precision: str
     """float32, bf16 or float64."""
     lr_frames: int
-    """Low-resolution frames it looks at for each frame."""
+    """Low-resolution frames it looks at for each frame; 0: those of the whole gap."""
     frames_out: int
-    """Frames a pass gives: 1 or `lr_frames`."""
+    """Frames a pass gives: 1 or `lr_frames`; 0: those of the whole gap."""
     scale: int
     """Side of a pixel of the fast camera in pixels of the sharp one."""
     method: pipeline.Method = field(repr=False)
@@ -117,7 +117,7 @@ def load_model(
         step=step,
         device=place,
         precision=precision,
-        lr_frames=config.data.lr_frames,
+        lr_frames=frames_out and config.data.lr_frames,
         frames_out=frames_out,
         scale=config.data.scale,
         method=method,

@@ -214,6 +214,13 @@ class Model(Section):
     def _fits(self) -> Model:
         if self.embed_dim % self.heads:
             raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of heads {self.heads}")
+        if self.name == "key_propagation":
+            if len(self.depths) != 1:
+                raise ValueError(
+                    f"depths of key_propagation is one number, its blocks, such as [5]; got "
+                    f"{self.depths}"
+                )
+            return self
         if self.name != "swin_xvr" and len(self.depths) != 2:
             raise ValueError(
                 f"depths of {self.name} are two numbers, extraction and "
@@ -241,6 +248,9 @@ class Optim(Section):
     """Decoupled weight decay (AdamW); 0 as published."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient; longer ones are scaled down to it."""
+    skip_norm: Annotated[float, Field(gt=0)] | None = None
+    """A step whose gradient is longer than this (before clip_norm) is left out, as one that is not
+    finite is."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights that are validated and exported; 0 turns averaging off."""
 
@@ -252,6 +262,10 @@ class Train(Section):
     """Samples of a step over all ranks: fixed, whatever the number of ranks."""
     micro_batch: Positive | None = None
     """Samples of one forward pass of a rank; the rest of its share is accumulated. Default: all."""
+    loss: Literal["l1", "charbonnier"] = "l1"
+    """l1: mean absolute difference, as published; charbonnier: the same, smooth around 0."""
+    carried_weight: Annotated[float, Field(ge=0)] = 0.1
+    """key_propagation: weight of the carried key frames' own loss."""
     precision: Literal["auto", "float32", "bf16", "float64"] = "float32"
     """bf16: autocast with float32 weights, residuals and reductions. auto: bf16 where the device
     has it, else float32. float64: for checks."""

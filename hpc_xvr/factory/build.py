@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from hpc_xvr.config import Config
-from hpc_xvr.errors import InputError
 from hpc_xvr.model.edvr import EDVR, EDVRSTF
 from hpc_xvr.model.key_propagation import KeyPropagation
 from hpc_xvr.model.xvr import SwinXVR
 
-Network: TypeAlias = SwinXVR | EDVR
+Network: TypeAlias = SwinXVR | EDVR | KeyPropagation
 
 
 def build_model(config: Config) -> Network:
@@ -32,11 +31,6 @@ def build_model(config: Config) -> Network:
             attention=m.attention,
         )
     if m.name == "key_propagation":
-        if len(m.depths) != 1:
-            raise InputError(
-                f"model.depths {list(m.depths)}: key_propagation has one stage; give one number, "
-                "such as [5]"
-            )
         return KeyPropagation(
             scale=data.scale,
             features=m.embed_dim,

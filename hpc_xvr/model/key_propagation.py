@@ -113,7 +113,7 @@ class KeyPropagation(nn.Module):
                 block.attn.proj.weight.mul_(0.1)
                 block.fc2.weight.mul_(0.1)
 
-    def forward(self, lr: Tensor, hr: Tensor) -> Tensor:
+    def forward(self, lr: Tensor, hr: Tensor) -> Carried:
         """Reconstruct.
 
         Args:
@@ -121,15 +121,11 @@ class KeyPropagation(nn.Module):
             hr: (B, 2, 1, H, W) the key frames, taken with the first and the last of them.
 
         Returns:
-            (B, T - 2, 1, H, W)
+            The T - 2 frames between, and the key frames as they were carried to each of them.
 
         Raises:
             ValueError: shapes that do not fit.
         """
-        return self.carry(lr, hr).frames
-
-    def carry(self, lr: Tensor, hr: Tensor) -> Carried:
-        """The same with the key frames as they were carried."""
         self._check(lr, hr)
         gap = self._normalised(lr, hr)
         frame_features = self.frames(gap)  # 2B, N, C, h, w

@@ -18,8 +18,8 @@ from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.log import logger, print_table, track
 from hpc_xvr.train.learner import new_model
 from hpc_xvr.train.meters import peak_memory, reset_peak_memory, synchronise
-from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import adam
+from hpc_xvr.train.task import task_of
 
 _LARGEST = 256
 _MARGIN = 0.9  # of the memory that is there
@@ -84,20 +84,26 @@ def _try(
     size: int,
 ) -> tuple[int, float]:
     """Peak bytes and seconds of a training step of `size` samples."""
-    data, patch = cfg.data, cfg.data.patch
-    low = patch // data.scale
-    n_out = getattr(model, "n_out", 1)
-    kind = {"device": device, "dtype": next(model.parameters()).dtype}
-    lr = torch.rand(size, data.lr_frames, 1, low, low, **kind)
-    hr = torch.rand(size, 2, 1, patch, patch, **kind)
-    target = torch.rand(size, n_out, 1, patch, patch, **kind)
-    offset = torch.tensor([[-1.0, 1.0]], **kind).expand(size, 2)
+    task, patch = task_of(cfg), cfg.data.patch
+    low = patch // cfg.data.scale
+    dtype = next(model.parameters()).dtype
+
+    def random(frames: int, side: int) -> torch.Tensor:
+        return torch.rand(size, frames, 1, side, side, device=device, dtype=dtype)
+
+    lr_frames, n_out = task.longest(model)
+    batch = {
+        "lr": random(lr_frames, low),
+        "hr": random(2, patch),
+        "target": random(n_out, patch),
+        "hr_offset": torch.tensor([[-1.0, 1.0]], device=device, dtype=dtype).expand(size, 2),
+    }
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = model(lr, hr, offset)
-        l1(output, target).backward()
+            output = model(*(batch[name] for name in task.inputs))
+        task.loss(output, batch).backward()
         optimizer.step()
 
     reset_peak_memory(device)

@@ -30,12 +30,12 @@ def gap(frames, h, w, scale=4, batch=1, seed=0):
 def test_all_frames_of_a_gap_of_any_length_and_size(scale, frames, h, w):
     model = small(scale=scale)
     lr, hr = gap(frames, h, w, scale, batch=2)
-    carried = model.carry(lr, hr)
+    carried = model(lr, hr)
     assert carried.frames.shape == (2, frames - 2, 1, scale * h, scale * w)
     assert carried.forward.shape == carried.backward.shape
     assert carried.forward.shape == (2, frames - 2, 2, scale * h, scale * w)
     assert torch.isfinite(carried.frames).all()
-    alone = model(lr[1:], hr[1:])  # the other gaps of a batch do not matter
+    alone = model(lr[1:], hr[1:]).frames  # the other gaps of a batch do not matter
     torch.testing.assert_close(alone[0], carried.frames[1], rtol=0, atol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_motion_is_chained_from_frame_to_frame_and_the_original_is_looked_up():
         model.motion.last.weight.zero_()
         model.motion.last.bias.copy_(torch.tensor([0.5, 0.0]))
     lr, hr = gap(7, 8, 12)
-    carried = model.carry(lr, hr)
+    carried = model(lr, hr)
     for n in range(1, 6):
         shift = 2 * n
         ahead, back = carried.forward[0, n - 1, 0], carried.backward[0, 5 - n, 0]
@@ -90,7 +90,7 @@ def test_a_still_scene_comes_back_exactly_where_the_choice_is_the_key_frame():
         bias = model.choose.conv.bias.view(8, 16)  # 6 candidates, none, residual
         bias[4] = 50.0  # the first key frame as it stood
         model.choose.conv.weight.zero_()
-    out = model(lr, hr)
+    out = model(lr, hr).frames
     torch.testing.assert_close(out, hr[:, :1].expand_as(out), rtol=0, atol=1e-5)
 
 
@@ -100,17 +100,17 @@ def test_with_no_candidate_chosen_it_is_bicubic_interpolation():
     with torch.no_grad():
         model.choose.conv.bias.view(8, 16)[6] = 50.0
         model.choose.conv.weight.zero_()
-    torch.testing.assert_close(model(lr, hr), upsample(lr[:, 1:-1], 4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(lr, hr).frames, upsample(lr[:, 1:-1], 4), rtol=0, atol=1e-5)
 
 
 def test_greys_are_relative_to_the_key_frames():
     """A darker recording of less contrast gives the same pictures, darker and of less contrast."""
     model = small()
     lr, hr = gap(6, 8, 12)
-    out = model(lr, hr)
-    dark = model(0.03 * lr + 0.01, 0.03 * hr + 0.01)
+    out = model(lr, hr).frames
+    dark = model(0.03 * lr + 0.01, 0.03 * hr + 0.01).frames
     torch.testing.assert_close(dark, 0.03 * out + 0.01, rtol=0, atol=1e-5)
-    flat = model(lr.new_full(lr.shape, 0.3), hr.new_full(hr.shape, 0.3))
+    flat = model(lr.new_full(lr.shape, 0.3), hr.new_full(hr.shape, 0.3)).frames
     torch.testing.assert_close(flat, hr.new_full(out.shape, 0.3), rtol=0, atol=1e-4)
 
 
@@ -119,7 +119,7 @@ def test_every_parameter_learns():
     lr, hr = gap(5, 8, 8)
     with torch.no_grad():  # so small at first that its gradient is lost in float32
         model.motion.last.weight.normal_(std=0.1)
-    carried = model.carry(lr, hr)
+    carried = model(lr, hr)
     (carried.frames.square().mean() + carried.forward.square().mean()).backward()
     still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert still == []
@@ -129,9 +129,9 @@ def test_bf16_is_close_to_float32():
     model = small(features=64, heads=2).eval()
     lr, hr = gap(9, 16, 24)
     with torch.inference_mode():
-        wanted = model(lr, hr)
+        wanted = model(lr, hr).frames
         with torch.autocast("cpu", torch.bfloat16):
-            found = model(lr, hr)
+            found = model(lr, hr).frames
     assert found.dtype == torch.float32
     assert (found - wanted).abs().max() < 4e-3
 
