@@ -77,14 +77,27 @@ setup(
         "mpi": ["mpi4py>=4.0"],  # several ranks; it is built against the MPI that is there
         "horovod": ["horovod>=0.28.1", "mpi4py>=4.0"],  # another way for gradients to travel
         "gpu": ["nvidia-ml-py>=12"],  # how busy NVIDIA GPUs are
+        "docs": [  # the documents and their notebooks; they are built in the tests
+            "ipykernel>=6",
+            "myst-nb>=1.1",
+            "nbclient>=0.9",
+            "pydata-sphinx-theme>=0.15",
+            "sphinx>=7",
+            "sphinx-click>=5",
+            "sphinx-copybutton>=0.5",
+            "sphinx-design>=0.5",
+        ],
         "test": [
             "hypothesis",
             "import-linter>=2",
+            "mypy>=1.11",
             "pyMRAW>=0.32",
             "pytest>=8",
             "pytest-timeout",
             "ruff>=0.6",
             "scikit-image>=0.22",  # its PSNR and SSIM are what ours are compared with
+            "types-PyYAML",
+            "types-psutil",
             'zarr>=3.0; python_version >= "3.11"',  # reads what we have written
         ],
     },

@@ -317,6 +317,34 @@ def save_beside(rows: list[Row], context: dict[str, Any], result: Path) -> None:
         draw(rows, context, result.with_suffix(".png"))
 
 
+def simulated(work: Path, quick: bool) -> Path:
+    """A small corpus to train on."""
+    side = 64 if quick else 128
+    about = Simulate(videos=4, size=(16, side, side), scenes=["bubbles"])
+    simulate_corpus(about.model_copy(update={"splits": {"train": 1.0}}), work / "corpus")
+    return work / "corpus"
+
+
+def show(rows: list[Row], figures: dict[str, float], by_round: dict[str, list[float]]) -> None:
+    """Print what was measured."""
+    log.print_table(
+        "scaling (efficiencies and shares in %)",
+        [title for title, _ in COLUMNS],
+        [[text(row) for _, text in COLUMNS] for row in rows],
+    )
+    log.print_table(
+        "on record",
+        ["figure", "value"],
+        [(n, f"{v:.3f}") for n, v in figures.items() if "[" not in n],
+    )
+    count = max(map(len, by_round.values()), default=0)
+    log.print_table(
+        "the same in each round",
+        ["figure", *(str(i) for i in range(1, count + 1))],
+        [(n, *(f"{v:.3f}" for v in values)) for n, values in by_round.items()],
+    )
+
+
 @click.command(help=usage(__doc__))
 @click.option("--quick", is_flag=True)
 @click.option("--json", "out", type=click.Path(path_type=Path))
@@ -347,19 +375,14 @@ def main(
     rounds, steps = rounds or (2 if quick else 5), steps or (3 if quick else 2)
     if sizes[-1] > 1 and not mpirun:
         raise click.UsageError("more than one rank needs --mpirun")
-    settings = [f"run.device={device}", "train.steps=1000000", "dist.timeout_s=86400"]
+    settings = [*overrides]
     if device == "cpu":  # a core for each rank; half width, or a step takes too long here
-        settings += ["run.threads=1", "data.workers=0"]
-        settings += QUICK if quick else HALF_WIDTH
+        small = QUICK if quick else HALF_WIDTH
+        settings = ["run.threads=1", "data.workers=0", *small, *overrides]
     with tempfile.TemporaryDirectory() as work:
-        if corpus is None:
-            corpus = Path(work) / "corpus"
-            side = 128 if not quick else 64
-            about = Simulate(videos=4, size=(16, side, side), scenes=["bubbles"])
-            splits = {"train": 1.0}
-            simulate_corpus(about.model_copy(update={"splits": splits}), corpus)
-        settings += [f"data.corpus={corpus}", f"run.dir={work}/runs", *overrides]
-        arguments = [config, str(batch), str(batch * sizes[-1]), *settings]
+        fixed = [f"run.device={device}", "train.steps=1000000", "dist.timeout_s=86400"]
+        fixed += [f"data.corpus={corpus or simulated(Path(work), quick)}", f"run.dir={work}/runs"]
+        arguments = [config, str(batch), str(batch * sizes[-1]), *fixed, *settings]
         groups = [
             Group(kind, size, arguments, shlex.split(mpirun))
             for size in sizes
@@ -371,37 +394,21 @@ def main(
             for group in groups:
                 group.end()
     rows, figures, by_round = summarise(results, groups, device == "cuda")
-    log.print_table(
-        "scaling (efficiencies and shares in %)",
-        [title for title, _ in COLUMNS],
-        [[show(row) for _, show in COLUMNS] for row in rows],
-    )
-    hello = groups[0].hello
+    show(rows, figures, by_round)
+    alone = results["independent", 1, "weak"]
     context = describe_machine(torch.device(device)) | {
         "config": config.removeprefix(f"{ROOT}/"),
-        "settings": [*settings[3:-2], *overrides],
+        "settings": settings,
         "batch_of_rank": batch,
         "rounds": rounds,
         "ranks": sizes,
         "one_node": groups[-1].one_node,
         "cores": os.cpu_count(),
-        "gradient_bytes": hello["gradient_bytes"],
-        "steps_alone": [
-            round(s, 5) for ranks in results["independent", 1, "weak"] for s in ranks[0]["steps"]
-        ],
-        "flops_per_sample": hello["flops_per_sample"],
+        "gradient_bytes": groups[0].hello["gradient_bytes"],
+        "steps_alone": [round(s, 5) for ranks in alone for s in ranks[0]["steps"]],
+        "flops_per_sample": groups[0].hello["flops_per_sample"],
         "by_round": {n: [round(v, 4) for v in values] for n, values in by_round.items()},
     }
-    log.print_table(
-        "on record",
-        ["figure", "value"],
-        [(n, f"{v:.3f}") for n, v in figures.items() if "[" not in n],
-    )
-    log.print_table(
-        "the same in each round",
-        ["figure", *(str(i) for i in range(1, context["rounds"] + 1))],
-        [(n, *(f"{v:.3f}" for v in values)) for n, values in context["by_round"].items()],
-    )
     path = file_result("scaling", figures, context, out, quick)
     if path:
         save_beside(rows, context, path)

@@ -8,8 +8,8 @@
     for t, frame in xvr.reconstruct(model, fast, sharp, gap=20):
         ...
 
-The names below are the public interface; all else is private to the project and may change.
-They are loaded when they are asked for: importing the package costs next to nothing.
+The names below are the public interface; everything else is private and may change. They are loaded
+on first use, so importing the package costs next to nothing.
 """
 
 from importlib import import_module

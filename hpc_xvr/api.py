@@ -1,4 +1,4 @@
-"""What Python users call: open two cameras' recordings, load a model, take the frames."""
+"""The Python interface: open the recordings of two cameras, load a model, iterate over frames."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Model:
 
     name: str
     config: Config
-    """As it was trained."""
+    """The config that it was trained with."""
     step: int
-    """Optimizer steps it was trained for; 0 where that is not known."""
+    """Optimizer steps that it was trained for; 0 if unknown."""
     device: torch.device
     precision: str
     """float32, bf16 or float64."""
     lr_frames: int
-    """Low-resolution frames it looks at for each frame; 0: those of the whole gap."""
+    """Low-resolution frames that one forward pass takes; odd. 0: those of a whole gap."""
     frames_out: int
-    """Frames a pass gives: 1 or `lr_frames`; 0: those of the whole gap."""
+    """Frames that one forward pass returns: 1 or `lr_frames`. 0: those of a whole gap."""
     scale: int
-    """Side of a pixel of the fast camera in pixels of the sharp one."""
+    """Side of a fast-camera pixel in sharp-camera pixels."""
     method: pipeline.Method = field(repr=False)
 
 
@@ -58,25 +58,26 @@ def open_recording(
     pixel_size_um: float | None = None,
     camera: str | None = None,
 ) -> Recording:
-    """Open a camera's file; frames are read when they are needed.
+    """Open the recording of one camera; frames are read when they are needed.
 
     Args:
         source: Photron .mraw/.cih/.cihx, Phantom .cine, Shimadzu .dat, HDF5 (FILE.h5::DATASET for
             one of several), TIFF stack, folder or glob of numbered TIFF or PNG files; or an array
-            (T, H, W) such as those of numpy, h5py, zarr and dask: uint8 or uint16 counts, or
-            floating-point values from 0 to `full_scale` (1 unless given).
-        flat, dark: recordings of the beam without sample and of the camera without beam, which
-            are averaged. What comes out is the transmission (raw - dark) / (flat - dark).
+            (T, H, W) of numpy, h5py, zarr, dask or the like: uint8 or uint16 counts, or
+            floating-point values from 0 to `full_scale`.
+        flat, dark: recordings without sample and without beam; the frames of each are averaged.
+            With a flat field, frames are transmissions (raw - dark) / (flat - dark).
         dataset: path inside an HDF5 file.
-        bit_depth: significant bits of integers, where fewer than their type has.
-        full_scale: physical value stored as white: of transmissions (1.5 unless given) and of
-            floating-point files (their maximum unless given).
+        bit_depth: significant bits of integers, if fewer than their type has.
+        full_scale: physical value that is stored as white, for transmissions (default: 1.5),
+            floating-point files (default: their maximum) and floating-point arrays (default: 1).
         flip_rows: turn the frames upside down.
-        frame_rate_hz, pixel_size_um, camera: instead of what the file says; pixel size on the
-            object.
+        frame_rate_hz, pixel_size_um, camera: replace what the file says. The pixel size is that
+            on the object.
 
     Raises:
-        InputError: missing, unknown or damaged file, or an option that it does not have.
+        InputError: the file is missing, damaged or of an unknown format, or an option does not
+            apply to its format.
     """
     return CameraReading(
         flat=flat,
@@ -101,11 +102,11 @@ def load_model(
 
     Args:
         path: run folder, file of `hpc-xvr export`, checkpoint, or weights of the authors' program.
-        device: auto takes a GPU where there is one.
-        checkpoint: of a run folder, the newest valid one or that of the best validation.
+        device: auto uses a GPU if there is one.
+        checkpoint: which one of a run folder: the newest valid one, or that of the best validation.
 
     Raises:
-        InputError: nothing of the kind, or weights that do not fit the config beside them.
+        InputError: there is no trained model at `path`, or its weights do not fit its config.
     """
     model, config, step = open_model(Path(path), checkpoint)
     place = device_of(discover(), device)
@@ -134,25 +135,26 @@ def reconstruct(
     registration: Registration | dict[str, Any] | None = None,
     crop: bool = False,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Sharp frames at the fast camera's rate, from the first key frame to the last.
+    """Reconstruct sharp frames at the fast camera's rate, from the first key frame to the last.
 
     Args:
+        model: made by `load_model`.
         fast, sharp: the two cameras' recordings, or arrays (T, h, w) and (K, H, W) as
             `open_recording` takes them.
-        gap: fast frames from one sharp frame to the next. Default: from the frame rates, or where
-            they are unknown as the model was trained.
+        gap: fast frames from one sharp frame to the next. Default: from the frame rates or, if
+            they are unknown, as the model was trained.
         start: time of the first fast frame, in sharp frames from the first sharp one.
-        registration: where the fast camera's pixels lie on the sharp frames. Default: H = scale*h
-            with a corner in common.
-        crop: cut sharp frames to what the fast camera saw and to multiples of the scale.
+        registration: where the fast camera's pixels lie on the sharp frames. Default: the upper
+            left corners coincide, and (H, W) is scale * (h, w).
+        crop: cut the sharp frames to what the fast camera saw and to multiples of the scale.
 
     Yields:
-        (t, frame) in order of time, as they are made: t is the number of the frame in `fast`, the
+        (t, frame) in order of time, as they are made: t is the index of the frame in `fast`; the
         frame (H, W) is float32 in [0, 1], where 1 stands for `sharp.full_scale`. Key frames are
         passed through.
 
     Raises:
-        InputError: recordings that do not belong together or to the model.
+        InputError: the recordings do not fit each other or the model.
     """
     if isinstance(registration, dict):
         registration = Registration.model_validate(registration)

@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or not there: atomic write in the background, checksum, newest valid
-first.
+"""Checkpoints: written atomically in the background, checked by checksum, resumed from the newest
+valid one.
 
 A checkpoint is an ordinary torch file (`torch.load(path, weights_only=True)` reads it) whose ZIP
 comment holds the SHA-256 of everything before the comment's length field. Plain dicts of tensors,
-numbers and strings go in and come out; what they mean is the caller's affair.
+numbers and strings go in and come out; their meaning is up to the caller.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -28,13 +28,13 @@ from hpc_xvr.log import logger
 
 _MARK = b"hpc_xvr sha256 "
 _COMMENT = len(_MARK) + 64
-_LONG = 2.0  # seconds of waiting for the disk that are worth a line
+_LONG = 2.0  # seconds of waiting for the disk that are worth a warning
 _ZIP_END = 22  # bytes of the record that ends a ZIP file, its comment's length the last two
 _NAME = re.compile(r"step-(\d{9})\.pt")
 
 
 class CorruptCheckpoint(InputError):
-    """The file is truncated, altered, or no checkpoint of this program."""
+    """The file is truncated, altered, or not a checkpoint of this program."""
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -57,16 +57,17 @@ def save(state: dict[str, Any], path: Path) -> None:
 
     def write(file: Any) -> None:
         hashed = _Hashing(file)
-        torch.save(state, hashed)
+        torch.save(state, cast("IO[bytes]", hashed))  # torch calls write and flush only
         hashed.end()
 
     write_atomic(path, write)
 
 
 class _Hashing:
-    """A file whose checksum is taken on the way to the disk, so that nothing is held twice.
+    """A file that computes its checksum while it is written, so that nothing is held twice.
 
-    A full disk is raised at the end: torch makes riddles of what a file says while it writes.
+    Errors of the disk are raised by `end`: raised during the write, torch would replace them by
+    obscure ones of its own.
     """
 
     def __init__(self, file: Any) -> None:
@@ -109,13 +110,13 @@ class _Hashing:
 class CheckpointWriter:
     """Writes the checkpoints of a folder in the background while the run goes on.
 
-    One at a time: the next save waits for the one before. A write that fails is a warning, as the
-    older checkpoints are intact; it is an error after `failures` in a row, and where nothing comes
-    after it.
+    One at a time: a save waits for the one before. A write that fails is a warning, as the older
+    checkpoints are intact; it is an error after `failures` in a row, and for the last checkpoint.
 
     Args:
-        keep: newest checkpoints that stay.
-        keep_every: checkpoints of steps that are multiples of this stay for good.
+        keep: how many of the newest checkpoints are kept.
+        keep_every: checkpoints of steps that are multiples of this are never deleted.
+        failures: writes in a row that may fail before `save` raises.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class CheckpointWriter:
     ) -> None:
         self._folder, self._keep, self._keep_every = folder, keep, keep_every
         self._limit, self._failures = failures, 0
-        self._spare: dict[tuple, Tensor] = {}  # memory of the copies, used again
+        self._spare: dict[tuple[Any, ...], Tensor] = {}  # buffers of the copies, reused
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
         self.slowest = 0.0  # seconds from asking for a checkpoint to its being on disk
@@ -132,7 +133,7 @@ class CheckpointWriter:
     def save(self, state: dict[str, Any], spared: Collection[int] = ()) -> None:
         """Copy `state` and write it as the checkpoint of state["step"]; then prune the folder.
 
-        The tensors may change as soon as this returns. `spared` are steps that are not pruned.
+        The tensors may change as soon as this returns. The steps in `spared` are not pruned.
 
         Raises:
             InputError: too many writes in a row have failed.
@@ -143,14 +144,14 @@ class CheckpointWriter:
         if waited > _LONG:
             logger.warning(
                 "waited %.0f s for the checkpoint before that of step %d: the disk is slow, or "
-                "checkpoint.every is small",
+                "checkpoint.every is too small",
                 waited,
                 state["step"],
             )
         self.check()
         copy = _copy(state, (), self._spare)
         arrived = None
-        if torch.cuda.is_initialized():  # copies from a GPU are under way, not there yet
+        if torch.cuda.is_initialized():  # copies from a GPU may not have arrived yet
             arrived = torch.cuda.Event()
             arrived.record()
         self._thread = threading.Thread(
@@ -160,7 +161,7 @@ class CheckpointWriter:
         self.blocked += time.perf_counter() - start
 
     def check(self) -> None:
-        """Raise what ended the last write, if the run should not go on without it."""
+        """Raise the error of the last write if the run should not go on."""
         problem = self._problem
         if problem is None or (isinstance(problem, InputError) and self._failures < self._limit):
             return
@@ -169,7 +170,7 @@ class CheckpointWriter:
         raise problem
 
     def finish(self) -> None:
-        """Wait until the last checkpoint is on disk: nothing comes after it.
+        """Wait until the last checkpoint of the run is on disk.
 
         Raises:
             InputError: it could not be written.
@@ -181,7 +182,7 @@ class CheckpointWriter:
             raise self._problem
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until nothing is being written any more (or some seconds), whatever came of it."""
+        """Wait for the write under way, at most `timeout` seconds; `check` raises its error."""
         if self._thread:
             self._thread.join(timeout)
             if not self._thread.is_alive():
@@ -195,7 +196,7 @@ class CheckpointWriter:
             save(state, path_of(self._folder, step))
             self._problem, self._failures = None, 0
             self.slowest = max(self.slowest, time.perf_counter() - start)
-        except BaseException as problem:  # goes to the thread that trains
+        except BaseException as problem:  # raised in the training thread, by `check`
             self._problem = problem
             self._failures += 1
             if isinstance(problem, InputError) and self._failures < self._limit:
@@ -203,7 +204,7 @@ class CheckpointWriter:
                 logger.warning(
                     "%s; training goes on, %s (failure %d, checkpoint.failures is %d)",
                     problem,
-                    f"the checkpoint of step {newest} is intact" if newest else "none is there yet",
+                    f"the checkpoint of step {newest} is intact" if newest else "there is none yet",
                     self._failures,
                     self._limit,
                 )
@@ -211,11 +212,11 @@ class CheckpointWriter:
         try:
             prune(self._folder, self._keep, step, self._keep_every, spared)
         except OSError as error:
-            logger.warning("old checkpoints stay: %s", explain_os_error(error))
+            logger.warning("cannot delete old checkpoints: %s", explain_os_error(error))
 
 
-def _copy(value: Any, key: tuple, spare: dict[tuple, Tensor]) -> Any:
-    """A copy of a tree of dicts and lists; tensors go to the CPU, into `spare` where they fit."""
+def _copy(value: Any, key: tuple[Any, ...], spare: dict[tuple[Any, ...], Tensor]) -> Any:
+    """Copy a tree of dicts and lists; tensors go to the CPU, into those of `spare` that fit."""
     if isinstance(value, dict):
         return {k: _copy(v, (*key, k), spare) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -230,10 +231,10 @@ def _copy(value: Any, key: tuple, spare: dict[tuple, Tensor]) -> Any:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint after checking its checksum; tensors come on the CPU.
+    """Read a checkpoint and verify its checksum; tensors are loaded to the CPU.
 
     Raises:
-        CorruptCheckpoint: not whole, or not written by `save`.
+        CorruptCheckpoint: the file is incomplete, altered or not written by `save`.
     """
     try:
         data = _read(path)
@@ -244,7 +245,7 @@ def load(path: Path) -> dict[str, Any]:
         raise CorruptCheckpoint(f"checkpoint {path}: contents do not match their checksum")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a checksum that fits a file we did not write
+    except Exception as error:  # the checksum is right, but we did not write this file
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CorruptCheckpoint(f"checkpoint {path}: not readable as tensors ({line})") from None
     if not isinstance(state, dict):
@@ -253,9 +254,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> bytes:
-    """The whole file, once its end says that it is ours: it might be anything, of any size."""
+    """The whole file, after a look at its end: it might be any file, of any size."""
     if path.exists() and not path.is_file():
-        raise CorruptCheckpoint(f"checkpoint {path}: no regular file")
+        raise CorruptCheckpoint(f"checkpoint {path}: not a regular file")
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _COMMENT))
@@ -268,10 +269,13 @@ def _read(path: Path) -> bytes:
 def newest_valid(
     folder: Path, needs: Collection[str] = ()
 ) -> Iterator[tuple[Path, dict[str, Any] | CorruptCheckpoint]]:
-    """Go through the checkpoints, newest first: a problem for each invalid one, then the state.
+    """Find the newest valid checkpoint.
 
-    A valid one is of the step that its name says and has a dict under each of `needs`. Ends with
-    the first valid one; yields nothing more where there is none.
+    A valid one is of the step that its name says and has a dict under each of `needs`.
+
+    Yields:
+        (path, problem) for each invalid checkpoint that is newer, newest first, then (path, state)
+        of the valid one, if there is one.
     """
     for step, path in list_checkpoints(folder):
         try:
@@ -296,8 +300,8 @@ def prune(
 ) -> None:
     """Delete all but the last `keep` checkpoints up to step `newest`, the one just written.
 
-    Multiples of `keep_every` and the steps in `spared` stay, too. Later ones are damaged: they
-    were passed over when the run resumed.
+    Multiples of `keep_every` and the steps in `spared` stay too. Checkpoints after `newest` are
+    deleted: they are damaged, since the run resumed from an older one.
     """
     found = list_checkpoints(folder)
     doomed = [path for step, path in found if step > newest]

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: printed as one line, exit code 2, no traceback."""
+"""Errors that the user can fix: printed as one line, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 class CollectiveError(InputError):
-    """An InputError that every rank raises together: rank 0 prints it, nobody has to be killed."""
+    """An InputError that all ranks raise together: rank 0 prints it, and none has to be killed."""
 
 
 def explain_os_error(error: OSError) -> str:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside, synced, renamed. The one place for it."""
+"""Write files that appear complete or not at all: under a temporary name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _PARTIAL = ".partial"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a new name beside `path`; the file that is there afterwards becomes `path`.
+    """Yield a temporary name beside `path`; the file written there becomes `path` at the end.
 
-    The name keeps the suffix of `path`, by which libraries choose a format. After an exception
+    It keeps the suffix of `path`, by which libraries choose a format. After an exception
     nothing is left behind and `path` is as before.
 
     Raises:
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
     """Call `write(binary file)` on a file that becomes `path` when it is complete.
 
-    Missing folders are made.
+    Missing folders are created.
 
     Raises:
         InputError: as `replacing`; `path` is as before.
@@ -60,19 +60,19 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raises InputError if the folder that `path` is to be written to does not exist."""
+    """Raise InputError if the folder that `path` is to be written to does not exist."""
     if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
+        raise InputError(f"{path}: the folder {path.parent} does not exist; create it first")
 
 
 def commit(temporary: Path, final: Path) -> None:
-    """Put a finished file or folder in its place so that it survives a crash right after."""
+    """Move a finished file or folder to its place so that it survives a crash right after."""
     sync(temporary)
     place(temporary, final)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder with all it holds, is on the disk."""
+    """Wait until a file, or a folder with everything in it, is on the disk."""
     for folder, folders, files in os.walk(path):
         for name in (*folders, *files):
             _fsync(Path(folder) / name)
@@ -80,13 +80,13 @@ def sync(path: Path) -> None:
 
 
 def place(temporary: Path, final: Path) -> None:
-    """Rename what is on the disk already."""
+    """Rename a file or folder that has been synced, and sync the rename."""
     temporary.replace(final)
     _fsync(final.parent)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all it holds."""
+    """Delete a file, or a folder with everything in it."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -95,7 +95,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path, what: str = "write") -> Iterator[None]:
-    """What the disk refuses is the user's to mend: OSError becomes a one-line InputError."""
+    """Turn an OSError, which the user can fix, into a one-line InputError."""
     try:
         yield
     except OSError as error:

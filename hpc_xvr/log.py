@@ -1,4 +1,4 @@
-"""Rank-aware logging, progress bars and tables. Rank 0 speaks; the others only warn."""
+"""Rank-aware logging, progress bars and tables. Rank 0 logs everything, the others warnings."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from rich.table import Table
 logger = logging.getLogger("hpc_xvr")
 T = TypeVar("T")
 _rank = 0
-
-
 _launched = False
 
 
 def setup(rank: int = 0, verbose: bool = False, launched: bool = False) -> None:
-    """Send the log to stderr: everything on rank 0, warnings with the rank's name elsewhere.
+    """Send the log to stderr: everything on rank 0, warnings marked with the rank elsewhere.
 
-    `launched`: an MPI launcher started us; what looks like a terminal is then its own, and what
-    is written there mostly ends in a log file: no bars, no colours.
+    Args:
+        launched: an MPI launcher started this process. What looks like a terminal is then the
+            launcher's and usually ends up in a log file, so bars and colours are left out.
     """
     global _rank, _launched
     _rank, _launched = rank, launched
@@ -45,7 +44,7 @@ def setup(rank: int = 0, verbose: bool = False, launched: bool = False) -> None:
 
 
 def console() -> Console:
-    """Standard output for tables; 100 columns wide where it is no terminal (log files)."""
+    """Standard output for tables; 100 columns wide if it is not a terminal (log files)."""
     plain = _launched or not sys.stdout.isatty()
     return Console(
         width=100 if plain else None,
@@ -85,7 +84,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table on standard output of rank 0; numbers are set to the right."""
+    """Print a table on standard output of rank 0; columns of numbers are aligned right."""
     rows = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
     table = Table(title=title, title_justify="left")
     for i, name in enumerate(columns):

@@ -43,8 +43,8 @@ def psnr_gradient(a: ArrayLike, b: ArrayLike) -> float:
 def flicker(a0: ArrayLike, a1: ArrayLike, b0: ArrayLike, b1: ArrayLike) -> float:
     """Temporal consistency: mean |(a1 - a0) - (b1 - b0)| in grey levels of 255, not rounded.
 
-    `a0`, `a1` follow each other in one sequence, `b0`, `b1` in the other: 0 where all changes from
-    frame to frame are the same, however far the frames themselves are apart.
+    `a0`, `a1` follow each other in one sequence, `b0`, `b1` in the other: 0 if all changes from
+    frame to frame are the same, however much the frames themselves differ.
     """
     a0, b0 = _frames(a0, b0)
     a1, b1 = _frames(a1, b1)

@@ -95,7 +95,7 @@ xvr_setup() {
         local install=(pip install -q --disable-pip-version-check -c "$xvr_constraints")
         rm -f "$xvr_root"/hpc_xvr/model/_kernels.* # built anew, against the torch that comes now
         { "${install[@]}" torch "${mpi[@]}" "${horovod_needs[@]}" &&
-            "${install[@]}" --no-build-isolation -e "${xvr_root}[mpi,gpu,test]"; } ||
+            "${install[@]}" --no-build-isolation -e "${xvr_root}[mpi,gpu,test,docs]"; } ||
             { xvr_fail "pip could not install the packages"; return; }
         ls "$xvr_root"/hpc_xvr/model/_kernels.* >/dev/null 2>&1 || [ "$(uname -m)" != x86_64 ] ||
             echo "setup: hpc_xvr's CPU kernels could not be built (a C++20 compiler is needed);" \

@@ -11,6 +11,7 @@ trap 'rm -rf "$reports"' EXIT
 ruff check -q .
 ruff format -q --check .
 lint-imports --no-cache
+mypy
 python -m pytest tests/single --junitxml="$reports/single.xml" "$@" || [ $? = 5 ] # 5: no such test
 mpirun -n 2 --oversubscribe python -m pytest tests/parallel --junitxml="$reports/parallel.xml" "$@" ||
     [ $? = 5 ]

@@ -1,4 +1,4 @@
-"""The command line: one subcommand a workflow. Heavy modules load inside the commands."""
+"""The command line: one subcommand per workflow. Heavy modules are imported inside the commands."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ def cli() -> None:
 
     \b
     From camera files to a movie:
-      hpc-xvr ingest run12/*.mraw --corpus corpus     camera files -> corpus
-      hpc-xvr inspect corpus                          what is in it, is it intact
-      mpirun -n 4 hpc-xvr train my.yaml               corpus -> trained model in runs/NAME
-      mpirun -n 4 hpc-xvr evaluate runs/NAME          compare on held-out recordings
-      hpc-xvr reconstruct runs/NAME --lr fast.tif --hr slow.tif --gap 20 --out movie.tif
-      hpc-xvr report runs/NAME                        one page with curves, tables, pictures
-      hpc-xvr submit --site polaris ... train my.yaml the same as a job of a cluster
+      hpc-xvr ingest run12/*.mraw --corpus corpus   camera files -> corpus
+      hpc-xvr inspect corpus                        list and check the corpus
+      mpirun -n 4 hpc-xvr train my.yaml             corpus -> model in runs/NAME
+      mpirun -n 4 hpc-xvr evaluate runs/NAME        score it on held-out data
+      hpc-xvr report runs/NAME                      curves, tables and pictures
+      hpc-xvr reconstruct runs/NAME --lr fast.tif --hr sharp.tif --gap 20 \\
+          --out movie.tif                           two camera files -> movie
+
+    On a cluster, `hpc-xvr submit --site SITE --time HH:MM:SS COMMAND ...` runs any of these
+    commands as a job.
 
     No camera files yet? `hpc-xvr simulate configs/quickstart.yaml` makes a corpus of simulated
-    experiments. Every value of a config can be changed with --set section.key=value.
+    experiments. Any value of a config can be changed with --set section.key=value.
     """
 
 

@@ -1,4 +1,4 @@
-"""Options that say how cameras' files are read: the same names wherever files are opened.
+"""Options that say how camera files are read: the same names wherever files are opened.
 
 `--hr-...` is for the sharp camera, `--lr-...` for the fast one.
 """
@@ -21,7 +21,7 @@ _NAMES = {"hr": "Sharp camera", "lr": "Fast camera"}
 
 class _Option(NamedTuple):
     field: str
-    """Of CameraReading."""
+    """Field of CameraReading."""
     name: str
     help: str
     settings: dict[str, Any]
@@ -29,25 +29,25 @@ class _Option(NamedTuple):
 
 _A_FILE = {"type": click.Path(path_type=Path), "metavar": "FILE"}
 _READING = (
-    _Option("flat", "flat", "Recording of the beam without sample.", _A_FILE),
-    _Option("dark", "dark", "Recording without beam.", _A_FILE),
+    _Option("flat", "flat", "Recording without sample, for flat-field correction.", _A_FILE),
+    _Option("dark", "dark", "Recording without beam, for the same.", _A_FILE),
     _Option(
         "dataset",
         "dataset",
-        "Dataset inside HDF5 files, such as /exchange/data.",
+        "Dataset in HDF5 files, such as /exchange/data.",
         {"metavar": "PATH"},
     ),
     _Option(
         "bit_depth",
         "bit-depth",
-        "Significant bits, where the file does not say (12-bit data in 16-bit TIFF).",
+        "Significant bits, if the file does not state them (12-bit data in 16-bit TIFF).",
         {"type": click.IntRange(1, 16)},
     ),
     _Option(
         "full_scale",
         "full-scale",
-        "Value stored as white: of transmissions [default: 1.5], of floating-point files "
-        "[default: their maximum].",
+        "Value stored as white. [default: 1.5 for transmissions, the maximum for floating-point "
+        "files]",
         {"type": click.FloatRange(min=0, min_open=True)},
     ),
     _Option(
@@ -59,7 +59,7 @@ _READING = (
     _Option(
         "frame_rate_hz",
         "frame-rate",
-        "Instead of what the file says.",
+        "Frame rate, instead of what the file says.",
         {"type": float, "metavar": "HZ"},
     ),
     _Option(
@@ -73,7 +73,7 @@ _READING = (
 
 
 def camera_options(camera: str, short: bool = False) -> Callable[[Command], Command]:
-    """A decorator: `--hr-flat` and the others, or `--lr-...`; `short`: also without the prefix."""
+    """A decorator that adds `--hr-flat` and so on, or `--lr-...`; `short`: also without prefix."""
 
     def decorate(command: Command) -> Command:
         for option in reversed(_READING):
@@ -90,8 +90,8 @@ def camera_options(camera: str, short: bool = False) -> Callable[[Command], Comm
 
 
 def pairing_options(command: Command) -> Command:
-    """A decorator: how two cameras belong together, `--gap`, `--lr-start`, `--registration`,
-    `--crop`."""
+    """A decorator that adds `--gap`, `--lr-start`, `--registration` and `--crop`: how the two
+    recordings fit together."""
     for decorate in reversed(
         (
             click.option(
@@ -105,20 +105,20 @@ def pairing_options(command: Command) -> Command:
                 type=float,
                 default=0.0,
                 show_default=True,
-                help="When the fast camera took its first frame, in sharp frames from the first.",
+                help="Time of the first fast frame, in sharp frames from the first sharp one.",
             ),
             click.option(
                 "--registration",
                 metavar="FILE|TEXT",
                 help="Where the fast camera's pixels lie on the sharp frames: YAML or JSON with "
-                "scale (sharp pixels a fast one covers), origin [row, column] of its upper left "
-                "corner, rotation_deg, flip (rows, columns, both).",
+                "scale (side of a fast pixel in sharp ones), origin [row, column] of the fast "
+                "frame's upper left corner, rotation_deg, flip (rows, columns, both).",
             ),
             click.option(
                 "--crop",
                 is_flag=True,
-                help="Cut sharp rows and columns that are too many for the scale, and what the "
-                "fast camera does not show.",
+                help="Cut the sharp frames to what the fast camera saw and to multiples of the "
+                "scale.",
             ),
         )
     ):
@@ -127,14 +127,14 @@ def pairing_options(command: Command) -> Command:
 
 
 def take_reading(camera: str, options: dict[str, Any]) -> CameraReading:
-    """The options of one camera out of all of a command."""
+    """Take the options of one camera out of those of a command."""
     from hpc_xvr.data.pairing.reading import CameraReading
 
     return CameraReading(**{o.field: options.pop(f"{camera}_{o.field}") for o in _READING})
 
 
 def take_pairing(options: dict[str, Any]) -> Pairing:
-    """`--gap`, `--lr-start` and `--registration` out of all options of a command."""
+    """Take `--gap`, `--lr-start` and `--registration` out of the options of a command."""
     from hpc_xvr.data.pairing.joining import Pairing
     from hpc_xvr.data.registration import read_registration
 

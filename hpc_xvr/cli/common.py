@@ -1,7 +1,8 @@
-"""What the commands share: options, help with examples, the way to the other ranks."""
+"""What the commands share: options, help with examples, the connection to the other ranks."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +19,14 @@ settings = click.option(
     "overrides",
     multiple=True,
     metavar="KEY=VALUE",
-    help="Override a config value, such as train.steps=100. May be given many times.",
+    help="Override a config value, such as train.steps=100. May be repeated.",
 )
 a_config = click.argument("config", type=click.Path(path_type=Path))
 a_run = click.argument("run", type=click.Path(path_type=Path))
 engine = click.option(
     "--engine",
     type=click.Choice(["auto", "serial", "horovod", "torch"]),
-    help="How ranks talk (config key dist.engine).",
+    help="How ranks communicate. [default: config key dist.engine, or auto]",
 )
 
 which_checkpoint = click.option(
@@ -34,10 +35,10 @@ which_checkpoint = click.option(
     type=click.Choice(["newest", "best"]),
     default="newest",
     show_default=True,
-    help="Of a run folder: the newest valid checkpoint, or that of the best validation.",
+    help="Which checkpoint of a run folder: the newest valid one, or that of the best validation.",
 )
 device_of_run = click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: as the run was trained."
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="[default: as the run was trained]"
 )
 
 
@@ -52,18 +53,20 @@ class Examples(click.Command):
         return super().get_short_help_str(max(limit, 100))  # the whole first sentence
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        lines = self.examples.strip().splitlines()
+        lines = inspect.cleandoc(self.examples).splitlines()
         if lines:
-            formatter.write("\nExamples:\n" + "".join(f"  {line.strip()}\n" for line in lines))
+            formatter.write("\nExamples:\n" + "".join(f"  {line}\n" for line in lines))
 
 
 def configured_device(run: Path) -> str:
+    """The device that a run folder's config names, else auto."""
     from hpc_xvr.config import load
 
     return load(run / "config.yaml").run.device if (run / "config.yaml").exists() else "auto"
 
 
 def connect(engine: str, device: str, dist: Dist | None = None, folder: Path | None = None) -> Comm:
+    """Connect this rank to the others and set up its log."""
     global _comm
     from hpc_xvr import log
     from hpc_xvr.distributed.launch import discover
@@ -80,5 +83,5 @@ def connect(engine: str, device: str, dist: Dist | None = None, folder: Path | N
 
 
 def connected() -> Comm | None:
-    """The way to the other ranks, once a command has looked for them."""
+    """The connection to the other ranks, if a command has made one."""
     return _comm

@@ -1,4 +1,4 @@
-"""Commands that make and look at a corpus: simulate, ingest, inspect."""
+"""Commands that make and inspect a corpus: simulate, ingest, inspect."""
 
 from __future__ import annotations
 
@@ -20,18 +20,22 @@ if TYPE_CHECKING:
     cls=Examples,
     examples="""
     hpc-xvr simulate configs/quickstart.yaml
-    hpc-xvr simulate configs/quickstart.yaml --set simulate.videos=6 --set data.corpus=runs/six
-    mpirun -n 64 hpc-xvr simulate configs/corpus_1358.yaml --set data.corpus=/scratch/corpus
+    hpc-xvr simulate configs/quickstart.yaml --set simulate.videos=6 \\
+        --set data.corpus=runs/six
+    mpirun -n 64 hpc-xvr simulate configs/corpus_1358.yaml \\
+        --set data.corpus=/scratch/corpus
 """,
 )
 @a_config
 @settings
 def simulate(config: Path, overrides: tuple[str, ...]) -> None:
-    """Make the corpus of simulated two-camera experiments that CONFIG describes.
+    """Simulate the corpus of two-camera experiments that CONFIG describes.
 
-    The section `simulate` says how many recordings, their size, cameras and scenes; `data.corpus`
-    says where they go. The same seed gives the same corpus, bit for bit. Uses all cores, and under
-    mpirun those of all ranks; after an interruption, repeat the command and it goes on.
+    The section `simulate` of CONFIG sets the number of recordings, their size, cameras and scenes;
+    `data.corpus` is the folder of the corpus. The same seed gives the same corpus, bit for bit.
+
+    All cores are used, under mpirun those of all ranks. An interrupted command continues when it is
+    repeated.
     """
     from hpc_xvr.config import load
     from hpc_xvr.data.simulate.corpus import simulate_corpus
@@ -61,7 +65,8 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     mpirun -n 4 hpc-xvr ingest beamtime/ --corpus corpus --skip-bad
     hpc-xvr ingest frames/ --corpus corpus --frame-rate 1e6 --pixel-size 1.9
     hpc-xvr ingest scan.h5 --corpus corpus --flat flat.tif --dark dark.tif
-    hpc-xvr ingest sharp.cihx --lr fast.dat --registration cameras.yaml --corpus corpus
+    hpc-xvr ingest sharp.cihx --lr fast.dat --registration cameras.yaml \\
+        --corpus corpus
 """,
 )
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -69,7 +74,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     "--corpus",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder of the corpus: made if missing, added to if there.",
+    help="Folder of the corpus; created if missing, else added to.",
 )
 @click.option(
     "--store",
@@ -85,30 +90,29 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
     type=click.Choice(["auto", "train", "validation", "test"]),
     default="auto",
     show_default=True,
-    help="auto: 80/10/10 by recording.",
+    help="Split of the recordings. auto: 80 % train, 10 % validation, 10 % test.",
 )
 @click.option(
     "--scale",
     type=int,
     default=4,
     show_default=True,
-    help="Frame height and width must be multiples of this; also the pixel size of the second "
-    "camera's stored frames.",
+    help="Ratio of the two cameras' pixel sizes. Frame height and width must be multiples of it.",
 )
 @click.option(
     "--lr",
     multiple=True,
     metavar="FILE",
-    help="The fast camera's recording of the same shot. With several PATHS, one for each in order. "
-    "With --registration its frames are stored on the sharp grid / --scale.",
+    help="The fast camera's recording of the same shot; with several PATHS, one --lr for each in "
+    "the same order. With --registration, its frames are resampled to the sharp grid / --scale.",
 )
 @camera_options("lr")
 @pairing_options
-@click.option("--skip-bad", is_flag=True, help="Go on after files that cannot be used; list them.")
+@click.option("--skip-bad", is_flag=True, help="Skip files that cannot be used, and list them.")
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    help="Processes (of each rank). [default: one a core, fewer for little work]",
+    help="Processes of each rank. [default: one per core, fewer for little work]",
 )
 def ingest(
     paths: tuple[Path, ...],
@@ -117,25 +121,27 @@ def ingest(
     workers: int | None,
     **options: Any,
 ) -> None:
-    """Turn camera files PATHS into recordings of a corpus.
+    """Add the recordings in camera files to a corpus.
 
-    \b
-    Reads Photron .mraw with .cih/.cihx (8, 12, 16 bit), Phantom .cine, Shimadzu HPV-X2 .dat,
-    DXchange and plain HDF5, TIFF stacks, and folders of numbered TIFF or PNG files.
+    PATHS are files, globs and folders, which are searched. Formats: Photron .mraw with .cih or
+    .cihx (8, 12, 16 bit), Phantom .cine, Shimadzu HPV-X2 .dat, HDF5 (DXchange or any dataset), TIFF
+    stacks, and folders of numbered TIFF or PNG files.
 
-    Frame rate, pixel size, exposure, bit depth and camera are kept where the file has them. A
-    recording is in the corpus whole or not at all; repeat the command after an interruption and
-    it goes on with what is missing. The result is the same on any number of processes and ranks.
+    Frame rate, pixel size, exposure, bit depth and camera are kept if the file states them. With
+    --lr, the fast camera's own recording of the same shot is stored beside the sharp frames.
+
+    A recording is in the corpus completely or not at all; an interrupted command continues when it
+    is repeated. The result is the same on any number of processes and ranks.
     """
     from hpc_xvr.config import Dist
     from hpc_xvr.data.ingest.run import ingest as run
     from hpc_xvr.data.ranks import ONE_RANK
     from hpc_xvr.distributed.launch import cpu_threads, discover
 
-    told = [name for name, value in options.items() if name.startswith("lr_") and value]
-    told += [name for name in ("registration", "gap") if options[name]]
-    if told and not options["lr"]:
-        names = ", ".join(f"--{name}" for name in told)
+    of_lr = [name for name, value in options.items() if name.startswith("lr_") and value]
+    of_lr += [name for name in ("registration", "gap") if options[name]]
+    if of_lr and not options["lr"]:
+        names = ", ".join(f"--{name}" for name in of_lr)
         raise InputError(f"{names.replace('_', '-')}: for a fast camera's files; give --lr too")
     camera, lr_camera = take_reading("hr", options), take_reading("lr", options)
     pairing = take_pairing(options)
@@ -167,7 +173,7 @@ def ingest(
 
 
 def _show_outcomes(outcomes: list[Any]) -> None:
-    """What became of the files; of many, only those that were not simply added."""
+    """Print what became of the files; of many, only those that were not simply added."""
     from collections import Counter
 
     from hpc_xvr.log import print_table
@@ -191,18 +197,21 @@ def _show_outcomes(outcomes: list[Any]) -> None:
 """,
 )
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.option("--all", "everything", is_flag=True, help="Show every recording, however many.")
+@click.option("--all", "everything", is_flag=True, help="List every recording, however many.")
 @click.option(
     "--sheet",
     is_flag=False,
     flag_value="",
     metavar="[FILE.png]",
-    help="Write a contact sheet: first, middle and last frame of each recording (of 48 of them, "
-    "spread evenly; --all: of all, on several pages). [default name: CORPUS-sheet.png]",
+    help="Write a contact sheet: first, middle and last frame of 48 recordings, spread evenly, or "
+    "with --all of every recording, on several pages. [default: CORPUS-sheet.png]",
 )
-@click.option("--verify", is_flag=True, help="Read every recording and check its checksum.")
+@click.option("--verify", is_flag=True, help="Read every recording and verify its checksum.")
 def inspect(corpus: Path, everything: bool, sheet: str | None, verify: bool) -> None:
-    """Show the recordings of CORPUS; exit code 2 if --verify finds a damaged one."""
+    """List the recordings of CORPUS, verify them, or draw a contact sheet.
+
+    The exit code is 2 if --verify finds a damaged recording.
+    """
     from hpc_xvr.log import logger, track
 
     opened = _show_corpus(corpus, everything)
@@ -228,9 +237,9 @@ def inspect(corpus: Path, everything: bool, sheet: str | None, verify: bool) -> 
 
 
 MANY = 50
-"""Recordings that a table shows one by one."""
+"""Up to so many recordings are listed one by one."""
 FIRST = 10
-"""Recordings that it shows of more."""
+"""Recordings that are listed of more."""
 
 
 def _show_corpus(corpus: Path, everything: bool = False) -> Corpus:
@@ -252,20 +261,15 @@ def _show_corpus(corpus: Path, everything: bool = False) -> Corpus:
     )
     many = len(videos) > MANY and not everything
     if many:
-        kinds: Counter[tuple[str, ...]] = Counter()
+        kinds: Counter[tuple[str, str, str]] = Counter()
         for v in videos:
             info = v.info
             kinds[(info.scene, info.camera, info.split)] += 1
-        groups = sorted({kind[:2] for kind in kinds})
-        print_table(
-            title,
-            ["scene", "camera", "recordings", *splits],
-            [
-                [*group, sum(kinds[(*group, s)] for s in splits)]
-                + [kinds[(*group, s)] for s in splits]
-                for group in groups
-            ],
-        )
+        rows: list[list[Any]] = []
+        for scene, camera in sorted({kind[:2] for kind in kinds}):
+            counts = [kinds[scene, camera, split] for split in splits]
+            rows.append([scene, camera, sum(counts), *counts])
+        print_table(title, ["scene", "camera", "recordings", *splits], rows)
         title = f"the first {FIRST} of {len(videos)} recordings; --all shows the others"
     print_table(
         title,

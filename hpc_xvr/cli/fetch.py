@@ -13,8 +13,10 @@ from hpc_xvr.cli.common import Examples, settings
     cls=Examples,
     examples="""
     hpc-xvr fetch rad_00001 --corpus published/rad_00001
-    hpc-xvr fetch rad_00002 --corpus published/rad_00002 --set fetch.folder=/scratch/downloads
-    hpc-xvr fetch mine --corpus mine --set fetch.address.mine=https://host/frames.zip
+    hpc-xvr fetch rad_00002 --corpus published/rad_00002 \\
+        --set fetch.folder=/scratch/downloads
+    hpc-xvr fetch mine --corpus mine \\
+        --set fetch.address.mine=https://host/frames.zip
 """,
 )
 @click.argument("name")
@@ -22,7 +24,7 @@ from hpc_xvr.cli.common import Examples, settings
     "--corpus",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder of the corpus: made if missing, added to if there.",
+    help="Folder of the corpus; created if missing, else added to.",
 )
 @click.option(
     "--split",
@@ -31,16 +33,18 @@ from hpc_xvr.cli.common import Examples, settings
     show_default=True,
     help="Split that the recording goes into.",
 )
-@click.option("--config", type=click.Path(path_type=Path), help="File with a section fetch.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="Config file with a section `fetch`."
+)
 @settings
 def fetch(
     name: str, corpus: Path, split: str, config: Path | None, overrides: tuple[str, ...]
 ) -> None:
     """Download the published test set NAME (rad_00001, rad_00002) into a corpus.
 
-    The archive is kept in fetch.folder. A download that was stopped goes on where it was; it is
-    checked against fetch.sha256 where one is given, unpacked, and its sharp and low-resolution
-    frames become one recording. No GPU, torch or MPI is needed.
+    The archive is downloaded to fetch.folder, where it stays, and checked against fetch.sha256, if
+    that is set. Its sharp and low-resolution frames become one recording. An interrupted download
+    continues when the command is repeated. Neither GPU nor torch nor MPI is needed.
     """
     from hpc_xvr.config import load
     from hpc_xvr.data.fetch import fetch as run

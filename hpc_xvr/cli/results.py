@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def _evaluation_config(
     path: Path | None, overrides: tuple[str, ...], wanted: dict[str, Any]
 ) -> Config:
-    """The config of a file, with the options that were given in its section `evaluate`."""
+    """Load a config and put the options that were given into its section `evaluate`."""
     from hpc_xvr.config import load, with_evaluate
 
     given = {
@@ -42,12 +42,12 @@ def _evaluation_config(
 
 
 def _data_of(weights: Path) -> tuple[str, ...]:
-    """The section `data` that a file of weights of ours was trained with, as an override."""
+    """The section `data` that a file of our own weights was trained with, as an override."""
     from hpc_xvr.factory.weights import read_weights
 
     try:
         config = read_weights(weights).config
-    except InputError:  # the authors' weights say nothing of data; others are refused later
+    except InputError:  # the authors' weights have no config; unreadable ones are refused later
         return ()
     return (f"data={json.dumps(config.model_dump(mode='json')['data'])}",)
 
@@ -56,23 +56,25 @@ def _data_of(weights: Path) -> tuple[str, ...]:
     cls=Examples,
     examples="""
     hpc-xvr evaluate runs/quickstart
-    mpirun -n 2 hpc-xvr evaluate runs/a runs/b --gap 4 --gap 20 --noise none --noise 1e3
+    mpirun -n 2 hpc-xvr evaluate runs/a runs/b --gap 4 --gap 20 \\
+        --noise none --noise 1e3
     hpc-xvr evaluate bicubic bayes --corpus corpus --out comparison
-    hpc-xvr evaluate peer=net_g_latest.pth --config configs/compare/published_protocol.yaml
+    hpc-xvr evaluate peer=net_g_latest.pth \\
+        --config configs/compare/published_protocol.yaml
 """,
 )
 @click.argument("what", nargs=-1)
 @click.option(
     "--config",
     type=click.Path(path_type=Path),
-    help="Sections evaluate, data and run of this file. [default: those of the first run]",
+    help="Config file for the sections evaluate, data and run. [default: that of the first run]",
 )
 @click.option(
     "--corpus",
     "corpora",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="May be given many times. [default: the run's own]",
+    help="Corpus to evaluate on. May be repeated. [default: that of the first run]",
 )
 @click.option(
     "--split",
@@ -83,35 +85,39 @@ def _data_of(weights: Path) -> tuple[str, ...]:
     "--gap",
     multiple=True,
     type=click.IntRange(2),
-    help="Frames from key frame to key frame. May be given many times. "
-    "[default: the run's data.hr_gap]",
+    help="Frames from key frame to key frame. May be repeated. [default: data.hr_gap of the "
+    "first run]",
 )
 @click.option(
     "--noise",
     multiple=True,
     metavar="LEVEL",
     help="Noise on the fast camera's frames: none, photons per pixel at full scale (1e3), or "
-    "KIND:PHOTONS. May be given many times. [default: none]",
+    "KIND:PHOTONS (see data.noise for kinds). May be repeated. [default: none]",
 )
 @click.option(
     "--method",
     "methods",
     multiple=True,
     help="Compare with this method: bicubic, nearest_hr, linear_hr, detail, adaptive, bayes. "
-    "May be given many times. [default: all, unless WHAT names some]",
+    "May be repeated. [default: all, unless WHAT names some]",
 )
-@click.option("--reference", help="Method all others are compared with. [default: detail]")
+@click.option("--reference", help="Method that all others are compared with. [default: detail]")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="Folder of the results. [default: RUN/evaluation of the first run]",
 )
-@click.option("--restart", is_flag=True, help="Score again what an earlier call finished.")
+@click.option(
+    "--restart",
+    is_flag=True,
+    help="Score everything again, not only what an earlier call did not finish.",
+)
 @settings
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
-    help="Default: as the first run was trained.",
+    help="[default: as the first run was trained]",
 )
 @which_checkpoint
 @engine_option
@@ -126,19 +132,21 @@ def evaluate(
     which: Literal["newest", "best"],
     **wanted: Any,
 ) -> None:
-    """Compare trained models and methods that need no training, on held-out recordings.
+    """Compare trained models, and methods without training, on held-out recordings.
 
-    WHAT are run folders, files of weights (ours or the authors'), NAME=PATH to call one NAME, or
-    methods by name. Each recording is degraded to what the fast camera would see, reconstructed
-    from it and from a key frame every --gap frames, and compared with the truth: PSNR (dB), SSIM
-    and AAD on the 8-bit scale, edge sharpness and flicker; key frames excluded. Ranks share the
-    recordings. A call that was stopped goes on where it was.
+    Each WHAT is a run folder, a file of weights (ours or the authors'), NAME=PATH to give one of
+    these a name, or the name of a method.
+
+    Each recording is degraded to what the fast camera would see, reconstructed from that and a key
+    frame every --gap frames, and compared with the truth: PSNR (dB), SSIM and AAD on the 8-bit
+    scale, edge sharpness and flicker, all without the key frames. Ranks share the recordings. An
+    interrupted call continues when it is repeated.
     """
     from hpc_xvr.config import Dist, with_evaluate
 
     models = [path for path in (Path(text.rpartition("=")[2]) for text in what) if path.exists()]
     if not models and out is None:
-        raise InputError("evaluate: without a run folder say where the results go: --out FOLDER")
+        raise InputError("evaluate: without a run folder, say where the results go: --out FOLDER")
     folder = out or (models[0] if models[0].is_dir() else models[0].with_suffix("")) / "evaluation"
     if config is None and models:
         if models[0].is_dir():
@@ -147,7 +155,9 @@ def evaluate(
             overrides = (*_data_of(models[0]), *overrides)
     cfg = _evaluation_config(config, overrides, wanted)
     if not wanted["methods"] and any("=" not in text and not Path(text).exists() for text in what):
-        cfg = with_evaluate(cfg, methods=[])  # those without learning are named: no others
+        cfg = with_evaluate(
+            cfg, methods=[]
+        )  # methods without training are named: compare only with those
     patient = Dist(timeout_s=7 * 86400)  # ranks may have very different recordings
     comm = connect(engine or "auto", device or cfg.run.device, patient)
     from hpc_xvr.evaluate.workflow import evaluate as run
@@ -161,18 +171,21 @@ def evaluate(
     cls=Examples,
     examples="""
     hpc-xvr reconstruct runs/quickstart --video sim-0001-spray --out spray.tif
-    hpc-xvr reconstruct runs/mine --lr fast.tif --hr slow.tif --gap 20 --out movie.h5
-    hpc-xvr reconstruct runs/mine --lr fast.dat --hr slow.cihx --gap 8 --out m.tif --movie m.gif
+    hpc-xvr reconstruct runs/mine --lr fast.tif --hr sharp.tif --gap 20 --out m.h5
+    hpc-xvr reconstruct runs/mine --lr fast.dat --hr sharp.cihx --gap 8 \\
+        --registration cameras.yaml --crop --out m.tif --movie m.gif
 """,
 )
 @a_run
-@click.option("--lr", type=click.Path(path_type=Path), help="File of the fast camera.")
-@click.option("--hr", type=click.Path(path_type=Path), help="File of the slow, sharp camera.")
+@click.option("--lr", type=click.Path(path_type=Path), help="Recording of the fast camera.")
+@click.option("--hr", type=click.Path(path_type=Path), help="Recording of the slow, sharp camera.")
 @pairing_options
 @camera_options("lr")
 @camera_options("hr")
-@click.option("--corpus", type=click.Path(path_type=Path), help="Default: the run's own.")
-@click.option("--video", help="Reconstruct this recording of the corpus instead of two files.")
+@click.option("--video", help="Recording of a corpus to reconstruct, instead of two files.")
+@click.option(
+    "--corpus", type=click.Path(path_type=Path), help="Corpus of --video. [default: the run's own]"
+)
 @click.option(
     "--out",
     required=True,
@@ -180,7 +193,9 @@ def evaluate(
     help="Result: .tif (16-bit stack) or .h5 (DXchange).",
 )
 @click.option(
-    "--movie", type=click.Path(path_type=Path), help="Side-by-side animation: .gif or .webp."
+    "--movie",
+    type=click.Path(path_type=Path),
+    help="Side-by-side animation (.gif, .webp) or strip (.png).",
 )
 @which_checkpoint
 @device_of_run
@@ -197,19 +212,20 @@ def reconstruct(
     which: Literal["newest", "best"],
     **options: Any,
 ) -> None:
-    """Make the fast sharp movie with the model of RUN: a run folder, a file of hpc-xvr export, or
-    weights of the authors' program.
+    """Reconstruct sharp frames at the fast camera's rate.
 
-    Either from two camera files (--lr and --hr), or from a recording of a corpus (--video). Of two
-    files the fast camera's pixels must lie on the sharp frames as the model was trained: a corner
-    in common and `data.scale` times as large, or say with --registration where they lie. Say of
-    each camera what you said to `hpc-xvr ingest`, with the same options.
+    RUN is a run folder, a file made by `hpc-xvr export`, or weights of the authors' program. The
+    frames come from two camera files (--lr and --hr) or from a recording of a corpus (--video).
+
+    Give each camera the options that `hpc-xvr ingest` was given for its training data. Without
+    --registration, the upper left corners of both cameras' frames must coincide, and a fast pixel
+    must be `data.scale` sharp ones wide.
     """
     from hpc_xvr.distributed.launch import discover
     from hpc_xvr.reconstruction.workflow import CameraFiles, CorpusRecording, reconstruct_run
 
     if discover().size > 1:
-        raise InputError("reconstruct is one process; start it without mpirun")
+        raise InputError("reconstruct runs in one process; start it without mpirun")
     lr_camera, hr_camera = take_reading("lr", options), take_reading("hr", options)
     pairing = take_pairing(options)
     source: CameraFiles | CorpusRecording
@@ -220,13 +236,12 @@ def reconstruct(
         if stated or pairing.start or pairing.registration or crop:
             raise InputError(
                 "options of cameras, --lr-start, --registration and --crop are for camera files "
-                "(--lr and --hr); a recording of a corpus was read with its own: leave them out"
+                "(--lr and --hr); leave them out for a recording of a corpus"
             )
         source = CorpusRecording(corpus, video, pairing.gap)
     else:
         raise InputError(
-            "reconstruct from --lr and --hr (two camera files), or from --video "
-            "(a recording of the corpus)"
+            "give either --lr and --hr (two camera files) or --video (a recording of the corpus)"
         )
     comm = connect("serial", device or configured_device(run))
     reconstruct_run(run, comm.device, source, out=out, movie=movie, which=which)
@@ -237,20 +252,23 @@ def reconstruct(
     examples="""
     hpc-xvr export runs/quickstart --out quickstart.safetensors
     hpc-xvr export runs/mine --checkpoint best --raw --out mine.safetensors
-    hpc-xvr reconstruct quickstart.safetensors --lr fast.tif --hr slow.tif --gap 20 --out m.tif
+    hpc-xvr reconstruct quickstart.safetensors --lr fast.tif --hr sharp.tif \\
+        --gap 20 --out movie.tif
 """,
 )
 @a_run
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Result: a .safetensors file."
 )
-@click.option("--raw", is_flag=True, help="The weights of the last step, not their average.")
+@click.option(
+    "--raw", is_flag=True, help="The weights of the last step instead of their moving average."
+)
 @which_checkpoint
 def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) -> None:
-    """Write the trained weights of RUN, with its config, to one file to keep or to give away.
+    """Write the trained weights of RUN, with its config, to one file.
 
-    The file holds numbers and text only. It takes the place of RUN in evaluate and reconstruct,
-    and is a start for another training (config key train.weights).
+    The file holds only numbers and text, so it is safe to share. It can replace RUN in `evaluate`
+    and `reconstruct`, and training can start from it (config key train.weights).
     """
     from hpc_xvr.factory.weights import export_weights
 
@@ -264,8 +282,8 @@ def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) ->
 def report(run: Path) -> None:
     """Write RUN/report.html: one page with curves, tables, pictures and settings.
 
-    For a folder that `evaluate --out` made: its comparison.html, with tables and pictures.
-    The page needs nothing but itself: send it, archive it, open it anywhere.
+    For a folder made by `evaluate --out`, write its comparison.html with tables and pictures. The
+    page is self-contained: send it, archive it, open it anywhere.
     """
     from hpc_xvr.report import write_report
 

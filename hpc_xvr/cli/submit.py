@@ -1,4 +1,4 @@
-"""The command that hands a job to a scheduler."""
+"""The command that submits a job to a scheduler."""
 
 from __future__ import annotations
 
@@ -52,13 +52,16 @@ def _assignments(
     cls=Examples,
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     examples="""
-    hpc-xvr submit --site polaris --nodes 10 --time 3:00:00 --queue prod --account MYPROJECT \\
-        --chain until-done train configs/published.yaml --set train.global_batch=40 \\
-        --set data.corpus=corpus --set data.stage_dir={scratch}/corpus
-    hpc-xvr submit --site slurm --nodes 2 --time 30 --dry-run train configs/recommended.yaml
-    hpc-xvr submit --site mine.env --nodes 4 --time 60 ingest beamtime/ --corpus corpus --skip-bad
-    hpc-xvr submit --site perlmutter --nodes 4 --time 30 --account m1234 --queue debug \\
-        benchmarks/scaling.py --ranks 4,8,16 --device cuda
+    hpc-xvr submit --site polaris --nodes 10 --time 3:00:00 --queue prod \\
+        --account MYPROJECT --chain until-done train configs/published.yaml \\
+        --set train.global_batch=40 --set data.corpus=corpus \\
+        --set data.stage_dir={scratch}/corpus
+    hpc-xvr submit --site slurm --nodes 2 --time 30 --dry-run \\
+        train configs/recommended.yaml
+    hpc-xvr submit --site mine.env --nodes 4 --time 60 \\
+        ingest beamtime/ --corpus corpus --skip-bad
+    hpc-xvr submit --site perlmutter --nodes 4 --time 30 --account m1234 \\
+        --queue debug benchmarks/scaling.py --ranks 4,8,16 --device cuda
 """,
 )
 @click.option(
@@ -69,14 +72,14 @@ def _assignments(
     default="1",
     show_default=True,
     callback=_nodes,
-    help="Several, such as 1,2,4: a job for each.",
+    help="Nodes of the job; several numbers, such as 1,2,4, submit a job for each.",
 )
 @click.option(
     "--time",
     required=True,
     metavar="HH:MM:SS",
     callback=_time,
-    help="How long one job may run; a number alone is minutes.",
+    help="Time limit of one job; a plain number is minutes.",
 )
 @click.option("--account", help="Project to charge.")
 @click.option("--queue", help="Queue, partition or quality of service. [default: the site's]")
@@ -85,14 +88,17 @@ def _assignments(
     default="1",
     metavar="N|until-done",
     callback=_chain,
-    help="N jobs, one after the other; or one that starts itself again until the run is done.",
+    show_default=True,
+    help="N jobs, one after the other; or one that is submitted again until the run is done.",
 )
-@click.option("--ranks-per-node", type=click.IntRange(1), help="[default: one per GPU]")
+@click.option(
+    "--ranks-per-node", type=click.IntRange(1), help="Ranks on each node. [default: one per GPU]"
+)
 @click.option(
     "--margin",
     type=click.IntRange(1),
     metavar="SECONDS",
-    help="Stop the run that long before the time is up. [default: a tenth of it, at most 300]",
+    help="Stop the run this long before its time limit. [default: a tenth of it, at most 300]",
 )
 @click.option(
     "--env",
@@ -100,15 +106,15 @@ def _assignments(
     multiple=True,
     metavar="KEY=VALUE",
     callback=_assignments,
-    help="Another value for a line of the site's file, or one more variable. May be repeated.",
+    help="Set a variable of the job, in place of the site file's value. May be repeated.",
 )
 @click.option(
     "--directive",
     "directives",
     multiple=True,
-    help="One more directive for the scheduler, such as --gpus-per-node=4. May be repeated.",
+    help="Additional directive for the scheduler, such as --gpus-per-node=4. May be repeated.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the script and send nothing.")
+@click.option("--dry-run", is_flag=True, help="Print the job script and submit nothing.")
 @click.argument("job", nargs=-1, required=True, type=click.UNPROCESSED)
 def submit(
     site: str,
@@ -118,13 +124,15 @@ def submit(
     job: tuple[str, ...],
     **asked: Any,
 ) -> None:
-    """Hand JOB to a cluster's scheduler: a command of hpc-xvr, or a script, with all it takes.
+    """Submit JOB, an hpc-xvr command or a script, to a cluster's scheduler.
 
-    The job uses the environment this command runs in. A training run stops in good order before
-    the time is up, and goes on where it was when it starts again; a run that fails without a new
-    checkpoint is not started again. Script, log and a record of the starts are in RUN/jobs.
+    JOB includes all arguments of the command or script. {nodes} in it stands for the number of
+    nodes, {scratch} for the site's node-local disk. The job runs in the environment of this
+    command.
 
-    {nodes} in JOB becomes the number of nodes, {scratch} the site's disk in each node.
+    A training run stops with a checkpoint before its time is up and continues from there when it
+    starts again; a run that fails without a new checkpoint is not started again. Script, log and a
+    record of the starts are in RUN/jobs, or in runs/jobs if the job has no run folder.
 
     What the queue or the job itself would refuse is refused here, with the reason.
     """
@@ -153,7 +161,9 @@ def submit(
         check(made)
         ranks_fit(count * made.per_node)
         if chain != 1 and not made.run:
-            raise InputError(f"--chain is for train; {arguments[0]} has nothing to go on from")
+            raise InputError(
+                f"--chain is for train; {arguments[0]} has no checkpoints to continue from"
+            )
         jobs.append(made)
     for made in jobs:
         if dry_run:
@@ -173,7 +183,7 @@ def _inspect_script(arguments: list[str]) -> _Inspected:
 
 
 def _inspect_command(arguments: list[str]) -> _Inspected:
-    """Read the command as it will be read in the job, so that what is wrong is said now."""
+    """Parse the command as the job will, so that errors are reported now."""
     from hpc_xvr.cli import cli
 
     name = arguments[0]

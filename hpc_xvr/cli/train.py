@@ -46,8 +46,9 @@ UNFINISHED = 75  # "not done yet, start me again": what job scripts requeue on
     cls=Examples,
     examples="""
     mpirun -n 2 hpc-xvr train configs/pulse.yaml
-    mpirun -n 5 hpc-xvr train configs/published.yaml --set data.corpus=corpus --resume
-    hpc-xvr train configs/quickstart.yaml --set run.dir=runs/mine --set train.steps=100
+    mpirun -n 5 hpc-xvr train configs/published.yaml --set data.corpus=corpus
+    hpc-xvr train configs/quickstart.yaml --set run.dir=runs/mine \\
+        --set train.steps=100
     mpirun -n 5 hpc-xvr train configs/published.yaml --resume --max-time 02:55:00
     hpc-xvr train configs/published.yaml --find-batch
 """,
@@ -58,17 +59,17 @@ UNFINISHED = 75  # "not done yet, start me again": what job scripts requeue on
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on from the run folder's newest valid checkpoint, or start if none.",
+    help="Continue from the run folder's newest valid checkpoint; start if there is none.",
 )
 @click.option(
     "--max-time",
     type=Duration(),
-    help="Stop in good order before this process is that old, with a checkpoint. Also minutes.",
+    help="Stop with a checkpoint before this process has run this long; a plain number is minutes.",
 )
 @click.option(
     "--find-batch",
     is_flag=True,
-    help="Train nothing: measure speed and memory of micro-batches, one process.",
+    help="Measure speed and memory of micro-batches in one process, instead of training.",
 )
 def train(
     config: Path,

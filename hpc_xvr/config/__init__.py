@@ -1,7 +1,7 @@
 """The typed config tree: YAML file + `--set a.b=value`, checked whole before anything starts.
 
-An unknown key is an error that lists the keys there are. The tree as resolved is written into the
-run folder and can be read back from there.
+An unknown key is an error that lists the known ones. The resolved tree is written into the run
+folder and can be read back from there.
 """
 
 from hpc_xvr.config.loading import check, dump, flat, load, with_evaluate

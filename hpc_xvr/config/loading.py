@@ -18,7 +18,7 @@ def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config, apply `a.b=value` overrides in order, check everything.
 
     Raises:
-        InputError: the file is missing or no YAML mapping, a key is unknown, a value has the
+        InputError: the file is missing or not a YAML mapping, a key is unknown, a value has the
             wrong type or is out of range. One line: key, what was found, what is allowed.
     """
     tree = _read_yaml(Path(path)) if path is not None else {}
@@ -40,7 +40,11 @@ def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def check(tree: Any, source: str, overrides: dict[str, str] | None = None) -> Config:
-    """The typed tree of plain dicts from `source`; `overrides` tells where keys came from.
+    """Check a tree of plain dicts and return it as a typed one.
+
+    Args:
+        source: where the tree comes from, for errors.
+        overrides: key -> the `--set` option that it comes from, for errors.
 
     Raises:
         InputError: as `load`.
@@ -104,7 +108,7 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any, text: str) -> Non
     for key in keys[:-1]:
         tree = tree.setdefault(key, {})
         if not isinstance(tree, dict):
-            raise InputError(f"--set {text}: {key} is no section")
+            raise InputError(f"--set {text}: {key} is not a section")
     tree[keys[-1]] = value
 
 
@@ -125,24 +129,23 @@ def _explain(error: ValidationError, source: str, overrides: dict[str, str]) -> 
         section = _section(location[:-1])
         valid = sorted(section.model_fields) if section else []
         close = difflib.get_close_matches(location[-1], valid, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = f"; did you mean {close[0]}?" if close else "."
         where = ".".join(location[:-1]) or "the config"
-        return f"{source}: unknown key {key}{hint} Keys of {where}: {', '.join(valid)}".replace(
-            "? Keys", "? Keys"
-        ).replace(f"{key} Keys", f"{key}. Keys")
+        return f"{source}: unknown key {key}{hint} Keys of {where}: {', '.join(valid)}"
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
     shown = "" if isinstance(problem["input"], (dict, BaseModel)) else f", got {problem['input']!r}"
     return f"{source}: {key + ': ' if key else ''}{message}{shown}"
 
 
 def _section(location: list[str]) -> type[BaseModel] | None:
-    section: Any = Config
+    section: type[BaseModel] = Config
     for name in location:
         field = section.model_fields.get(name)
         if field is None:
             return None
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
-        if section is None:
+        found = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if found is None:
             return None
+        section = found
     return section

@@ -11,7 +11,6 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NoiseKind = Literal["none", "poisson", "poisson_gaussian", "fixed_pattern"]
-EXPERIMENTS = ("keyhole", "spray", "bubbles", "crack", "tissue")
 SceneName = Literal["keyhole", "spray", "bubbles", "crack", "tissue", "layers"]
 SensorName = Literal["sa-z", "hpv-x2"]
 Split = Literal["train", "validation", "test"]
@@ -35,8 +34,8 @@ class Run(Section):
     """CPU threads of a rank. Default: OMP_NUM_THREADS where it is set (torchrun sets it to 1 if you
     do not), else the cores that the rank is bound to, else cores of the node / ranks on it."""
     utilisation_s: Annotated[float, Field(ge=0)] = 2.0
-    """Seconds between two looks at GPU, CPU and memory of each rank, by one thread a node, which go
-    to utilisation/ in the run folder. 0: none."""
+    """Seconds between two samples of GPU, CPU and memory use, which one thread per node writes to
+    utilisation/ in the run folder. 0: none."""
 
 
 class CameraShare(Section):
@@ -59,7 +58,13 @@ class Simulate(Section):
     cameras: Annotated[dict[SensorName, CameraShare], Field(min_length=1)] = {"sa-z": CameraShare()}
     """Sharp cameras and their shares of each scene's recordings: sa-z (12 bit) and hpv-x2 (10
     bit). The fast low-resolution one beside them is an hpv-x2."""
-    scenes: Annotated[list[SceneName], Field(min_length=1)] = list(EXPERIMENTS)
+    scenes: Annotated[list[SceneName], Field(min_length=1)] = [
+        "keyhole",
+        "spray",
+        "bubbles",
+        "crack",
+        "tissue",
+    ]
     """Scenes, dealt to the recordings in turn: five kinds of experiment, and layers (textures that
     move through each other, for training)."""
     splits: dict[Split, Fraction] = {"train": 0.75, "validation": 0.125, "test": 0.125}
@@ -129,9 +134,9 @@ class Data(Section):
     lr_source: Literal["binned", "recorded"] = "binned"
     """binned: simulate the fast camera from the sharp frames. recorded: its own stream."""
     noise: NoiseKind = "poisson"
-    """Put on binned low-resolution frames in training. poisson: photon noise, as published;
-    poisson_gaussian: read noise too; fixed_pattern: also gains of pixels and columns, which stay
-    the same throughout a recording."""
+    """Noise added to binned low-resolution frames in training. poisson: photon noise, as published;
+    poisson_gaussian: and read noise; fixed_pattern: and gains of pixels and columns, which stay the
+    same throughout a recording."""
     photons_log10: tuple[float, float] = (1.0, 7.0)
     """Range of log10(photons per pixel at full scale), drawn anew for each sample."""
     hr_noise: NoiseKind = "none"
@@ -145,13 +150,13 @@ class Data(Section):
     augment: bool = True
     """Flips and 90-degree rotations."""
     workers: NotNegative = 0
-    """Processes that read ahead, per rank (0: the rank reads for itself)."""
+    """Processes per rank that prepare samples ahead of time (0: the rank prepares its own)."""
     damaged: Literal["stop", "drop"] = "stop"
-    """When a recording's data do not match their checksum. stop: end the run. drop: warn, and take
-    other samples for those that cannot be read: the same ones whatever the number of ranks."""
+    """When a recording's data do not match their checksum. stop: end the run. drop: warn, and
+    replace samples that cannot be read by others, the same ones on any number of ranks."""
     stage_dir: Path | None = None
-    """Node-local disk to copy the recordings to that a node's ranks will read, once; copies that
-    are there already are used again."""
+    """Folder on a node-local disk to which the recordings that a node's ranks read are copied
+    first; existing copies are reused."""
 
     @model_validator(mode="after")
     def _fits(self) -> Data:
@@ -179,9 +184,9 @@ class Model(Section):
     output: Literal["centre", "sequence"] = "centre"
     """Frames that come out: the centre one, or one for each low-resolution frame."""
     base: Literal["none", "bicubic", "detail", "adaptive", "bayes"] = "none"
-    """Picture the network adds its output to: none as published, bicubic interpolation, detail
-    transfer, detail transfer where the scene has not moved, corrected by the network, or Bayesian
-    fusion."""
+    """Picture that the network's output is added to. none: no picture, as published; bicubic:
+    interpolation; detail: detail transfer; adaptive: detail transfer where the scene has not moved,
+    corrected by the network; bayes: Bayesian fusion."""
     embed_dim: Positive = 192
     """Channels of the transformer (EDVR: of all features; key_propagation: of its fusing part)."""
     depths: Annotated[list[Positive], Field(min_length=1)] = [2, 2, 18, 2]
@@ -206,9 +211,9 @@ class Model(Section):
     up_features: Positive = 64
     """Channels of the upsampling convolutions."""
     attention: Literal["auto", "fused", "flex", "explicit"] = "auto"
-    """How attention is computed. auto: the fastest measured, which is fused on GPUs, and our own
-    kernels for bf16 on CPUs that multiply it themselves; fused: torch's kernels; flex:
-    FlexAttention, to be compared on GPUs; explicit: the whole matrix, for checks."""
+    """How attention is computed. auto: the fastest measured: fused on GPUs, our own kernels for
+    bf16 on CPUs with bf16 instructions; fused: torch's kernels; flex: FlexAttention, for
+    comparisons on GPUs; explicit: the whole attention matrix, for checks."""
 
     @model_validator(mode="after")
     def _fits(self) -> Model:
@@ -247,10 +252,10 @@ class Optim(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay (AdamW); 0 as published."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of the gradient; longer ones are scaled down to it."""
+    """Largest norm of the gradient; larger ones are scaled down to it. Default: no limit."""
     skip_norm: Annotated[float, Field(gt=0)] | None = None
-    """A step whose gradient is longer than this (before clip_norm) is left out, as one that is not
-    finite is."""
+    """Steps whose gradient has a larger norm than this (before clip_norm) are skipped, like those
+    whose gradient is not finite. Default: no limit."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights that are validated and exported; 0 turns averaging off."""
 
@@ -268,7 +273,7 @@ class Train(Section):
     """key_propagation: weight of the carried key frames' own loss."""
     precision: Literal["auto", "float32", "bf16", "float64"] = "float32"
     """bf16: autocast with float32 weights, residuals and reductions. auto: bf16 where the device
-    has it, else float32. float64: for checks."""
+    supports it, else float32. float64: for checks."""
     tf32: bool = True
     """Let GPUs multiply float32 numbers as TF32 (10 bits of mantissa)."""
     compile: Literal["none", "parts", "blocks"] = "none"
@@ -276,7 +281,7 @@ class Train(Section):
     blocks (blocks). Needs a C++ compiler on CPUs, Triton on GPUs, and a minute at the start."""
     recompute: Literal["none", "mlp", "blocks"] = "none"
     """Activation checkpointing: keep fewer activations and compute them again in the backward
-    pass; those of the MLPs, or all of each transformer block. `hpc-xvr train --find-batch` tells
+    pass; those of the MLPs, or all of each transformer block. `hpc-xvr train --find-batch` shows
     what fits."""
     log_every: Positive = 100
     """Steps between two lines of metrics."""
@@ -308,7 +313,7 @@ class Checkpoint(Section):
     every: Positive = 1000
     """Steps between two checkpoints (the last step is saved too)."""
     keep: Positive = 3
-    """Newest checkpoints that stay on disk; that of the best validation stays, too."""
+    """How many of the newest checkpoints stay on disk; that of the best validation stays too."""
     keep_every: Positive | None = None
     """Checkpoints of steps that are multiples of this stay for good. Default: none."""
     failures: Positive = 3
@@ -324,7 +329,7 @@ class Checkpoint(Section):
 
 
 class Dist(Section):
-    """How ranks talk, and how long they wait for each other."""
+    """How ranks communicate, and how long they wait for each other."""
 
     engine: Literal["auto", "serial", "horovod", "torch"] = "auto"
     """auto: serial on one rank; on more Horovod where it is installed, else torch.distributed."""
@@ -332,13 +337,13 @@ class Dist(Section):
     """Seconds without a sign of life from a rank, or without any progress of the run, after which
     the job is ended with a message that names the rank and its step (60 more at the start)."""
     compression: Literal["none", "fp16", "bf16"] = "none"
-    """Number format in which gradients travel; they are summed in it too. bf16 needs the torch
-    engine: Horovod does not know it."""
+    """Number format in which gradients are sent and summed. bf16 needs the torch engine: Horovod
+    does not support it."""
     bucket_mb: Annotated[float, Field(gt=0)] | None = None
-    """Gradients that travel together, in MB: DDP's bucket (its default: 25), Horovod's fusion
-    buffer (128)."""
+    """Size in MB of the groups in which gradients are sent: DDP's bucket (its default: 25),
+    Horovod's fusion buffer (128)."""
     cycle_ms: Annotated[float, Field(gt=0)] | None = None
-    """Horovod: milliseconds between two looks at which gradients are ready (its default: 1)."""
+    """Horovod: milliseconds between two checks for gradients that are ready (its default: 1)."""
 
 
 class Evaluate(Section):
@@ -364,7 +369,7 @@ class Evaluate(Section):
     @model_validator(mode="before")
     @classmethod
     def _lists(cls, tree: Any) -> Any:
-        """One value may stand for a list; `photons` is what noise was called before."""
+        """One value may stand for a list; `photons` is a former name of `noise`."""
         if not isinstance(tree, dict):
             return tree
         tree = dict(tree)

@@ -1,4 +1,4 @@
-"""Published test sets: download that goes on where it stopped, check, unpack, put into a corpus."""
+"""Published test sets: resumable download, checksum, unpacking, and the way into a corpus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,21 +37,21 @@ def fetch(
     *,
     split: str = "test",
     scale: int = 4,
-    store: str = "zarr",
+    store: Literal["zarr", "hdf5"] = "zarr",
 ) -> str:
-    """Make a published data set a recording of a corpus; returns its id.
+    """Add a published data set to a corpus as one recording, and return its id.
 
-    The sharp frames become its frames and, where the set has low-resolution frames of the same
-    instants, those its `lr` stream. What an interrupted call has done is kept.
+    The sharp frames become its frames; low-resolution frames of the same instants, if the set has
+    them, become its `lr` stream. An interrupted call can be repeated and goes on where it was.
 
     Raises:
-        InputError: an unknown name, a server or disk that refuses, a wrong checksum, an archive
-            that holds something else.
+        InputError: an unknown name, an error of the server or the disk, a wrong checksum, or an
+            archive with other contents than expected.
     """
     if name not in settings.address:
         raise InputError(
-            f"{name}: no address is known for it; known are {', '.join(settings.address)}; give "
-            f"one with --set fetch.address.{name}=URL"
+            f"{name}: unknown data set; known are {', '.join(settings.address)}; give its address "
+            f"with --set fetch.address.{name}=URL"
         )
     folder = settings.folder / name
     address = settings.address[name]
@@ -63,13 +65,14 @@ def fetch(
 
 
 def download(address: str, path: Path, sha256: str | None = None, timeout_s: float = 60.0) -> Path:
-    """The file at a web address, whole and checked, or not there.
+    """Download a file to `path`, which appears complete and checked or not at all.
 
-    Bytes go to `path`.part; a later call, or the next attempt after a broken connection, asks for
-    the rest alone, unless the file on the server has changed since.
+    Bytes go to `path`.part; a later call, or the next attempt after a broken connection, asks only
+    for the rest, unless the file on the server has changed since.
 
     Raises:
-        InputError: the server refuses or cannot be reached, the disk is full, wrong checksum.
+        InputError: the server refuses or cannot be reached, the disk is full, or the checksum is
+            wrong.
     """
     if urllib.parse.urlparse(address).scheme not in ("http", "https"):
         raise InputError(f"{address}: give an address that begins with https:// or http://")
@@ -86,7 +89,7 @@ def download(address: str, path: Path, sha256: str | None = None, timeout_s: flo
                 logger.warning("%s: %s", address, problem)
             else:
                 raise InputError(
-                    f"{address}: {problem}; {part} keeps what has arrived, call again to go on"
+                    f"{address}: {problem}; {part} keeps what has arrived, call again to continue"
                 )
             _check(part, sha256, address)
             part.replace(path)
@@ -97,7 +100,7 @@ def download(address: str, path: Path, sha256: str | None = None, timeout_s: flo
 
 
 def _continue(address: str, part: Path, timeout_s: float) -> str | None:
-    """Ask for what is missing and append it; what went wrong, if it may go better next time."""
+    """Ask for what is missing and append it; return what went wrong if another attempt may help."""
     have, mark = _have(part)
     request = urllib.request.Request(address)
     if have:
@@ -110,7 +113,7 @@ def _continue(address: str, part: Path, timeout_s: float) -> str | None:
             mark = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
             if whole:
                 have = 0
-                # Without a mark of its version the file may be another one next time.
+                # Without a mark of its version, the server's file may be another one next time.
                 part.unlink(missing_ok=True)
                 _facts(part).write_text(json.dumps({"mark": mark}))
             with (
@@ -128,8 +131,8 @@ def _continue(address: str, part: Path, timeout_s: float) -> str | None:
             return "the file on the server has changed: starting again"
         if 400 <= error.code < 500 and error.code not in (408, 429):
             raise InputError(
-                f"{address}: the server answers {error.code} {error.reason}; look whether the "
-                "address is right (fetch.address)"
+                f"{address}: the server answers {error.code} {error.reason}; check the "
+                "address (fetch.address)"
             ) from None
         return f"the server answers {error.code} {error.reason}"
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
@@ -145,7 +148,7 @@ def _length(answer: http.client.HTTPResponse, before: int) -> int | None:
 
 
 def _have(part: Path) -> tuple[int, str]:
-    """Bytes that can be gone on with, and the version they are of."""
+    """Bytes that have arrived, and the version of the file that they belong to."""
     try:
         mark = json.loads(_facts(part).read_text())["mark"]
         size = part.stat().st_size
@@ -169,16 +172,17 @@ def _check(path: Path, sha256: str | None, address: str) -> None:
     elif found != sha256.lower():
         path.unlink()
         raise InputError(
-            f"{address}: what arrived has the sha256 {found}, expected was {sha256}; it was "
-            "deleted: call again, or correct fetch.sha256"
+            f"{address}: the download has the sha256 {found} instead of {sha256} and was deleted: "
+            "call again, or correct fetch.sha256"
         )
 
 
 def unpack(archive: Path, folder: Path) -> Path:
-    """A ZIP archive's files under `folder`: all of them, each with its own checksum, or none.
+    """Unpack a ZIP archive into `folder`: all files, their checksums verified, or none.
 
     Raises:
-        InputError: no ZIP archive, a damaged one, one that would write elsewhere, a full disk.
+        InputError: not a ZIP archive, a damaged one, one with paths outside the folder, or a full
+            disk.
     """
     if folder.is_dir():
         return folder
@@ -206,7 +210,7 @@ def unpack(archive: Path, folder: Path) -> Path:
             beside.replace(folder)
     except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         raise InputError(
-            f"{archive}: is no whole ZIP archive ({error}); delete it and call again"
+            f"{archive}: is not a complete ZIP archive ({error}); delete it and call again"
         ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -225,8 +229,8 @@ def _two_streams(folder: Path, scale: int) -> tuple[Recording, Recording | None]
         return sharp, found[0]
     shapes = ", ".join("x".join(map(str, recording.shape)) for recording in found)
     raise InputError(
-        f"{folder}: holds recordings of {shapes}; expected was one, or two whose pixel counts are "
-        f"{scale} times apart; put what you need into a corpus with hpc-xvr ingest"
+        f"{folder}: holds recordings of {shapes}; expected one, or two whose sides differ by a "
+        f"factor of {scale}; put what you need into a corpus with hpc-xvr ingest"
     )
 
 
@@ -238,7 +242,7 @@ def _add(
     split: str,
     address: str,
 ) -> None:
-    info = {
+    info: dict[str, Any] = {
         "camera": sharp.camera,
         "frame_rate_hz": sharp.frame_rate_hz,
         "pixel_size_um": sharp.pixel_size_um,
@@ -259,7 +263,7 @@ def _add(
         }
     with progress_bar(name, sharp.shape[0], "frames") as advance:
 
-        def frames():
+        def frames() -> Iterator[np.ndarray]:
             for frame in sharp.frames():
                 advance(1)
                 yield frame

@@ -1,4 +1,4 @@
-"""Worker processes: one thread each, Ctrl-C left to their parent, ended with it."""
+"""Worker processes: they use one thread each, ignore Ctrl-C and end with their parent."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def worker_pool(
 ) -> Iterator[ProcessPoolExecutor]:
     """A pool of spawned processes, each of which first calls start(*arguments).
 
-    Left by an exception (Ctrl-C too), it kills them at once, whatever they are doing.
+    An exception in the block (Ctrl-C too) kills them at once, whatever they are doing.
     """
     before = set(multiprocessing.active_children())
     with _single_threaded():
@@ -43,7 +43,7 @@ def worker_pool(
 
 
 def start_worker(start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()) -> None:
-    """Initialise a worker: the parent alone answers Ctrl-C; a worker ends when it is gone."""
+    """Initialise a worker: it ignores Ctrl-C, and ends when its parent does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     if start is not None:
@@ -51,14 +51,16 @@ def start_worker(start: Callable[..., None] | None = None, arguments: tuple[Any,
 
 
 def end_with_parent() -> None:
-    """However the parent ended: a killed one can tell nobody."""
-    multiprocessing.parent_process().join()
+    """End this worker when its parent has ended, even if the parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "not a worker"
+    parent.join()
     os._exit(1)
 
 
 @contextlib.contextmanager
 def _single_threaded() -> Iterator[None]:
-    """Processes started within use one thread each: the cores are shared out already."""
+    """Processes started in this block use one thread each: there is one for each core."""
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update(dict.fromkeys(_THREADS, "1"))
     try:

@@ -30,19 +30,20 @@ class Registration(BaseModel):
     rotation_deg: Annotated[float, Field(ge=-45, le=45)] = 0.0
     """Of the LR frame about that corner, counter-clockwise as seen."""
     flip: Literal["none", "rows", "columns", "both"] = "none"
-    """What the LR camera shows mirrored: rows upside down, columns left to right."""
+    """How the LR camera mirrors the scene: rows upside down, columns left to right."""
 
     def to_hr(self, places: np.ndarray) -> np.ndarray:
         """HR (row, column) of places (n, 2) on the flipped LR frame."""
-        return np.asarray(self.origin) + self.scale * places @ self._rotation().T
+        hr: np.ndarray = np.asarray(self.origin) + self.scale * places @ self._rotation().T
+        return hr
 
     def to_lr(self, places: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """(row, column) on the LR frame, (height, width) `size`, of HR places (n, 2)."""
-        found = (places - np.asarray(self.origin)) @ self._rotation() / self.scale
+        lr: np.ndarray = (places - np.asarray(self.origin)) @ self._rotation() / self.scale
         for axis, names in enumerate((("rows", "both"), ("columns", "both"))):
             if self.flip in names:
-                found[:, axis] = size[axis] - found[:, axis]
-        return found
+                lr[:, axis] = size[axis] - lr[:, axis]
+        return lr
 
     def _rotation(self) -> np.ndarray:
         angle = math.radians(self.rotation_deg)
@@ -50,10 +51,10 @@ class Registration(BaseModel):
 
 
 def read_registration(text: str) -> Registration:
-    """A registration from a YAML or JSON file, or from such text itself.
+    """Read a registration from a YAML or JSON file, or from text that starts with a brace.
 
     Raises:
-        InputError: no such file, or not the fields of Registration.
+        InputError: the file cannot be read, or does not hold the fields of Registration.
     """
     where = f"registration {text}"
     try:

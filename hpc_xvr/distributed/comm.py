@@ -203,7 +203,7 @@ def _connect(wish: Wish, device: str, dist: Dist, folder: Path | None) -> Comm:
         world.seen,
         world.problem,
     )
-    mpi = None if engine == "torch without MPI" else world.mpi
+    mpi: Any = None if engine == "torch without MPI" else world.mpi
     if chosen.type == "cuda":
         if chosen.index is None and mpi and launch.size > 1:  # only MPI can tell the local rank
             local = mpi.Split_type(_shared()).Get_rank()
@@ -232,7 +232,8 @@ def device_of(launch: Launch, wish: str) -> torch.device:
         )
     if not gpus:
         return torch.device("cpu")
-    return torch.device("cuda", gpu_index(launch, gpus))
+    index = gpu_index(launch, gpus)
+    return torch.device("cuda") if index is None else torch.device("cuda", index)
 
 
 class _World(NamedTuple):

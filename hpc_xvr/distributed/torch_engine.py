@@ -34,13 +34,13 @@ _RECORDER = {
 }
 
 
-# No annotations: DDP wants them as objects. And DDP refuses torch's bf16 hook on CPUs, by its name;
-# Gloo did not know bfloat16 once.
-def _fp16(group, bucket):
+# Without annotations: DDP checks them, and takes no strings. Functions of our own: DDP refuses
+# torch's bf16 hook on CPUs by its name, from the time when Gloo could not sum bfloat16.
+def _fp16(group, bucket):  # type: ignore[no-untyped-def]
     return default_hooks.fp16_compress_hook(group, bucket)
 
 
-def _bf16(group, bucket):
+def _bf16(group, bucket):  # type: ignore[no-untyped-def]
     return default_hooks.bf16_compress_hook(group, bucket)
 
 

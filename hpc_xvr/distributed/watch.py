@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from hpc_xvr.distributed.comm import Comm
 
 EXIT_CODE = 1
-# More patience outside of training: what is imported there keeps a process's other threads waiting.
+# More patience outside of training: imports there hold up the process's other threads.
 _STARTING_S = 60.0
 # What a rank does in a step, in that order: of ranks that wait for each other, the one that is
 # furthest behind is the one the others wait for.
@@ -63,14 +63,15 @@ _ALIVE, _BYE, _EXIT = b".", b"B", b"X"
 
 def start_watch(comm: Comm, limit_s: float) -> Watch:
     """Watch over the ranks of `comm`, which all call it, with a time limit in seconds."""
+    server = _listen() if comm.is_root else None
+    told = None
+    if server:
+        told = (_address(discover()), server.getsockname()[1]), secrets.token_hex(8)
+    address, token = comm.broadcast(told)
     watch: Watch
-    if comm.is_root:
-        server = _listen()
-        meeting = (_address(discover()), server.getsockname()[1]), secrets.token_hex(8)
-        _, token = comm.broadcast(meeting)
+    if server:
         watch = _RootWatch(comm, limit_s, server, token)
     else:
-        address, token = comm.broadcast(None)
         try:
             link = socket.create_connection(address, timeout=20)
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -91,7 +92,7 @@ class Watch:
     """What both ends share. By itself it watches nothing: for a rank that cannot reach rank 0."""
 
     def __init__(self, comm: Comm, limit_s: float) -> None:
-        # Threads breathe however long a collective may take: no reason to wait longer for one.
+        # The watch's threads run while a collective waits, however long dist.timeout_s lets it.
         self._comm, self._limit = comm, min(limit_s, 3600.0)
         self._beat = min(1.0, limit_s / 8)
         self._where = f"process {os.getpid()} on {socket.gethostname()}"

@@ -40,6 +40,7 @@ PLAIN = {  # colour and dashes of methods without learning: they stay behind the
     "adaptive": ("#343a40", "-"),
     "bayes": ("#8d6e63", "--"),
 }
+MARK = "#e8590c"
 COLOURS = ("#1c5d99", "#d9480f", "#2b8a3e", "#9c36b5", "#0b7285", "#e67700")
 
 
@@ -58,58 +59,54 @@ def side_by_side(panels: Mapping[str, np.ndarray], truth: np.ndarray, title: str
     """
     errors = {name: 255 * np.abs(frame - truth) for name, frame in panels.items()}
     # Each method's error weighs the same, or the blur of the coarsest would decide alone.
-    y, x, side = worst_region(
-        sum(error / max(float(error.mean()), 1e-6) for error in errors.values())
-    )
+    region = worst_region(sum(error / max(float(error.mean()), 1e-6) for error in errors.values()))
     low, high = np.percentile(truth, (0.2, 99.8))
-    grey: dict[str, Any] = {
-        "cmap": "gray",
-        "vmin": low,
-        "vmax": max(high, low + 1e-6),
-        "interpolation": "nearest",
-    }
+    grey: dict[str, Any] = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
     top = max(float(np.percentile(np.stack(list(errors.values())), 99.5)), 1.0)
     columns = len(panels) + 1
-    height, width = truth.shape
     cell = 12.8 / columns
-    rows = (cell * height / width, cell, cell * height / width, 1.8)
+    tall = cell * truth.shape[0] / truth.shape[1]
+    rows = (tall, cell, tall, 1.8)
     with matplotlib.rc_context(STYLE | {"axes.spines.top": True, "axes.spines.right": True}):
         figure = Figure(figsize=(12.8, sum(rows) + 1.6), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(4, columns, height_ratios=rows)
-        axes = np.array(
-            [[figure.add_subplot(grid[r, c]) for c in range(columns)] for r in range(3)]
-        )
         figure.suptitle(title, fontsize=11)
-        zoom = np.s_[y : y + side, x : x + side]
-        for i, (name, frame) in enumerate([*panels.items(), ("truth", truth)]):
-            axes[0, i].imshow(frame, **grey)
-            axes[0, i].add_patch(
-                Rectangle(
-                    (x - 0.5, y - 0.5), side, side, fill=False, edgecolor="#e8590c", linewidth=1.2
-                )
-            )
-            score = "" if name == "truth" else f"\n{metrics.psnr(frame, truth):.2f} dB"
-            axes[0, i].set_title(_broken(name) + score, fontsize=8.5)
-            axes[1, i].imshow(frame[zoom], **grey)
-            axes[1, i].axhline(side // 2, color="#e8590c", linewidth=0.8, linestyle=":")
-            for row in axes[:, i]:
-                row.set_xticks([])
-                row.set_yticks([])
-            if name == "truth":
-                axes[2, i].axis("off")
-            else:
-                shown = axes[2, i].imshow(
-                    errors[name], cmap="magma", vmin=0, vmax=top, interpolation="nearest"
-                )
-        for row, label in zip(axes[:, 0], ("frame", "zoom", "absolute error"), strict=True):
-            row.set_ylabel(label)
-        for spine in (spine for panel in axes[1] for spine in panel.spines.values()):
-            spine.set_edgecolor("#e8590c")
-        inset = axes[2, -1].inset_axes([0.02, 0.06, 0.06, 0.88])
+        grid = figure.add_gridspec(4, columns, height_ratios=rows)
+        axes = [[figure.add_subplot(grid[r, c]) for r in range(3)] for c in range(columns)]
+        for (frame, zoom, error), name in zip(axes, panels, strict=False):
+            score = metrics.psnr(panels[name], truth)
+            _frame_and_zoom(frame, zoom, panels[name], region, grey)
+            frame.set_title(f"{_broken(name)}\n{score:.2f} dB", fontsize=8.5)
+            shown = error.imshow(errors[name], "magma", vmin=0, vmax=top, interpolation="nearest")
+            error.set(xticks=[], yticks=[])
+        frame, zoom, free = axes[-1]
+        _frame_and_zoom(frame, zoom, truth, region, grey)
+        frame.set_title("truth", fontsize=8.5)
+        free.axis("off")
+        inset = free.inset_axes((0.02, 0.06, 0.06, 0.88))
         figure.colorbar(shown, cax=inset, label="grey levels of 255")
+        for axis, label in zip(axes[0], ("frame", "zoom", "absolute error"), strict=True):
+            axis.set_ylabel(label)
+        y, x, side = region
         _profile(figure.add_subplot(grid[3, :]), panels, truth, y + side // 2, x, side)
     return figure
+
+
+def _frame_and_zoom(
+    whole: Axes, zoom: Axes, frame: np.ndarray, region: tuple[int, int, int], grey: dict[str, Any]
+) -> None:
+    """A frame with the region marked, and the region with the row of the profile marked."""
+    y, x, side = region
+    whole.imshow(frame, interpolation="nearest", **grey)
+    whole.add_patch(
+        Rectangle((x - 0.5, y - 0.5), side, side, fill=False, edgecolor=MARK, linewidth=1.2)
+    )
+    zoom.imshow(frame[y : y + side, x : x + side], interpolation="nearest", **grey)
+    zoom.axhline(side // 2, color=MARK, linewidth=0.8, linestyle=":")
+    for spine in zoom.spines.values():
+        spine.set_edgecolor(MARK)
+    for axis in (whole, zoom):
+        axis.set(xticks=[], yticks=[])
 
 
 def _profile(

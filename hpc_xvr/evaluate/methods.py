@@ -17,6 +17,7 @@ from hpc_xvr.factory.build import Network
 from hpc_xvr.factory.execution import prepare
 from hpc_xvr.factory.weights import SUFFIX, Which, model_of_run
 from hpc_xvr.model.edvr import EDVR
+from hpc_xvr.model.key_propagation import KeyPropagation
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.model.xvr import SwinXVR
 from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, Method, as_method
@@ -104,7 +105,7 @@ def model_entry(name: str, model: Network, precision: str = "float32") -> NamedM
         _title(model),
         method,
         n_out,
-        WHOLE_GAP if n_out == WHOLE_GAP else model.lr_frames,
+        WHOLE_GAP if isinstance(model, KeyPropagation) else model.lr_frames,
         getattr(model, "scale", 4),
         sum(p.numel() for p in model.parameters()),
         lambda h, w, scale: model.flops(*(-(-n // block) * block for n in (h, w))) / max(n_out, 1),

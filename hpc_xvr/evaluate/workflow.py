@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hpc_xvr.config import Config
 from hpc_xvr.data.corpus import Corpus, Video
@@ -56,29 +57,13 @@ def evaluate(
     methods, units, done = comm.together(load)
     done = comm.broadcast(done)  # one rank's view: no unit is done twice or left out
     todo, kept = _split(units, methods, done, setting)
-    comm.on_root(
-        lambda: logger.info(
-            "%d methods, %d recordings under %d conditions: %d of %d rows to be made",
-            len(methods),
-            len({unit.video.path for unit in units}),
-            len({unit.condition for unit in units}),
-            sum(len(missing) for _, missing in todo),
-            len(units) * len(methods),
-        )
-    )
+    comm.on_root(lambda: _announce(units, methods, todo))
     own = _share(todo, comm.rank, comm.size)
     made = comm.gather(comm.together(lambda: _score_all(own, methods, setting, cells)))
     whole = Evaluation(
         _in_order([*kept, *(row for part in made for row in part)], units, methods),
         [Facts.of(method) for method in methods.values()],
-        {
-            "split": wanted.split,
-            "scale": config.data.scale,
-            "lr_source": config.data.lr_source,
-            "seed": config.run.seed,
-            "device": str(comm.device),
-            "ranks": comm.size,
-        },
+        _settings(config, comm),
         wanted.reference if wanted.reference in methods else next(iter(methods)),
     )
 
@@ -161,6 +146,29 @@ def _score_all(
             cells.add((key_of(unit, methods[row.method], setting), row) for row in found)
             rows += found
     return rows
+
+
+def _announce(units: Sequence[Unit], methods: Mapping[str, NamedMethod], todo: Work) -> None:
+    logger.info(
+        "%d methods, %d recordings under %d conditions: %d of %d rows to be made",
+        len(methods),
+        len({unit.video.path for unit in units}),
+        len({unit.condition for unit in units}),
+        sum(len(missing) for _, missing in todo),
+        len(units) * len(methods),
+    )
+
+
+def _settings(config: Config, comm: Comm) -> dict[str, Any]:
+    """What the results say of how they were obtained."""
+    return {
+        "split": config.evaluate.split,
+        "scale": config.data.scale,
+        "lr_source": config.data.lr_source,
+        "seed": config.run.seed,
+        "device": str(comm.device),
+        "ranks": comm.size,
+    }
 
 
 def _in_order(

@@ -32,8 +32,8 @@ def window_attention(
 ) -> Tensor:
     """Attention within windows: (T, 3*A*c) -> (T, A*c).
 
-    Group i is `counts[i]` windows of N tokens with the bias `biases[i]`, (1, A, N, N). Where
-    `rows` is given, only the tokens `rows[i]` of each window ask (all answer) and come out.
+    Group i is `counts[i]` windows of N tokens with the bias `biases[i]`, (1, A, N, N). With `rows`,
+    only the tokens `rows[i]` of each window are queries (all are keys) and come out.
     """
     windows = Windows(
         [(n, bias.shape[2], 3, bias.shape[1]) for n, bias in zip(counts, biases, strict=True)],
@@ -54,7 +54,7 @@ def window_attention(
 
 @dataclass(frozen=True)
 class Windows:
-    """How the rows of a token tensor fall into windows: per group (n, N, 3, A), and who asks."""
+    """How the rows of a token tensor fall into windows: per group (n, N, 3, A), and the queries."""
 
     shapes: list[tuple[int, int, int, int]]
     rows: list[slice]

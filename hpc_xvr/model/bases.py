@@ -34,7 +34,7 @@ def interpolate_keys(hr: Tensor, weights: Tensor) -> Tensor:
 
 
 def motion_weights(lr: Tensor, hr: Tensor, weights: Tensor, tolerance: float = 0.06) -> Tensor:
-    """Lower the weight of a key frame where the scene has moved since, or not yet come to it.
+    """Lower the weight of a key frame where the scene has moved between it and the frame.
 
     Compares each low-resolution frame with the binned key frames: a difference of `tolerance`
     (full scale 1) lowers the weight to 1/e, and the other key frame takes over where it fits

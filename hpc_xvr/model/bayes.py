@@ -51,7 +51,7 @@ HALO = 16  # coarse pixels around a tile; farther ones change the estimate by le
 
 @dataclass(frozen=True)
 class Prior:
-    """What is believed of a frame before its low-resolution frame is looked at."""
+    """What is known of a frame before its low-resolution frame is taken into account."""
 
     mean: Tensor
     """(B, 1, H, W): mu, the mean given the key frames."""
@@ -122,7 +122,7 @@ class BayesianFusion:
             return self.observe(covariance(coarse), scale) + variance * coarse
 
         innovation = y - self.observe(prior.mean, scale)
-        # What a coarse pixel varies by itself: nearly the system's diagonal.
+        # The variance of a coarse pixel by itself: nearly the system's diagonal.
         own = _kept(scale) * F.avg_pool2d(prior.deviation.square(), scale) + variance
         return prior.mean + covariance(_solve(system, innovation, own, self.tolerance, self.steps))
 
@@ -150,7 +150,7 @@ class BayesianFusion:
         return Prior(m + a1 * (before - m1) + a2 * (after - m2), (left / _kept(scale)).sqrt())
 
     def average(self, x: Tensor) -> Tensor:
-        """Mean over the window, at the edge over what of it lies inside: (B, C, h, w) -> same."""
+        """Mean over the window, at the edge over its part inside: (B, C, h, w) -> same."""
         side = self.window
         return F.avg_pool2d(x, side, 1, side // 2, count_include_pad=False)
 

@@ -1,4 +1,4 @@
-"""What is computed from parameters once for many inference passes."""
+"""Values computed from parameters once and kept for many inference passes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ Value = TypeVar("Value")
 class Folding(nn.Module):
     """A module that keeps values made from its parameters, in inference only.
 
-    Kept from `eval()` on, in passes without gradients. What may change a parameter and what
-    becomes of the values then:
+    They are kept from `eval()` on, in passes without gradients. What may change a parameter, and
+    what then happens to the values:
 
     - `train()`, `eval()`, loading a state dict, `.to()` and its like: dropped. Copies and pickles
       of the module begin without any.
     - other tensors in the place of the parameters, as `torch.func.functional_call` puts there:
-      made anew.
-    - writing into a parameter under `no_grad`: made anew; torch counts such writes.
+      computed again.
+    - writing into a parameter under `no_grad`: computed again; torch counts such writes.
     - an optimizer's step in eval mode: fused optimizers leave no trace on what they change, so
       nothing is kept while a gradient waits, nor after a pass with gradients until the next
       `eval()`.
-    - writing past torch's books (through `.data`, a NumPy view, a collective on either): cannot be
-      seen; call `eval()` afterwards.
+    - writing behind torch's back (through `.data`, a NumPy view, a collective on either): cannot be
+      noticed; call `eval()` afterwards.
     """
 
     def __init__(self) -> None:
@@ -76,5 +76,5 @@ class Folding(nn.Module):
 
 
 def _may_change_unseen(source: Tensor) -> bool:
-    """A step is to come, or torch does not count writes."""
+    """An optimizer step may follow, or torch does not count writes."""
     return source.is_inference() or (source.is_leaf and source.grad is not None)

@@ -37,7 +37,7 @@ def available() -> bool:
     except OSError as error:  # built for another torch
         warnings.warn(
             f"{built.origin} does not fit torch {torch.__version__} ({error.__cause__}); install "
-            "hpc_xvr again (bash jobs/setup.sh). Blocks take torch's kernels, about half as fast "
+            "hpc_xvr again (bash jobs/setup.sh). Blocks use torch's kernels, about half as fast "
             "on this CPU.",
             stacklevel=2,
         )
@@ -46,7 +46,7 @@ def available() -> bool:
 
 
 def fit(x: torch.Tensor, channels: int) -> bool:
-    """Whether the kernels can take x here and now, in heads of so many channels."""
+    """Whether the kernels can process x now, in heads of so many channels."""
     return (
         x.device.type == "cpu"
         and channels % 16 == 0
@@ -79,11 +79,11 @@ def swin_block(
         parameters: weight and bias of norm1, qkv, proj, norm2, fc1, fc2, float32.
         eps: of the two norms.
         biases, counts, rows: per group of windows the position bias (1, A, N, N), how many there
-            are, and which of a window's tokens ask and come out.
+            are, and which of a window's tokens are queries and come out.
         recompute: what the backward pass computes again: "none", "mlp" or "blocks".
 
     Returns:
-        (asking tokens, C) float32.
+        (query tokens, C) float32.
     """
     save = ("blocks", "mlp", "none").index(recompute) if torch.is_grad_enabled() else 0
     windows = (list(counts), [r.start for r in rows], [r.stop for r in rows])

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_xvr.model.attention import Kind
-from hpc_xvr.model.swin import SwinBlock, SwinStage, grid
+from hpc_xvr.model.swin import SwinBlock, SwinStage, WindowAttention, grid
 
 MIN_CONTRAST = 0.005
 """Smallest standard deviation that frames are divided by: below it there is noise only."""
@@ -98,17 +98,13 @@ class KeyPropagation(nn.Module):
         candidates = 2 * motions + 2
         seen = 2 * step_features + frame_features + 2 + (candidates + 1) * scale**2
         self.enter = nn.Conv2d(seen, features, 3, padding=1)
-        self.stage = SwinStage(
-            (
-                SwinBlock(features, heads, 1, window, mlp_ratio, 0.0, attention)
-                for _ in range(blocks)
-            ),
-            features,
-            window,
-        )
+        transformer = [
+            SwinBlock(features, heads, 1, window, mlp_ratio, 0.0, attention) for _ in range(blocks)
+        ]
+        self.stage = SwinStage(transformer, features, window)
         self.choose = Choice(features, candidates, scale)
         self.apply(_initialise)
-        for block in self.stage.blocks:  # branches that start small: training is steadier
+        for block in transformer:  # branches that start small: training is steadier
             with torch.no_grad():
                 block.attn.proj.weight.mul_(0.1)
                 block.fc2.weight.mul_(0.1)
@@ -219,6 +215,7 @@ class KeyPropagation(nn.Module):
         g = grid(1, 1, h, w, self.stage.window, torch.device("cpu"))
         tokens = g.plain.from_image.numel()
         for i, block in enumerate(self.stage.blocks):
+            assert isinstance(block, SwinBlock)
             layers = (block.attn.qkv, block.attn.proj, block.fc1, block.fc2)
             total += 2 * tokens * sum(layer.weight.numel() for layer in layers)
             groups = (g.shifted if i % 2 else g.plain).groups
@@ -352,9 +349,10 @@ def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-    elif hasattr(module, "bias_table"):
+    elif isinstance(module, WindowAttention):
         nn.init.trunc_normal_(module.bias_table, std=0.02)
     elif isinstance(module, (MotionStep, Choice)):
         last = module.last if isinstance(module, MotionStep) else module.conv
         nn.init.normal_(last.weight, std=SMALL)
-        nn.init.zeros_(last.bias)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)

@@ -41,13 +41,13 @@ def load_xfusion(
             and `params_ema` (preferred) are opened, index buffers are ignored.
         output: what SWIN-XVR returns. The weights do not tell; by default the centre frame for
             models of 3 low-resolution frames, all frames for longer ones, as the authors use them.
-        heads: attention heads, if the position bias table should not decide.
+        heads: attention heads. Default: as many as the position bias table has.
 
     Returns:
         The model in eval mode; call it as `model(lr, hr)`.
 
     Raises:
-        ValueError: no weights of a known model, or names and shapes that do not fit it.
+        ValueError: not weights of a known model, or names and shapes that do not fit it.
     """
     state = _unwrap(_read(weights) if isinstance(weights, (str, Path)) else weights)
     if _TABLE in state:

@@ -17,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_xvr.errors import InputError
-from hpc_xvr.model.edvr import EDVR
 from hpc_xvr.model.key_propagation import KeyPropagation
 from hpc_xvr.model.xvr import SwinXVR
 
 Method = Callable[[dict[str, Tensor]], Tensor]
-"""Batched sample without target -> (B, N_out, 1, H, W)."""
+"""A batched sample without its target -> (B, N_out, 1, H, W)."""
 
 
 WHOLE_GAP = 0
@@ -31,7 +30,7 @@ frame, and gives all between."""
 
 
 class Window(NamedTuple):
-    """One pass of a method: its centre frame and the frames that are kept from its output."""
+    """One pass of a method: its centre frame, and the frames of its output that are kept."""
 
     centre: int
     keep: range
@@ -42,7 +41,7 @@ class Window(NamedTuple):
 
 
 def windows(t0: int, t1: int, lr_frames: int, n_out: int) -> list[Window]:
-    """Windows that give each frame between two key frames exactly once.
+    """Windows that give each frame between key frames t0 and t1 exactly once.
 
     Whole gaps: one window. Centre output: one window a frame. Sequence output: as few as possible,
     side by side; the last one is moved back into the gap, so that its frames lie between the key
@@ -81,7 +80,7 @@ def reconstruct(
     precision: str = "float32",
     only: Collection[int] | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Sharp frames in order of time, from the first key frame to the last.
+    """Reconstruct sharp frames in order of time, from the first key frame to the last.
 
     Args:
         method: a model in eval mode or a baseline. Between two key frames it gets the same `hr`
@@ -172,7 +171,7 @@ def _reconstruct(
 
 
 def _run(method: Method, sample: dict[str, Tensor], n_out: int, precision: str) -> np.ndarray:
-    """One pass. The modes are left again before a frame is yielded to foreign code."""
+    """One pass. Inference mode and autocast end before a frame is yielded to the caller."""
     hr = sample["hr"]
     cast = (
         torch.autocast(hr.device.type, dtype=torch.bfloat16)
@@ -189,8 +188,8 @@ def _run(method: Method, sample: dict[str, Tensor], n_out: int, precision: str) 
     return out[0, :, 0].float().cpu().numpy()
 
 
-def _on_whole_blocks(model: EDVR, lr: Tensor, hr: Tensor, hr_offset: Tensor) -> Tensor:
-    """EDVR halves its grid twice: frames are continued to multiples of 4 and cut off again."""
+def _on_whole_blocks(model: nn.Module, lr: Tensor, hr: Tensor, hr_offset: Tensor) -> Tensor:
+    """EDVR halves its grid twice: frames are padded to multiples of 4, and the result is cut."""
     scale = hr.shape[-1] // lr.shape[-1]
     bottom, right = (-n % 4 for n in lr.shape[-2:])
 
@@ -198,12 +197,12 @@ def _on_whole_blocks(model: EDVR, lr: Tensor, hr: Tensor, hr_offset: Tensor) -> 
         pad = (0, factor * right, 0, factor * bottom)
         return F.pad(x.flatten(0, 1), pad, mode="replicate").unflatten(0, x.shape[:2])
 
-    out = model(continued(lr, 1), continued(hr, scale), hr_offset)
+    out: Tensor = model(continued(lr, 1), continued(hr, scale), hr_offset)
     return out[..., : hr.shape[-2], : hr.shape[-1]]
 
 
 def as_method(model: nn.Module) -> tuple[Method, int]:
-    """A model as what `pipeline.reconstruct` calls, and the number of frames it gives at once, or
+    """Wrap a model for `reconstruct`; returns it with the number of frames that a pass gives, or
     WHOLE_GAP."""
 
     known: dict[str, torch.Tensor] = {}  # features of the last pair of key frames

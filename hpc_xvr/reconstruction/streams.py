@@ -1,9 +1,10 @@
-"""What the two cameras saw, as a reconstruction reads it: the fast stream and the key frames."""
+"""What a reconstruction reads: the fast camera's stream and the sharp camera's key frames."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import overload
 
 import numpy as np
 
@@ -18,31 +19,39 @@ from hpc_xvr.log import logger
 
 CLEAN = CameraNoise()
 BESIDE = 0.1
-"""Fast frames by which a key frame may lie beside its own without a warning."""
+"""Fast frames between a key frame and the fast frame it belongs to that need no warning."""
 
 
-class Stream(Sequence):
-    """Frames made one by one when they are asked for: `read(t)` -> (h, w) float32 in [0, 1]."""
+class Stream(Sequence[np.ndarray]):
+    """Frames that are read one by one on demand: `read(t)` -> (h, w) float32 in [0, 1]."""
 
-    def __init__(self, shape: tuple[int, int, int], read: Callable[[int], np.ndarray]):
+    def __init__(self, shape: tuple[int, int, int], read: Callable[[int], np.ndarray]) -> None:
         self.shape = shape
         self._read = read
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, t: int) -> np.ndarray:
+    @overload
+    def __getitem__(self, t: int) -> np.ndarray: ...
+
+    @overload
+    def __getitem__(self, t: slice) -> list[np.ndarray]: ...
+
+    def __getitem__(self, t: int | slice) -> np.ndarray | list[np.ndarray]:
+        if isinstance(t, slice):
+            return [self[i] for i in range(*t.indices(len(self)))]
         if not 0 <= t < len(self):
             raise IndexError(f"frame {t} of {len(self)}")
         return self._read(t)
 
 
-class KeyFrames(Mapping):
-    """Time -> key frame (H, W) float32 in [0, 1], read when it is asked for."""
+class KeyFrames(Mapping[int, np.ndarray]):
+    """Time -> key frame (H, W) float32 in [0, 1], read on demand."""
 
     def __init__(
         self, times: Sequence[int], shape: tuple[int, int], read: Callable[[int], np.ndarray]
-    ):
+    ) -> None:
         self.shape = shape
         self._times = dict.fromkeys(times)
         self._read = read
@@ -64,10 +73,9 @@ def recording_streams(
 ) -> tuple[Stream, KeyFrames]:
     """What the two cameras would have seen of a recording whose every sharp frame is known.
 
-    Low-resolution frames are binned from the sharp ones, with the fast camera's
-    `noise` (drawn from seed, recording and frame: the same whoever asks, in any order),
-    or taken from the recording's own stream (`data.lr_source: recorded`). Key frames: every
-    `gap`-th frame and the last one.
+    Low-resolution frames are binned from the sharp ones, with the fast camera's `noise` (drawn from
+    seed, recording and frame, so always the same), or taken from the recording's own stream
+    (`data.lr_source: recorded`). Key frames are every `gap`-th frame and the last one.
     """
     frames, height, width = video.shape
     if frames < 2:
@@ -97,7 +105,7 @@ def _recorded_stream(video: Video, scale: int, noise: CameraNoise) -> Stream:
     _, h, w = video.require_lr(scale)
     if noise is not CLEAN:
         raise InputError(
-            "noise is only put on binned low-resolution frames, a recorded stream has its own; "
+            "noise is only added to binned low-resolution frames, a recorded stream has its own; "
             "leave it out, or set data.lr_source to binned"
         )
     nearest = video.nearest_lr(range(video.shape[0]))
@@ -105,12 +113,11 @@ def _recorded_stream(video: Video, scale: int, noise: CameraNoise) -> Stream:
 
 
 def streams_of_pair(pair: Pair, scale: int) -> tuple[Stream, KeyFrames]:
-    """The streams of two cameras' recordings: each sharp frame belongs to the fast frame that was
-    taken nearest to it. The stream is that of all fast frames; the key frames may begin later and
-    end earlier.
+    """The streams of two cameras' recordings: each sharp frame belongs to the fast frame that is
+    nearest in time. The stream has all fast frames; the key frames may begin later and end earlier.
 
     Raises:
-        InputError: the sizes do not belong together, or there are fewer than two key frames.
+        InputError: the sizes do not fit, or there are fewer than two key frames.
     """
     sharp, fast = pair.sharp, pair.fast
     h, w = fast.shape[1:]
@@ -118,7 +125,7 @@ def streams_of_pair(pair: Pair, scale: int) -> tuple[Stream, KeyFrames]:
     if (height, width) != (scale * h, scale * w):
         raise InputError(
             f"{sharp.path} shows {height}x{width} pixels and {fast.path} {h}x{w}: scale "
-            f"{scale} needs {scale * h}x{scale * w} for it; say with --registration where the "
+            f"{scale} needs {scale * h}x{scale * w} for it; state with --registration where the "
             "fast camera's pixels lie on the sharp frames, or use a model of the right scale"
         )
     if sharp.shape[0] < 2:
@@ -132,15 +139,15 @@ def streams_of_pair(pair: Pair, scale: int) -> tuple[Stream, KeyFrames]:
             f"{sharp.path} with {fast.path}: there are more sharp frames than fast ones; are the "
             "two files swapped, or --gap below 1?"
         )
-    _tell_left_out(pair, nearest)
+    _report_times(pair, nearest)
     number = dict(zip(nearest, range(len(nearest)), strict=True))
     read = _InTurn(sharp)
     keys = KeyFrames(nearest, (height, width), lambda t: read(number[t]))
     return Stream(fast.shape, _InTurn(fast)), keys
 
 
-def _tell_left_out(pair: Pair, nearest: Sequence[int]) -> None:
-    """Say which fast frames are left out, and whether sharp ones lie between two fast ones."""
+def _report_times(pair: Pair, nearest: Sequence[int]) -> None:
+    """Log which fast frames are left out, and warn of sharp frames between two fast ones."""
     name, last = pair.fast.path, pair.fast.shape[0] - 1
     for first, stop, where in (
         (0, nearest[0] - 1, "before the first"),
@@ -154,8 +161,8 @@ def _tell_left_out(pair: Pair, nearest: Sequence[int]) -> None:
     aside = np.abs(pair.times[nearest] - np.arange(len(nearest))) / interval
     if aside.max() > BESIDE:
         logger.warning(
-            "%s: key frame %d lies %.2f fast frames beside the fast frame it is taken to belong to "
-            "(frame %d), %d others more than %g too: check --gap and --lr-start",
+            "%s: key frame %d lies %.2f fast frames beside the nearest one (frame %d), %d others "
+            "more than %g: check --gap and --lr-start",
             pair.sharp.path,
             *(worst := int(aside.argmax()), aside.max(), nearest[worst]),
             *(np.count_nonzero(aside > BESIDE) - 1, BESIDE),
@@ -163,11 +170,11 @@ def _tell_left_out(pair: Pair, nearest: Sequence[int]) -> None:
 
 
 class _InTurn:
-    """Reads frames of a camera file by number; one after the other without opening it again."""
+    """Reads frames of a recording by number; those in order without opening the file again."""
 
-    _SKIPPED = 4  # frames that are read and dropped before opening anew is cheaper
+    _SKIPPED = 4  # frames up to which reading on is cheaper than opening the file again
 
-    def __init__(self, recording: Recording):
+    def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self._frames: Iterator[np.ndarray] = iter(())
         self._next: int | None = None
@@ -178,4 +185,6 @@ class _InTurn:
         for _ in range(t - self._next):
             next(self._frames)
         self._next = t + 1
-        return next(self._frames).astype(np.float32) / (2**self._recording.bit_depth - 1)
+        top = 2**self._recording.bit_depth - 1
+        frame: np.ndarray = next(self._frames).astype(np.float32) / top
+        return frame

@@ -1,4 +1,4 @@
-"""From a trained model and what two cameras saw to a file of sharp frames at the fast rate."""
+"""From a trained model and the recordings of two cameras to a file of sharp frames."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOVIE_FPS = 8
 
 @dataclass(frozen=True)
 class CameraFiles:
-    """The files of both cameras of one shot, and how they are read and joined."""
+    """The files of both cameras of one shot, and how to read and join them."""
 
     lr: Path
     hr: Path
@@ -39,11 +39,11 @@ class CameraFiles:
 
 @dataclass(frozen=True)
 class CorpusRecording:
-    """A recording of a corpus, degraded to what the two cameras would have seen, or (with
-    `data.lr_source` recorded) with the fast camera's own stream."""
+    """A recording of a corpus, degraded to what the two cameras would have seen or, with
+    `data.lr_source: recorded`, with the fast camera's own stream."""
 
     corpus: Path | None
-    """None: the corpus the model was trained on."""
+    """None: the corpus that the model was trained on."""
     video: str
     gap: float | None = None
     """Frames from key frame to key frame; None: as the model was trained."""
@@ -51,13 +51,13 @@ class CorpusRecording:
 
 @dataclass(frozen=True)
 class Material:
-    """What a reconstruction reads, and what its result means."""
+    """The input of a reconstruction, and the units of its result."""
 
     lr: Stream
     keys: KeyFrames
     calibration: Calibration
     truth: Callable[[int], np.ndarray] | None = None
-    """Frame of a time (H, W) in [0, 1], where it is known."""
+    """Time -> true frame (H, W) in [0, 1], if it is known."""
 
 
 def reconstruct_run(
@@ -72,10 +72,11 @@ def reconstruct_run(
     """Reconstruct every frame from the first key frame to the last and write `out`.
 
     Camera files must be read as they were for training. `movie` shows low resolution and result
-    side by side, and the truth where it is known.
+    side by side, and the truth if it is known.
 
     Raises:
-        InputError: no trained run, unreadable or unfitting files, an unwritable result.
+        InputError: there is no trained model, files cannot be read or do not fit, or the result
+            cannot be written.
     """
     model, config, step = open_model(run, which)
     use_threads(config.run.threads)
@@ -125,17 +126,18 @@ def reconstruct_run(
 def from_recordings(
     config: Config, fast: Recording, sharp: Recording, pairing: Pairing, crop: bool = False
 ) -> Material:
-    """Two cameras' recordings as a model of this config needs them.
+    """Join two cameras' recordings as a model of this config needs them.
 
-    Without a gap that of the frame rates is taken, or where they are unknown the model's own.
+    If `pairing` states no gap, it follows from the frame rates or, if they are unknown, is the one
+    that the model was trained with.
 
     Raises:
-        InputError: the two do not belong together, or not to the model.
+        InputError: the recordings do not fit each other or the model.
     """
     if pairing.gap is None:
-        rates_known = bool(fast.frame_rate_hz and sharp.frame_rate_hz)
-        gap = fast.frame_rate_hz / sharp.frame_rate_hz if rates_known else config.data.hr_gap
-        source = "from the frame rates" if rates_known else "as the model was trained"
+        gap, source = float(config.data.hr_gap), "as the model was trained"
+        if fast.frame_rate_hz and sharp.frame_rate_hz:
+            gap, source = fast.frame_rate_hz / sharp.frame_rate_hz, "from the frame rates"
         logger.info("a sharp frame every %g fast ones, %s (state it with --gap)", gap, source)
         pairing = replace(pairing, gap=gap)
     pair = joined(sharp, fast, pairing, config.data.scale, crop)
@@ -146,7 +148,9 @@ def from_recordings(
 def _from_corpus(config: Config, source: CorpusRecording) -> Material:
     gap = source.gap or config.data.hr_gap
     if gap != int(gap):
-        raise InputError(f"gap {gap:g}: of a recording of a corpus it is a whole number of frames")
+        raise InputError(
+            f"gap {gap:g}: must be a whole number of frames for a recording of a corpus"
+        )
     video = Corpus(source.corpus or config.data.corpus)[source.video]
     streams = recording_streams(video, int(gap), config.data, seed=config.run.seed)
     info = video.info

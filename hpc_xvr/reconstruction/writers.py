@@ -1,6 +1,6 @@
-"""Reconstructed frames to one file: TIFF stack, DXchange HDF5, or a small movie to look at.
+"""Write reconstructed frames to one file: TIFF stack, DXchange HDF5, or a small movie to look at.
 
-A file appears under its name only when it is complete: it is written beside and renamed.
+A file appears under its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STRIP_FRAMES = 6
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a sequence's numbers mean; what is not known is None."""
+    """Units of a sequence's times, lengths and intensities; what is unknown is None."""
 
     frame_rate_hz: float | None = None
     pixel_size_um: float | None = None
@@ -46,13 +46,15 @@ def write_sequence(
 ) -> Path:
     """Write `count` frames (H, W) in [0, 1] as 16-bit numbers, one frame in memory at a time.
 
-    `.tif`, `.tiff`: one stack that ImageJ opens with its scale and frame rate (BigTIFF beyond
-    4 GB). `.h5`, `.hdf5`: DXchange, the stack is /exchange/data. `first_frame` is the time of the
-    first frame in the fast recording.
+    Args:
+        path: `.tif` or `.tiff` for one stack, which ImageJ opens with its scale and frame rate
+            (BigTIFF beyond 4 GB); `.h5` or `.hdf5` for DXchange, the stack being /exchange/data.
+        calibration: stored with the frames.
+        first_frame: index of the first frame in the fast recording, stored too.
 
     Raises:
         InputError: unknown suffix, missing folder, full disk, a frame of another size or with
-            values that are not finite, or another number of frames than `count`.
+            values that are not finite, or a number of frames other than `count`.
     """
     path = Path(path)
     writer = SEQUENCE_WRITERS.get(path.suffix.lower())
@@ -71,7 +73,7 @@ def write_sequence(
         if needed > free:
             raise InputError(
                 f"{path}: needs {needed / 1e9:.2f} GB, {path.parent} has "
-                f"{free / 1e9:.2f} GB left; write elsewhere"
+                f"{free / 1e9:.2f} GB left; choose another disk"
             )
         writer(
             beside,
@@ -91,7 +93,7 @@ def _sixteen_bit(
     done = 0
     for i, frame in enumerate(frames):
         if i >= shape[0]:
-            raise InputError(f"{path}: more than the {shape[0]} frames that were announced")
+            raise InputError(f"{path}: more than the expected {shape[0]} frames came")
         if frame.shape != shape[1:]:
             raise InputError(
                 f"{path}: frame {i} is {frame.shape}, the first one {shape[1:]}; all "
@@ -102,7 +104,7 @@ def _sixteen_bit(
         yield np.rint(np.clip(frame, 0, 1) * FULL).astype(np.uint16)
         done = i + 1
     if done != shape[0]:
-        raise InputError(f"{path}: {done} frames came, {shape[0]} were announced")
+        raise InputError(f"{path}: only {done} of the expected {shape[0]} frames came")
 
 
 def _write_tiff(
@@ -119,13 +121,13 @@ def _write_tiff(
             f"first frame: {first_frame}\nvalue of {FULL}: {calibration.full_scale:g}"
         ),
     }
-    scale: dict[str, object] = {}
+    resolution: tuple[float, float] | None = None
     if calibration.frame_rate_hz:
         metadata |= {"fps": calibration.frame_rate_hz, "finterval": 1 / calibration.frame_rate_hz}
     if calibration.pixel_size_um:
         # A TIFF resolution counts pixels per unit; ImageJ reads the unit from the metadata.
         metadata["unit"] = "um"
-        scale["resolution"] = (1 / calibration.pixel_size_um, 1 / calibration.pixel_size_um)
+        resolution = (1 / calibration.pixel_size_um, 1 / calibration.pixel_size_um)
     with tifffile.TiffWriter(path, bigtiff=big, imagej=not big) as file:
         file.write(
             frames,
@@ -133,7 +135,7 @@ def _write_tiff(
             dtype=np.uint16,
             photometric="minisblack",
             metadata=metadata,
-            **scale,
+            resolution=resolution,
         )
 
 
@@ -159,7 +161,10 @@ def _write_hdf5(
             data[i] = frame
 
 
-SEQUENCE_WRITERS: dict[str, Callable] = {
+SequenceWriter = Callable[
+    [Path, Iterator[np.ndarray], tuple[int, int, int], Calibration, int], None
+]
+SEQUENCE_WRITERS: dict[str, SequenceWriter] = {
     ".tif": _write_tiff,
     ".tiff": _write_tiff,
     ".h5": _write_hdf5,
@@ -170,11 +175,17 @@ SEQUENCE_WRITERS: dict[str, Callable] = {
 def write_movie(
     path: Path | str, frames: Iterable[Sequence[np.ndarray]], fps: float, labels: Sequence[str]
 ) -> Path:
-    """A small picture for people: the panels of each frame side by side (wide ones stacked).
+    """Write a small movie to look at: the panels of each frame side by side (wide ones stacked).
 
-    `.gif` and `.webp` move, `.png` shows up to six frames as a strip. `frames` gives one array
-    (h, w) in [0, 1] for each label; smaller ones are interpolated to the largest. All share one
-    grey scale. Long sequences are thinned to at most 60 frames at the same tempo.
+    All panels share one grey scale. Long sequences are thinned to at most 60 frames, played at the
+    same speed.
+
+    Args:
+        path: `.gif` or `.webp` for an animation, `.png` for a strip of up to six frames.
+        frames: for each frame one array (h, w) in [0, 1] per label; smaller ones are interpolated
+            to the size of the largest.
+        fps: frames of the sequence per second of the movie.
+        labels: of the panels.
 
     Raises:
         InputError: unknown suffix, no frames, missing folder or full disk.
@@ -213,7 +224,7 @@ def write_movie(
 
 
 def check_movie(path: Path) -> None:
-    """Refuse a name that `write_movie` cannot write, before hours of work are spent on it.
+    """Refuse a path that `write_movie` could not write, before the frames are computed.
 
     Raises:
         InputError: unknown suffix or missing folder.

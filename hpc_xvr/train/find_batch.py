@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -86,17 +87,14 @@ def _try(
     """Peak bytes and seconds of a training step of `size` samples."""
     task, patch = task_of(cfg), cfg.data.patch
     low = patch // cfg.data.scale
-    dtype = next(model.parameters()).dtype
-
-    def random(frames: int, side: int) -> torch.Tensor:
-        return torch.rand(size, frames, 1, side, side, device=device, dtype=dtype)
-
+    rand = partial(torch.rand, device=device, dtype=next(model.parameters()).dtype)
     lr_frames, n_out = task.longest(model)
+    lr = rand(size, lr_frames, 1, low, low)
     batch = {
-        "lr": random(lr_frames, low),
-        "hr": random(2, patch),
-        "target": random(n_out, patch),
-        "hr_offset": torch.tensor([[-1.0, 1.0]], device=device, dtype=dtype).expand(size, 2),
+        "lr": lr,
+        "hr": rand(size, 2, 1, patch, patch),
+        "target": rand(size, n_out, 1, patch, patch),
+        "hr_offset": lr.new_tensor([[-1.0, 1.0]]).expand(size, 2),
     }
 
     def step() -> None:

@@ -123,7 +123,8 @@ class Learner:
                 self.model.parameters(), self._cfg.optim.clip_norm, self.norm
             )
         skip = (~(self.norm <= (self._cfg.optim.skip_norm or LARGEST))).float()
-        self.optimizer.found_inf = skip  # fused Adam leaves everything as it is where this is 1
+        # Fused Adam leaves everything as it is where this is 1.
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self._comm.step(self.optimizer)
         self.skipped.count(skip)
         if self.average:
@@ -132,7 +133,8 @@ class Learner:
     @contextmanager
     def predicting(self) -> Iterator[Callable[[Batch], Tensor]]:
         """Yields a function from a sample to the output with the averaged weights."""
-        weights = self.average.mean if self.average else dict(self.model.named_parameters())
+        average = self.average
+        weights = average.mean if average else dict[str, Tensor](self.model.named_parameters())
 
         def predict(sample: Batch) -> Tensor:
             inputs = self.to_device({name: sample[name] for name in self._task.inputs})

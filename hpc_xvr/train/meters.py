@@ -116,7 +116,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5); psutil knows no such reset
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5); psutil has no such reset
 
 
 def peak_memory(device: torch.device) -> int:

@@ -59,7 +59,7 @@ def lock_run(folder: Path, patience: float = 60.0) -> IO[str] | None:
     """Keep other processes out of a run folder for as long as the returned file is open.
 
     A killed run may take some seconds to be gone while its successor starts already: it waits.
-    None where the file system knows no locks.
+    None where the file system has no locks.
 
     Raises:
         InputError: another process still has the folder after `patience` seconds, or the folder

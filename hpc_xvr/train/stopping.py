@@ -15,7 +15,7 @@ _LEAVING = 10.0  # seconds from the last checkpoint on disk to the end of the pr
 class Stopping:
     """Listens for signals and watches the clock of this rank; the ranks agree elsewhere.
 
-    Handlers only raise a flag: saving is the loop's affair, between two steps.
+    Handlers only raise a flag; the loop looks at it between two steps, and saves.
 
     Args:
         max_time: seconds from the start of this process within which it must have ended.

@@ -20,8 +20,9 @@ _LOSSES = {"l1": l1, "charbonnier": charbonnier}
 class Task(Protocol):
     """What a network of some kind is trained to do."""
 
-    inputs: tuple[str, ...]
-    """Names of a sample's tensors that the network takes, in its order."""
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of a sample's tensors that the network takes, in its order."""
 
     def samples(self, corpus: Corpus) -> TrainingSamples:
         """The training samples."""
@@ -47,7 +48,7 @@ def task_of(cfg: Config) -> Task:
 class WindowTask:
     """One frame, or a few, from the low-resolution frames around it and two key frames."""
 
-    inputs = ("lr", "hr", "hr_offset")
+    inputs: tuple[str, ...] = ("lr", "hr", "hr_offset")
 
     def __init__(self, cfg: Config) -> None:
         self._cfg = cfg
@@ -81,7 +82,7 @@ class WindowTask:
 class GapTask:
     """All frames between two key frames."""
 
-    inputs = ("lr", "hr")
+    inputs: tuple[str, ...] = ("lr", "hr")
 
     def __init__(self, cfg: Config) -> None:
         self._cfg = cfg

@@ -64,7 +64,7 @@ class Sampler:
             now = round(time.time(), 3)
             for source in self._sources:
                 with contextlib.suppress(psutil.Error):  # it is about to end
-                    row = {"time": now, "rank": source.rank, "step": place.step}
+                    row: Row = {"time": now, "rank": source.rank, "step": place.step}
                     row |= {"doing": place.doing, **source.look()}
                     self._file.write(json.dumps(row) + "\n")
             self.cost = time.thread_time() / (time.perf_counter() - begin)
@@ -107,7 +107,8 @@ class _Gpu:
         self._links = [(time.perf_counter(), self._link_bytes())]
 
     def look(self) -> Row:
-        nvml, handle, row = self._nvml, self._handle, {}
+        nvml, handle = self._nvml, self._handle
+        row: Row = {}
         with contextlib.suppress(nvml.NVMLError):
             rates = nvml.nvmlDeviceGetUtilizationRates(handle)
             row |= {"gpu": rates.gpu / 100, "gpu_memory_busy": rates.memory / 100}
@@ -185,7 +186,7 @@ def sum_up(
         return
     rows = read(folder)
     busy = "gpu" if any("gpu" in row for row in rows) else "cpu"
-    ranks = []
+    ranks: list[Row] = []
     for rank, (host, parts, threads, cost) in enumerate(everyone):
         mine = [row for row in rows if row["rank"] == rank]
         level = [row[busy] / (threads if busy == "cpu" else 1) for row in mine if busy in row]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,8 @@ class Validator:
         """The sample of a frame. `low` are the low-resolution frames of the target's time."""
         data = self._cfg.data
         keys = key_frames(t, data.hr_gap, video.shape[0])
-        sample = window_sample(video, t, keys, data, "centre", **self._middle(video))
+        y, x = self._middle(video)
+        sample = window_sample(video, t, keys, data, "centre", y=y, x=x)
         half = data.lr_frames // 2
         return {**sample, "low": sample["lr"][half : half + 1]}
 
@@ -68,9 +69,9 @@ class Validator:
         first, last = key_frames(t, data.hr_gap, video.shape[0])
         frames = last - first - 1
         window = data.model_copy(update={"lr_frames": 1})
-        places = self._middle(video)
+        y, x = self._middle(video)
         of_frames = [
-            window_sample(video, k, (first, last), window, "centre", **places)
+            window_sample(video, k, (first, last), window, "centre", y=y, x=x)
             for k in range(first, last + 1)
         ]
         low = torch.cat([sample["lr"] for sample in of_frames])
@@ -83,15 +84,15 @@ class Validator:
             "target": torch.cat([sample["target"] for sample in of_frames[1:-1]]),
         }
 
-    def _middle(self, video: Video) -> dict[str, slice]:
-        """The part of the frames that is looked at."""
+    def _middle(self, video: Video) -> tuple[slice, slice]:
+        """Rows and columns of the part of the frames that is looked at."""
         side = self._cfg.validation.patch // self._cfg.data.scale * self._cfg.data.scale
         starts = [max(0, (n - side) // 2) // 4 * 4 for n in video.shape[1:]]
         y, x = (
             slice(start, start + min(side, n))
             for start, n in zip(starts, video.shape[1:], strict=True)
         )
-        return {"y": y, "x": x}
+        return y, x
 
     @torch.inference_mode()
     def run(self, predict: Callable[[Sample], Tensor], picture: Path | None) -> dict[str, float]:
@@ -144,9 +145,9 @@ class Validator:
 
 
 def _spread(
-    videos: Sequence[Video], gap: int, count: int, per_gap: bool = False
+    videos: Iterable[Video], gap: int, count: int, per_gap: bool = False
 ) -> list[tuple[Video, int]]:
-    """About `count` frames that are no key frames, evenly over recordings and times; `per_gap`:
+    """About `count` frames that are not key frames, evenly over recordings and times; `per_gap`:
     only the middle one of each gap."""
     wanted = {gap // 2} if per_gap else set(range(1, gap))
     candidates = [(v, t) for v in videos for t in range(v.shape[0] - 1) if t % gap in wanted]

@@ -89,7 +89,7 @@ def test_a_file_of_another_step_or_without_what_is_needed_is_passed_over(tmp_pat
     checkpoint.path_of(tmp_path, 7).mkdir()
     checkpoint.path_of(tmp_path, 8).symlink_to(tmp_path / "nowhere")
     found = [(path.name, result) for path, result in checkpoint.newest_valid(tmp_path, ("model",))]
-    reasons = ["cannot be read", "no regular file", "is of step 4", "lacks model"]
+    reasons = ["cannot be read", "not a regular file", "is of step 4", "lacks model"]
     for (name, problem), step, reason in zip(found, (8, 7, 6, 5), reasons, strict=False):
         assert name == f"step-{step:09d}.pt"
         assert reason in str(problem)

@@ -158,7 +158,7 @@ def test_a_server_in_trouble_is_asked_again_and_one_that_refuses_is_not(tmp_path
 
 def test_a_wrong_checksum_is_no_file(tmp_path):
     with Server(b"y" * 2000) as server:
-        with pytest.raises(InputError, match=r"sha256 \w{64}, expected was abc; it was deleted"):
+        with pytest.raises(InputError, match=r"sha256 \w{64} instead of abc and was deleted"):
             download(server.address, tmp_path / "a", sha256="abc")
         assert not (tmp_path / "a").exists()
         digest = hashlib.sha256(b"y" * 2000).hexdigest()
@@ -168,9 +168,9 @@ def test_a_wrong_checksum_is_no_file(tmp_path):
 def test_archives_that_are_damaged_or_want_out(tmp_path):
     body, *_ = archive()
     for name, content, words in (
-        ("cut.zip", body[:-50], "no whole ZIP archive"),
-        ("flipped.zip", body[:300] + bytes([body[300] ^ 255]) + body[301:], "no whole ZIP"),
-        ("text.zip", b"<html>sign in</html>", "no whole ZIP archive"),
+        ("cut.zip", body[:-50], "not a complete ZIP archive"),
+        ("flipped.zip", body[:300] + bytes([body[300] ^ 255]) + body[301:], "not a complete ZIP"),
+        ("text.zip", b"<html>sign in</html>", "not a complete ZIP archive"),
         ("out.zip", archive(extra=["../evil.txt"])[0], r"\.\./evil\.txt, which lies outside"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -188,7 +188,9 @@ def test_sharp_frames_alone_and_sets_that_do_not_fit(tmp_path):
         with pytest.raises(InputError, match=r"recordings of 5x12x16, 5x24x32; expected"):
             fetch("rad_00001", tmp_path / "two", settings(server.address, tmp_path / "d2"))
     assert not (tmp_path / "two").exists()
-    with pytest.raises(InputError, match=r"rad_9: no address .*--set fetch\.address\.rad_9=URL"):
+    with pytest.raises(
+        InputError, match=r"rad_9: unknown data set.*--set fetch\.address\.rad_9=URL"
+    ):
         fetch("rad_9", tmp_path / "x", Fetch())
 
 

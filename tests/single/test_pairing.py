@@ -162,7 +162,7 @@ def test_what_the_fast_camera_did_not_see_is_cut_or_refused(tmp_path):
     "pairing, words",
     [
         (Pairing(), "frame rate of the fast camera is unknown: give --lr-frame-rate, or --gap"),
-        (Pairing(gap=2, start=100), "from sharp frame 100 to 101.5, there are frames 0 to 3"),
+        (Pairing(gap=2, start=100), "span sharp frames 100 to 101.5, but there are frames 0 to 3"),
         (Pairing(gap=2, start=-9), "check --lr-start"),
         (Pairing(gap=1, start=float("nan")), "gap 1, start nan"),
         (Pairing(gap=1, registration=Registration(scale=4, origin=(500, 0))), "saw none"),

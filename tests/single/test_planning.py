@@ -1,5 +1,6 @@
 """The model of scaling past this machine, and the benchmarks that feed it."""
 
+import csv
 import itertools
 import json
 import os
@@ -111,12 +112,46 @@ def test_the_benchmarks_run_from_measurement_to_plan(tmp_path):
         assert out.with_suffix(".png").stat().st_size > 20_000
         results.append(json.loads(out.read_text()))
     scaling, travel, plan = results
-    assert scaling["weak_efficiency_torch"] > 0
-    assert 0 <= scaling["exposed_communication_fraction"] < 1
+    with (tmp_path / "0.csv").open(newline="") as file:
+        rows = {(r["engine"], int(r["ranks"]), r["scaling"]): r for r in csv.DictReader(file)}
+    assert len(rows) == 8
+    rate = {key: float(row["samples_per_s"]) for key, row in rows.items()}
+    alone, beside, both = (
+        rate["independent", 1, "weak"],
+        rate["independent", 2, "weak"],
+        rate["torch", 2, "weak"],
+    )
+    assert scaling["weak_efficiency_torch"] == pytest.approx(both / beside)  # of a single round
+    assert scaling["weak_efficiency_absolute_torch"] == pytest.approx(both / (2 * alone))
+    pair = rows["torch", 2, "weak"]  # one sample a rank and step
+    assert both == pytest.approx(1 / float(pair["step_min_s"]) + 1 / float(pair["step_max_s"]))
+    exposed = float(pair["exposed"])
+    assert scaling["exposed_communication_fraction"] == pytest.approx(exposed)
+    assert 0 < exposed < 1
     assert {"overhead_trainer", "overhead_torch"} <= scaling.keys()
     assert scaling["context"]["one_node"] is True
-    rows = (tmp_path / "0.csv").read_text().splitlines()
-    assert rows[0].startswith("batch_of_rank,") and len(rows) == 1 + 8
-    assert travel["latency_us[torch,2]"] > 0 and travel["bandwidth_gb_s[torch,2]"] > 0
-    assert plan["prediction_error_median"] >= 0
-    assert 0.5 < plan["weak_efficiency[A100,40]"] < 1
+
+    sizes = [int(name.split(",")[2][:-1]) for name in travel if name.startswith("seconds[")]
+    seconds = np.array([travel[f"seconds[torch,2,{size}]"] for size in sizes])
+    assert (np.diff(seconds[np.array(sizes) > 1e6]) > 0).all(), "more bytes take longer"
+
+    def misses(latency, bandwidth):
+        """Logarithms of predicted over measured seconds; two ranks' ring moves each byte once."""
+        times = 1e-6 * latency + np.array(sizes) / (1e9 * bandwidth)
+        return np.log(times / seconds)
+
+    found = travel["latency_us[torch,2]"], travel["bandwidth_gb_s[torch,2]"]
+    best = np.square(misses(*found)).sum()
+    for latency, bandwidth in ((0.9, 1), (1.1, 1), (1, 0.9), (1, 1.1)):
+        assert np.square(misses(latency * found[0], bandwidth * found[1])).sum() > best
+    error = np.median(np.abs(np.exp(misses(*found)) - 1))
+    assert travel["fit_error[torch,2]"] == pytest.approx(error)
+
+    errors = [abs(v) for name, v in plan.items() if name.startswith("prediction_error[")]
+    assert len(errors) == 4  # torch on one and two ranks, weak and strong
+    assert plan["prediction_error_median"] == pytest.approx(np.median(errors))
+    assert plan["prediction_error_largest"] == pytest.approx(max(errors))
+    weak = [plan[f"weak_efficiency[A100,{n}]"] for n in (4, 40)]
+    each = [plan[f"samples_per_s[A100,{n}]"] / n for n in (4, 40)]
+    assert weak[1] / weak[0] == pytest.approx(each[1] / each[0])
+    assert 0.5 < weak[1] < weak[0] < 1

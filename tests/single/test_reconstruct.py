@@ -377,7 +377,7 @@ def test_the_gap_is_stated_or_that_of_the_rates_or_the_models_own(caplog):
     assert gap == 20 and "every 20 fast ones, as the model was trained" in said
     gap, said = gap_of(Pairing(5), 8e4, 1e4)
     assert (
-        gap == 5 and "the gap is 5 as given, but the frame rates (80000 and 10000 Hz) say 8" in said
+        gap == 5 and "the gap is given as 5, but the frame rates (80000 and 10000 Hz) say 8" in said
     )
 
 
@@ -516,7 +516,7 @@ def test_flat_and_dark_fields_of_a_camera_file(tmp_path):
     recording = CameraReading(flat=flat, dark=shade, flip_rows=True).open(raw)
     found = recording.full_scale * np.stack([f / 65535 for f in recording.frames()])
     np.testing.assert_allclose(found, seen[:, ::-1], atol=2e-4)
-    with pytest.raises(InputError, match="needs a flat field beside it"):
+    with pytest.raises(InputError, match="needs a flat field as well"):
         CameraReading(dark=shade).open(raw)
 
 

@@ -1,4 +1,4 @@
-"""Camera files: one reader a format, one way to open them all."""
+"""Camera files: one reader per format, and one function that opens any of them."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ def open_camera_file(
     bit_depth: int | None = None,
     full_scale: float | None = None,
 ) -> Recording:
-    """Open a camera file, a folder or glob of numbered images, or the first file of such.
+    """Open a camera file, a folder or glob of numbered images, or the first image of a sequence.
 
     Args:
         dataset: path inside an HDF5 file; also written FILE.h5::PATH.
         own_flat: apply the white and dark frames that a DXchange file holds.
-        bit_depth: significant bits of TIFF, PNG and HDF5 integers, where fewer than stored.
-        full_scale: physical value of the largest stored value, for float files and transmission.
+        bit_depth: significant bits of TIFF, PNG and HDF5 integers, if fewer than stored.
+        full_scale: physical value of the largest stored value, for floating-point files and
+            transmissions.
 
     Raises:
-        InputError: missing, unknown or damaged file, or an option its format does not have.
+        InputError: the file is missing, damaged or of an unknown format, or an option does not
+            apply to its format.
     """
     with guarded(str(path)):
         files, inner = camera_files(path)
         if inner and dataset and inner.strip("/") != dataset.strip("/"):
-            raise InputError(f"{path}: names another dataset than {dataset}: give one")
+            raise InputError(f"{path}: names a dataset other than {dataset}: give only one")
         return open_files(
             files,
             dataset=inner or dataset,
@@ -61,21 +63,22 @@ def open_files(
     bit_depth: int | None = None,
     full_scale: float | None = None,
 ) -> Recording:
-    """Open the file or the numbered files of one recording; arguments as open_camera_file."""
+    """Open the file, or the numbered files, of one recording; arguments as `open_camera_file`."""
     first = files[0]
     suffix = first.suffix.lower()
     with guarded(str(first)):
         if dataset and suffix not in HDF5:
             raise InputError(
-                f"{first}: is no HDF5 file, so it has no dataset {dataset}: leave the dataset out"
+                f"{first}: is not an HDF5 file, so it has no dataset {dataset}: leave it out"
             )
         if suffix in HDF5:
             return hdf5.open_hdf5(first, dataset, own_flat, bit_depth, full_scale)
         if suffix in images.IMAGE_SUFFIXES:
-            opener = images.open_sequence if len(files) > 1 else images.open_stack
-            return opener(files if len(files) > 1 else first, bit_depth, full_scale)
+            if len(files) > 1:
+                return images.open_sequence(files, bit_depth, full_scale)
+            return images.open_stack(first, bit_depth, full_scale)
         if suffix not in SUFFIXES:
-            raise InputError(f"{first}: unknown kind of file; readable are {FORMATS}")
+            raise InputError(f"{first}: unknown kind of file; supported are {FORMATS}")
         if bit_depth is not None or full_scale is not None:
             raise InputError(
                 f"{first}: states its bit depth itself: leave the bit depth and the full scale out"
@@ -88,10 +91,10 @@ def open_files(
 
 
 def camera_files(path: Path | str) -> tuple[list[Path], str | None]:
-    """Files of one recording, and the dataset named behind `::`.
+    """Files of one recording, and the dataset named after `::`.
 
     Raises:
-        InputError: nothing there, an unknown suffix, or a folder that is no numbered sequence.
+        InputError: no such file, an unknown suffix, or a folder that is not one numbered sequence.
     """
     name, _, inner = str(path).partition("::")
     path = Path(name)
@@ -104,7 +107,7 @@ def camera_files(path: Path | str) -> tuple[list[Path], str | None]:
         return (_sequence(path, matches), None) if len(matches) > 1 else (matches, None)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise InputError(f"{path}: unknown kind of file; readable are {FORMATS}")
+        raise InputError(f"{path}: unknown kind of file; supported are {FORMATS}")
     key = images.name_key(path)
     if suffix in images.IMAGE_SUFFIXES and key and images.page_count(path) == 1:
         alike = [file for file in path.parent.iterdir() if images.name_key(file) == key]

@@ -1,4 +1,4 @@
-"""Frames that are in memory, or in any array that is read by slices, as a recording."""
+"""Recordings made from arrays of frames, in memory or read frame by frame."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def open_array(
     full_scale: float | None = None,
     name: str = "array",
 ) -> Recording:
-    """Frames (T, H, W) of uint8 or uint16 counts, or of floating-point values, as a recording.
+    """Make a recording of frames (T, H, W): uint8 or uint16 counts, or floating-point values.
 
-    Counts are 0..2**bit_depth - 1 (unless given, all bits of their type); floating-point values
-    must lie in 0..full_scale (1 unless given). Frames are read one by one when they are needed.
+    Counts are 0..2**bit_depth - 1 (default: all bits of their type); floating-point values must lie
+    in 0..full_scale (default: 1). Frames are read one by one when they are needed.
 
     Raises:
         InputError: another shape or type; when frames are read, values outside the range.

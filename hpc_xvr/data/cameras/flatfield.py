@@ -35,7 +35,8 @@ def transmission(
         flat, dark: (H, W) averages in the recording's unit; no dark means 0.
 
     Raises:
-        InputError: another shape than the recording's, or a flat field nowhere above the dark one.
+        InputError: another shape than the recording's, or a flat field no brighter than the dark
+            one.
     """
     shape = recording.shape[1:]
     dark = np.zeros(shape) if dark is None else dark

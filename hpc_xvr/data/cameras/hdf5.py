@@ -1,6 +1,6 @@
-"""HDF5: the light source's DXchange layout, and any 2-D or 3-D dataset of another file.
+"""HDF5: the DXchange layout of synchrotrons, and any 2-D or 3-D dataset of another file.
 
-DXchange: /exchange/data (T, H, W), /exchange/data_white and /exchange/data_dark, which are applied.
+DXchange: frames in /exchange/data (T, H, W), corrected by /exchange/data_white and data_dark.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _frames_in(file: h5py.File, name: str) -> int:
 
 
 def _check_stored(path: Path, dataset: h5py.Dataset) -> None:
-    """HDF5 hands out zeros where nothing was ever written: refuse that and damaged sizes."""
+    """HDF5 returns zeros for what was never written: refuse that, and damaged sizes."""
     nbytes = dataset.dtype.itemsize * math.prod(dataset.shape)
     if dataset.is_virtual:
         _check_parts(path, dataset, [])
@@ -155,14 +155,14 @@ def _check_stored(path: Path, dataset: h5py.Dataset) -> None:
 
 
 def _check_parts(path: Path, dataset: h5py.Dataset, within: list[tuple[str, str]]) -> None:
-    """Parts of a virtual dataset must be there; HDF5 crashes on one that is part of itself."""
+    """Parts of a virtual dataset must exist; HDF5 crashes on a dataset that is part of itself."""
     within = [*within, (str(path.resolve()), dataset.name.strip("/"))]
     for part in dataset.virtual_sources():
         there = path if part.file_name == "." else path.parent / part.file_name
         if not there.exists():
             raise InputError(
                 f"{path}, dataset {dataset.name}: its part {part.file_name} is "
-                "missing: put it beside"
+                "missing: put it beside the file"
             )
         if (str(there.resolve()), part.dset_name.strip("/")) in within:
             raise InputError(

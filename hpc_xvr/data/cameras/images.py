@@ -21,11 +21,11 @@ from hpc_xvr.errors import InputError
 TIFF_SUFFIXES = (".tif", ".tiff")
 IMAGE_SUFFIXES = (*TIFF_SUFFIXES, ".png")
 DENSEST = 2000
-"""No codec of these files shrinks a frame by more than this factor."""
+"""No codec of these files compresses a frame by more than this factor."""
 PNG_DTYPES = {"L": "u1", "I;16": "u2", "I;16B": "u2", "I": "u2"}
 MINISBLACK = 1
 
-# What tifffile logs about damage is told by our one line; without a handler it goes to stderr too.
+# Our errors say what tifffile logs about damage; without a handler that would go to stderr too.
 tifffile.logger().addHandler(logging.NullHandler())
 
 
@@ -149,11 +149,11 @@ def _read(path: Path, frames: int, start: int, stop: int) -> Iterator[np.ndarray
 def _tiff_header(path: Path) -> tuple[int, tuple[int, int], np.dtype, dict[str, str]]:
     count = _count_pages(path)
     with tifffile.TiffFile(path) as tif:
-        page = tif.pages[0]
+        page: Any = tif.pages[0]
         _check_page(path, tif, page, 0)
         shape, native = page.shape, page.dtype.newbyteorder("=")
         if count == 1 and _contiguous(tif):
-            count = int(tif.imagej_metadata.get("images", 1))
+            count = int((tif.imagej_metadata or {}).get("images", 1))
             needed = page.dataoffsets[0] + count * page.nbytes
             if needed > tif.filehandle.size:
                 raise InputError(
@@ -172,7 +172,7 @@ def _tiff_header(path: Path) -> tuple[int, tuple[int, int], np.dtype, dict[str, 
 
 def _contiguous(tif: tifffile.TiffFile) -> bool:
     """ImageJ writes stacks above 4 GB as one page followed by the other frames' bare pixels."""
-    page = tif.pages[0]
+    page: Any = tif.pages[0]
     return bool(
         tif.is_imagej
         and page.compression == 1
@@ -184,7 +184,7 @@ def _contiguous(tif: tifffile.TiffFile) -> bool:
 def _read_tiff(path: Path, frames: int, start: int, stop: int) -> Iterator[np.ndarray]:
     with tifffile.TiffFile(path) as tif:
         if frames > 1 and len(tif.pages) == 1:
-            page = tif.pages[0]
+            page: Any = tif.pages[0]
             file, dtype = tif.filehandle, page.dtype.newbyteorder(tif.byteorder)
             for index in range(start, stop):
                 file.seek(page.dataoffsets[0] + index * page.nbytes)
@@ -206,7 +206,7 @@ def _read_tiff(path: Path, frames: int, start: int, stop: int) -> Iterator[np.nd
 def _check_page(path: Path, tif: tifffile.TiffFile, page: Any, index: int) -> None:
     """tifffile fills what is missing with zeros; refuse such pages, colour and absurd sizes."""
     if page.photometric != MINISBLACK or page.samplesperpixel != 1 or len(page.shape) != 2:
-        raise InputError(f"{path}: frame {index} is no grey image with black as 0: convert it")
+        raise InputError(f"{path}: frame {index} is not a grey image with black as 0: convert it")
     check_shape(path, (1, *page.shape))
     spans = list(zip(page.dataoffsets, page.databytecounts, strict=True))
     stored = sum(count for _, count in spans)
@@ -225,7 +225,7 @@ def _check_page(path: Path, tif: tifffile.TiffFile, page: Any, index: int) -> No
 
 
 def _count_pages(path: Path) -> int:
-    """Pages of a TIFF, by following their chain: tifffile ends quietly where it is broken."""
+    """Pages of a TIFF, by following their chain: tifffile stops silently where it is broken."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(16)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -33,7 +33,7 @@ KEPT = (
 def open_cine(path: Path) -> Recording:
     """Open a .cine file.
 
-    Packed 10-bit values are the camera's own code, which is not linear in the light it got.
+    Packed 10-bit values are the camera's own encoding, which is not linear in intensity.
 
     Raises:
         InputError: colour or compressed frames, offsets outside the file, missing time stamps.
@@ -81,7 +81,7 @@ def open_cine(path: Path) -> Recording:
     )
 
 
-def _open(path: Path):
+def _open(path: Path) -> Any:
     from pims.cine import Cine  # pims is slow to import, and only .cine files need it
 
     return Cine(str(path))
@@ -100,7 +100,7 @@ def _check(path: Path, file: BinaryIO) -> tuple[int, int, np.ndarray, np.ndarray
     if bits not in (8, 16) or compression or packing not in (0, *PACKED):
         raise InputError(
             f"{path}: {bits} bit a pixel, compression {compression}/{packing}: "
-            "readable is uncompressed or packed monochrome"
+            "supported is uncompressed or packed monochrome"
         )
     check_shape(path, (count, height, width))
     stored_bits = PACKED.get(packing, bits)
@@ -125,7 +125,7 @@ def _check(path: Path, file: BinaryIO) -> tuple[int, int, np.ndarray, np.ndarray
 
 def _time_stamps(path: Path, file: BinaryIO, at: int, end: int, count: int) -> np.ndarray:
     """Seconds from the first frame, from the tagged block of image times."""
-    times = None
+    times: np.ndarray | None = None
     more = 1
     while more and at + 8 <= end:
         size, kind, more = struct.unpack("<IHH", _bytes(path, file, at, 8))
@@ -179,7 +179,7 @@ def _true_rate(rate: float, times: np.ndarray) -> float:
 
 
 def _camera(version: int) -> str:
-    """Two digits are v7.3, three or four the model's name; later cameras use another code."""
+    """Two digits mean v7.3, three or four the model's name; later cameras use another code."""
     if version < 100:
         return f"Phantom v{version // 10}.{version % 10}"
     return f"Phantom v{version}" if version < 10_000 else f"Phantom (camera version {version})"

@@ -35,7 +35,7 @@ XML_NAMES = {
     "File Format": "imageFileInfo/fileFormat",
     "Comment Text": "basicInfo/comment",
 }
-"""Key of a .cih: where a .cihx has the same."""
+"""Key of a .cih file: path of the same value in a .cihx file."""
 KEPT = (
     "Date",
     "Time",
@@ -52,15 +52,16 @@ def open_photron(path: Path) -> Recording:
     """Open a recording by its .cih, .cihx or .mraw file.
 
     Raises:
-        InputError: the partner file is missing, the header lacks a key or contradicts itself, or
-            the pixels are fewer than it promises.
+        InputError: header or pixel file is missing, the header lacks a key or contradicts itself,
+            or the file has fewer pixels than the header says.
     """
     header_path, pixels = _pair(path)
     with guarded(str(header_path)):
         header = _read_header(header_path)
-    shape = tuple(
+    frames, height, width = (
         _integer(header_path, header, key) for key in ("Total Frame", "Image Height", "Image Width")
     )
+    shape = (frames, height, width)
     check_shape(header_path, shape)
     bits = _integer(header_path, header, "Color Bit")
     kind, camera = header.get("Color Type", "Mono"), header.get("Camera Type", "")
@@ -68,12 +69,12 @@ def open_photron(path: Path) -> Recording:
     if kind.lower() not in ("mono", "raw") or "-C-" in camera or bits not in (8, 12, 16):
         raise InputError(
             f"{header_path}: Color Type {kind}, Color Bit {bits}, camera {camera}: "
-            "readable is monochrome with 8, 12 or 16 bit"
+            "supported is monochrome with 8, 12 or 16 bit"
         )
     if header.get("File Format", "mraw").lower() != "mraw":
         raise InputError(
-            f"{header_path}: File Format is {header['File Format']}, not MRaw: give "
-            "the exported images themselves"
+            f"{header_path}: File Format is {header['File Format']}, not MRaw: open "
+            "the exported images instead"
         )
     side = header.get("EffectiveBit Side", "Lower").lower()
     depth = _integer(header_path, header, "EffectiveBit Depth", bits)
@@ -82,19 +83,19 @@ def open_photron(path: Path) -> Recording:
             f"{header_path}: EffectiveBit Depth {depth}, Side {side}: allowed are "
             "1 to 16 and Lower or Higher"
         )
-    count = shape[1] * shape[2]
+    count = height * width
     if bits == 12 and count % 2:
         raise InputError(
-            f"{header_path}: {shape[1]} x {shape[2]} pixels of packed 12 bit do not "
+            f"{header_path}: {height} x {width} pixels of packed 12 bit do not "
             "fill whole bytes: the header is damaged, copy it again"
         )
-    check_bytes(pixels, shape[0] * count * bits // 8, shape[0])
+    check_bytes(pixels, frames * count * bits // 8, frames)
 
     rate = positive(
         header_path, "Record Rate(fps)", _number(header_path, header, "Record Rate(fps)")
     )
     step = max(1, _integer(header_path, header, "Save Step", 1))
-    # A file of fewer bits than the sensor's holds the upper ones alone: nothing to shift there.
+    # A file of fewer bits than the sensor's holds only the upper ones: nothing to shift there.
     shift = bits - depth if side == "higher" and depth < bits else 0
 
     def source(start: int, stop: int) -> Iterator[np.ndarray]:
@@ -107,7 +108,7 @@ def open_photron(path: Path) -> Recording:
                     frame = unpack_12(np.frombuffer(data, np.uint8))
                 else:
                     frame = np.frombuffer(data, np.dtype(f"<u{bits // 8}"))
-                frame = frame.reshape(shape[1:])
+                frame = frame.reshape(height, width)
                 yield frame >> shift if shift else frame
 
     return Recording(
@@ -148,12 +149,14 @@ def _pair(path: Path) -> tuple[Path, Path]:
         if header is None:
             raise InputError(
                 f"{path}: its header {path.stem}.cih or .cihx is missing: put it "
-                "beside, the pixels have no meaning without it"
+                "beside the pixels, which cannot be read without it"
             )
         return header, path
     pixels = pixels_of(path)
     if pixels is None:
-        raise InputError(f"{path}: its pixel file {path.stem}.mraw is missing: put it beside")
+        raise InputError(
+            f"{path}: its pixel file {path.stem}.mraw is missing: put it beside the header"
+        )
     return path, pixels
 
 

@@ -1,4 +1,4 @@
-"""One opened camera file: what is known about it, and its frames, read when asked for."""
+"""A camera's recording: what is known about it, and its frames, read on demand."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from hpc_xvr.log import logger
 
 FrameSource = Callable[[int, int], Iterator[np.ndarray]]
 LARGEST_FRAME = 2**28
-"""Pixels; no camera comes near it, so a header that promises more is damaged."""
+"""Pixels; no camera comes near it, so a header that states more is damaged."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A camera file. No file handle is kept: frames() opens the file and closes it.
+    """The frames of one camera, read on demand. `open_recording` makes one.
 
-    `dtype` is uint8 or uint16; stored values are 0..2**bit_depth - 1, right-aligned. `full_scale`
-    is the physical value (transmission, or the file's own float unit) of the largest one.
-    `pixel_size_um` is the pixel size on the object, where the file states it.
+    No file handle is kept: `frames` opens the file and closes it. `shape` is (frames, height,
+    width). `dtype` is uint8 or uint16; stored values are 0..2**bit_depth - 1, right-aligned.
+    `full_scale` is the physical value (transmission, or the unit of a floating-point file) of the
+    largest one. `pixel_size_um` is the pixel size on the object. What is unknown is None.
     """
 
     path: Path
@@ -49,11 +50,11 @@ class Recording:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Frames start..stop-1 as stored values, (H, W) of `dtype`.
+        """Yield frames start..stop-1 as stored values, (H, W) of `dtype`.
 
         Raises:
-            InputError: a frame cannot be read, has another shape, holds NaN or infinity, or a
-                value above the bit depth. The line names the frame.
+            InputError: a frame cannot be read, has another shape, or holds NaN, infinity or a value
+                above the bit depth. The message names the frame.
         """
         top = 2**self.bit_depth - 1
         clipped = count = 0
@@ -67,20 +68,24 @@ class Recording:
             if (largest := int(frame.max())) > top:
                 raise InputError(
                     f"{self.path}: frame {index} holds the value {largest}, but "
-                    f"{self.bit_depth} bit end at {top}: the bit depth is wrong"
+                    f"{self.bit_depth} bits end at {top}: the bit depth is wrong"
                 )
             yield frame.astype(self.dtype, copy=False)
         if clipped > 0.001 * count:
             logger.warning(
-                "%s: %.1f %% of the values lie above full scale %g and were cut to it; "
-                "a larger full scale keeps them",
+                "%s: %.1f %% of the values lie above full scale %g and were clipped to it; "
+                "a larger full scale would keep them",
                 self.path,
                 100 * clipped / count,
                 self.full_scale,
             )
 
     def values(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
-        """Frames in the file's own unit, (H, W): integer counts, or finite floats."""
+        """Yield frames start..stop-1 in the file's own unit, (H, W): counts, or finite floats.
+
+        Raises:
+            InputError: as `frames`, but for the bit depth.
+        """
         start, stop, _ = slice(start, stop).indices(self.shape[0])
         with guarded(f"{self.path}: frame {start}"):
             source = self.source(start, stop)
@@ -90,7 +95,7 @@ class Recording:
             if frame is None:
                 raise InputError(
                     f"{self.path}: ends before frame {index}, {self.shape[0]} frames "
-                    "are promised: the file is incomplete, copy it again"
+                    "are expected: the file is incomplete, copy it again"
                 )
             if frame.shape != self.shape[1:]:
                 raise InputError(
@@ -101,7 +106,7 @@ class Recording:
                 bad = frame.size - np.count_nonzero(np.isfinite(frame))
                 raise InputError(
                     f"{self.path}: frame {index} holds {bad} values that are NaN or "
-                    "infinite: mend the frame or leave it out"
+                    "infinite: repair the frame or leave it out"
                 )
             yield frame
 
@@ -114,13 +119,14 @@ class Recording:
         )
 
     def flipped(self) -> Recording:
-        """Rows from bottom to top."""
+        """The same recording with its rows from bottom to top."""
         return self.changed(lambda frame: frame[::-1])
 
     def cut(
         self, height: int, width: int, top: int = 0, left: int = 0, first: int = 0, last: int = -1
     ) -> Recording:
-        """Frames `first` to `last`, `height` rows from `top`, `width` columns from `left`."""
+        """Frames `first` to `last` (-1: the last one), cut to `height` rows from `top` and `width`
+        columns from `left`."""
         frames = (self.shape[0] if last < 0 else last + 1) - first
         return replace(
             self,
@@ -141,21 +147,21 @@ def array_recording(
     full_scale: float | None,
     **fields: Any,
 ) -> Recording:
-    """A recording from a container that states only its number type (TIFF, PNG, HDF5).
+    """Make a recording of frames whose file states only their number type (TIFF, PNG, HDF5).
 
     Integers keep their values; floats are scaled to 16 bit by `full_scale`, or by their largest
     value, for which the whole file is read once. Floats below 0 become 0.
 
     Raises:
-        InputError: numbers of another type, a bit depth that does not fit it, float data with
-            nothing but values below 0.
+        InputError: numbers of another type, a bit depth that does not fit it, or floats that are
+            all below 0.
     """
     check_shape(path, shape)
     native = np.dtype(native)
     if native.kind == "f":
         if bit_depth is not None:
             raise InputError(
-                f"{path}: holds float numbers, which have no bit depth: give their "
+                f"{path}: holds floating-point numbers, which have no bit depth: give their "
                 "full scale instead"
             )
         floats = Recording(path, shape, np.dtype(np.uint16), 16, source, **fields)
@@ -167,7 +173,7 @@ def array_recording(
         return replace(floats, full_scale=positive(path, "full scale", full_scale))
     if native.kind != "u" or native.itemsize > 2:
         raise InputError(
-            f"{path}: holds {native} numbers; readable are uint8, uint16 and float: "
+            f"{path}: holds {native} numbers; supported are uint8, uint16 and float: "
             "convert the file"
         )
     widest = 8 * native.itemsize
@@ -176,15 +182,17 @@ def array_recording(
             f"{path}: bit depth {bit_depth} does not fit its {native} numbers: give 1 to {widest}"
         )
     if full_scale is not None:
-        raise InputError(f"{path}: holds {native} counts: a full scale is for float numbers only")
+        raise InputError(
+            f"{path}: holds {native} counts: a full scale is for floating-point numbers only"
+        )
     return Recording(path, shape, native.newbyteorder("="), bit_depth or widest, source, **fields)
 
 
 @contextmanager
 def guarded(where: str) -> Iterator[None]:
-    """Turn whatever a file library throws at damaged input into one InputError line.
+    """Turn whatever a library raises on a damaged file into a one-line InputError.
 
-    The libraries raise nearly any exception type on damaged files, hence the wide net.
+    They raise nearly any type of exception, so all are caught.
     """
     try:
         yield
@@ -201,7 +209,7 @@ def guarded(where: str) -> Iterator[None]:
 
 
 def check_shape(path: Path, shape: tuple[int, ...]) -> None:
-    """Refuse empty recordings and frames no camera can have made."""
+    """Refuse empty recordings, and frames larger than any camera makes."""
     if shape[0] < 1:
         raise InputError(f"{path}: holds no frames: export it again with at least one")
     if min(shape[1:]) < 1 or shape[1] * shape[2] > LARGEST_FRAME:
@@ -212,7 +220,7 @@ def check_shape(path: Path, shape: tuple[int, ...]) -> None:
 
 
 def check_bytes(path: Path, needed: int, frames: int) -> None:
-    """Refuse a file that is shorter than its header promises."""
+    """Refuse a file that is shorter than its header says."""
     have = path.stat().st_size
     if have < needed:
         raise InputError(
@@ -222,7 +230,7 @@ def check_bytes(path: Path, needed: int, frames: int) -> None:
 
 
 def positive(path: Path, what: str, value: float) -> float:
-    """`value` if it is a finite number above 0, else InputError."""
+    """Return `value`; raise InputError unless it is a finite number above 0."""
     if not 0 < value < float("inf"):
         raise InputError(f"{path}: {what} is {value}: it must be a number above 0")
     return value

@@ -16,7 +16,7 @@ from hpc_xvr.data.cameras.recording import guarded
 
 @dataclass(frozen=True)
 class Source:
-    """The file, or the numbered image files, of one recording; `lr`: of its second camera."""
+    """The file, or the numbered image files, of one recording; `lr`: those of its second camera."""
 
     files: tuple[Path, ...]
     dataset: str | None = None
@@ -36,7 +36,7 @@ class Source:
 
     @property
     def folder(self) -> str:
-        """Where it lies, written in full."""
+        """Its folder as an absolute path."""
         return str(self.files[0].parent.resolve())
 
     @property
@@ -65,8 +65,8 @@ class Source:
         return sum(size for _, size, _ in self.state) + (self.lr.nbytes if self.lr else 0)
 
     def fingerprint(self, options: dict[str, Any]) -> str:
-        """The same for the same files, unchanged, ingested with the same options."""
-        told: list[Any] = [self.state, {**options, "dataset": self.dataset}]
+        """A hash that is the same for the same files, unchanged, ingested with the same options."""
+        parts: list[Any] = [self.state, {**options, "dataset": self.dataset}]
         if self.lr is not None:
-            told.append([self.lr.state, self.lr.dataset])
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+            parts.append([self.lr.state, self.lr.dataset])
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -128,14 +128,17 @@ class Video:
         self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
     ) -> np.ndarray:
         """Crop(s) as float32 in [0, 1]: stored value / (2**bit_depth - 1)."""
-        return self.read(t, y, x) * np.float32(1 / (2 ** self._manifest.bits(self._number)[0] - 1))
+        depth = self._manifest.bits(self._number)[0]
+        frames: np.ndarray = self.read(t, y, x) * np.float32(1 / (2**depth - 1))
+        return frames
 
     def lr_intensity(
         self, t: int | Sequence[int], y: slice = slice(None), x: slice = slice(None)
     ) -> np.ndarray:
         """The same for the low-resolution camera's frames."""
         depth = self._manifest.bits(self._number)[1]
-        return self.read_lr(t, y, x) * np.float32(1 / (2**depth - 1))
+        frames: np.ndarray = self.read_lr(t, y, x) * np.float32(1 / (2**depth - 1))
+        return frames
 
     def require_lr(self, scale: int | None = None) -> tuple[int, int, int]:
         """`lr_shape`, after checking that a low-resolution camera recorded, too.

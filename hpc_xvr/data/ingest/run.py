@@ -67,7 +67,9 @@ def ingest(
             sequences of numbered images.
         lr: files of a second, fast camera, one for each recording, in order.
         lr_camera, pairing: how these are read, and how they belong to the recordings.
-        multiple_of, crop, scene: see treatment.Treatment.
+        multiple_of: divisor that height and width must have; `crop` cuts what is too much.
+        crop: also cuts what the fast camera did not see.
+        scene: what the recordings show.
         split: auto gives each recording to the split furthest below its share of 0.8/0.1/0.1.
         skip_bad: go on with the others after a file that cannot be used.
         workers: processes of this rank; None: one a core, fewer for little work.

@@ -1,4 +1,4 @@
-"""What ingest does to every file of a run before its frames are stored."""
+"""What `ingest` does to each recording before its frames are stored."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Treatment:
     Args:
         camera: how the recordings' own, sharp camera is read.
         lr_camera: how the second, fast camera is read.
-        pairing: how the second camera's streams belong to the recordings.
-        multiple_of: divisor that height and width must have; `crop` cuts what is too much.
+        pairing: how the second camera's streams fit the recordings.
+        multiple_of: height and width must be multiples of this; `crop` cuts the excess.
         scene: what the recordings show.
     """
 
@@ -35,7 +35,7 @@ class Treatment:
     scene: str | None = None
 
     def check(self) -> None:
-        """Raises InputError for values that cannot be."""
+        """Raise InputError for values that are out of range."""
         self.camera.check()
         self.lr_camera.check()
         if self.multiple_of < 1:
@@ -52,7 +52,7 @@ class Treatment:
         return ready
 
     def fingerprint(self, source: Source) -> str:
-        """The same for the same files, unchanged, read in the same way."""
+        """A hash that is the same for the same files, unchanged, read in the same way."""
         camera = self.camera
         options: dict[str, Any] = {
             "dataset": camera.dataset,
@@ -83,7 +83,7 @@ class Treatment:
             recording, fast, second = pair.sharp, pair.fast, pair.info()
             if fast.nbytes > LARGEST_STREAM:
                 raise InputError(
-                    f"{fast.path}: has more than {LARGEST_STREAM >> 30} GB of frames: cut it"
+                    f"{fast.path}: has more than {LARGEST_STREAM >> 30} GB of frames: split it"
                 )
         info = {
             "camera": recording.camera,

@@ -1,4 +1,4 @@
-"""A second, fast camera's stream beside the sharp frames: when and where its pixels lie there."""
+"""Join the recordings of a sharp and a fast camera: one clock, one pixel grid."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
 CONTRADICTION = 0.02
-"""Relative difference of a stated gap and the frame rates' that is worth a warning."""
+"""Relative difference between a given gap and that of the frame rates that is worth a warning."""
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """How the two cameras of a shot belong together.
+    """How the recordings of the two cameras of a shot fit together.
 
     Args:
         gap: fast frames from one sharp frame to the next; None: from the frame rates.
         start: time of the first fast frame, in sharp frames from the first one.
         registration: where the fast camera's pixels lie on the sharp frames; None: its frames are
-            taken as they are.
+            used as they are.
     """
 
     gap: float | None = None
@@ -35,7 +35,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both recordings of one shot, on one grid where the registration is known."""
+    """Both recordings of one shot, as `joined` returns them."""
 
     sharp: Recording
     fast: Recording
@@ -56,17 +56,17 @@ class Pair:
 
 
 def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bool) -> Pair:
-    """Both recordings of one shot, on one grid and with one clock.
+    """Put both recordings of one shot on one pixel grid and one clock.
 
-    Where the registration is known, the sharp frames are cut to what the fast camera saw (whole
-    multiples of `scale` pixels), and its frames are resampled to their grid / `scale`. In time
-    they are cut to the sharp frames that a fast frame lies beside.
+    With a registration, the sharp frames are cut to what the fast camera saw (whole multiples of
+    `scale` pixels), and the fast frames are resampled to the grid of those / `scale`. In time, the
+    sharp recording is cut to the frames that have a fast frame beside them.
 
     Args:
-        crop: cut what the fast camera did not see; else that is an error.
+        crop: cut what the fast camera did not see; without it that is an error.
 
     Raises:
-        InputError: no frame rate and no gap, or streams that do not lie over each other.
+        InputError: neither frame rates nor a gap are known, or the recordings do not overlap.
     """
     name = f"{sharp.path} with {fast.path}"
     times = _times(name, sharp, fast, how)
@@ -113,13 +113,15 @@ def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bo
 def _times(name: str, sharp: Recording, fast: Recording, how: Pairing) -> np.ndarray:
     """Time of each fast frame, in sharp frames from the first one."""
     slow, quick = sharp.frame_rate_hz, fast.frame_rate_hz
-    if how.gap is None and not (slow and quick):
-        which, option = ("fast", "--lr-frame-rate") if slow else ("sharp", "--hr-frame-rate")
-        raise InputError(
-            f"{name}: the frame rate of the {which} camera is unknown: give {option}, or --gap, "
-            "the number of fast frames from one sharp frame to the next"
-        )
-    gap = how.gap if how.gap is not None else quick / slow
+    gap = how.gap
+    if gap is None:
+        if not (slow and quick):
+            which, option = ("fast", "--lr-frame-rate") if slow else ("sharp", "--hr-frame-rate")
+            raise InputError(
+                f"{name}: the frame rate of the {which} camera is unknown: give {option}, or "
+                "--gap, the number of fast frames from one sharp frame to the next"
+            )
+        gap = quick / slow
     if not 0 < gap < math.inf or not math.isfinite(how.start):
         raise InputError(
             f"{name}: gap {gap:g}, start {how.start:g}: the gap must be a number of fast frames "
@@ -127,7 +129,7 @@ def _times(name: str, sharp: Recording, fast: Recording, how: Pairing) -> np.nda
         )
     if slow and quick and abs(gap * slow / quick - 1) > CONTRADICTION:
         logger.warning(
-            "%s: the gap is %g as given, but the frame rates (%g and %g Hz) say %g: one is wrong",
+            "%s: the gap is given as %g, but the frame rates (%g and %g Hz) say %g: one is wrong",
             *(name, gap, quick, slow, quick / slow),
         )
     return how.start + np.arange(fast.shape[0]) / gap
@@ -141,14 +143,14 @@ def _together(name: str, times: np.ndarray, frames: int) -> tuple[int, int]:
     last = min(frames - 1, math.floor(times[-1] + reach))
     if first > last:
         raise InputError(
-            f"{name}: the fast frames last from sharp frame {times[0]:g} to {times[-1]:g}, there "
-            f"are frames 0 to {frames - 1}: check --lr-start, --gap and the frame rates"
+            f"{name}: the fast frames span sharp frames {times[0]:g} to {times[-1]:g}, but "
+            f"there are frames 0 to {frames - 1}: check --lr-start, --gap and the frame rates"
         )
     return first, last
 
 
 def _advice(fast: int, sharp: int, last: int) -> str:
-    """What else may be wrong where the fast frames end before the sharp ones."""
+    """What else may be wrong if the fast frames end before the sharp ones."""
     if last == sharp - 1:
         return ""
     if sharp > fast:
@@ -178,7 +180,7 @@ def _resampled(
     view: tuple[int, int],
     scale: int,
 ) -> Recording:
-    """The fast frames as a camera would give them whose pixels are `scale` x `scale` sharp ones.
+    """The fast frames as a camera with pixels of `scale` x `scale` sharp ones would record them.
 
     Each such pixel is the mean of points spread over it, taken by linear interpolation: as many
     along a side as fast pixels fit in.
@@ -212,7 +214,7 @@ def _resampled(
     )
 
     def resample(frame: np.ndarray) -> np.ndarray:
-        values = (table @ frame.ravel().astype(float)).reshape(grid)
+        values: np.ndarray = (table @ frame.ravel().astype(float)).reshape(grid)
         return values if frame.dtype.kind == "f" else np.rint(values).astype(frame.dtype)
 
     return replace(fast.changed(resample), shape=(fast.shape[0], *grid))

@@ -1,6 +1,6 @@
-"""How one camera's files become intensities: the one place that says so.
+"""How the files of one camera become intensities.
 
-Commands, the Python API and whatever is made from a recording use this object, with the same names.
+The commands, the Python interface and the metadata of results share this object and its names.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from hpc_xvr.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class CameraReading:
-    """How the files of one camera are read; what is not given is taken from the files.
+    """How the files of one camera are read; what is None is taken from the files.
 
     Args:
         dataset: path inside an HDF5 file; also written FILE.h5::PATH.
-        flat, dark: recordings of the beam without sample and of the camera without beam, which
-            are averaged; FILE.h5::PATH for a dataset. They replace those that a DXchange file
-            holds. Transmission = (raw - dark) / (flat - dark).
-        bit_depth: significant bits of TIFF, PNG and HDF5 integers, where fewer than stored.
-        full_scale: physical value stored as white: of transmissions (1.5 unless given) and of
-            files of floating-point numbers (their maximum unless given).
-        flip_rows: turn the frames upside down (the row order of Shimadzu cameras differs).
-        frame_rate_hz, pixel_size_um, camera: instead of what the files say.
+        flat, dark: recordings without sample and without beam, whose frames are averaged;
+            FILE.h5::PATH for a dataset. They replace those that a DXchange file holds.
+            Transmission = (raw - dark) / (flat - dark).
+        bit_depth: significant bits of TIFF, PNG and HDF5 integers, if fewer than stored.
+        full_scale: physical value that is stored as white, for transmissions (default: 1.5) and
+            floating-point files (default: their maximum).
+        flip_rows: turn the frames upside down (the row order of Shimadzu cameras differs by
+            instrument).
+        frame_rate_hz, pixel_size_um, camera: replace what the files say.
     """
 
     dataset: str | None = None
@@ -48,7 +49,7 @@ class CameraReading:
     camera: str | None = None
 
     def check(self) -> None:
-        """Raises InputError for values that cannot be."""
+        """Raise InputError for values out of range, or a dark field without a flat one."""
         for what, value in (
             ("frame rate", self.frame_rate_hz),
             ("pixel size", self.pixel_size_um),
@@ -57,7 +58,7 @@ class CameraReading:
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{what} {value}: must be a number above 0")
         if self.dark is not None and self.flat is None:
-            raise InputError(f"dark field {self.dark}: needs a flat field beside it, give one")
+            raise InputError(f"dark field {self.dark}: needs a flat field as well: give one")
 
     @cached_property
     def flat_and_dark(self) -> tuple[np.ndarray, np.ndarray | None] | None:
@@ -77,12 +78,12 @@ class CameraReading:
         return flat, dark
 
     def open(self, source: Path | str | ArrayLike) -> Recording:
-        """The corrected recording in a camera file, a folder or glob of numbered images, or an
-        array of frames (T, H, W).
+        """Open a camera file, a folder or glob of numbered images, or an array of frames
+        (T, H, W), and correct it.
 
         Raises:
-            InputError: missing, unknown or damaged file, a field of another shape, or an option
-                that the file's format does not have.
+            InputError: the file is missing, damaged or of an unknown format, a field has another
+                shape, or an option does not apply to the format.
         """
         if not isinstance(source, (str, Path)):
             return self._corrected(
@@ -92,11 +93,13 @@ class CameraReading:
         with guarded(str(path)):
             files, inner = camera_files(path)
             if inner and self.dataset and inner.strip("/") != self.dataset.strip("/"):
-                raise InputError(f"{path}: names another dataset than {self.dataset}: give one")
+                raise InputError(
+                    f"{path}: names a dataset other than {self.dataset}: give only one"
+                )
         return self.open_files(files, inner or self.dataset)
 
     def open_files(self, files: Sequence[Path], dataset: str | None) -> Recording:
-        """The same from the file, or the numbered files, of one recording."""
+        """As `open`, for the file or the numbered files of one recording."""
         # With a flat field the full scale is the transmission's.
         corrects = self.flat_and_dark is not None
         return self._corrected(
@@ -123,14 +126,14 @@ class CameraReading:
         return replace(recording, **stated)
 
     def on_scale_of(self, other: CameraReading) -> CameraReading:
-        """The same with the full scale of another camera, where this one has a flat field and none
-        of its own: two transmissions are to be compared."""
+        """The same with the full scale of another camera if this one has a flat field but no full
+        scale, so that the transmissions of the two are comparable."""
         if self.flat is None or self.full_scale is not None:
             return self
         return replace(self, full_scale=other.full_scale)
 
     def described(self) -> dict[str, Any]:
-        """What was asked for, to be kept with what is made from it."""
+        """The values that were given, to be stored with what is made from the recording."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: str(value) if isinstance(value, Path) else value

@@ -23,7 +23,7 @@ _SCINTILLATOR_DECAY = 70e-9  # s, LuAG:Ce
 _SOURCE_WIDTH = 275e-6  # m, sigma of a third-generation storage ring's electron beam; its height
 # is a twentieth of that and blurs nothing.
 _GLARE_BOX = 25  # pixels; two boxes make the tail of the point spread function
-_MANY = 100  # counts from which Poisson's distribution is the normal one
+_MANY = 100  # counts above which Poisson's distribution is nearly normal
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class SimulatedCamera:
 
 
 class Beamline:
-    """Source, sample and scintillator: the light that all cameras look at.
+    """Source, sample and scintillator: the light that all cameras see.
 
     Args:
         scene: the moving sample.

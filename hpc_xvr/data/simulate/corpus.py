@@ -52,17 +52,17 @@ def simulate_corpus(
 ) -> None:
     """Simulate a whole corpus on all cores of all ranks; the same, bit for bit, on any number.
 
-    It grows in a hidden folder beside `path` and is renamed when complete: `path` is there whole
-    or not at all. A call that was interrupted leaves the recordings it finished; the next one with
-    the same settings goes on with what is missing.
+    It grows in a hidden folder beside `path` and is renamed when complete, so `path` exists
+    complete or not at all. An interrupted call leaves the recordings that it finished; the next one
+    with the same settings makes the missing ones.
 
     Args:
         workers: processes of this rank. Default: one for each core it may use.
-        ranks: who share the work. All of them make this call alike.
+        ranks: those that share the work; all of them must make this call.
 
     Raises:
-        InputError: something is at `path` already, a corpus of other settings is half made there,
-            another process is making it, or the disk refuses; on all ranks.
+        InputError: on all ranks, if `path` exists, a corpus of other settings is half finished
+            there, another process is making it, or the disk cannot be written to.
     """
     path = Path(path)
     plan = plan_corpus(simulate)
@@ -109,14 +109,14 @@ def simulate_if_missing(simulate: config.Simulate | None, path: Path) -> None:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raises InputError if something is there already."""
+    """Raise InputError if `path` exists."""
     if path.exists():
         raise InputError(f"corpus {path}: exists; remove it or choose another folder")
 
 
 @contextlib.contextmanager
 def _start(simulate: config.Simulate, path: Path, beside: Path) -> Iterator[CorpusWriter]:
-    """The writer of the corpus that grows in `beside`, after checking whose it is."""
+    """The writer of the corpus that grows in `beside`, once its settings are checked."""
     refuse_existing(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def _start(simulate: config.Simulate, path: Path, beside: Path) -> Iterator[Corp
         if found != written:
             raise InputError(
                 f"corpus {path}: was begun with other settings, see {kept}; finish it with those, "
-                f"or remove {beside} to begin anew"
+                f"or remove {beside} to start over"
             )
         yield writer
 
@@ -145,7 +145,7 @@ def _finish(beside: Path, path: Path) -> None:
     """Put the complete corpus in its place, its manifest in the order of the recordings."""
     if path.exists():
         raise InputError(
-            f"corpus {path}: another process made it meanwhile; use that one, or remove it and "
+            f"corpus {path}: another process has made it meanwhile; use that one, or remove it and "
             f"rename {beside}"
         )
     with disk_errors(path):
@@ -167,7 +167,7 @@ def _rounds(
 
 
 def _round(entries: Iterator[ClipEntry], round_s: float) -> tuple[list[ClipEntry], bool]:
-    """At least one entry, and those of `round_s` seconds; whether they were the last."""
+    """The entries made in `round_s` seconds, at least one, and whether they were the last."""
     made: list[ClipEntry] = []
     end = time.monotonic() + round_s
     for entry in entries:

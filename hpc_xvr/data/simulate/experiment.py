@@ -27,7 +27,7 @@ class Experiment:
         camera: which of SENSORS is the high-resolution one.
 
     Raises:
-        InputError: unknown scene, or H or W no multiple of scale.
+        InputError: unknown scene, or H or W is not a multiple of scale.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Experiment:
     def info(self, split: str) -> dict[str, Any]:
         """What a corpus keeps about the recording."""
         pixel_um = self.sample.pixel * 1e6
-        info = {
+        info: dict[str, Any] = {
             "camera": self.sensor.name,
             "frame_rate_hz": self.frame_rate_hz,
             "pixel_size_um": round(pixel_um, 3),

@@ -1,4 +1,4 @@
-"""Moving matter for simulated experiments, one module a scene."""
+"""Moving matter for simulated experiments, one module per scene."""
 
 from __future__ import annotations
 

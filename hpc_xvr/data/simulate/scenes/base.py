@@ -1,4 +1,4 @@
-"""What every scene offers to the simulated beamline."""
+"""The interface of all scenes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Scene(ABC):
     Args:
         shape: pixels (H, W) of the high-resolution camera.
         frames: length of the recording; events are spread over it.
-        rng: everything random is drawn from it on construction, nothing later.
+        rng: everything random is drawn from it by the constructor, nothing later.
     """
 
     conditions: Conditions | None = None
-    """What material, pixel, rate, distance and speed are drawn from; None: the class sets them."""
+    """Ranges of material, pixel, rate, distance and speed; None: the class sets them itself."""
     material: str
     """Key of optics.MATERIALS."""
     pixel: float

@@ -133,7 +133,7 @@ class Crack(Scene):
         if length <= 1:
             return
         along = y - s
-        at = np.float32([s])
+        at = np.array([s], np.float32)
         start = self.foot + 0.07 * len(y) * self.path(at) + self.rough(at) + self.lean * s
         line = start + self.lean * along + slope * along + 1.5 * rough(along)
         share = np.clip((length - along) / length, 0, 1) * (along > 0)

@@ -1,4 +1,4 @@
-"""What the scenes are drawn with: thickness maps in pixels, float32."""
+"""Shapes, textures and motions that scenes are made of; thicknesses in pixels, float32."""
 
 from __future__ import annotations
 

@@ -39,9 +39,9 @@ class Spray(Scene):
         self.sway_phase = rng.uniform(0, 2 * np.pi, 3)
         self.sway_size = self.radius * rng.uniform(0.1, 0.3, 3)
         self.flap = wobble(rng, 15, 60)
-        length = along + int(np.ceil(self.speed * (self.frames + 4)))
+        rows = along + int(np.ceil(self.speed * (self.frames + 4)))
         self.skin = 0.05 * (
-            noise((length, across), (2.2, 1.5), rng) + noise((length, across), (6, 4), rng)
+            noise((rows, across), (2.2, 1.5), rng) + noise((rows, across), (6, 4), rng)
         )
         self._drops(rng)
         self.still = self._still(rng)

@@ -31,7 +31,7 @@ class Tissue(Scene):
         self.gut = height * rng.uniform(0.08, 0.13), rng.uniform(-0.12, 0.12) * height
         self.gut_k = 2 * np.pi / (self.gut[0] * rng.uniform(3.5, 6))
         self.gut_w = 2 * np.pi / rng.uniform(14, 30) * rng.choice([-1, 1])
-        tubes = rng.integers(4, 7)
+        tubes = int(rng.integers(4, 7))
         self.tube_v = self.half * rng.uniform(-0.8, 0.8, tubes)
         self.tube_line = [wander(width, height * rng.uniform(0.17, 0.3), rng) for _ in range(tubes)]
         self.tube_r = rng.uniform(1.6, 4.2, tubes) * (height / 128) ** 0.5

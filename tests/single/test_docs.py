@@ -1,0 +1,199 @@
+"""The documents: they build without a warning, and what they say can be done."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+
+import hpc_xvr
+from hpc_xvr.cli import cli
+from hpc_xvr.config import load
+from support.paths import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+NOTEBOOKS = sorted(path.stem for path in (DOCS / "notebooks").glob("*.ipynb"))
+LAUNCHERS = ("mpirun", "torchrun", "srun")
+
+
+def python(*arguments, **options):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.slow
+def test_the_documents_build_without_a_warning(tmp_path):
+    pytest.importorskip("sphinx")
+    python("-m", "sphinx", "-W", "--keep-going", "-q", "-d", tmp_path, DOCS, tmp_path / "html")
+    for page in ("reference/config.html", "reference/commands.html", "reference/api.html"):
+        assert (tmp_path / "html" / page).stat().st_size > 20_000, page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
+    pytest.importorskip("nbclient")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    python(DOCS / "run_notebooks.py", name, "--out", tmp_path, env=environment)
+    ran, stored = (
+        json.loads((folder / f"{name}.ipynb").read_text())["cells"]
+        for folder in (tmp_path, DOCS / "notebooks")
+    )
+    assert [kinds(cell) for cell in ran] == [kinds(cell) for cell in stored], (
+        "python docs/run_notebooks.py stores what the notebook shows now"
+    )
+
+
+def kinds(cell):
+    """What a cell shows: text, pictures."""
+    outputs = cell.get("outputs", [])
+    return [(output["output_type"], *output.get("data", {})) for output in outputs]
+
+
+def test_stored_notebooks_are_small_and_whole():
+    assert NOTEBOOKS == ["comparing", "own-files"]
+    for name in NOTEBOOKS:
+        path = DOCS / "notebooks" / f"{name}.ipynb"
+        code = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+        assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+        assert path.stat().st_size < 300_000
+
+
+def test_drawings_are_drawn_by_their_script(tmp_path):
+    python(DOCS / "drawings.py", "--folder", tmp_path)
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(path.name for path in (DOCS / "pictures").iterdir())
+
+
+def test_the_readme_stays_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 6_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" not in link:
+            assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_the_project_that_are_named_are_there(page):
+    tops = "hpc_xvr|configs|jobs|benchmarks|tests|docs"
+    for name in re.findall(rf"`((?:{tops})/[\w./-]*)`", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+def prose(page):
+    """A page without its code blocks, lines joined: links may be broken."""
+    return " ".join(re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL).split())
+
+
+def commands():
+    """(page, command) for each command line of hpc-xvr in the documents."""
+    for page in PAGES:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if "hpc-xvr" in words[:4] and words[0] in ("hpc-xvr", *LAUNCHERS):
+                    yield page, words[words.index("hpc-xvr") + 1 :]
+                elif words[:1] == ["torchrun"]:
+                    yield page, words[words.index("hpc_xvr") + 1 :]
+
+
+COMMANDS = list(commands())
+
+
+def test_the_documents_show_every_command():
+    shown = {words[0] for _, words in COMMANDS}
+    assert shown == {*cli.commands, "--help"}
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), COMMANDS, ids=[" ".join(words)[:60] for _, words in COMMANDS]
+)
+def test_commands_are_those_of_the_program(page, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check_command(words, imagined=page.parent.name == "extend")
+
+
+def check_command(words, imagined=False):
+    """Every option exists and takes its value, and a config of ours takes what --set says, unless
+    the page imagines a scene or method that is yet to be written."""
+    if words == ["--help"]:
+        return
+    command = cli.commands[words[0]]
+    given = command.make_context(words[0], list(words[1:])).params
+    if words[0] == "submit":
+        job = given["job"]
+        assert job[0].endswith(".py") or job[0] in cli.commands
+        if not job[0].endswith(".py"):
+            check_command(job, imagined)
+    config = given.get("config")
+    if config is not None and config.exists() and not imagined:
+        load(config, [text.replace("{scratch}", "/tmp") for text in given["overrides"]])
+
+
+def test_a_command_that_does_not_exist_would_be_seen():
+    with pytest.raises(click.NoSuchOption):
+        check_command(["ingest", "--no-such-option", "--corpus", "c", "file"])
+    with pytest.raises(hpc_xvr.InputError):
+        check_command(["train", str(ROOT / "configs/pulse.yaml"), "--set", "train.step=3"])
+
+
+def test_configs_in_the_text_are_those_of_the_program():
+    """Every `section.key` and `section.key=value` in code."""
+    from hpc_xvr.config import Config
+
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    found = 0
+    for page in PAGES:
+        for text in re.findall(r"`([a-z]+\.[a-z_0-9]+)(?:=[^`]*)?`", page.read_text()):
+            section, key = text.split(".")
+            if section in sections and not (page.parent / text).exists():
+                fields = getattr(sections[section], "model_fields", None)
+                if fields is None:  # simulate may be null
+                    fields = sections[section].__args__[0].model_fields
+                if section == "data" and (ROOT / "hpc_xvr/data" / key).exists():
+                    continue  # a package
+                assert key in fields, f"{page}: {text}"
+                found += 1
+    assert found > 50
+
+
+def test_the_layers_are_those_that_are_checked():
+    contract = (ROOT / "pyproject.toml").read_text().partition("layers = [")[2].partition("]")[0]
+    layers = re.findall(r'"(.*)"', contract.replace("hpc_xvr.", ""))
+    page = (DOCS / "explanation" / "program.md").read_text()
+    assert "```text\n" + "\n".join(layers) + "\n```" in page
+
+
+def test_the_citation_is_that_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == hpc_xvr.__version__
+    assert citation["references"][0]["doi"] == "10.3389/fhpcp.2025.1537080"
+    released = re.search(r"^## \[([\d.]+)\] - (\S+)$", changelog(), re.MULTILINE)
+    assert (citation["version"], str(citation["date-released"])) == released.groups()
+
+
+def changelog():
+    return (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_changes_to_come_have_their_place():
+    assert re.findall(r"^## \[(.+?)\]", changelog(), re.MULTILINE)[0] == "Unreleased"
+
+
+def test_modules_that_moved_are_where_the_changelog_says():
+    for new in re.findall(r"^\| `[^|]*\| ([^|]*) \|$", changelog(), re.MULTILINE):
+        for name in re.findall(r"`([\w./*]+)`", new):
+            assert list(Path(ROOT, "hpc_xvr").glob(name.rstrip("/"))), name
