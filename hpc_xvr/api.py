@@ -37,9 +37,9 @@ class Model:
     precision: str
     """float32, bf16 or float64."""
     lr_frames: int
-    """Low-resolution frames that one forward pass takes; odd."""
+    """Low-resolution frames that one forward pass takes; odd. 0: those of a whole gap."""
     frames_out: int
-    """Frames that one forward pass returns: 1 or `lr_frames`."""
+    """Frames that one forward pass returns: 1 or `lr_frames`. 0: those of a whole gap."""
     scale: int
     """Side of a fast-camera pixel in sharp-camera pixels."""
     method: pipeline.Method = field(repr=False)
@@ -118,7 +118,7 @@ def load_model(
         step=step,
         device=place,
         precision=precision,
-        lr_frames=config.data.lr_frames,
+        lr_frames=frames_out and config.data.lr_frames,
         frames_out=frames_out,
         scale=config.data.scale,
         method=method,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,7 +11,7 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NoiseKind = Literal["none", "poisson", "poisson_gaussian", "fixed_pattern"]
-SceneName = Literal["keyhole", "spray", "bubbles", "crack", "tissue"]
+SceneName = Literal["keyhole", "spray", "bubbles", "crack", "tissue", "layers"]
 SensorName = Literal["sa-z", "hpv-x2"]
 Split = Literal["train", "validation", "test"]
 Size = tuple[Positive, Positive, Positive]
@@ -58,8 +58,15 @@ class Simulate(Section):
     cameras: Annotated[dict[SensorName, CameraShare], Field(min_length=1)] = {"sa-z": CameraShare()}
     """Sharp cameras and their shares of each scene's recordings: sa-z (12 bit) and hpv-x2 (10
     bit). The fast low-resolution one beside them is an hpv-x2."""
-    scenes: Annotated[list[SceneName], Field(min_length=1)] = list(get_args(SceneName))
-    """Scenes, dealt to the recordings in turn."""
+    scenes: Annotated[list[SceneName], Field(min_length=1)] = [
+        "keyhole",
+        "spray",
+        "bubbles",
+        "crack",
+        "tissue",
+    ]
+    """Scenes, dealt to the recordings in turn: five kinds of experiment, and layers (textures that
+    move through each other, for training)."""
     splits: dict[Split, Fraction] = {"train": 0.75, "validation": 0.125, "test": 0.125}
     """Share of the recordings in each split."""
     lr_stream: bool = True
@@ -110,6 +117,20 @@ class Data(Section):
     """Training: key frames lie 1 to hr_gap frames from the centre. Test: one every hr_gap."""
     lr_interval: Positive = 3
     """Training: frames between two low-resolution frames of a sample are drawn from 1..this."""
+    gaps: tuple[Annotated[int, Field(ge=2)], Annotated[int, Field(le=200)]] = (2, 20)
+    """Training of key_propagation, which takes whole gaps: range of the frames from key frame to
+    key frame, drawn anew for each step, short gaps more often."""
+    speed_up: Positive = 3
+    """The same: up to this, only every n-th frame of a recording is taken for some samples, so that
+    motion is faster. 1: never."""
+    regrey: bool = True
+    """The same: show samples in other greys too (negative, other contrast, other gamma)."""
+    misregistration: Fraction = 0.0
+    """The same: largest shift of binned low-resolution frames against the sharp ones, in pixels of
+    the fast camera; drawn for each sample."""
+    grey_mismatch: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """The same: largest relative difference of the two cameras' gains, and of their offsets as a
+    share of full scale."""
     lr_source: Literal["binned", "recorded"] = "binned"
     """binned: simulate the fast camera from the sharp frames. recorded: its own stream."""
     noise: NoiseKind = "poisson"
@@ -143,6 +164,8 @@ class Data(Section):
             raise ValueError(f"lr_frames must be odd, it is {self.lr_frames}")
         if self.patch % self.scale:
             raise ValueError(f"patch {self.patch} must be a multiple of scale {self.scale}")
+        if self.gaps[0] > self.gaps[1]:
+            raise ValueError(f"gaps must be shortest, longest; got {list(self.gaps)}")
         for name, largest in (("photons_log10", 12), ("hr_photons_log10", 12), ("read_noise", 1)):
             low, high = getattr(self, name)
             if not 0 <= low <= high <= largest:
@@ -155,8 +178,9 @@ class Data(Section):
 class Model(Section):
     """Architecture; the defaults are the published SWIN-XVR (10,009,033 parameters)."""
 
-    name: Literal["swin_xvr", "edvr", "edvr_stf"] = "swin_xvr"
-    """Which network."""
+    name: Literal["swin_xvr", "edvr", "edvr_stf", "key_propagation"] = "swin_xvr"
+    """Which network. key_propagation carries the key frames along the fast stream and gives all
+    frames of a gap at once."""
     output: Literal["centre", "sequence"] = "centre"
     """Frames that come out: the centre one, or one for each low-resolution frame."""
     base: Literal["none", "bicubic", "detail", "adaptive", "bayes"] = "none"
@@ -164,15 +188,24 @@ class Model(Section):
     interpolation; detail: detail transfer; adaptive: detail transfer where the scene has not moved,
     corrected by the network; bayes: Bayesian fusion."""
     embed_dim: Positive = 192
-    """Channels of the transformer (EDVR: of all features)."""
+    """Channels of the transformer (EDVR: of all features; key_propagation: of its fusing part)."""
     depths: Annotated[list[Positive], Field(min_length=1)] = [2, 2, 18, 2]
-    """Blocks in each Swin stage (EDVR: extraction and reconstruction blocks)."""
+    """Blocks in each Swin stage (EDVR: extraction and reconstruction blocks; key_propagation: one
+    stage)."""
     heads: Positive = 3
     """Attention heads (EDVR: deformable groups)."""
     window: Positive = 8
     """Side of an attention window on the low-resolution grid."""
     mlp_ratio: Annotated[float, Field(gt=0)] = 2.0
     """Hidden width of the MLP / embed_dim."""
+    motions: Positive = 2
+    """key_propagation: motion fields in each direction."""
+    motion_features: Positive = 64
+    """key_propagation: hidden channels of the network that follows the motion."""
+    frame_features: Positive = 24
+    """key_propagation: channels that describe a low-resolution frame."""
+    step_features: Positive = 16
+    """key_propagation: channels that a step of the motion leaves for the fusing part."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Stochastic depth of the last block; earlier ones rise to it linearly from 0."""
     up_features: Positive = 64
@@ -186,6 +219,13 @@ class Model(Section):
     def _fits(self) -> Model:
         if self.embed_dim % self.heads:
             raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of heads {self.heads}")
+        if self.name == "key_propagation":
+            if len(self.depths) != 1:
+                raise ValueError(
+                    f"depths of key_propagation is one number, its blocks, such as [5]; got "
+                    f"{self.depths}"
+                )
+            return self
         if self.name != "swin_xvr" and len(self.depths) != 2:
             raise ValueError(
                 f"depths of {self.name} are two numbers, extraction and "
@@ -213,6 +253,9 @@ class Optim(Section):
     """Decoupled weight decay (AdamW); 0 as published."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the gradient; larger ones are scaled down to it. Default: no limit."""
+    skip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Steps whose gradient has a larger norm than this (before clip_norm) are skipped, like those
+    whose gradient is not finite. Default: no limit."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged weights that are validated and exported; 0 turns averaging off."""
 
@@ -224,6 +267,10 @@ class Train(Section):
     """Samples of a step over all ranks: fixed, whatever the number of ranks."""
     micro_batch: Positive | None = None
     """Samples of one forward pass of a rank; the rest of its share is accumulated. Default: all."""
+    loss: Literal["l1", "charbonnier"] = "l1"
+    """l1: mean absolute difference, as published; charbonnier: the same, smooth around 0."""
+    carried_weight: Annotated[float, Field(ge=0)] = 0.1
+    """key_propagation: weight of the carried key frames' own loss."""
     precision: Literal["auto", "float32", "bf16", "float64"] = "float32"
     """bf16: autocast with float32 weights, residuals and reductions. auto: bf16 where the device
     supports it, else float32. float64: for checks."""

@@ -16,9 +16,11 @@ from hpc_xvr.evaluate.baselines import BASELINES, find_baseline
 from hpc_xvr.factory.build import Network
 from hpc_xvr.factory.execution import prepare
 from hpc_xvr.factory.weights import SUFFIX, Which, model_of_run
+from hpc_xvr.model.edvr import EDVR
+from hpc_xvr.model.key_propagation import KeyPropagation
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.model.xvr import SwinXVR
-from hpc_xvr.reconstruction.pipeline import Method, as_method
+from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, Method, as_method
 from hpc_xvr.version import __version__
 
 
@@ -34,7 +36,7 @@ class NamedMethod:
     """Batched sample -> (B, n_out, 1, H, W)."""
     n_out: int = 1
     lr_frames: int | None = None
-    """Low-resolution frames it takes; None: any number."""
+    """Low-resolution frames it takes; None: any number; WHOLE_GAP: all of a gap."""
     scale: int | None = None
     """Ratio of the two grids it works with; None: any."""
     parameters: int = 0
@@ -97,16 +99,16 @@ def baseline_entry(name: str) -> NamedMethod:
 def model_entry(name: str, model: Network, precision: str = "float32") -> NamedMethod:
     """A network in eval mode, on its device."""
     method, n_out = as_method(model)
-    block = 1 if isinstance(model, SwinXVR) else 4  # EDVR's frames are continued to multiples
+    block = 4 if isinstance(model, EDVR) else 1  # EDVR's frames are continued to multiples
     return NamedMethod(
         name,
         _title(model),
         method,
         n_out,
-        model.lr_frames,
+        WHOLE_GAP if isinstance(model, KeyPropagation) else model.lr_frames,
         getattr(model, "scale", 4),
         sum(p.numel() for p in model.parameters()),
-        lambda h, w, scale: model.flops(*(-(-n // block) * block for n in (h, w))) / n_out,
+        lambda h, w, scale: model.flops(*(-(-n // block) * block for n in (h, w))) / max(n_out, 1),
         precision,
         True,
         _fingerprint(model, precision),
@@ -141,7 +143,8 @@ def _authors_model(path: Path) -> Network:
 
 def _title(model: nn.Module) -> str:
     if not isinstance(model, SwinXVR):
-        return {"EDVRSTF": "EDVR-STF"}.get(type(model).__name__, type(model).__name__)
+        titles = {"EDVRSTF": "EDVR-STF", "KeyPropagation": "key propagation"}
+        return titles.get(type(model).__name__, type(model).__name__)
     base = "" if model.base == "none" else f", base {model.base}"
     return f"SWIN-XVR {model.output}{base}"
 

@@ -79,7 +79,7 @@ def key_of(unit: Unit, method: NamedMethod, setting: Setting) -> str:
         unit.condition.noise.name,
         method.name,
         method.fingerprint,
-        method.lr_frames or data.lr_frames,
+        data.lr_frames if method.lr_frames is None else method.lr_frames,
         data.scale,
         data.lr_source,
         data.pattern,

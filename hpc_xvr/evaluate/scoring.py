@@ -159,7 +159,7 @@ def _frames(
         method.method,
         lr,
         keys,
-        lr_frames=method.lr_frames or setting.data.lr_frames,
+        lr_frames=setting.data.lr_frames if method.lr_frames is None else method.lr_frames,
         n_out=method.n_out,
         device=setting.device,
         precision=method.precision,

@@ -6,9 +6,10 @@ from typing import TypeAlias
 
 from hpc_xvr.config import Config
 from hpc_xvr.model.edvr import EDVR, EDVRSTF
+from hpc_xvr.model.key_propagation import KeyPropagation
 from hpc_xvr.model.xvr import SwinXVR
 
-Network: TypeAlias = SwinXVR | EDVR
+Network: TypeAlias = SwinXVR | EDVR | KeyPropagation
 
 
 def build_model(config: Config) -> Network:
@@ -27,6 +28,20 @@ def build_model(config: Config) -> Network:
             mlp_ratio=m.mlp_ratio,
             drop_path=m.drop_path,
             up_features=m.up_features,
+            attention=m.attention,
+        )
+    if m.name == "key_propagation":
+        return KeyPropagation(
+            scale=data.scale,
+            features=m.embed_dim,
+            blocks=m.depths[0],
+            heads=m.heads,
+            window=m.window,
+            mlp_ratio=m.mlp_ratio,
+            motions=m.motions,
+            motion_features=m.motion_features,
+            frame_features=m.frame_features,
+            step_features=m.step_features,
             attention=m.attention,
         )
     kind = EDVR if m.name == "edvr" else EDVRSTF

@@ -17,10 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_xvr.errors import InputError
+from hpc_xvr.model.key_propagation import KeyPropagation
 from hpc_xvr.model.xvr import SwinXVR
 
 Method = Callable[[dict[str, Tensor]], Tensor]
 """A batched sample without its target -> (B, N_out, 1, H, W)."""
+
+
+WHOLE_GAP = 0
+"""As `lr_frames` and `n_out`: a method that takes all low-resolution frames from key frame to key
+frame, and gives all between."""
 
 
 class Window(NamedTuple):
@@ -28,22 +34,37 @@ class Window(NamedTuple):
 
     centre: int
     keep: range
+    lr: range
+    """Times of the low-resolution frames it is given; they may stick out of the stream."""
+    first: int
+    """Time of the first frame that it gives."""
 
 
 def windows(t0: int, t1: int, lr_frames: int, n_out: int) -> list[Window]:
     """Windows that give each frame between key frames t0 and t1 exactly once.
 
-    Centre output: one window a frame. Sequence output: as few as possible, side by side; the
-    last one is moved back into the gap, so that its frames lie between the key frames it is
-    given, and only what is new in it is kept. A gap shorter than a window gets one in its middle.
+    Whole gaps: one window. Centre output: one window a frame. Sequence output: as few as possible,
+    side by side; the last one is moved back into the gap, so that its frames lie between the key
+    frames it is given, and only what is new in it is kept. A gap shorter than a window gets one in
+    its middle.
     """
     half = lr_frames // 2
+
+    def window(centre: int, keep: range) -> Window:
+        lr = range(centre - half, centre + half + 1)
+        return Window(centre, keep, lr, centre if n_out == 1 else lr.start)
+
+    if t1 - t0 < 2:
+        return []
+    between = range(t0 + 1, t1)
+    if lr_frames == WHOLE_GAP:
+        return [Window((t0 + t1) // 2, between, range(t0, t1 + 1), t0 + 1)]
     if n_out == 1:
-        return [Window(t, range(t, t + 1)) for t in range(t0 + 1, t1)]
-    if t1 - t0 - 1 < lr_frames:
-        return [Window((t0 + t1) // 2, range(t0 + 1, t1))] if t1 - t0 > 1 else []
+        return [window(t, range(t, t + 1)) for t in between]
+    if len(between) < lr_frames:
+        return [window((t0 + t1) // 2, between)]
     return [
-        Window(min(start + half, t1 - 1 - half), range(start, min(start + lr_frames, t1)))
+        window(min(start + half, t1 - 1 - half), range(start, min(start + lr_frames, t1)))
         for start in range(t0 + 1, t1, lr_frames)
     ]
 
@@ -66,7 +87,8 @@ def reconstruct(
             tensor object at each call.
         lr: T frames (h, w) in [0, 1]; read one by one, those of a window are held.
         keys: time -> (H, W) in [0, 1]; two are held at a time.
-        lr_frames: N, odd; windows that stick out of the stream repeat its first or last frame.
+        lr_frames: N, odd, or WHOLE_GAP; windows that stick out of the stream repeat its first or
+            last frame.
         n_out: frames the method gives: 1 (centre) or lr_frames (sequence: one pass per N frames).
         precision: float32, bf16 (autocast) or float64.
         only: give these times and skip the windows that hold none of them.
@@ -78,7 +100,7 @@ def reconstruct(
         InputError: a wrong size or time, or numbers from the method that are not finite.
     """
     times = sorted(keys)
-    if lr_frames % 2 == 0 or n_out not in (1, lr_frames):
+    if lr_frames != WHOLE_GAP and (lr_frames % 2 == 0 or n_out not in (1, lr_frames)):
         raise ValueError(f"lr_frames {lr_frames} must be odd and n_out {n_out} 1 or lr_frames")
     if len(times) < 2 or times[0] < 0 or times[-1] >= len(lr):
         raise InputError(
@@ -102,7 +124,6 @@ def _reconstruct(
     only: Collection[int] | None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     dtype = torch.float64 if precision == "float64" else torch.float32
-    half = lr_frames // 2
     held: dict[int, Tensor] = {}  # low-resolution frames of the last window
     sharp: dict[int, np.ndarray] = {}  # key frames of the last gap
 
@@ -126,19 +147,18 @@ def _reconstruct(
         if not plan:
             continue
         hr = torch.stack([to_device(key(t)) for t in (t0, t1)])[None, :, None]  # 1, 2, 1, H, W
-        for centre, keep in plan:
-            index = [min(max(t, 0), len(lr) - 1) for t in range(centre - half, centre + half + 1)]
+        for window in plan:
+            index = [min(max(t, 0), len(lr) - 1) for t in window.lr]
             held = {t: held[t] if t in held else to_device(lr[t]) for t in dict.fromkeys(index)}
             sample = {
                 "lr": torch.stack([held[t] for t in index])[None, :, None],
                 "hr": hr,
-                "hr_offset": hr.new_tensor([[t0 - centre, t1 - centre]]),
+                "hr_offset": hr.new_tensor([[t0 - window.centre, t1 - window.centre]]),
             }
-            out = _run(method, sample, n_out, precision)  # n_out, H, W
-            first = centre if n_out == 1 else centre - half
-            for t in keep:
+            out = _run(method, sample, n_out or len(window.keep), precision)  # n_out, H, W
+            for t in window.keep:
                 if only is None or t in only:
-                    frame = out[t - first]
+                    frame = out[t - window.first]
                     if not np.isfinite(frame).all():
                         raise InputError(
                             f"frame {t}: the method gave numbers that are not "
@@ -182,12 +202,16 @@ def _on_whole_blocks(model: nn.Module, lr: Tensor, hr: Tensor, hr_offset: Tensor
 
 
 def as_method(model: nn.Module) -> tuple[Method, int]:
-    """Wrap a model for `reconstruct`; returns it with the number of frames that a pass gives."""
+    """Wrap a model for `reconstruct`; returns it with the number of frames that a pass gives, or
+    WHOLE_GAP."""
+
     known: dict[str, torch.Tensor] = {}  # features of the last pair of key frames
 
     def method(sample: dict[str, torch.Tensor]) -> torch.Tensor:
         hr = sample["hr"]
         try:
+            if isinstance(model, KeyPropagation):
+                return model(sample["lr"], hr).frames
             if not isinstance(model, SwinXVR):
                 return _on_whole_blocks(model, sample["lr"], hr, sample["hr_offset"])
             if known.get("hr") is not hr:
@@ -196,4 +220,4 @@ def as_method(model: nn.Module) -> tuple[Method, int]:
         except ValueError as error:  # frames of a size the model cannot take
             raise InputError(f"{type(model).__name__}: {error}") from None
 
-    return method, getattr(model, "n_out", 1)
+    return method, WHOLE_GAP if isinstance(model, KeyPropagation) else getattr(model, "n_out", 1)

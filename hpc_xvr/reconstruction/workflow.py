@@ -98,7 +98,7 @@ def reconstruct_run(
         method,
         material.lr,
         keys,
-        lr_frames=config.data.lr_frames,
+        lr_frames=n_out and config.data.lr_frames,
         n_out=n_out,
         device=device,
         precision=precision,

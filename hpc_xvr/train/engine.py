@@ -15,20 +15,19 @@ from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.corpus.staging import Staging
 from hpc_xvr.data.samples.loader import training_batches
 from hpc_xvr.data.samples.slots import slots_of_rank
-from hpc_xvr.data.samples.training import TrainingSamples
 from hpc_xvr.distributed.comm import Comm, host
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.log import logger
-from hpc_xvr.train.learner import Batch, Learner, first_weights, new_model
+from hpc_xvr.train.learner import Learner, first_weights, new_model
 from hpc_xvr.train.meters import MeanLoss, Stopwatch, environment
-from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import learning_rate
 from hpc_xvr.train.progress import Progress
 from hpc_xvr.train.reporting import Reporter
 from hpc_xvr.train.run_folder import lock_run, mark_done, open_run, write_environment
 from hpc_xvr.train.share import Share
 from hpc_xvr.train.stopping import Stopping
+from hpc_xvr.train.task import Batch, task_of
 from hpc_xvr.train.utilisation import Sampler, sum_up
 from hpc_xvr.train.validation import Validator
 
@@ -57,7 +56,8 @@ class Trainer:
         threads = comm.together(lambda: use_threads(cfg.run.threads))
 
         self.corpus = comm.together(lambda: Corpus(cfg.data.corpus))
-        self.samples = comm.together(self._open_samples)
+        self.task = task_of(cfg)
+        self.samples = comm.together(lambda: self.task.samples(self.corpus))
         self.validator = comm.together(lambda: Validator(cfg, self.corpus, comm))
         model, precision = comm.together(lambda: new_model(cfg, comm.device))
         if cfg.train.weights:  # before anything is written
@@ -67,17 +67,11 @@ class Trainer:
         state = comm.on_root(lambda: self._open_folder(resume, model))
         self.progress = Progress.of(state, cfg.train.steps)
         parts = self.share.micro_batches
-        self.learner = Learner(model, precision, cfg, comm, parts, state)
+        self.learner = Learner(model, precision, cfg, comm, self.task, parts, state)
         self.checkpoints = self._checkpoint_writer()
         self.clock = Stopwatch(comm.device)
         self.loss = MeanLoss(self.learner.dtype, comm)
         self.reporter = self._start_report(environment(comm, threads), resume)
-
-    def _open_samples(self) -> TrainingSamples:
-        cfg = self.cfg
-        return TrainingSamples(
-            self.corpus, cfg.data, cfg.model.output, cfg.train.global_batch, cfg.run.seed
-        )
 
     def _open_folder(self, resume: bool, model: torch.nn.Module) -> dict[str, Any] | None:
         """Take the run folder; the state to continue from. Rank 0 calls it."""
@@ -115,8 +109,7 @@ class Trainer:
     @property
     def flops_per_sample(self) -> int:
         """Forward and backward pass, 2 per multiply-add."""
-        side = self.cfg.data.patch // self.cfg.data.scale
-        return 3 * self.learner.model.flops(side, side)  # type: ignore[operator]
+        return self.task.flops(self.learner.model)
 
     def run(self) -> bool:
         """Train to the last step. False: stopped before it, with a checkpoint."""
@@ -182,7 +175,7 @@ class Trainer:
             enter("forward")
             batch = learner.to_device(batch)
             with self.comm.accumulate(learner.net, last=part == parts):
-                loss = l1(learner.forward(batch), batch["target"]) / parts
+                loss = self.task.loss(learner.forward(batch), batch) / parts
                 enter("backward")
                 loss.backward()
             self.loss.add(loss.detach())

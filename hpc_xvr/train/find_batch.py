@@ -19,8 +19,8 @@ from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.log import logger, print_table, track
 from hpc_xvr.train.learner import new_model
 from hpc_xvr.train.meters import peak_memory, reset_peak_memory, synchronise
-from hpc_xvr.train.objective import l1
 from hpc_xvr.train.optim import adam
+from hpc_xvr.train.task import task_of
 
 _LARGEST = 256
 _MARGIN = 0.9  # of the memory that is there
@@ -85,20 +85,23 @@ def _try(
     size: int,
 ) -> tuple[int, float]:
     """Peak bytes and seconds of a training step of `size` samples."""
-    data, patch = cfg.data, cfg.data.patch
-    low = patch // data.scale
-    n_out = getattr(model, "n_out", 1)
+    task, patch = task_of(cfg), cfg.data.patch
+    low = patch // cfg.data.scale
     rand = partial(torch.rand, device=device, dtype=next(model.parameters()).dtype)
-    lr = rand(size, data.lr_frames, 1, low, low)
-    hr = rand(size, 2, 1, patch, patch)
-    target = rand(size, n_out, 1, patch, patch)
-    offset = torch.tensor([[-1.0, 1.0]], device=device, dtype=lr.dtype).expand(size, 2)
+    lr_frames, n_out = task.longest(model)
+    lr = rand(size, lr_frames, 1, low, low)
+    batch = {
+        "lr": lr,
+        "hr": rand(size, 2, 1, patch, patch),
+        "target": rand(size, n_out, 1, patch, patch),
+        "hr_offset": lr.new_tensor([[-1.0, 1.0]]).expand(size, 2),
+    }
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = model(lr, hr, offset)
-        l1(output, target).backward()
+            output = model(*(batch[name] for name in task.inputs))
+        task.loss(output, batch).backward()
         optimizer.step()
 
     reset_peak_memory(device)

@@ -17,8 +17,10 @@ from hpc_xvr.factory.execution import prepare
 from hpc_xvr.factory.weights import initial_weights
 from hpc_xvr.train.nonfinite import SkippedSteps
 from hpc_xvr.train.optim import MovingAverage, adam
+from hpc_xvr.train.task import Batch, Task
 
-Batch = dict[str, Tensor]
+LARGEST = torch.finfo(torch.float64).max
+"""No norm exceeds it unless it is infinite."""
 
 
 def new_model(cfg: Config, device: torch.device) -> tuple[nn.Module, str]:
@@ -48,6 +50,7 @@ class Learner:
 
     Args:
         model, precision: of `new_model`.
+        task: what the model takes and gives.
         micro_batches: forward and backward passes of a step.
         state: the checkpoint to continue from; None: begin with rank 0's `first_weights`.
 
@@ -63,10 +66,11 @@ class Learner:
         precision: str,
         cfg: Config,
         comm: Comm,
+        task: Task,
         micro_batches: int,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self._cfg, self._comm = cfg, comm
+        self._cfg, self._comm, self._task = cfg, comm, task
         self.model, self.precision = model, precision
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         if state is None:
@@ -104,10 +108,10 @@ class Learner:
         device = self._comm.device
         return {k: v.to(device, self.dtype, non_blocking=True) for k, v in batch.items()}
 
-    def forward(self, batch: Batch) -> Tensor:
-        """The network's output (B, N_out, 1, H, W) for a micro-batch."""
+    def forward(self, batch: Batch) -> Any:
+        """The network's output for a micro-batch."""
         with self._autocast():
-            return self.net(batch["lr"], batch["hr"], batch["hr_offset"])
+            return self.net(*(batch[name] for name in self._task.inputs))
 
     def update(self) -> None:
         """Move the weights, unless a gradient is not finite: averaged gradients are the same on
@@ -118,7 +122,7 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(
                 self.model.parameters(), self._cfg.optim.clip_norm, self.norm
             )
-        skip = (~torch.isfinite(self.norm)).float()
+        skip = (~(self.norm <= (self._cfg.optim.skip_norm or LARGEST))).float()
         # Fused Adam leaves everything as it is where this is 1.
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         self._comm.step(self.optimizer)
@@ -133,9 +137,10 @@ class Learner:
         weights = average.mean if average else dict[str, Tensor](self.model.named_parameters())
 
         def predict(sample: Batch) -> Tensor:
-            inputs = self.to_device({name: sample[name] for name in ("lr", "hr", "hr_offset")})
+            inputs = self.to_device({name: sample[name] for name in self._task.inputs})
             with self._autocast():
-                return functional_call(self.model, weights, tuple(inputs.values()))
+                output = functional_call(self.model, weights, tuple(inputs.values()))
+            return self._task.frames(output)
 
         self.model.eval()
         try:

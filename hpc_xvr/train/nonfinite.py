@@ -41,14 +41,15 @@ class SkippedSteps:
         total, longest = int(self._total), int(self._longest)
         if total > self._reported and self._comm.is_root:
             logger.warning(
-                "step %d: gradients were not finite; skipped on all ranks, %d steps so far",
+                "step %d: gradients were not finite or above optim.skip_norm; skipped on all "
+                "ranks, %d steps so far",
                 step,
                 total,
             )
         self._reported = total
         if longest >= self._limit:
             raise CollectiveError(
-                f"step {step}: {longest} steps in a row without finite gradients; "
+                f"step {step}: {longest} steps in a row without usable gradients; "
                 "lower optim.lr, set optim.clip_norm, or check the corpus with "
                 "hpc-xvr inspect --verify"
             )

@@ -26,22 +26,26 @@ class Validator:
 
     def __init__(self, cfg: Config, corpus: Corpus, comm: Comm) -> None:
         self._cfg, self._comm = cfg, comm
-        frames = _spread(corpus.split("validation"), cfg.data.hr_gap, cfg.validation.frames)
-        samples = [self._read(video, t) for video, t in frames[comm.rank :: comm.size]]
+        videos, gap, count = corpus.split("validation"), cfg.data.hr_gap, cfg.validation.frames
+        if cfg.model.name == "key_propagation":
+            # Whole gaps, as such a network makes all their frames at once.
+            places = _spread(videos, gap, -(-count // (gap - 1)), per_gap=True)
+            read = self._read_gap
+        else:
+            places = _spread(videos, gap, count)
+            read = self._read_window
+        samples = [self._unless_damaged(read, *place) for place in places[comm.rank :: comm.size]]
         self._mine = [sample for sample in samples if sample is not None]
-        self.count = len(frames)
-        """Frames to validate on all ranks, damaged ones included."""
+        self.count = len(places)
+        """Samples to validate on all ranks, damaged ones included."""
         self._references: dict[str, float] | None = None
 
-    def _read(self, video: Video, t: int) -> Sample | None:
-        """The sample of a frame; None if it is damaged and `data.damaged` is drop."""
-        side = self._cfg.validation.patch // self._cfg.data.scale * self._cfg.data.scale
-        _, height, width = video.shape
-        y, x = (slice(max(0, (n - side) // 2) // 4 * 4, None) for n in (height, width))
-        y, x = (slice(s.start, s.start + min(side, n)) for s, n in ((y, height), (x, width)))
-        keys = key_frames(t, self._cfg.data.hr_gap, video.shape[0])
+    def _unless_damaged(
+        self, read: Callable[[Video, int], Sample], video: Video, t: int
+    ) -> Sample | None:
+        """A batch of one; None if it is damaged and `data.damaged` is drop."""
         try:
-            sample = window_sample(video, t, keys, self._cfg.data, "centre", y=y, x=x)
+            sample = read(video, t)
         except DamagedVideo as error:
             if self._cfg.data.damaged == "stop":
                 raise
@@ -49,24 +53,69 @@ class Validator:
             return None
         return {name: torch.as_tensor(value)[None] for name, value in sample.items()}
 
+    def _read_window(self, video: Video, t: int) -> Sample:
+        """The sample of a frame. `low` are the low-resolution frames of the target's time."""
+        data = self._cfg.data
+        keys = key_frames(t, data.hr_gap, video.shape[0])
+        y, x = self._middle(video)
+        sample = window_sample(video, t, keys, data, "centre", y=y, x=x)
+        half = data.lr_frames // 2
+        return {**sample, "low": sample["lr"][half : half + 1]}
+
+    def _read_gap(self, video: Video, t: int) -> Sample:
+        """The sample of the gap around a frame; `hr_offset` is as of a window of all frames
+        between."""
+        data = self._cfg.data
+        first, last = key_frames(t, data.hr_gap, video.shape[0])
+        frames = last - first - 1
+        window = data.model_copy(update={"lr_frames": 1})
+        y, x = self._middle(video)
+        of_frames = [
+            window_sample(video, k, (first, last), window, "centre", y=y, x=x)
+            for k in range(first, last + 1)
+        ]
+        low = torch.cat([sample["lr"] for sample in of_frames])
+        centre = first + 1 + frames // 2
+        return {
+            "lr": low,
+            "low": low[1:-1],
+            "hr": of_frames[0]["hr"],
+            "hr_offset": torch.tensor([first - centre, last - centre], dtype=torch.float32),
+            "target": torch.cat([sample["target"] for sample in of_frames[1:-1]]),
+        }
+
+    def _middle(self, video: Video) -> tuple[slice, slice]:
+        """Rows and columns of the part of the frames that is looked at."""
+        side = self._cfg.validation.patch // self._cfg.data.scale * self._cfg.data.scale
+        starts = [max(0, (n - side) // 2) // 4 * 4 for n in video.shape[1:]]
+        y, x = (
+            slice(start, start + min(side, n))
+            for start, n in zip(starts, video.shape[1:], strict=True)
+        )
+        return y, x
+
     @torch.inference_mode()
     def run(self, predict: Callable[[Sample], Tensor], picture: Path | None) -> dict[str, float]:
-        """Mean PSNR (dB) and SSIM of the centre frames on all ranks, and those to beat.
+        """Mean PSNR (dB) and SSIM of the frames on all ranks, and those to beat.
 
         `predict` gets a batch of one and returns (1, N_out, 1, H, W). Rank 0 writes `picture`.
         """
         scores, outputs = [], []
         for sample in self._mine:
-            out = predict(sample)
-            outputs.append(_image(out[:, out.shape[1] // 2]))
-            truth = _image(sample["target"][:, 0])
-            scores.append((_psnr(outputs[-1], truth), ssim(outputs[-1], truth)))
+            out, count = predict(sample), sample["target"].shape[1]
+            first = (out.shape[1] - count) // 2  # a sequence's centre frame
+            pictures = [_image(out[:, first + i]) for i in range(count)]
+            truths = [_image(sample["target"][:, i]) for i in range(count)]
+            scores += [(_psnr(a, b), ssim(a, b)) for a, b in zip(pictures, truths, strict=True)]
+            outputs.append(pictures[count // 2])
         result = dict(zip(("psnr", "ssim", "frames"), self._mean(scores), strict=True))
         if self._references is None:
             self._references = dict(
                 zip(
                     ("psnr_bicubic", "psnr_detail"),
-                    self._mean([self._baselines(sample) for sample in self._mine])[:2],
+                    self._mean([row for sample in self._mine for row in self._baselines(sample)])[
+                        :2
+                    ],
                     strict=True,
                 )
             )
@@ -77,12 +126,16 @@ class Validator:
                 logger.warning("%s", problem)
         return {**result, **self._references}
 
-    def _baselines(self, sample: Sample) -> tuple[float, float]:
-        centre = sample["lr"].shape[1] // 2
-        truth = _image(sample["target"][:, 0])
-        bicubic = upsample(sample["lr"], self._cfg.data.scale)[:, centre]
-        detail = transfer_detail(sample["lr"], sample["hr"], sample["hr_offset"])[:, centre]
-        return _psnr(_image(bicubic), truth), _psnr(_image(detail), truth)
+    def _baselines(self, sample: Sample) -> list[tuple[float, float]]:
+        """PSNR of bicubic interpolation and of detail transfer, for each frame."""
+        low = sample["low"]
+        bicubic = upsample(low, self._cfg.data.scale)
+        detail = transfer_detail(low, sample["hr"], sample["hr_offset"])
+        truths = [_image(truth) for truth in sample["target"].unbind(1)]
+        return [
+            (_psnr(_image(bicubic[:, i]), truth), _psnr(_image(detail[:, i]), truth))
+            for i, truth in enumerate(truths)
+        ]
 
     def _mean(self, rows: list[tuple[float, float]]) -> list[float]:
         """Means of two columns over the rows of all ranks, and how many rows they have."""
@@ -91,9 +144,13 @@ class Validator:
         return [a / max(count, 1), b / max(count, 1), int(count)]
 
 
-def _spread(videos: Iterable[Video], gap: int, count: int) -> list[tuple[Video, int]]:
-    """About `count` frames that are not key frames, evenly over recordings and times."""
-    candidates = [(v, t) for v in videos for t in range(v.shape[0] - 1) if t % gap]
+def _spread(
+    videos: Iterable[Video], gap: int, count: int, per_gap: bool = False
+) -> list[tuple[Video, int]]:
+    """About `count` frames that are not key frames, evenly over recordings and times; `per_gap`:
+    only the middle one of each gap."""
+    wanted = {gap // 2} if per_gap else set(range(1, gap))
+    candidates = [(v, t) for v in videos for t in range(v.shape[0] - 1) if t % gap in wanted]
     if len(candidates) <= count:
         return candidates
     return [candidates[i] for i in np.linspace(0, len(candidates) - 1, count).astype(int)]
@@ -111,8 +168,9 @@ def _image(frame: Tensor) -> np.ndarray:
 def _draw(path: Path, sample: Sample, output: np.ndarray) -> None:
     """Low resolution (upsampled), reconstruction, truth and 4 x error, side by side."""
     scale = sample["hr"].shape[-1] // sample["lr"].shape[-1]
-    bicubic = _image(upsample(sample["lr"], scale)[:, sample["lr"].shape[1] // 2])
-    truth = _image(sample["target"][:, 0])
+    middle = sample["target"].shape[1] // 2
+    bicubic = _image(upsample(sample["low"], scale)[:, middle])
+    truth = _image(sample["target"][:, middle])
     panels = [bicubic, output, truth, np.clip(4 * np.abs(output - truth), 0, 1)]
     strip = np.concatenate([np.pad(p, 2, constant_values=1) for p in panels], axis=1)
     image = Image.fromarray((strip * 255).astype(np.uint8))

@@ -136,14 +136,15 @@ def build_sample(
         lr = noise.lr.apply(bin_down(at(times.lr), data.scale), rng)
     offsets = np.array([(key - times.centre) / times.interval for key in times.keys], np.float32)
     return {
-        "lr": _tensor(lr),
-        "hr": _tensor(noise.hr.apply(at(times.keys), rng)),
-        "target": _tensor(at(targets)),
+        "lr": as_tensor(lr),
+        "hr": as_tensor(noise.hr.apply(at(times.keys), rng)),
+        "target": as_tensor(at(targets)),
         "hr_offset": torch.from_numpy(offsets),
     }
 
 
-def _tensor(frames: np.ndarray) -> Tensor:
+def as_tensor(frames: np.ndarray) -> Tensor:
+    """Frames (n, H, W) as (n, 1, H, W) float32."""
     return torch.from_numpy(np.ascontiguousarray(frames, np.float32)[:, None])
 
 

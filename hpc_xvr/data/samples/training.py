@@ -78,6 +78,8 @@ class TrainingSamples(Dataset[Sample]):
         step, slot = index
         for attempt in range(_ATTEMPTS):
             number, t = self.slots.pick(step, slot, attempt)
+            if not self._fits(step, number):
+                continue
             try:
                 return self._read(step, slot, number, t)
             except DamagedVideo as error:
@@ -94,6 +96,10 @@ class TrainingSamples(Dataset[Sample]):
     def videos_read(self, slots: Sequence[int], first_step: int, last_step: int) -> list[str]:
         """Ids of the recordings that some slots read in these steps."""
         return [self.videos[i].id for i in self.slots.videos(slots, first_step, last_step)]
+
+    def _fits(self, step: int, number: int) -> bool:
+        """Whether a recording is long enough for the samples of a step."""
+        return True
 
     def _read(self, step: int, slot: int, number: int, t: int) -> Sample:
         video = self.videos[number]

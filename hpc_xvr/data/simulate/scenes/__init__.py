@@ -6,6 +6,7 @@ from hpc_xvr.data.simulate.scenes.base import Scene
 from hpc_xvr.data.simulate.scenes.bubbles import Bubbles
 from hpc_xvr.data.simulate.scenes.crack import Crack
 from hpc_xvr.data.simulate.scenes.keyhole import Keyhole
+from hpc_xvr.data.simulate.scenes.layers import Layers
 from hpc_xvr.data.simulate.scenes.spray import Spray
 from hpc_xvr.data.simulate.scenes.tissue import Tissue
 
@@ -15,6 +16,7 @@ SCENES: dict[str, type[Scene]] = {
     "bubbles": Bubbles,
     "crack": Crack,
     "tissue": Tissue,
+    "layers": Layers,
 }
 
 __all__ = ["SCENES", "Scene"]

@@ -80,4 +80,13 @@ CONDITIONS: dict[str, Conditions] = {
         distance_m=(0.06, 0.15),
         speed=(0.5, 2.4),
     ),
+    "layers": Conditions(
+        materials=("aluminium", "iron", "soft tissue", BRINE),
+        energy_kev=(6, 48),
+        transmission=(0.12, 0.6),
+        pixel_um=(1.3, 8.0),
+        frame_rate_hz=(20e3, 2e6),
+        distance_m=(0.01, 0.2),
+        speed=(0.2, 3.0),
+    ),
 }

@@ -1,0 +1,190 @@
+"""Textured layers that move through each other: no experiment in particular, motion of every kind.
+
+A radiograph adds up what lies behind each other, so most layers are transparent; some hide what is
+behind them. They drift, speed up, sway, turn, grow and shrink, appear and vanish over a ground that
+stands still or moves itself. Networks that learn motion from these carry over to recordings unlike
+any that they have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.ndimage import affine_transform
+
+from hpc_xvr.data.simulate.scenes.base import Scene
+from hpc_xvr.data.simulate.scenes.conditions import CONDITIONS
+from hpc_xvr.data.simulate.scenes.draw import cover, noise, smoothstep, spheres, wobble
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A textured patch of matter and its way through the picture."""
+
+    texture: np.ndarray
+    """Thickness (n, n) as a share of the bulk's, float32."""
+    mask: np.ndarray
+    """Where there is matter (n, n), 0 to 1."""
+    place: Callable[[float], tuple[float, float]]
+    """Time (frames) -> row and column of its middle."""
+    turn: float
+    """Radians a frame."""
+    growth: float
+    """Relative growth a frame."""
+    life: tuple[float, float]
+    """Times at which it appears and vanishes."""
+    hides: bool
+    """It takes the place of what is behind it, instead of adding to it."""
+
+
+class Layers(Scene):
+    """A ground and up to a dozen layers over it."""
+
+    conditions = CONDITIONS["layers"]
+
+    def build(self, rng: np.random.Generator) -> None:
+        self.bulk = rng.uniform(0.2e-3, 1e-3)
+        side = max(self.shape)
+        moving = rng.random() < 0.4
+        margin = 1.0 + (0.5 if moving else 0.1)
+        n = int(side * margin)
+        still = self._path(rng, self.speed * 0.6 if moving else 0.0, middle=True)
+        turn, growth = rng.normal(0, 0.003, 2) if moving else (0.0, 0.0)
+        ground = texture((n, n), rng)
+        self.layers = [
+            Layer(ground, np.ones((n, n), np.float32), still, turn, growth, (-np.inf, np.inf), True)
+        ]
+        for _ in range(rng.integers(1, 13)):
+            n = max(12, int(side * rng.uniform(0.06, 0.6)))
+            self.layers.append(
+                Layer(
+                    texture((n, n), rng),
+                    outline(n, rng),
+                    self._path(rng, self.speed),
+                    rng.normal(0, 0.02),
+                    rng.normal(0, 0.006),
+                    self._life(rng),
+                    rng.random() < 0.35,
+                )
+            )
+        if rng.random() < 0.4:  # something in front that stands still: a window, dirt on it
+            n = int(1.1 * side)
+            spots = (noise((n, n), rng.uniform(1, 6), rng) > rng.uniform(0.8, 1.6)).astype("f4")
+            place = self._path(rng, 0.0, middle=True)
+            dirt = np.full((n, n), rng.uniform(0.1, 0.4), np.float32)
+            self.layers.append(Layer(dirt, spots, place, 0, 0, (-np.inf, np.inf), False))
+
+    def _path(
+        self, rng: np.random.Generator, fastest: float, middle: bool = False
+    ) -> Callable[[float], tuple[float, float]]:
+        """A steady way with, now and then, an acceleration or a sway."""
+        at = np.array(self.shape) * (0.5 if middle else rng.uniform(0, 1, 2))
+        speed, angle = fastest * rng.uniform(0, 1) ** 1.5, rng.uniform(0, 2 * np.pi)
+        velocity = speed * np.array([np.sin(angle), np.cos(angle)])
+        pull = rng.normal(0, 0.02, 2) * (rng.random() < 0.5) * (fastest > 0)
+        swaying = rng.uniform(0, 1.5) * (rng.random() < 0.5) * (fastest > 0)
+        sway = wobble(rng, 12, 60, channels=2)
+        half = self.frames / 2
+
+        def place(t: float) -> tuple[float, float]:
+            row, column = (
+                at + velocity * (t - half) + pull * (t - half) ** 2 / 2 + swaying * sway(t)
+            )
+            return float(row), float(column)
+
+        return place
+
+    def _life(self, rng: np.random.Generator) -> tuple[float, float]:
+        """Most are there all the time."""
+        start, end = -np.inf, np.inf
+        if rng.random() < 0.2:
+            start = rng.uniform(0, self.frames)
+        if rng.random() < 0.2:
+            end = rng.uniform(0, self.frames)
+        return start, end
+
+    def thickness(self, t: float) -> np.ndarray:
+        total = np.zeros(self.shape, np.float32)
+        for layer in self.layers:
+            first, last = layer.life
+            there = float(smoothstep(t - first) * smoothstep(last - t))
+            if there < 0.01:
+                continue
+            matter, mask = self._seen(layer, t)
+            mask *= np.float32(there)
+            total = total * (1 - mask) + matter * mask if layer.hides else total + matter * mask
+        return total * np.float32(self.bulk)
+
+    def _seen(self, layer: Layer, t: float) -> tuple[np.ndarray, np.ndarray]:
+        """Texture and mask of a layer on the picture's grid (H, W) at time t."""
+        angle = layer.turn * t
+        size = float(np.exp(np.clip(layer.growth * (t - self.frames / 2), -0.7, 0.7)))
+        back = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / size
+        middle = (np.array(layer.mask.shape) - 1) / 2
+        offset = middle - back @ np.array(layer.place(t))
+        ground = layer is self.layers[0]
+        matter = affine_transform(
+            layer.texture, back, offset, self.shape, order=1, mode="mirror" if ground else "nearest"
+        )
+        if ground:
+            return matter, np.ones_like(matter)
+        mask = affine_transform(layer.mask, back, offset, self.shape, order=1, mode="constant")
+        return matter, mask
+
+
+def texture(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Thickness of random matter: cloudy, grainy, fibrous or ruled; shares of the bulk's."""
+    kind = rng.choice(
+        ["cloud", "grains", "fibres", "lines", "plain"], p=[0.4, 0.2, 0.15, 0.1, 0.15]
+    )
+    if kind == "cloud":
+        picture = _cloud(shape, rng)
+    elif kind == "grains":
+        count = rng.poisson(shape[0] * shape[1] / rng.uniform(30, 400))
+        radius = rng.uniform(0.8, 6) * np.exp(0.3 * rng.standard_normal(count))
+        places = rng.uniform(0, shape[0], count), rng.uniform(0, shape[1], count)
+        picture = spheres(shape, *places, radius)
+        picture += 0.2 * picture.std() * _cloud(shape, rng)
+    elif kind == "fibres":
+        grain = rng.uniform(0.6, 2), rng.uniform(6, 20)
+        picture = noise(shape, grain if rng.random() < 0.5 else grain[::-1], rng)
+    elif kind == "lines":
+        y, x = (np.arange(n, dtype=np.float32) for n in shape)
+        angle, period = rng.uniform(0, np.pi), rng.uniform(3, 20)
+        along = np.cos(angle) * x + np.sin(angle) * y[:, None]
+        picture = np.tanh(2 * np.sin(2 * np.pi * along / period)) + 0.3 * _cloud(shape, rng)
+    else:
+        picture = 0.1 * _cloud(shape, rng)
+    contrast = 0.05 if kind == "plain" else rng.uniform(0.05, 0.35)
+    picture = (picture - picture.mean()) / (picture.std() + 1e-6)
+    return np.clip(rng.uniform(0.1, 0.6) + contrast * picture, 0, 1.5).astype(np.float32)
+
+
+def outline(n: int, rng: np.random.Generator) -> np.ndarray:
+    """A shape within (n, n): ellipse, blob or polygon, its edge a pixel wide or soft."""
+    axis = np.linspace(-1, 1, n, dtype=np.float32)
+    y, x = axis[:, None], axis
+    kind = rng.choice(["ellipse", "blob", "polygon"])
+    if kind == "ellipse":
+        away = np.hypot(x, y / rng.uniform(0.3, 1)) - 0.85
+    elif kind == "blob":
+        rim = noise((n, n), n / rng.uniform(6, 16), rng)
+        away = np.hypot(x, y) - 0.6 - 0.18 * np.clip(rim, -1.5, 1.5)
+    else:
+        angles = rng.uniform(0, 2 * np.pi, rng.integers(3, 8))
+        sides = [x * np.cos(a) + y * np.sin(a) - rng.uniform(0.25, 0.8) for a in angles]
+        away = np.maximum(np.max(np.stack(np.broadcast_arrays(*sides)), 0), np.hypot(x, y) - 0.95)
+    soft = 1.0 if rng.random() < 0.7 else rng.uniform(2, 8)
+    return cover(away * (n / 2), soft)
+
+
+def _cloud(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Noise whose power falls with frequency as f^-beta, as in most natural pictures; mean 0,
+    deviation 1."""
+    beta = rng.uniform(1.2, 3.5)
+    f = np.hypot(np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])) + 1 / max(shape)
+    white = np.fft.rfft2(rng.standard_normal(shape, dtype=np.float32))
+    picture = np.fft.irfft2(white * f ** (-beta / 2), shape)
+    return ((picture - picture.mean()) / (picture.std() + 1e-9)).astype(np.float32)

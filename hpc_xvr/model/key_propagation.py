@@ -1,0 +1,358 @@
+"""Key frames carried along the fast stream: every sharp pixel moves with the motion that the fast
+camera saw, from both sides of a gap.
+
+SWIN-XVR pools the key frames to the coarse grid and looks at a few fast frames. Here a small
+network follows the motion from frame to frame of the whole gap, and the key frames themselves are
+warped along it at full resolution; windowed attention on the coarse grid then decides for every
+pixel between what was carried from either side, what stood still, and what the fast camera says.
+
+Shapes: B gaps; T low-resolution frames from key frame to key frame, N = T - 2 between them; h w
+their grid, H = scale*h, W = scale*w; s2 = scale*scale; M motion fields a direction; C channels.
+The two directions (forward from the first key frame, backward from the second) are stacked in the
+batch, 2B, and share all weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpc_xvr.model.attention import Kind
+from hpc_xvr.model.swin import SwinBlock, SwinStage, WindowAttention, grid
+
+MIN_CONTRAST = 0.005
+"""Smallest standard deviation that frames are divided by: below it there is noise only."""
+TIME_UNIT = 16
+"""Distances to the key frames are given to the network in this many frames."""
+SMALL = 1e-3
+"""Deviation of the first weights of layers that start from doing nothing."""
+
+
+class Carried(NamedTuple):
+    """What a pass of the network gives beside the frames, for the training objective."""
+
+    frames: Tensor
+    """Reconstructed frames, (B, N, 1, H, W)."""
+    forward: Tensor
+    """The first key frame carried to each frame along each motion field, (B, N, M, H, W)."""
+    backward: Tensor
+    """The second one."""
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A gap as the network sees it: both directions, normalised."""
+
+    lr: Tensor
+    """2B, T, h, w: the frames in the direction's own order of time."""
+    key: Tensor
+    """2B, 1, H, W: the key frame that the direction starts from."""
+    distance: Tensor
+    """2B, N, 2: to the key frame it starts from and to the other one."""
+    mean: Tensor
+    """B, 1, 1, 1"""
+    deviation: Tensor
+    """B, 1, 1, 1"""
+
+
+class KeyPropagation(nn.Module):
+    """Reconstructs all frames between two key frames at once.
+
+    Args:
+        scale: H / h, 2 or 4.
+        features: channels of the fusing part.
+        blocks, heads, window, mlp_ratio: its shifted-window transformer blocks.
+        motions: motion fields in each direction; what moves over each other needs more than one.
+        motion_features: hidden channels of the network that follows the motion.
+        frame_features: channels that describe a low-resolution frame and its neighbours in time.
+        step_features: channels that a step of the motion leaves for the fusing part.
+        attention: see SwinXVR.
+    """
+
+    def __init__(
+        self,
+        scale: int = 4,
+        features: int = 96,
+        blocks: int = 5,
+        heads: int = 3,
+        window: int = 8,
+        mlp_ratio: float = 2.0,
+        motions: int = 2,
+        motion_features: int = 64,
+        frame_features: int = 24,
+        step_features: int = 16,
+        attention: Kind = "auto",
+    ) -> None:
+        super().__init__()
+        if scale not in (2, 4):
+            raise ValueError(f"scale must be 2 or 4, got {scale}")
+        if features % heads:
+            raise ValueError(f"features {features} must be a multiple of heads {heads}")
+        self.scale, self.motions = scale, motions
+        self.frames = FrameEncoder(frame_features)
+        self.motion = MotionStep(scale, motions, frame_features, motion_features, step_features)
+        candidates = 2 * motions + 2
+        seen = 2 * step_features + frame_features + 2 + (candidates + 1) * scale**2
+        self.enter = nn.Conv2d(seen, features, 3, padding=1)
+        transformer = [
+            SwinBlock(features, heads, 1, window, mlp_ratio, 0.0, attention) for _ in range(blocks)
+        ]
+        self.stage = SwinStage(transformer, features, window)
+        self.choose = Choice(features, candidates, scale)
+        self.apply(_initialise)
+        for block in transformer:  # branches that start small: training is steadier
+            with torch.no_grad():
+                block.attn.proj.weight.mul_(0.1)
+                block.fc2.weight.mul_(0.1)
+
+    def forward(self, lr: Tensor, hr: Tensor) -> Carried:
+        """Reconstruct.
+
+        Args:
+            lr: (B, T, 1, h, w) low-resolution frames in [0, 1], from key frame to key frame.
+            hr: (B, 2, 1, H, W) the key frames, taken with the first and the last of them.
+
+        Returns:
+            The T - 2 frames between, and the key frames as they were carried to each of them.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        self._check(lr, hr)
+        gap = self._normalised(lr, hr)
+        frame_features = self.frames(gap)  # 2B, N, C, h, w
+        warped, steps = self._follow(gap, frame_features)  # 2B, N, M, H, W; 2B, N, C, h, w
+        ahead, back = warped.chunk(2)
+        back = back.flip(1)
+        batch, frames = ahead.shape[:2]
+        keys = torch.stack(gap.key.chunk(2), dim=1)[:, :, 0]  # B, 2, H, W
+        still = keys[:, None].expand(-1, frames, -1, -1, -1)
+        candidates = torch.cat((ahead, back, still), dim=2).flatten(0, 1)  # B*N, 2M+2, H, W
+        low = gap.lr[:batch, 1:-1].reshape(batch * frames, 1, *gap.lr.shape[-2:])
+        bicubic = _enlarge(low, self.scale)
+        steps_ahead, steps_back = steps.chunk(2)
+        seen = torch.cat(
+            (
+                steps_ahead.flatten(0, 1),
+                steps_back.flip(1).flatten(0, 1),
+                frame_features[:batch].flatten(0, 1),
+                *(F.pixel_unshuffle(t, self.scale) - low for t in (candidates, bicubic)),
+                _maps(gap.distance[:batch].flatten(0, 1), low),
+            ),
+            dim=1,
+        )
+        fused = F.leaky_relu(self.enter(_channels_last(seen)), 0.1)
+        image = fused.permute(0, 2, 3, 1)[:, None]  # B*N, 1, h, w, C
+        image = self.stage(image.to(torch.promote_types(image.dtype, torch.float32)))
+        fused = image[:, 0].permute(0, 3, 1, 2)
+        out = self.choose(fused, bicubic, candidates).unflatten(0, (batch, frames))
+
+        def grey(t: Tensor) -> Tensor:
+            return t * gap.deviation[:, None] + gap.mean[:, None]
+
+        return Carried(grey(out), grey(ahead), grey(back))
+
+    def _normalised(self, lr: Tensor, hr: Tensor) -> Gap:
+        """Both directions, with mean 0 and deviation 1 over the two key frames: a dark recording
+        looks like a bright one."""
+        keys, lr = hr[:, :, 0], lr[:, :, 0]
+        mean = keys.mean((1, 2, 3), keepdim=True)
+        deviation = keys.std((1, 2, 3), keepdim=True).clamp(min=MIN_CONTRAST)
+        keys, lr = (keys - mean) / deviation, (lr - mean) / deviation
+        # At the key frames' own times the sharp camera knows better what the fast one saw.
+        first, last = F.avg_pool2d(keys, self.scale).split(1, dim=1)  # B, 1, h, w
+        lr = torch.cat((first, lr[:, 1:-1], last), dim=1)
+        frames = lr.shape[1] - 2
+        since = torch.arange(1, frames + 1, device=lr.device, dtype=lr.dtype) / TIME_UNIT
+        distance = torch.stack((since, since.flip(0)), dim=1)  # N, 2
+        return Gap(
+            lr=torch.cat((lr, lr.flip(1))),
+            key=torch.cat(keys.split(1, dim=1)),
+            distance=distance.expand(2 * len(lr), -1, -1),
+            mean=mean,
+            deviation=deviation,
+        )
+
+    def _follow(self, gap: Gap, frame_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Chain the motion from the key frame on: the key frame as carried to each frame, and what
+        each step has to say. The only part that runs frame by frame."""
+        flow = gap.key.new_zeros(
+            len(gap.key), 2 * self.motions, *gap.lr.shape[-2:], dtype=torch.float32
+        )
+        key = gap.key.float()
+        warped = key.expand(-1, self.motions, -1, -1)
+        carried, said = [], []
+        for n in range(frame_features.shape[1]):
+            flow, features = self.motion(frame_features[:, n], gap.lr[:, n + 1, None], warped, flow)
+            warped = warp_along(key, flow, self.scale)
+            carried.append(warped)
+            said.append(features)
+        return torch.stack(carried, 1), torch.stack(said, 1)
+
+    def _check(self, lr: Tensor, hr: Tensor) -> None:
+        b, t, c, h, w = lr.shape if lr.ndim == 5 else (0, 0, 0, 0, 0)
+        if t < 3 or c != 1:
+            raise ValueError(f"lr must be (B, T >= 3, 1, h, w), got {tuple(lr.shape)}")
+        expected = (b, 2, 1, self.scale * h, self.scale * w)
+        if tuple(hr.shape) != expected:
+            raise ValueError(
+                f"hr must be {expected} for lr {tuple(lr.shape)}, got {tuple(hr.shape)}"
+            )
+
+    def flops(self, h: int, w: int) -> int:
+        """Floating-point operations for one frame that comes out (2 per multiply-add).
+
+        Counts convolutions, linear layers and attention products, padding included.
+        """
+        once = [self.enter, self.stage.conv, self.choose.conv]
+        both = [m for part in (self.frames, self.motion) for m in part.modules()]
+        total = sum(2 * h * w * conv.weight.numel() for conv in once)
+        total += sum(2 * 2 * h * w * m.weight.numel() for m in both if isinstance(m, nn.Conv2d))
+        g = grid(1, 1, h, w, self.stage.window, torch.device("cpu"))
+        tokens = g.plain.from_image.numel()
+        for i, block in enumerate(self.stage.blocks):
+            assert isinstance(block, SwinBlock)
+            layers = (block.attn.qkv, block.attn.proj, block.fc1, block.fc2)
+            total += 2 * tokens * sum(layer.weight.numel() for layer in layers)
+            groups = (g.shifted if i % 2 else g.plain).groups
+            width = block.attn.proj.out_features
+            total += sum(4 * group.count * group.tokens**2 * width for group in groups)
+        return total
+
+
+class FrameEncoder(nn.Module):
+    """Describes each low-resolution frame between the keys, with its neighbours in time."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3 + 2, features, 3, padding=1)
+        self.second = nn.Conv2d(features, features, 3, padding=1)
+
+    def forward(self, gap: Gap) -> Tensor:
+        """-> (2B, N, C, h, w)"""
+        before, now, after = gap.lr[:, :-2], gap.lr[:, 1:-1], gap.lr[:, 2:]  # 2B, N, h, w
+        x = torch.stack((before - now, now, after - now), dim=2).flatten(0, 1)
+        x = torch.cat((x, _maps(gap.distance.flatten(0, 1), x)), dim=1)  # 2B*N, 5, h, w
+        y = F.leaky_relu(self.first(_channels_last(x)), 0.1)
+        y = F.leaky_relu(self.second(y), 0.1)
+        return y.unflatten(0, now.shape[:2])
+
+
+class MotionStep(nn.Module):
+    """From the motion up to one frame to the motion up to the next.
+
+    It looks at how what was carried so far differs from the next low-resolution frame, and gives
+    the further motion d of each field on the coarse grid: flow(p) <- flow(p + d(p)) + d(p).
+    """
+
+    def __init__(
+        self, scale: int, motions: int, frame_features: int, hidden: int, step_features: int
+    ) -> None:
+        super().__init__()
+        self.scale, self.motions = scale, motions
+        seen = frame_features + motions * scale**2
+        self.look = nn.Conv2d(seen, step_features, 3, padding=1)
+        self.first = nn.Conv2d(seen + step_features + 2 * motions, hidden, 3, padding=1)
+        self.second = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.last = nn.Conv2d(hidden, 2 * motions, 3, padding=1)
+
+    def forward(
+        self, frame: Tensor, low: Tensor, warped: Tensor, flow: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            frame: (2B, C, h, w) features of the frame that is next.
+            low: (2B, 1, h, w) the frame itself.
+            warped: (2B, M, H, W) the key frame as carried to the frame before.
+            flow: (2B, 2M, h, w) motion so far, (x, y) of each field in coarse pixels.
+
+        Returns:
+            The motion to this frame, and what the step says to the fusing part (2B, C, h, w).
+        """
+        miss = F.pixel_unshuffle(warped, self.scale) - low
+        seen = torch.cat((frame, miss.to(frame.dtype)), dim=1)
+        said = F.leaky_relu(self.look(_channels_last(seen)), 0.1)
+        y = torch.cat((seen, said, flow.to(frame.dtype)), dim=1)
+        y = F.leaky_relu(self.first(_channels_last(y)), 0.1)
+        further = self.last(F.leaky_relu(self.second(y), 0.1)).float()
+        moved = [
+            warp(so_far, d) + d
+            for so_far, d in zip(flow.split(2, dim=1), further.split(2, dim=1), strict=True)
+        ]
+        return torch.cat(moved, dim=1), said
+
+
+class Choice(nn.Module):
+    """Decides for every sharp pixel whose detail it takes.
+
+    out = bicubic + sum_k w_k (candidate_k - bicubic(bin(candidate_k))) + residual, where the w_k
+    and the weight of taking none add up to 1: the fast camera has the last word on everything it
+    can see, the candidates give the detail that it cannot.
+    """
+
+    def __init__(self, features: int, candidates: int, scale: int) -> None:
+        super().__init__()
+        self.candidates, self.scale = candidates, scale
+        self.conv = nn.Conv2d(features, scale**2 * (candidates + 2), 3, padding=1)
+
+    def forward(self, fused: Tensor, bicubic: Tensor, candidates: Tensor) -> Tensor:
+        """(K, C, h, w), (K, 1, H, W), (K, candidates, H, W) -> (K, 1, H, W)"""
+        maps = F.pixel_shuffle(self.conv(_channels_last(fused)).float(), self.scale)
+        weights = maps[:, :-1].softmax(dim=1)[:, :-1]
+        candidates = candidates.float()
+        detail = candidates - _enlarge(F.avg_pool2d(candidates, self.scale), self.scale)
+        return bicubic + (weights * detail).sum(1, keepdim=True) + maps[:, -1:]
+
+
+def warp(image: Tensor, flow: Tensor) -> Tensor:
+    """image (K, C, H, W) looked up at p + flow(p), flow (K, 2, H, W) as (x, y) in its pixels:
+    linear between pixels, the nearest border pixel outside."""
+    height, width = image.shape[-2:]
+    # grid_sample without aligned corners: pixel i of n lies at (2 i + 1) / n - 1.
+    y = torch.arange(height, device=image.device, dtype=torch.float32)
+    x = torch.arange(width, device=image.device, dtype=torch.float32)
+    across = (2 * (x + flow[:, 0]) + 1) / width - 1  # K, H, W
+    down = (2 * (y[:, None] + flow[:, 1]) + 1) / height - 1
+    places = torch.stack((across, down), dim=-1)
+    return F.grid_sample(image, places, "bilinear", "border", align_corners=False)
+
+
+def warp_along(key: Tensor, flow: Tensor, scale: int) -> Tensor:
+    """The key frame (K, 1, H, W) carried along each field of (K, 2M, h, w): (K, M, H, W).
+
+    The original is looked up once, however long the way: nothing blurs from step to step.
+    """
+    fields = F.interpolate(flow, scale_factor=scale, mode="bilinear", align_corners=False) * scale
+    return torch.cat([warp(key, field) for field in fields.split(2, dim=1)], dim=1)
+
+
+def _enlarge(x: Tensor, scale: int) -> Tensor:
+    return F.interpolate(x, scale_factor=scale, mode="bicubic", align_corners=False)
+
+
+def _maps(numbers: Tensor, like: Tensor) -> Tensor:
+    """Numbers (K, n) as constant maps (K, n, h, w)."""
+    return numbers.to(like.dtype)[..., None, None].expand(-1, -1, *like.shape[-2:])
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _initialise(module: nn.Module) -> None:
+    """The transformer as in SWIN-XVR; motion and choice start from doing nothing."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, WindowAttention):
+        nn.init.trunc_normal_(module.bias_table, std=0.02)
+    elif isinstance(module, (MotionStep, Choice)):
+        last = module.last if isinstance(module, MotionStep) else module.conv
+        nn.init.normal_(last.weight, std=SMALL)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)

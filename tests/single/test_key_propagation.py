@@ -1,0 +1,165 @@
+"""The network that carries key frames along the fast stream: warps, greys, shapes, cost."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import map_coordinates
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpc_xvr.model.bases import upsample
+from hpc_xvr.model.key_propagation import KeyPropagation, warp, warp_along
+
+SMALL = {"features": 32, "blocks": 2, "heads": 1, "motion_features": 16, "frame_features": 8}
+
+
+def small(**options):
+    torch.manual_seed(0)
+    return KeyPropagation(**{**SMALL, **options})
+
+
+def gap(frames, h, w, scale=4, batch=1, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    lr = torch.rand(batch, frames, 1, h, w, generator=rng)
+    return lr, torch.rand(batch, 2, 1, scale * h, scale * w, generator=rng)
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize(
+    ("frames", "h", "w"), [(3, 8, 8), (3, 1, 1), (9, 13, 21), (41, 6, 5), (5, 16, 24)]
+)
+def test_all_frames_of_a_gap_of_any_length_and_size(scale, frames, h, w):
+    model = small(scale=scale)
+    lr, hr = gap(frames, h, w, scale, batch=2)
+    carried = model(lr, hr)
+    assert carried.frames.shape == (2, frames - 2, 1, scale * h, scale * w)
+    assert carried.forward.shape == carried.backward.shape
+    assert carried.forward.shape == (2, frames - 2, 2, scale * h, scale * w)
+    assert torch.isfinite(carried.frames).all()
+    alone = model(lr[1:], hr[1:]).frames  # the other gaps of a batch do not matter
+    torch.testing.assert_close(alone[0], carried.frames[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "wild"])
+def test_a_warp_looks_up_what_scipy_does(kind):
+    """Linear between pixels, the border continued outside."""
+    rng = np.random.default_rng(0)
+    image = rng.random((11, 17), np.float32)
+    flow = rng.normal(0, 9 if kind == "wild" else 1, (2, 11, 17)).astype(np.float32)
+    y, x = np.mgrid[:11, :17]
+    wanted = map_coordinates(image, [y + flow[1], x + flow[0]], order=1, mode="nearest")
+    found = warp(torch.from_numpy(image)[None, None], torch.from_numpy(flow)[None])[0, 0]
+    np.testing.assert_allclose(found, wanted, atol=2e-5)
+
+
+def test_a_key_frame_is_carried_by_the_motion_in_coarse_pixels():
+    """A shift of one coarse pixel is one of `scale` sharp ones; each field has its own picture."""
+    key = torch.rand(1, 1, 32, 48)
+    flow = torch.zeros(1, 4, 8, 12)
+    flow[:, 0] = 1  # the first field: x
+    flow[:, 3] = -2  # the second one: y
+    right, down = warp_along(key, flow, 4)[0]
+    torch.testing.assert_close(right[:, :-4], key[0, 0, :, 4:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(right[:, -4:], key[0, 0, :, -1:].expand(-1, 4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(down[8:], key[0, 0, :-8], rtol=0, atol=1e-5)
+
+
+def test_motion_is_chained_from_frame_to_frame_and_the_original_is_looked_up():
+    """With a step that always moves half a coarse pixel, frame n shows the key frame n / 2 aside
+    from either direction, as sharp as it was."""
+    model = small(motions=1)
+    with torch.no_grad():
+        model.motion.last.weight.zero_()
+        model.motion.last.bias.copy_(torch.tensor([0.5, 0.0]))
+    lr, hr = gap(7, 8, 12)
+    carried = model(lr, hr)
+    for n in range(1, 6):
+        shift = 2 * n
+        ahead, back = carried.forward[0, n - 1, 0], carried.backward[0, 5 - n, 0]
+        for found, key in ((ahead, hr[0, 0, 0]), (back, hr[0, 1, 0])):
+            torch.testing.assert_close(
+                found[:, :-shift], key[:, shift:], rtol=0, atol=1e-4, msg=f"step {n}"
+            )
+
+
+def test_a_still_scene_comes_back_exactly_where_the_choice_is_the_key_frame():
+    model = small()
+    _, hr = gap(6, 8, 12)
+    hr = hr[:, :1].expand(-1, 2, -1, -1, -1)
+    lr = torch.nn.functional.avg_pool2d(hr[:, 0], 4)[:, None].expand(-1, 6, -1, -1, -1)
+    with torch.no_grad():
+        bias = model.choose.conv.bias.view(8, 16)  # 6 candidates, none, residual
+        bias[4] = 50.0  # the first key frame as it stood
+        model.choose.conv.weight.zero_()
+    out = model(lr, hr).frames
+    torch.testing.assert_close(out, hr[:, :1].expand_as(out), rtol=0, atol=1e-5)
+
+
+def test_with_no_candidate_chosen_it_is_bicubic_interpolation():
+    model = small()
+    lr, hr = gap(6, 8, 12)
+    with torch.no_grad():
+        model.choose.conv.bias.view(8, 16)[6] = 50.0
+        model.choose.conv.weight.zero_()
+    torch.testing.assert_close(model(lr, hr).frames, upsample(lr[:, 1:-1], 4), rtol=0, atol=1e-5)
+
+
+def test_greys_are_relative_to_the_key_frames():
+    """A darker recording of less contrast gives the same pictures, darker and of less contrast."""
+    model = small()
+    lr, hr = gap(6, 8, 12)
+    out = model(lr, hr).frames
+    dark = model(0.03 * lr + 0.01, 0.03 * hr + 0.01).frames
+    torch.testing.assert_close(dark, 0.03 * out + 0.01, rtol=0, atol=1e-5)
+    flat = model(lr.new_full(lr.shape, 0.3), hr.new_full(hr.shape, 0.3)).frames
+    torch.testing.assert_close(flat, hr.new_full(out.shape, 0.3), rtol=0, atol=1e-4)
+
+
+def test_every_parameter_learns():
+    model = small()
+    lr, hr = gap(5, 8, 8)
+    with torch.no_grad():  # so small at first that its gradient is lost in float32
+        model.motion.last.weight.normal_(std=0.1)
+    carried = model(lr, hr)
+    (carried.frames.square().mean() + carried.forward.square().mean()).backward()
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == []
+
+
+def test_bf16_is_close_to_float32():
+    model = small(features=64, heads=2).eval()
+    lr, hr = gap(9, 16, 24)
+    with torch.inference_mode():
+        wanted = model(lr, hr).frames
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(lr, hr).frames
+    assert found.dtype == torch.float32
+    assert (found - wanted).abs().max() < 4e-3
+
+
+@pytest.mark.parametrize(("h", "w"), [(16, 24), (13, 21)])
+def test_it_knows_what_it_costs(h, w):
+    """Against torch's own counter; what is done once a gap or a key frame is left out."""
+    model = small(attention="explicit").eval()
+    lr, hr = gap(12, h, w)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(lr, hr)
+    assert model.flops(h, w) == pytest.approx(counter.get_total_flops() / 10, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lr", "hr", "words"),
+    [
+        ((1, 2, 1, 8, 8), (1, 2, 1, 32, 32), "T >= 3"),
+        ((1, 5, 3, 8, 8), (1, 2, 1, 32, 32), "T >= 3"),
+        ((5, 1, 8, 8), (1, 2, 1, 32, 32), "T >= 3"),
+        ((1, 5, 1, 8, 8), (1, 2, 1, 32, 36), r"hr must be \(1, 2, 1, 32, 32\)"),
+        ((1, 5, 1, 8, 8), (1, 3, 1, 32, 32), r"hr must be \(1, 2, 1, 32, 32\)"),
+    ],
+)
+def test_wrong_shapes_are_named(lr, hr, words):
+    with pytest.raises(ValueError, match=words):
+        small()(torch.rand(lr), torch.rand(hr))
+    with pytest.raises(ValueError, match="scale must be 2 or 4"):
+        KeyPropagation(scale=3)
+    with pytest.raises(ValueError, match="multiple of heads"):
+        KeyPropagation(features=64, heads=3)
