@@ -258,6 +258,6 @@ def test_what_is_no_trouble_of_the_disk_is_an_error_at_once(tmp_path):
     writer = checkpoint.CheckpointWriter(tmp_path)
     writer.save({"step": 1, "w": lambda: None})  # cannot be pickled
     writer.wait()
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match="local object"):  # 3.13 does not say "pickle"
         writer.check()
     assert not list(tmp_path.iterdir())
