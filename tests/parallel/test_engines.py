@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import hpc_xvr.train.engine as training
+import hpc_xvr.train.task as task
 from hpc_xvr.checkpoint import load, path_of
 from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import CollectiveError, InputError
@@ -94,14 +94,14 @@ def test_a_run_of_two_ranks_goes_on_with_one(engine, settings):
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(engine, settings, monkeypatch):
     cfg = settings("run", "train.steps=4", "optim.ema=0", "checkpoint.every=1")
-    real, calls = training.l1, [0]
+    real, calls = task._LOSSES["l1"], [0]
 
     def poisoned(output, target):
         calls[0] += 1
         factor = float("nan") if engine.rank == 1 and calls[0] == 2 else 1.0
         return real(output, target) * factor
 
-    monkeypatch.setattr(training, "l1", poisoned)
+    monkeypatch.setitem(task._LOSSES, "l1", poisoned)
     train(cfg, engine)
     state = load(path_of(cfg.run.dir / "checkpoints", 4))
     assert all(torch.isfinite(v).all() for v in state["model"].values())
@@ -111,7 +111,8 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(engine, setting
 
 def test_too_many_such_steps_in_a_row_end_the_run_on_all_ranks(engine, settings, monkeypatch):
     cfg = settings("run", "train.steps=6", "train.nonfinite_limit=3")
-    monkeypatch.setattr(training, "l1", lambda output, target: (output * float("nan")).mean())
+    diverged = {"l1": lambda output, target: (output * float("nan")).mean()}
+    monkeypatch.setattr(task, "_LOSSES", diverged)
     trainer = Trainer(cfg, engine)
     with pytest.raises(InputError, match="step 3: 3 steps in a row"):
         trainer.run()

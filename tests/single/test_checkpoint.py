@@ -209,9 +209,11 @@ def test_training_goes_on_while_a_checkpoint_of_this_very_step_is_written(tmp_pa
     assert 0.5 < writer.slowest < 5
 
 
-def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(small_disk, caplog):
+def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
+    small_disk, caplog, monkeypatch
+):
     """Real ones: a tmpfs of 1 MB, filled and emptied, then made read-only."""
-    logger.addHandler(caplog.handler)
+    monkeypatch.setattr(logger, "propagate", True)
     writer = checkpoint.CheckpointWriter(small_disk, keep=2, failures=2)
     big = {"w": torch.zeros(50_000)}
     names = lambda: sorted(p.name for p in small_disk.iterdir() if p.name != "filler")  # noqa: E731

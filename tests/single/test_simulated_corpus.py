@@ -16,10 +16,11 @@ from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.simulate import corpus as simulation
 from hpc_xvr.data.simulate.beamline import SENSORS
 from hpc_xvr.data.simulate.corpus import simulate_corpus
-from hpc_xvr.data.simulate.scenes import SCENES
 from hpc_xvr.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
+
+EXPERIMENTS = config.Simulate().scenes
 
 
 def plan(**changes):
@@ -32,7 +33,7 @@ def test_corpus_holds_what_was_planned_on_any_number_of_workers(tmp_path):
     simulate_corpus(simulate, tmp_path / "two", workers=2)
     one, two = Corpus(tmp_path / "one"), Corpus(tmp_path / "two")
     assert [v.id for v in one.videos] == [
-        f"sim-{i:04d}-{s}" for i, s in enumerate((*SCENES, "keyhole"))
+        f"sim-{i:04d}-{s}" for i, s in enumerate((*EXPERIMENTS, "keyhole"))
     ]
     assert [v.info for v in one.videos] == [v.info for v in two.videos]  # sha256 among them
     assert all(problem is None for _, problem in two.verify())
@@ -66,18 +67,18 @@ def test_every_split_gets_its_share_and_a_mix_of_scenes(videos, counts):
     assert sum(found) == videos
     assert np.abs(np.subtract(found, counts)).max() <= (1 if videos == 100 else 0)
     for scenes in by_split.values():
-        most = max((scenes.count(s) for s in SCENES), default=0)
-        least = min((scenes.count(s) for s in SCENES), default=0)
+        most = max((scenes.count(s) for s in EXPERIMENTS), default=0)
+        least = min((scenes.count(s) for s in EXPERIMENTS), default=0)
         assert most - least <= 1
     if videos == 24:
         held = by_split["validation"] + by_split["test"]
-        assert set(held) == set(SCENES)
+        assert set(held) == set(EXPERIMENTS)
 
 
 def test_cameras_get_their_shares_of_every_scene():
     simulate = plan(videos=60, cameras={"sa-z": {"share": 0.75}, "hpv-x2": {"share": 0.25}}, seed=4)
     items = simulation.plan_corpus(simulate)
-    for scene in SCENES:
+    for scene in EXPERIMENTS:
         cameras = [item.camera for item in items if item.scene == scene]
         assert (cameras.count("sa-z"), cameras.count("hpv-x2")) == (9, 3)
     for split in ("train", "validation", "test"):
