@@ -245,7 +245,6 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_but_not_the_run(
     with pytest.raises(InputError, match="step-000000005"):
         writer.finish()
     assert names() == ["step-000000001.pt", "step-000000003.pt"]
-    logger.removeHandler(caplog.handler)
 
 
 def test_the_last_checkpoint_must_be_written(tmp_path):

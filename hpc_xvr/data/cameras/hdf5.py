@@ -6,7 +6,11 @@ DXchange: frames in /exchange/data (T, H, W), corrected by /exchange/data_white 
 from __future__ import annotations
 
 import math
+import mmap
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +60,50 @@ def open_hdf5(
 
 
 def _open(path: Path) -> h5py.File:
+    stat = path.stat()
+    _check_survivable(path, stat.st_size, stat.st_mtime_ns)
     return h5py.File(path, "r", locking=False, rdcc_nbytes=BLOCK)
+
+
+@lru_cache(maxsize=1024)
+def _check_survivable(path: Path, size: int, changed: int) -> None:
+    """Refuse a file that crashes the HDF5 library, which some damaged virtual datasets do.
+
+    Another process opens all that is in the file first. As that takes a fifth of a second, it is
+    done only where the file has a global heap, which holds the parts of virtual datasets.
+
+    Raises:
+        InputError: the process was killed by a signal.
+    """
+    if not _has_global_heap(path, size):
+        return
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _LOOK_AT_ALL, str(path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode < 0:
+        raise InputError(
+            f"{path}: the HDF5 library crashes when it opens what is in this file: it is damaged, "
+            "copy or export it again"
+        )
+
+
+_LOOK_AT_ALL = """
+import sys, h5py
+with h5py.File(sys.argv[1], "r", locking=False) as file:
+    file.visititems(lambda name, item: None)
+"""
+
+
+def _has_global_heap(path: Path, size: int) -> bool:
+    """Whether the mark of one stands in the first or last bytes of a file."""
+    if size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"GCOL", 0, BLOCK) >= 0 or data.find(b"GCOL", max(0, size - BLOCK)) >= 0
 
 
 def _recording(
