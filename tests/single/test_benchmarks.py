@@ -16,6 +16,8 @@ from hpc_xvr.model.xvr import SwinXVR
 from plain_swin import PlainSwinXVR
 from support.paths import BENCHMARKS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("output", ["centre", "sequence"])
 @pytest.mark.parametrize("size", [(16, 24), (13, 21), (8, 20)])
@@ -37,7 +39,6 @@ def test_plain_and_fast_model_agree_in_outputs_and_gradients(output, size):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.slow
 def test_the_quick_benchmark_measures_everything_it_promises(tmp_path):
     """Ratios of times are those of the seconds it files, not judged here; those of memory do not
     depend on the machine's mood."""
@@ -90,7 +91,6 @@ def test_models_are_compared_on_one_budget(monkeypatch):
         assert len(seen) == 1  # the same samples for all
 
 
-@pytest.mark.slow
 def test_the_comparison_runs_from_corpus_to_tables(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "compare.py"), "--quick", "--threads", "1"]
     command += ["--models", "edvr_stf", "swin_sequence", "--budget", "0.001"]
@@ -163,7 +163,6 @@ def test_the_noise_study_says_what_its_numbers_say(tmp_path):
     assert (tmp_path / "matrix.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)  # four starts of two ranks: half a minute, more where cores are busy
 def test_a_run_killed_and_started_again_ends_as_the_undisturbed_one(tmp_path, pulse_corpus):
     """The short form of chaos.py: which kills it gets depends on the seed, which it prints."""

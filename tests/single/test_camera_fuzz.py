@@ -29,6 +29,8 @@ from support.camera_files import (
     write_photron,
 )
 
+pytestmark = pytest.mark.slow
+
 CHILD = Path(read_child.__file__)
 SECONDS = 30
 """For one small file; they take milliseconds."""

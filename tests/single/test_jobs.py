@@ -14,6 +14,8 @@ import torch
 from hpc_xvr.checkpoint import list_checkpoints, load, path_of
 from hpc_xvr.data.corpus import Corpus
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 PULSE = ROOT / "configs" / "pulse.yaml"
 CLI = [sys.executable, "-m", "hpc_xvr"]
@@ -102,7 +104,6 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["serial", "horovod", "torch"])
 def test_killed_and_resumed_equals_undisturbed_bit_for_bit(engine, job, tmp_path):
     """6 steps == 3 steps + SIGKILL + resume + 3 steps, with stochastic depth on."""
@@ -149,7 +150,6 @@ def test_torchrun_is_a_launcher_too(job, tmp_path):
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "number", "workers"),
     [([], signal.SIGTERM, 0), ([], signal.SIGINT, 0), (MPIRUN, signal.SIGUSR1, 1)],
@@ -221,7 +221,6 @@ def test_one_rank_needs_no_mpi4py_even_if_a_launcher_starts_it(job, tmp_path):
 ENGINES["auto"] = []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -269,7 +268,6 @@ def test_what_omp_num_threads_must_not_be_is_said_once_by_all_ranks(job, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_a_used_run_folder_is_not_overwritten_and_another_architecture_not_resumed(job, tmp_path):
     assert job("serial", "train.steps=2").returncode == 0
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))

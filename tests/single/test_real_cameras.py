@@ -12,6 +12,8 @@ import tifffile
 
 from hpc_xvr.data.corpus import Corpus
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 RECORDINGS = {
     "photron_pymraw/ball_12bit.cihx": ("train", (15, 384, 384)),
@@ -87,7 +89,6 @@ def test_every_recording_is_there_with_its_shape_and_intact(corpus):
     assert "all intact" in hpc_xvr("inspect", corpus, "--verify").stdout
 
 
-@pytest.mark.slow
 def test_training_evaluation_and_report_run_on_it(corpus, run):
     losses = [
         json.loads(line)["loss"]

@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 from support.paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 TESTS = """
 import pytest
