@@ -86,7 +86,7 @@ def train(
     metrics.jsonl, TensorBoard events, checkpoints, sample pictures. Where data.corpus is missing
     and CONFIG has a section simulate, that corpus is simulated first.
 
-    A rank computes with run.threads CPU threads; if that is not set with OMP_NUM_THREADS, else
+    A rank computes with run.threads CPU threads; if that is not set, with OMP_NUM_THREADS, else
     with its share of the cores.
 
     Exit codes: 0 done, 2 bad input, 75 stopped with a checkpoint, by SIGUSR1, SIGTERM or SIGINT
@@ -114,6 +114,7 @@ def train(
 def _train(cfg: Config, comm: Comm, resume: bool, stopping: Stopping) -> bool:
     """Is the run done now?"""
     from hpc_xvr.data.simulate.corpus import simulate_if_missing
+    from hpc_xvr.distributed.launch import rank_threads
     from hpc_xvr.train.engine import Trainer
     from hpc_xvr.train.run_folder import finished
     from hpc_xvr.train.share import Share
@@ -123,8 +124,9 @@ def _train(cfg: Config, comm: Comm, resume: bool, stopping: Stopping) -> bool:
         if comm.is_root:
             logger.info("%s is done (step %d); nothing to do", cfg.run.dir, step)
         return True
-    # What the ranks cannot share is refused before minutes of simulation.
+    # What the ranks cannot share or use is refused before minutes of simulation.
     comm.together(lambda: Share.of(cfg.train, comm.rank, comm.size))
+    comm.together(lambda: rank_threads(cfg.run.threads))
     comm.on_root(lambda: simulate_if_missing(cfg.simulate, cfg.data.corpus))
     trainer = Trainer(cfg, comm, resume, stopping)
     done = trainer.run()
