@@ -24,16 +24,20 @@ if TYPE_CHECKING:
     from hpc_xvr.data.cameras import Recording
     from hpc_xvr.data.corpus import Corpus, Video
     from hpc_xvr.data.ingest.run import ingest
+    from hpc_xvr.data.pairing.joining import Pairing
+    from hpc_xvr.data.pairing.reading import CameraReading
     from hpc_xvr.data.registration import Registration
     from hpc_xvr.errors import InputError
     from hpc_xvr.reconstruction.writers import Calibration, write_movie, write_sequence
 
 _PUBLIC = {
     "Calibration": "hpc_xvr.reconstruction.writers",
+    "CameraReading": "hpc_xvr.data.pairing.reading",
     "Config": "hpc_xvr.config",
     "Corpus": "hpc_xvr.data.corpus",
     "InputError": "hpc_xvr.errors",
     "Model": "hpc_xvr.api",
+    "Pairing": "hpc_xvr.data.pairing.joining",
     "Recording": "hpc_xvr.data.cameras",
     "Registration": "hpc_xvr.data.registration",
     "Video": "hpc_xvr.data.corpus",
@@ -49,10 +53,12 @@ _ELSEWHERE = {"load_config": "load"}
 
 __all__ = [
     "Calibration",
+    "CameraReading",
     "Config",
     "Corpus",
     "InputError",
     "Model",
+    "Pairing",
     "Recording",
     "Registration",
     "Video",
