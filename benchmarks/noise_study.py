@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import compare
-from hpc_xvr.evaluate.baselines import BASELINES
+from hpc_xvr.reconstruction.baselines import BASELINES
 
 TRAIN = {
     "none": ["data.noise=none"],

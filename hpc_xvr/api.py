@@ -18,19 +18,17 @@ from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.registration import Registration
 from hpc_xvr.distributed.comm import device_of
 from hpc_xvr.distributed.launch import discover
-from hpc_xvr.factory.execution import prepare
-from hpc_xvr.factory.weights import open_model
-from hpc_xvr.reconstruction import pipeline
-from hpc_xvr.reconstruction.workflow import from_recordings
+from hpc_xvr.reconstruction.methods import NamedMethod, open_method
+from hpc_xvr.reconstruction.workflow import check_gaps, frames_of, from_recordings
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network, ready to run; made by `load_model`."""
+    """A trained network or a method without learning, ready to run; made by `load_model`."""
 
     name: str
     config: Config
-    """The config that it was trained with."""
+    """The config that it was trained with; the default one of a method without learning."""
     step: int
     """Optimizer steps that it was trained for; 0 if unknown."""
     device: torch.device
@@ -40,9 +38,11 @@ class Model:
     """Low-resolution frames that one forward pass takes; odd. 0: those of a whole gap."""
     frames_out: int
     """Frames that one forward pass returns: 1 or `lr_frames`. 0: those of a whole gap."""
-    scale: int
-    """Side of a fast-camera pixel in sharp-camera pixels."""
-    method: pipeline.Method = field(repr=False)
+    scale: int | None
+    """Side of a fast-camera pixel in sharp-camera pixels; None: any."""
+    longest_gap: int | None
+    """Largest distance of key frames that it was trained for; None: unknown, or any."""
+    method: NamedMethod = field(repr=False)
 
 
 def open_recording(
@@ -98,29 +98,30 @@ def load_model(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     checkpoint: Literal["newest", "best"] = "newest",
 ) -> Model:
-    """Load a trained network.
+    """Load a trained network, or a method without learning.
 
     Args:
-        path: run folder, file of `hpc-xvr export`, checkpoint, or weights of the authors' program.
+        path: `builtin` or `builtin:NAME` (weights that come with the package), run folder, file of
+            `hpc-xvr export`, checkpoint, weights of the authors' program, or the name of a method
+            without learning, such as `bayes`.
         device: auto uses a GPU if there is one.
         checkpoint: which one of a run folder: the newest valid one, or that of the best validation.
 
     Raises:
         InputError: there is no trained model at `path`, or its weights do not fit its config.
     """
-    model, config, step = open_model(Path(path), checkpoint)
     place = device_of(discover(), device)
-    precision = prepare(model, config, place)
-    method, frames_out = pipeline.as_method(model)
+    method = open_method(path, place, checkpoint)
     return Model(
         name=str(path),
-        config=config,
-        step=step,
+        config=method.config or Config(),
+        step=method.step,
         device=place,
-        precision=precision,
-        lr_frames=frames_out and config.data.lr_frames,
-        frames_out=frames_out,
-        scale=config.data.scale,
+        precision=method.precision,
+        lr_frames=1 if method.lr_frames is None else method.lr_frames,
+        frames_out=method.n_out,
+        scale=method.scale,
+        longest_gap=method.longest_gap,
         method=method,
     )
 
@@ -134,6 +135,7 @@ def reconstruct(
     start: float = 0.0,
     registration: Registration | dict[str, Any] | None = None,
     crop: bool = False,
+    force: bool = False,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Reconstruct sharp frames at the fast camera's rate, from the first key frame to the last.
 
@@ -147,6 +149,7 @@ def reconstruct(
         registration: where the fast camera's pixels lie on the sharp frames. Default: the upper
             left corners coincide, and (H, W) is scale * (h, w).
         crop: cut the sharp frames to what the fast camera saw and to multiples of the scale.
+        force: go on where key frames lie further apart than the model was trained for.
 
     Yields:
         (t, frame) in order of time, as they are made: t is the index of the frame in `fast`; the
@@ -159,21 +162,14 @@ def reconstruct(
     if isinstance(registration, dict):
         registration = Registration.model_validate(registration)
     material = from_recordings(
-        model.config,
+        model.method,
         _recording(fast),
         _recording(sharp),
         Pairing(gap, start, registration),
         crop,
     )
-    return pipeline.reconstruct(
-        model.method,
-        material.lr,
-        material.keys,
-        lr_frames=model.lr_frames,
-        n_out=model.frames_out,
-        device=model.device,
-        precision=model.precision,
-    )
+    check_gaps(model.method, list(material.keys), force)
+    return frames_of(model.method, material, model.device)
 
 
 def _recording(source: Recording | ArrayLike) -> Recording:

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 
 from hpc_xvr import config
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.baselines import BASELINES
 from hpc_xvr.evaluate.comparison import pictures_of, write_comparison
 from hpc_xvr.evaluate.page import Pictures, data_uri, movies, natural, write_page
 from hpc_xvr.evaluate.results import FILE, Evaluation
 from hpc_xvr.log import logger
+from hpc_xvr.reconstruction.baselines import BASELINES
 
 CURVE_POINTS = 800
 BLUE, ORANGE, GREY = "#1c5d99", "#d9480f", "#868e96"

@@ -23,6 +23,7 @@ settings = click.option(
 )
 a_config = click.argument("config", type=click.Path(path_type=Path))
 a_run = click.argument("run", type=click.Path(path_type=Path))
+a_method = click.argument("what", type=click.Path(path_type=Path))
 engine = click.option(
     "--engine",
     type=click.Choice(["auto", "serial", "horovod", "torch"]),

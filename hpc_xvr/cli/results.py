@@ -11,6 +11,7 @@ import click
 from hpc_xvr.cli.cameras import camera_options, pairing_options, take_pairing, take_reading
 from hpc_xvr.cli.common import (
     Examples,
+    a_method,
     a_run,
     configured_device,
     connect,
@@ -58,7 +59,7 @@ def _data_of(weights: Path) -> tuple[str, ...]:
     hpc-xvr evaluate runs/quickstart
     mpirun -n 2 hpc-xvr evaluate runs/a runs/b --gap 4 --gap 20 \\
         --noise none --noise 1e3
-    hpc-xvr evaluate bicubic bayes --corpus corpus --out comparison
+    hpc-xvr evaluate builtin bayes --corpus corpus --gap 8 --out comparison
     hpc-xvr evaluate peer=net_g_latest.pth \\
         --config configs/compare/published_protocol.yaml
 """,
@@ -134,8 +135,9 @@ def evaluate(
 ) -> None:
     """Compare trained models, and methods without training, on held-out recordings.
 
-    Each WHAT is a run folder, a file of weights (ours or the authors'), NAME=PATH to give one of
-    these a name, or the name of a method.
+    Each WHAT is a run folder, builtin (the weights that come with the package; builtin:NAME for
+    others of them), a file of weights (ours or the authors'), NAME=PATH to give one of these a
+    name, or the name of a method without training.
 
     Each recording is degraded to what the fast camera would see, reconstructed from that and a key
     frame every --gap frames, and compared with the truth: PSNR (dB), SSIM and AAD on the 8-bit
@@ -143,9 +145,11 @@ def evaluate(
     interrupted call continues when it is repeated.
     """
     from hpc_xvr.config import Dist, with_evaluate
+    from hpc_xvr.factory.builtin import is_builtin
 
-    models = [path for path in (Path(text.rpartition("=")[2]) for text in what) if path.exists()]
-    if not models and out is None:
+    paths = [Path(text.rpartition("=")[2]) for text in what]
+    models = [path for path in paths if path.exists() or is_builtin(path)]
+    if out is None and (not models or is_builtin(models[0])):
         raise InputError("evaluate: without a run folder, say where the results go: --out FOLDER")
     folder = out or (models[0] if models[0].is_dir() else models[0].with_suffix("")) / "evaluation"
     if config is None and models:
@@ -154,7 +158,7 @@ def evaluate(
         else:
             overrides = (*_data_of(models[0]), *overrides)
     cfg = _evaluation_config(config, overrides, wanted)
-    if not wanted["methods"] and any("=" not in text and not Path(text).exists() for text in what):
+    if not wanted["methods"] and len(models) < len(what):
         cfg = with_evaluate(
             cfg, methods=[]
         )  # methods without training are named: compare only with those
@@ -170,13 +174,14 @@ def evaluate(
 @click.command(
     cls=Examples,
     examples="""
+    hpc-xvr reconstruct builtin --lr fast.tif --hr sharp.tif --gap 20 --out m.h5
+    hpc-xvr reconstruct bayes --lr fast.tif --hr sharp.tif --gap 20 --out b.tif
     hpc-xvr reconstruct runs/quickstart --video sim-0001-spray --out spray.tif
-    hpc-xvr reconstruct runs/mine --lr fast.tif --hr sharp.tif --gap 20 --out m.h5
     hpc-xvr reconstruct runs/mine --lr fast.dat --hr sharp.cihx --gap 8 \\
         --registration cameras.yaml --crop --out m.tif --movie m.gif
 """,
 )
-@a_run
+@a_method
 @click.option("--lr", type=click.Path(path_type=Path), help="Recording of the fast camera.")
 @click.option("--hr", type=click.Path(path_type=Path), help="Recording of the slow, sharp camera.")
 @pairing_options
@@ -197,10 +202,15 @@ def evaluate(
     type=click.Path(path_type=Path),
     help="Side-by-side animation (.gif, .webp) or strip (.png).",
 )
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Go on where key frames lie further apart than the weights were trained for.",
+)
 @which_checkpoint
 @device_of_run
 def reconstruct(
-    run: Path,
+    what: Path,
     device: str | None,
     lr: Path | None,
     hr: Path | None,
@@ -209,13 +219,16 @@ def reconstruct(
     crop: bool,
     out: Path,
     movie: Path | None,
+    force: bool,
     which: Literal["newest", "best"],
     **options: Any,
 ) -> None:
     """Reconstruct sharp frames at the fast camera's rate.
 
-    RUN is a run folder, a file made by `hpc-xvr export`, or weights of the authors' program. The
-    frames come from two camera files (--lr and --hr) or from a recording of a corpus (--video).
+    WHAT makes the frames: builtin (the weights that come with the package; builtin:NAME for others
+    of them), a run folder, a file made by `hpc-xvr export`, weights of the authors' program, or a
+    method without learning (bicubic, nearest_hr, linear_hr, detail, adaptive, bayes). The input is
+    two camera files (--lr and --hr) or a recording of a corpus (--video).
 
     Give each camera the options that `hpc-xvr ingest` was given for its training data. Without
     --registration, the upper left corners of both cameras' frames must coincide, and a fast pixel
@@ -243,8 +256,8 @@ def reconstruct(
         raise InputError(
             "give either --lr and --hr (two camera files) or --video (a recording of the corpus)"
         )
-    comm = connect("serial", device or configured_device(run))
-    reconstruct_run(run, comm.device, source, out=out, movie=movie, which=which)
+    comm = connect("serial", device or configured_device(what))
+    reconstruct_run(what, comm.device, source, out=out, movie=movie, which=which, force=force)
 
 
 @click.command(
@@ -252,6 +265,7 @@ def reconstruct(
     examples="""
     hpc-xvr export runs/quickstart --out quickstart.safetensors
     hpc-xvr export runs/mine --checkpoint best --raw --out mine.safetensors
+    hpc-xvr export builtin --out base.safetensors
     hpc-xvr reconstruct quickstart.safetensors --lr fast.tif --hr sharp.tif \\
         --gap 20 --out movie.tif
 """,
@@ -265,7 +279,7 @@ def reconstruct(
 )
 @which_checkpoint
 def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) -> None:
-    """Write the trained weights of RUN, with its config, to one file.
+    """Write the trained weights of RUN (or builtin), with its config, to one file.
 
     The file holds only numbers and text, so it is safe to share. It can replace RUN in `evaluate`
     and `reconstruct`, and training can start from it (config key train.weights).

@@ -127,7 +127,7 @@ class Data(Section):
     """The same: show samples in other greys too (negative, other contrast, other gamma)."""
     misregistration: Fraction = 0.0
     """The same: largest shift of binned low-resolution frames against the sharp ones, in pixels of
-    the fast camera; drawn for each sample."""
+    the fast camera; drawn for three samples in ten, the others fit exactly."""
     grey_mismatch: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """The same: largest relative difference of the two cameras' gains, and of their offsets as a
     share of full scale."""
@@ -288,7 +288,8 @@ class Train(Section):
     nonfinite_limit: Positive = 10
     """Steps in a row with a non-finite gradient (each is skipped) before the run stops."""
     weights: Path | None = None
-    """Start from these weights: a checkpoint of ours or of the authors' program."""
+    """Start from these weights: a checkpoint of ours or of the authors' program, a file of
+    `hpc-xvr export`, or `builtin` (`builtin:NAME`)."""
 
     @model_validator(mode="after")
     def _fits(self) -> Train:

@@ -9,11 +9,11 @@ import numpy as np
 
 from hpc_xvr.data.samples.sample import key_frames
 from hpc_xvr.evaluate import figures
-from hpc_xvr.evaluate.methods import NamedMethod
 from hpc_xvr.evaluate.noise import NO_NOISE
 from hpc_xvr.evaluate.results import Evaluation
 from hpc_xvr.evaluate.rows import Condition
 from hpc_xvr.evaluate.scoring import Setting, Unit, frame_at, streams_of
+from hpc_xvr.reconstruction.methods import NamedMethod
 from hpc_xvr.reconstruction.writers import write_movie
 
 MOVIE_FPS = 8

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.methods import NamedMethod
 from hpc_xvr.evaluate.rows import Condition, Row, without_infinities
 from hpc_xvr.evaluate.summary import Summary, conditions, summarise
 from hpc_xvr.files import write_atomic
+from hpc_xvr.reconstruction.methods import NamedMethod
 
 FILE = "evaluation.json"
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hpc_xvr.errors import InputError, explain_os_error
-from hpc_xvr.evaluate.methods import NamedMethod
 from hpc_xvr.evaluate.rows import Row
 from hpc_xvr.evaluate.scoring import Setting, Unit
+from hpc_xvr.reconstruction.methods import NamedMethod
 
 VERSION = 2  # raise it when a metric or a method without learning changes
 

@@ -14,8 +14,8 @@ from hpc_xvr.config import Data
 from hpc_xvr.data.corpus import Video
 from hpc_xvr.data.samples.sample import key_frames
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.methods import NamedMethod
 from hpc_xvr.evaluate.rows import METRICS, Condition, Row
+from hpc_xvr.reconstruction.methods import NamedMethod
 from hpc_xvr.reconstruction.pipeline import reconstruct
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream, recording_streams
 

@@ -13,7 +13,6 @@ from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import tables
 from hpc_xvr.evaluate.comparison import write_comparison
-from hpc_xvr.evaluate.methods import NamedMethod, open_methods
 from hpc_xvr.evaluate.noise import NoiseLevel
 from hpc_xvr.evaluate.pictures import write_pictures
 from hpc_xvr.evaluate.results import Evaluation, Facts
@@ -23,6 +22,7 @@ from hpc_xvr.evaluate.scoring import Setting, Unit, check_methods, score
 from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.factory.weights import Which
 from hpc_xvr.log import logger, progress_bar
+from hpc_xvr.reconstruction.methods import NamedMethod, open_methods
 
 
 def evaluate(
@@ -49,7 +49,7 @@ def evaluate(
     cells = Cells(out, comm.rank)
 
     def load() -> tuple[dict[str, NamedMethod], list[Unit], dict[str, Row]]:
-        methods, _ = open_methods([*wanted.methods, *what], comm.device, which)
+        methods = open_methods([*wanted.methods, *what], comm.device, which)
         check_methods(methods, config.data)
         units = _units(config)
         return methods, units, {} if restart else cells.load()

@@ -16,6 +16,7 @@ from hpc_xvr import checkpoint
 from hpc_xvr.config import Config, check, load
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import Network, build_model
+from hpc_xvr.factory.builtin import file_of, is_builtin
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
 from hpc_xvr.model.xfusion import load_xfusion
@@ -30,7 +31,8 @@ def model_of_run(run: Path, which: Which = "newest") -> tuple[Network, Config, i
     """Model (averaged weights, eval mode), config and step of what hpc-xvr has trained.
 
     Args:
-        run: run folder, or a file of `export_weights`, or a single checkpoint.
+        run: run folder, a file of `export_weights`, a single checkpoint, or the name of built-in
+            weights (`builtin`, `builtin:NAME`).
         which: of a run folder, the newest valid checkpoint or that of the best validation.
 
     Raises:
@@ -53,7 +55,7 @@ def open_model(path: Path, which: Which = "newest") -> tuple[nn.Module, Config, 
     try:
         return model_of_run(path, which)
     except InputError:
-        if not path.is_file() or _is_exported(path):
+        if is_builtin(path) or not path.is_file() or _is_exported(path):
             raise
     try:
         model = load_xfusion(path)
@@ -74,6 +76,7 @@ class Trained:
 
 def read_weights(run: Path, which: Which = "newest", raw: bool = False) -> Trained:
     """What `model_of_run` puts into a model; `raw`: not the averaged weights of a checkpoint."""
+    run = file_of(run)
     if run.is_file():
         path, state = run, _read_file(run)
         config = check(state["config"], f"the config in {run}")
@@ -230,12 +233,13 @@ def _listed(names: list[str], most: int = 5) -> str:
 
 
 def initial_weights(model: nn.Module, path: Path) -> None:
-    """Start from a checkpoint of ours, a file of `export_weights`, or a checkpoint of the authors'
-    program (config key train.weights).
+    """Start from a checkpoint of ours, a file of `export_weights`, built-in weights, or a
+    checkpoint of the authors' program (config key train.weights).
 
     Raises:
         InputError: unreadable, or of another architecture.
     """
+    path = file_of(path)
     try:
         state = _read_exported(path) if _is_exported(path) else checkpoint.load(path)
     except checkpoint.CorruptCheckpoint:

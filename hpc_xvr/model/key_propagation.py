@@ -53,6 +53,8 @@ class Gap:
     """2B, 1, H, W: the key frame that the direction starts from."""
     distance: Tensor
     """2B, N, 2: to the key frame it starts from and to the other one."""
+    misfit: Tensor
+    """2B, 2, h, w: what the fast camera saw at these two times, less what the sharp one did."""
     mean: Tensor
     """B, 1, 1, 1"""
     deviation: Tensor
@@ -163,8 +165,10 @@ class KeyPropagation(nn.Module):
         mean = keys.mean((1, 2, 3), keepdim=True)
         deviation = keys.std((1, 2, 3), keepdim=True).clamp(min=MIN_CONTRAST)
         keys, lr = (keys - mean) / deviation, (lr - mean) / deviation
-        # At the key frames' own times the sharp camera knows better what the fast one saw.
+        # At the key frames' own times the sharp camera knows better what the fast one saw; how far
+        # that was off tells of noise, and of cameras that are not quite aligned or calibrated.
         first, last = F.avg_pool2d(keys, self.scale).split(1, dim=1)  # B, 1, h, w
+        misfit = torch.cat((lr[:, :1] - first, lr[:, -1:] - last), dim=1)
         lr = torch.cat((first, lr[:, 1:-1], last), dim=1)
         frames = lr.shape[1] - 2
         since = torch.arange(1, frames + 1, device=lr.device, dtype=lr.dtype) / TIME_UNIT
@@ -173,6 +177,7 @@ class KeyPropagation(nn.Module):
             lr=torch.cat((lr, lr.flip(1))),
             key=torch.cat(keys.split(1, dim=1)),
             distance=distance.expand(2 * len(lr), -1, -1),
+            misfit=torch.cat((misfit, misfit.flip(1))),
             mean=mean,
             deviation=deviation,
         )
@@ -229,14 +234,16 @@ class FrameEncoder(nn.Module):
 
     def __init__(self, features: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3 + 2, features, 3, padding=1)
+        self.first = nn.Conv2d(3 + 2 + 2, features, 3, padding=1)
         self.second = nn.Conv2d(features, features, 3, padding=1)
 
     def forward(self, gap: Gap) -> Tensor:
         """-> (2B, N, C, h, w)"""
         before, now, after = gap.lr[:, :-2], gap.lr[:, 1:-1], gap.lr[:, 2:]  # 2B, N, h, w
-        x = torch.stack((before - now, now, after - now), dim=2).flatten(0, 1)
-        x = torch.cat((x, _maps(gap.distance.flatten(0, 1), x)), dim=1)  # 2B*N, 5, h, w
+        misfit = gap.misfit[:, None].expand(-1, now.shape[1], -1, -1, -1)
+        x = torch.cat((torch.stack((before - now, now, after - now), dim=2), misfit), dim=2)
+        x = x.flatten(0, 1)
+        x = torch.cat((x, _maps(gap.distance.flatten(0, 1), x)), dim=1)  # 2B*N, 7, h, w
         y = F.leaky_relu(self.first(_channels_last(x)), 0.1)
         y = F.leaky_relu(self.second(y), 0.1)
         return y.unflatten(0, now.shape[:2])

@@ -130,9 +130,18 @@ def _reconstruct(
     def to_device(frame: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(frame)).to(device, dtype)
 
+    def low(t: int) -> Tensor:
+        return to_device(_usable(lr[t], f"frame {t} of the fast camera"))
+
     def key(t: int) -> np.ndarray:
         if t not in sharp:
-            sharp[t] = np.clip(np.asarray(keys[t], np.float32), 0, 1)
+            frame = _usable(np.asarray(keys[t], np.float32), f"the key frame at frame {t}")
+            if lr_frames == WHOLE_GAP and frame.min() == frame.max():
+                raise InputError(
+                    f"the key frame at frame {t}: all its pixels are {frame.flat[0]:g} of full "
+                    "scale, so there is nothing to carry; was it lost, or not exposed? leave it out"
+                )
+            sharp[t] = np.clip(frame, 0, 1)
         return sharp[t]
 
     for t0, t1 in pairwise(times):
@@ -149,7 +158,7 @@ def _reconstruct(
         hr = torch.stack([to_device(key(t)) for t in (t0, t1)])[None, :, None]  # 1, 2, 1, H, W
         for window in plan:
             index = [min(max(t, 0), len(lr) - 1) for t in window.lr]
-            held = {t: held[t] if t in held else to_device(lr[t]) for t in dict.fromkeys(index)}
+            held = {t: held[t] if t in held else low(t) for t in dict.fromkeys(index)}
             sample = {
                 "lr": torch.stack([held[t] for t in index])[None, :, None],
                 "hr": hr,
@@ -168,6 +177,16 @@ def _reconstruct(
                     yield t, np.clip(frame, 0, 1)
     if only is None or times[-1] in only:
         yield times[-1], key(times[-1])
+
+
+def _usable(frame: np.ndarray, name: str) -> np.ndarray:
+    """The frame, if all its numbers are finite."""
+    if not np.isfinite(frame).all():
+        raise InputError(
+            f"{name}: {np.count_nonzero(~np.isfinite(frame))} of its {frame.size} pixels are not "
+            "finite numbers; mend or leave out the frame"
+        )
+    return frame
 
 
 def _run(method: Method, sample: dict[str, Tensor], n_out: int, precision: str) -> np.ndarray:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.pairing.joining import Pairing, joined
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
-from hpc_xvr.factory.execution import prepare, use_threads
-from hpc_xvr.factory.weights import Which, open_model
+from hpc_xvr.factory.execution import use_threads
+from hpc_xvr.factory.weights import Which
 from hpc_xvr.log import logger, track
-from hpc_xvr.reconstruction.pipeline import as_method, reconstruct
+from hpc_xvr.reconstruction.methods import NamedMethod, open_method
+from hpc_xvr.reconstruction.pipeline import reconstruct
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream, recording_streams, streams_of_pair
 from hpc_xvr.reconstruction.writers import Calibration, check_movie, write_movie, write_sequence
 
@@ -61,48 +63,42 @@ class Material:
 
 
 def reconstruct_run(
-    run: Path,
+    what: Path | str,
     device: torch.device,
     source: CameraFiles | CorpusRecording,
     *,
     out: Path,
     movie: Path | None = None,
     which: Which = "newest",
+    force: bool = False,
 ) -> Path:
     """Reconstruct every frame from the first key frame to the last and write `out`.
 
     Camera files must be read as they were for training. `movie` shows low resolution and result
     side by side, and the truth if it is known.
 
+    Args:
+        what: see `open_method`.
+        force: go on where key frames lie further apart than the weights were trained for.
+
     Raises:
-        InputError: there is no trained model, files cannot be read or do not fit, or the result
+        InputError: there is no such method, files cannot be read or do not fit, or the result
             cannot be written.
     """
-    model, config, step = open_model(run, which)
+    method = open_method(what, device, which)
+    config = method.config or Config()
     use_threads(config.run.threads)
     if isinstance(source, CorpusRecording):
         material = _from_corpus(config, source)
     else:
-        sharp = source.hr_camera.open(source.hr)
-        fast = source.lr_camera.on_scale_of(source.hr_camera).open(source.lr)
-        material = from_recordings(config, fast, sharp, source.pairing, source.crop)
-    precision = prepare(model, config, device)
-    method, n_out = as_method(model)
+        material = from_files(method, source)
     keys, truth = material.keys, material.truth
+    check_gaps(method, list(keys), force)
     first, last = min(keys), max(keys)
     count = last - first + 1
-    logger.info(
-        "%s at step %d: frames %d to %d of %dx%d pixels", run, step, first, last, *keys.shape
-    )
-    frames = reconstruct(
-        method,
-        material.lr,
-        keys,
-        lr_frames=n_out and config.data.lr_frames,
-        n_out=n_out,
-        device=device,
-        precision=precision,
-    )
+    name = f"{what} at step {method.step}" if method.step else method.title
+    logger.info("%s: frames %d to %d of %dx%d pixels", name, first, last, *keys.shape)
+    frames = frames_of(method, material, device)
     shown: list[tuple[np.ndarray, ...]] = []
 
     def results() -> Iterator[np.ndarray]:
@@ -123,26 +119,79 @@ def reconstruct_run(
     return out
 
 
-def from_recordings(
-    config: Config, fast: Recording, sharp: Recording, pairing: Pairing, crop: bool = False
-) -> Material:
-    """Join two cameras' recordings as a model of this config needs them.
+def frames_of(
+    method: NamedMethod, material: Material, device: torch.device | str
+) -> Iterator[tuple[int, np.ndarray]]:
+    """All frames from the first key frame to the last, see `reconstruct`."""
+    return reconstruct(
+        method.method,
+        material.lr,
+        material.keys,
+        lr_frames=1 if method.lr_frames is None else method.lr_frames,
+        n_out=method.n_out,
+        device=device,
+        precision=method.precision,
+    )
 
-    If `pairing` states no gap, it follows from the frame rates or, if they are unknown, is the one
-    that the model was trained with.
+
+def check_gaps(method: NamedMethod, times: Sequence[int], force: bool = False) -> None:
+    """Refuse key frames that lie further apart than a method was trained for; `force`: warn.
 
     Raises:
-        InputError: the recordings do not fit each other or the model.
+        InputError: says how far, and how far it may be.
+    """
+    widest = max((b - a for a, b in pairwise(sorted(times))), default=0)
+    if method.longest_gap is None or widest <= method.longest_gap:
+        return
+    problem = (
+        f"{method.name}: key frames lie up to {widest} fast frames apart, these weights were "
+        f"trained for {method.longest_gap} at most"
+    )
+    if not force:
+        raise InputError(f"{problem}; check --gap, use other weights, or try with --force")
+    logger.warning("%s: look at the result with care", problem)
+
+
+def from_files(method: NamedMethod, files: CameraFiles) -> Material:
+    """Read the files of both cameras and join them, see `from_recordings`."""
+    sharp = files.hr_camera.open(files.hr)
+    fast = files.lr_camera.on_scale_of(files.hr_camera).open(files.lr)
+    return from_recordings(method, fast, sharp, files.pairing, files.crop)
+
+
+def from_recordings(
+    method: NamedMethod, fast: Recording, sharp: Recording, pairing: Pairing, crop: bool = False
+) -> Material:
+    """Join two cameras' recordings as a method needs them.
+
+    If `pairing` states no gap, it follows from the frame rates or, if they are unknown, is the one
+    that the model was trained with. A method without learning works at any scale: that of the
+    registration, else that of the frames' sizes.
+
+    Raises:
+        InputError: the recordings do not fit each other or the model, or the gap is not known.
     """
     if pairing.gap is None:
-        gap, source = float(config.data.hr_gap), "as the model was trained"
         if fast.frame_rate_hz and sharp.frame_rate_hz:
             gap, source = fast.frame_rate_hz / sharp.frame_rate_hz, "from the frame rates"
+        elif method.config:
+            gap, source = float(method.config.data.hr_gap), "as the model was trained"
+        else:
+            raise InputError(
+                f"{sharp.path} with {fast.path}: no frame rates are known, so neither is the gap; "
+                "state it with --gap (fast frames from one sharp frame to the next)"
+            )
         logger.info("a sharp frame every %g fast ones, %s (state it with --gap)", gap, source)
         pairing = replace(pairing, gap=gap)
-    pair = joined(sharp, fast, pairing, config.data.scale, crop)
+    if method.config:
+        scale: int = method.config.data.scale
+    else:
+        registration = pairing.registration
+        ratio = registration.scale if registration else sharp.shape[1] / fast.shape[1]
+        scale = max(1, round(ratio))
+    pair = joined(sharp, fast, pairing, scale, crop)
     calibration = Calibration(fast.frame_rate_hz, sharp.pixel_size_um, sharp.full_scale)
-    return Material(*streams_of_pair(pair, config.data.scale), calibration)
+    return Material(*streams_of_pair(pair, scale), calibration)
 
 
 def _from_corpus(config: Config, source: CorpusRecording) -> Material:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.baselines import BASELINES, find_baseline
+from hpc_xvr.reconstruction.baselines import BASELINES, find_baseline
 
 OFFSETS = torch.tensor([[-3.0, 17.0], [-15.0, 5.0], [-10.0, 10.0], [0.0, 20.0]])
 

@@ -7,10 +7,10 @@ import torch
 from hpc_xvr.config import Data
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.samples.sample import key_frames, window_sample
-from hpc_xvr.evaluate.baselines import BASELINES
 from hpc_xvr.metrics import psnr
 from hpc_xvr.model.bayes import BayesianFusion
 from hpc_xvr.model.xvr import BAYES
+from hpc_xvr.reconstruction.baselines import BASELINES
 
 
 def random_sample(h, w, scale, seed=0):

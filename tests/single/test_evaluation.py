@@ -11,11 +11,11 @@ from hpc_xvr.config import Data
 from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import figures
-from hpc_xvr.evaluate.methods import NamedMethod, baseline_entry
 from hpc_xvr.evaluate.noise import NO_NOISE, NoiseLevel
 from hpc_xvr.evaluate.resume import Cells, key_of
 from hpc_xvr.evaluate.rows import Condition
 from hpc_xvr.evaluate.scoring import Setting, Unit, check_methods, frame_at, score, streams_of
+from hpc_xvr.reconstruction.methods import NamedMethod, baseline_entry
 
 DATA = Data(lr_frames=3)
 

@@ -7,10 +7,10 @@ import torch
 
 from hpc_xvr.config import load
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.baselines import BASELINES
-from hpc_xvr.evaluate.methods import open_methods
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.model.xvr import SwinXVR
+from hpc_xvr.reconstruction.baselines import BASELINES
+from hpc_xvr.reconstruction.methods import open_methods
 from support.runs import SMALL, a_run
 
 TITLES = {
@@ -39,8 +39,8 @@ def sample(lr_frames=3, h=10, w=13):
 
 def test_every_method_of_the_paper_gives_frames(runs):
     """On a grid that is no multiple of anything."""
-    entries, configs = open_methods([*BASELINES, *runs.values()])
-    assert list(entries) == [*BASELINES, *SMALL] and set(configs) == set(SMALL)
+    entries = open_methods([*BASELINES, *runs.values()])
+    assert list(entries) == [*BASELINES, *SMALL]
     for name, entry in entries.items():
         with torch.inference_mode():
             out = entry.method(sample())
@@ -54,7 +54,7 @@ def test_every_method_of_the_paper_gives_frames(runs):
 
 
 def test_flops_are_those_of_a_frame_that_comes_out(runs):
-    entries, _ = open_methods([runs["swin_sequence"]])
+    entries = open_methods([runs["swin_sequence"]])
     config = load(runs["swin_sequence"] / "config.yaml")
     whole = build_model(config).flops(16, 16)
     assert entries["swin_sequence"].flops(16, 16, 4) == whole / 3
@@ -62,7 +62,7 @@ def test_flops_are_those_of_a_frame_that_comes_out(runs):
 
 def test_edvr_continues_frames_that_it_cannot_halve(runs):
     """Where nothing has to be continued it is the model itself."""
-    entries, _ = open_methods([runs["edvr_stf"]])
+    entries = open_methods([runs["edvr_stf"]])
     from hpc_xvr.factory.weights import model_of_run
 
     model, _, _ = model_of_run(runs["edvr_stf"])
@@ -87,9 +87,9 @@ def test_edvr_continues_frames_that_it_cannot_halve(runs):
 
 def test_files_of_weights_open_too(runs, reference):
     ours = next((runs["swin_centre"] / "checkpoints").glob("*.pt"))
-    entries, configs = open_methods([f"mine={ours}"])
-    whole, _ = open_methods([runs["swin_centre"]])
-    assert configs["mine"].model.embed_dim == 6
+    entries = open_methods([f"mine={ours}"])
+    whole = open_methods([runs["swin_centre"]])
+    assert entries["mine"].config.model.embed_dim == 6
     assert entries["mine"].fingerprint == whole["swin_centre"].fingerprint
     torch.testing.assert_close(
         entries["mine"].method(sample()), whole["swin_centre"].method(sample())
@@ -107,19 +107,19 @@ def test_weights_of_the_authors_program_open_and_give_their_pictures(reference, 
             if key.startswith("param/")
         }
         torch.save({"params": weights}, tmp_path / f"{name}.pth")
-        entries, configs = open_methods([tmp_path / f"{name}.pth"])
+        entries = open_methods([tmp_path / f"{name}.pth"])
         given = {key: torch.from_numpy(vectors[key]).float() for key in ("lr", "hr")}
         offsets = torch.zeros(len(given["lr"]), 2)
         with torch.inference_mode():
             found = entries[name].method({**given, "hr_offset": offsets})
         np.testing.assert_allclose(found.flatten(), vectors["out"].ravel(), atol=1e-5)
-        assert not configs and entries[name].learned
+        assert entries[name].step == 0 and entries[name].learned
         assert entries[name].title == ("SWIN-XVR centre" if kind else "EDVR-STF")
 
 
 def test_titles_that_two_share_tell_them_apart(runs, tmp_path):
     other = a_run(tmp_path / "again", SMALL["edvr"], seed=1)
-    entries, _ = open_methods(["detail", runs["edvr"], other])
+    entries = open_methods(["detail", runs["edvr"], other])
     assert [e.title for e in entries.values()] == ["detail transfer", "EDVR (edvr)", "EDVR (again)"]
     assert entries["edvr"].fingerprint != entries["again"].fingerprint
 
@@ -127,7 +127,7 @@ def test_titles_that_two_share_tell_them_apart(runs, tmp_path):
 def test_what_cannot_be_opened_is_one_line(runs, tmp_path):
     (tmp_path / "junk.pth").write_text("no weights")
     for what, words in (
-        (["lanczos"], r"lanczos: neither a run folder .* nor a method; .*bicubic, nearest_hr"),
+        (["lanczos"], r"lanczos: neither a run folder .* nor a method without learning: bicubic, nearest_hr"),
         ([tmp_path], "is not a run folder"),
         ([tmp_path / "junk.pth"], "not a readable checkpoint"),
         ([f"bicubic={runs['edvr']}"], r"bicubic already; .* as in NAME="),
@@ -139,6 +139,6 @@ def test_what_cannot_be_opened_is_one_line(runs, tmp_path):
 
 
 def test_entries_do_not_change():
-    entries, _ = open_methods(["detail"])
+    entries = open_methods(["detail"])
     with pytest.raises(dataclasses.FrozenInstanceError):
         entries["detail"].title = "another"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -24,6 +25,7 @@ from hpc_xvr.data.simulate.experiment import simulate_video
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.reconstruction import workflow
+from hpc_xvr.reconstruction.methods import model_entry
 from support.camera_files import counts, shimadzu_parts, write_photron
 from support.paths import PULSE
 
@@ -255,7 +257,8 @@ def test_a_model_is_applied_to_the_raw_pair_with_the_options_of_ingest(
     config = load(
         None, ["model.embed_dim=8", "model.depths=[1]", "model.heads=1", "model.base=bicubic"]
     )
-    monkeypatch.setattr(workflow, "open_model", lambda *_: (build_model(config).eval(), config, 0))
+    entry = replace(model_entry("small", build_model(config).eval()), config=config)
+    monkeypatch.setattr(workflow, "open_method", lambda *_: entry)
 
     def hpc_xvr(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["hpc-xvr", *map(str, arguments)])

@@ -20,12 +20,13 @@ from hpc_xvr.data.degrade import CameraNoise
 from hpc_xvr.data.pairing.joining import Pairing, joined
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
-from hpc_xvr.model.xvr import SwinXVR
 from hpc_xvr.reconstruction import workflow, writers
+from hpc_xvr.reconstruction.methods import NamedMethod
 from hpc_xvr.reconstruction.pipeline import reconstruct, windows
 from hpc_xvr.reconstruction.streams import recording_streams, streams_of_pair
 
 SCALE = 4
+MODEL = NamedMethod("model", "model", lambda sample: sample["hr"], config=Config())
 
 
 def marked_clip(frames):
@@ -368,7 +369,7 @@ def test_the_gap_is_stated_or_that_of_the_rates_or_the_models_own(caplog):
         fast = replace(fast, frame_rate_hz=fast_rate)
         sharp = replace(sharp, frame_rate_hz=slow_rate)
         caplog.clear()
-        material = workflow.from_recordings(Config(), fast, sharp, pairing)
+        material = workflow.from_recordings(MODEL, fast, sharp, pairing)
         return list(material.keys)[1], caplog.text
 
     gap, said = gap_of(Pairing(), 8e4, 1e4)
@@ -521,23 +522,22 @@ def test_flat_and_dark_fields_of_a_camera_file(tmp_path):
 
 
 @pytest.mark.parametrize(("which", "flat"), [("lr", "sharp"), ("hr", "fast")])
-def test_each_camera_gets_its_own_flat_field(tmp_path, monkeypatch, which, flat):
+def test_each_camera_gets_its_own_flat_field(tmp_path, which, flat):
     """The other camera's field has another shape: the file it was given for is named."""
     paths = {}
     for name, shape in (("fast", (3, 4, 4)), ("sharp", (2, 16, 16))):
         paths[name] = tmp_path / f"{name}.tif"
         tifffile.imwrite(paths[name], np.ones(shape, np.uint8), photometric="minisblack")
-    monkeypatch.setattr(workflow, "open_model", lambda run, which: (None, Config(), 0))
     files = {"lr": paths["fast"], "hr": paths["sharp"]}
     source = workflow.CameraFiles(
         **files, **{f"{which}_camera": CameraReading(flat=paths[flat])}, pairing=Pairing(2)
     )
     with pytest.raises(InputError, match=f"{files[which].name}: frames are"):
-        workflow.reconstruct_run(tmp_path, torch.device("cpu"), source, out=tmp_path / "o.tif")
+        workflow.reconstruct_run("bicubic", torch.device("cpu"), source, out=tmp_path / "o.tif")
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".h5"])
-def test_a_flat_fielded_result_says_what_white_is(tmp_path, monkeypatch, suffix):
+def test_a_flat_fielded_result_says_what_white_is(tmp_path, suffix):
     """65535 is a transmission of 1.5 (or of the stated full scale), and the result says so."""
     light = np.full((16, 16), 1000, np.uint16)
     for name, scale, frames in (("fast", 4, 5), ("sharp", 1, 2)):
@@ -545,8 +545,6 @@ def test_a_flat_fielded_result_says_what_white_is(tmp_path, monkeypatch, suffix)
         seen = np.repeat(field[None] // 2, frames, 0)
         tifffile.imwrite(tmp_path / f"{name}.tif", seen, photometric="minisblack")
         tifffile.imwrite(tmp_path / f"{name}-flat.tif", field, photometric="minisblack")
-    model = SwinXVR(3, embed_dim=8, depths=(1,), heads=1, base="bicubic").eval()
-    monkeypatch.setattr(workflow, "open_model", lambda run, which: (model, Config(), 0))
     for full_scale in (None, 2.0):
         source = workflow.CameraFiles(
             tmp_path / "fast.tif",
@@ -556,7 +554,7 @@ def test_a_flat_fielded_result_says_what_white_is(tmp_path, monkeypatch, suffix)
             Pairing(4),
         )
         out = tmp_path / f"out{suffix}"
-        workflow.reconstruct_run(tmp_path, torch.device("cpu"), source, out=out)
+        workflow.reconstruct_run("bicubic", torch.device("cpu"), source, out=out)
         if suffix == ".tif":
             with tifffile.TiffFile(out) as file:
                 said = float(file.imagej_metadata["Info"].rpartition("value of 65535: ")[2])

@@ -23,6 +23,7 @@ from hpc_xvr.errors import InputError
 # Tag of the random stream of gaps, which belong to steps: [seed, step, _GAP].
 _GAP = 4
 _SPED_UP = 0.35  # share of samples that skip frames
+_MISFITTING = 0.3  # share of samples whose cameras do not quite fit
 _MIRRORED_GREY, _OTHER_CONTRAST, _OTHER_GAMMA = 0.25, 0.5, 0.2
 
 
@@ -100,9 +101,9 @@ class GapSamples(TrainingSamples):
         return times[::-1] if self.data.augment and rng.random() < 0.5 else times
 
     def _draw_misfit(self, rng: np.random.Generator) -> Misfit:
-        """Evenly up to the limits of the config; nothing where these are 0."""
+        """For some samples, evenly up to the limits of the config; none where these are 0."""
         data = self.data
-        if not (data.misregistration or data.grey_mismatch):
+        if not (data.misregistration or data.grey_mismatch) or rng.random() >= _MISFITTING:
             return Misfit()
         reach = data.misregistration * data.scale
         row, column = rng.uniform(-reach, reach, 2)

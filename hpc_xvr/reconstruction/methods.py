@@ -1,10 +1,11 @@
-"""One registry of everything that can be compared: baselines by name, trained models by path."""
+"""One registry of everything that makes frames: methods without learning by name, trained models
+by path, built-in ones as `builtin`."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,14 +13,14 @@ from torch import nn
 
 from hpc_xvr.config import Config
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.baselines import BASELINES, find_baseline
 from hpc_xvr.factory.build import Network
+from hpc_xvr.factory.builtin import PREFIX, is_builtin
 from hpc_xvr.factory.execution import prepare
-from hpc_xvr.factory.weights import SUFFIX, Which, model_of_run
+from hpc_xvr.factory.weights import Which, open_model
 from hpc_xvr.model.edvr import EDVR
 from hpc_xvr.model.key_propagation import KeyPropagation
-from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.model.xvr import SwinXVR
+from hpc_xvr.reconstruction.baselines import BASELINES, find_baseline
 from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, Method, as_method
 from hpc_xvr.version import __version__
 
@@ -46,38 +47,68 @@ class NamedMethod:
     learned: bool = False
     fingerprint: str = ""
     """Changes when the method may give other pictures."""
+    config: Config | None = field(default=None, repr=False)
+    """What it was trained with, as far as that is known."""
+    step: int = 0
+    """Optimizer steps that it was trained for; 0 if unknown."""
+
+    @property
+    def longest_gap(self) -> int | None:
+        """Frames from key frame to key frame up to which it was trained; None: unknown, or it
+        does not matter."""
+        whole = self.lr_frames == WHOLE_GAP
+        return self.config.data.gaps[1] if whole and self.config else None
 
 
 def open_methods(
     what: Iterable[str | Path],
     device: torch.device | str = "cpu",
     which: Which = "newest",
-) -> tuple[dict[str, NamedMethod], dict[str, Config]]:
-    """The methods named, and the configs of those that are runs.
-
-    Each is the name of a baseline, a run folder (of which `which` tells the checkpoint), or a file
-    of weights (of hpc-xvr export, a checkpoint of ours, or of the authors' program); NAME=PATH
-    calls a model NAME, else it is called as its folder or file.
+) -> dict[str, NamedMethod]:
+    """The methods named, see `open_method`; all of different names and titles.
 
     Raises:
         InputError: neither, without valid weights, or two of one name.
     """
     entries: dict[str, NamedMethod] = {}
-    configs: dict[str, Config] = {}
     for text in dict.fromkeys(map(str, what)):
-        if text in BASELINES:
-            entry = baseline_entry(text)
-        else:
-            entry, config = _open_model(text, torch.device(device), which)
-            if config:
-                configs[entry.name] = config
+        entry = open_method(text, device, which)
         if entry.name in entries or (entry.learned and entry.name in BASELINES):
             raise InputError(
                 f"{text}: there is a method called {entry.name} already; give this one another "
                 f"name, as in NAME={text.partition('=')[2] or text}"
             )
         entries[entry.name] = entry
-    return _distinct(entries), configs
+    return _distinct(entries)
+
+
+def open_method(
+    text: str | Path, device: torch.device | str = "cpu", which: Which = "newest"
+) -> NamedMethod:
+    """A method without learning by its name, or a trained model.
+
+    That is a run folder (`which` tells the checkpoint), `builtin` or `builtin:NAME`, or a file of
+    weights (of hpc-xvr export, a checkpoint of ours, or of the authors' program). NAME=PATH calls
+    it NAME, else it is called as its folder or file.
+
+    Raises:
+        InputError: none of these, or without valid weights.
+    """
+    text = str(text)
+    if text in BASELINES:
+        return baseline_entry(text)
+    name, sign, where = text.partition("=")
+    path = Path(where if sign else text)
+    if not (path.exists() or is_builtin(path)):
+        raise InputError(
+            f"{text}: neither a run folder or file of weights, nor {PREFIX} (built-in weights), "
+            f"nor a method without learning: {', '.join(BASELINES)}"
+        )
+    if not sign:
+        name = path.resolve().name if path.is_dir() else path.stem
+    model, config, step = open_model(path, which)
+    precision = prepare(model, config, torch.device(device))
+    return replace(model_entry(name, model, precision), config=config, step=step)
 
 
 def baseline_entry(name: str) -> NamedMethod:
@@ -115,32 +146,6 @@ def model_entry(name: str, model: Network, precision: str = "float32") -> NamedM
     )
 
 
-def _open_model(text: str, device: torch.device, which: Which) -> tuple[NamedMethod, Config | None]:
-    name, sign, where = text.partition("=")
-    path = Path(where if sign else text)
-    if not path.exists():
-        raise InputError(
-            f"{text}: neither a run folder or file of weights, nor a method; methods without "
-            f"learning: {', '.join(BASELINES)}"
-        )
-    if not sign:
-        name = path.resolve().name if path.is_dir() else path.stem
-    try:
-        model, config, _ = model_of_run(path, which)
-    except InputError:
-        if path.is_dir() or path.suffix == SUFFIX:
-            raise
-        model, config = _authors_model(path), None
-    return model_entry(name, model, prepare(model, config or Config(), device)), config
-
-
-def _authors_model(path: Path) -> Network:
-    try:
-        return load_xfusion(path)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
 def _title(model: nn.Module) -> str:
     if not isinstance(model, SwinXVR):
         titles = {"EDVRSTF": "EDVR-STF", "KeyPropagation": "key propagation"}
@@ -155,7 +160,7 @@ def _distinct(entries: dict[str, NamedMethod]) -> dict[str, NamedMethod]:
     return {
         name: entry
         if titles.count(entry.title) == 1
-        else NamedMethod(**{**entry.__dict__, "title": f"{entry.title} ({name})"})
+        else replace(entry, title=f"{entry.title} ({name})")
         for name, entry in entries.items()
     }
 
