@@ -45,7 +45,7 @@ def model_of_run(run: Path, which: Which = "newest") -> tuple[Network, Config, i
     return model.eval(), trained.config, trained.step
 
 
-def open_model(path: Path, which: Which = "newest") -> tuple[nn.Module, Config, int]:
+def open_model(path: Path, which: Which = "newest") -> tuple[Network, Config, int]:
     """As `model_of_run`; also of a file of weights of the authors' program, with the default
     config as far as the model does not say otherwise, and step 0.
 

@@ -28,6 +28,10 @@ MIN_CONTRAST = 0.005
 """Smallest standard deviation that frames are divided by: below it there is noise only."""
 TIME_UNIT = 16
 """Distances to the key frames are given to the network in this many frames."""
+PART = 2**15
+"""Low-resolution pixels that are fused at once in eval mode (frames are not divided for it)."""
+BAND = 2**18
+"""Low-resolution pixels of a band that a frame is fused in."""
 SMALL = 1e-3
 """Deviation of the first weights of layers that start from doing nothing."""
 
@@ -37,9 +41,10 @@ class Carried(NamedTuple):
 
     frames: Tensor
     """Reconstructed frames, (B, N, 1, H, W)."""
-    forward: Tensor
-    """The first key frame carried to each frame along each motion field, (B, N, M, H, W)."""
-    backward: Tensor
+    forward: Tensor | None = None
+    """The first key frame carried to each frame along each motion field, (B, N, M, H, W); in
+    training mode only."""
+    backward: Tensor | None = None
     """The second one."""
 
 
@@ -59,6 +64,35 @@ class Gap:
     """B, 1, 1, 1"""
     deviation: Tensor
     """B, 1, 1, 1"""
+
+    @property
+    def batch(self) -> int:
+        """B"""
+        return len(self.mean)
+
+    def grey(self, frames: Tensor) -> Tensor:
+        """Frames (B, N, M, H, W) in the greys of the recording."""
+        return frames * self.deviation[:, None] + self.mean[:, None]
+
+
+@dataclass(frozen=True)
+class Path:
+    """The motion from each key frame on, in the direction's own order of time."""
+
+    flow: Tensor
+    """2B, N, 2M, h, w: from each frame back to the key frame."""
+    steps: Tensor
+    """2B, N, C, h, w: what each step has to say to the fusing part."""
+    warped: Tensor | None
+    """2B, N, M, H, W: the key frame as carried to each frame; kept in training only, where it is
+    part of the objective."""
+
+    @staticmethod
+    def both_ways(x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(2B, N, ...) as two of (B, N, ...), both in the recording's order of time."""
+        assert x is not None
+        ahead, back = x.chunk(2)
+        return ahead, back.flip(1)
 
 
 class KeyPropagation(nn.Module):
@@ -114,12 +148,16 @@ class KeyPropagation(nn.Module):
     def forward(self, lr: Tensor, hr: Tensor) -> Carried:
         """Reconstruct.
 
+        In eval mode a few frames are fused at a time, and large ones in bands, so that memory grows
+        little with the gap and the frames; the result is the same.
+
         Args:
             lr: (B, T, 1, h, w) low-resolution frames in [0, 1], from key frame to key frame.
             hr: (B, 2, 1, H, W) the key frames, taken with the first and the last of them.
 
         Returns:
-            The T - 2 frames between, and the key frames as they were carried to each of them.
+            The T - 2 frames between and, in training mode, the key frames as they were carried to
+            each of them.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -127,36 +165,79 @@ class KeyPropagation(nn.Module):
         self._check(lr, hr)
         gap = self._normalised(lr, hr)
         frame_features = self.frames(gap)  # 2B, N, C, h, w
-        warped, steps = self._follow(gap, frame_features)  # 2B, N, M, H, W; 2B, N, C, h, w
-        ahead, back = warped.chunk(2)
-        back = back.flip(1)
-        batch, frames = ahead.shape[:2]
+        path = self._follow(gap, frame_features)
+        if self.training:
+            out = self._fuse(gap, frame_features, path)
+            ahead, back = path.both_ways(path.warped)
+            return Carried(gap.grey(out), gap.grey(ahead), gap.grey(back))
+        batch, frames = hr.shape[0], frame_features.shape[1]
+        at_once = max(1, PART // (batch * lr.shape[-2] * lr.shape[-1]))
+        parts = [slice(n, min(n + at_once, frames)) for n in range(0, frames, at_once)]
+        outs = [self._fuse(gap, frame_features, path, part) for part in parts]
+        return Carried(gap.grey(torch.cat(outs, dim=1)))
+
+    def _fuse(
+        self, gap: Gap, frame_features: Tensor, path: Path, part: slice = slice(None)
+    ) -> Tensor:
+        """The frames of `part`, (B, n, 1, H, W), still without their greys."""
+        low = gap.lr[: gap.batch, 1:-1][:, part].flatten(0, 1)[:, None]  # B*n, 1, h, w
+        ahead, back = self._carried(gap, path, part)  # B, n, M, H, W
+        frames = ahead.shape[1]
         keys = torch.stack(gap.key.chunk(2), dim=1)[:, :, 0]  # B, 2, H, W
         still = keys[:, None].expand(-1, frames, -1, -1, -1)
-        candidates = torch.cat((ahead, back, still), dim=2).flatten(0, 1)  # B*N, 2M+2, H, W
-        low = gap.lr[:batch, 1:-1].reshape(batch * frames, 1, *gap.lr.shape[-2:])
+        candidates = torch.cat((ahead, back, still), dim=2).flatten(0, 1)  # B*n, 2M+2, H, W
         bicubic = _enlarge(low, self.scale)
-        steps_ahead, steps_back = steps.chunk(2)
+        numbers = frame_features.dtype
         seen = torch.cat(
             (
-                steps_ahead.flatten(0, 1),
-                steps_back.flip(1).flatten(0, 1),
-                frame_features[:batch].flatten(0, 1),
-                *(F.pixel_unshuffle(t, self.scale) - low for t in (candidates, bicubic)),
-                _maps(gap.distance[:batch].flatten(0, 1), low),
+                *(said[:, part].flatten(0, 1) for said in path.both_ways(path.steps)),
+                frame_features[: gap.batch, part].flatten(0, 1),
+                *(
+                    (F.pixel_unshuffle(t, self.scale) - low).to(numbers)
+                    for t in (candidates, bicubic)
+                ),
+                _maps(gap.distance[: gap.batch, part].flatten(0, 1), low).to(numbers),
             ),
             dim=1,
         )
+        maps = self._choice(_channels_last(seen))
+        return self.choose(maps, bicubic, candidates).unflatten(0, (gap.batch, frames))
+
+    def _carried(self, gap: Gap, path: Path, part: slice) -> tuple[Tensor, Tensor]:
+        """The key frames as they were carried to the frames of `part`, from either side."""
+        if self.training:
+            return path.both_ways(path.warped)
+        ahead, back = (flow[:, part] for flow in path.both_ways(path.flow))  # B, n, 2M, h, w
+        flow = torch.cat((ahead, back))
+        key = gap.key.float()[:, None].expand(-1, flow.shape[1], -1, -1, -1)
+        warped = warp_along(key.flatten(0, 1), flow.flatten(0, 1), self.scale)
+        ahead, back = warped.unflatten(0, flow.shape[:2]).chunk(2)
+        return ahead, back
+
+    def _choice(self, seen: Tensor) -> Tensor:
+        """What the choice is made by, (K, s2*(candidates + 2), h, w); in eval mode in bands of
+        whole windows, each with the rows around it that it depends on."""
+        height, width = seen.shape[-2:]
+        window = self.stage.window
+        rows = max(1, BAND // (window * width)) * window
+        if self.training or rows >= height:
+            return self._chosen(seen)
+        # A window's rows depend on those of its neighbours, one window more a block; the three
+        # convolutions reach one row each.
+        halo = -(-(len(self.stage.blocks) * (window - 1) + 3) // window) * window
+        bands = []
+        for top in range(0, height, rows):
+            above = min(top, halo)
+            band = self._chosen(seen[:, :, top - above : top + rows + halo])
+            bands.append(band[:, :, above : above + rows])
+        return torch.cat(bands, dim=2)
+
+    def _chosen(self, seen: Tensor) -> Tensor:
         fused = F.leaky_relu(self.enter(_channels_last(seen)), 0.1)
-        image = fused.permute(0, 2, 3, 1)[:, None]  # B*N, 1, h, w, C
+        image = fused.permute(0, 2, 3, 1)[:, None]  # K, 1, h, w, C
         image = self.stage(image.to(torch.promote_types(image.dtype, torch.float32)))
-        fused = image[:, 0].permute(0, 3, 1, 2)
-        out = self.choose(fused, bicubic, candidates).unflatten(0, (batch, frames))
-
-        def grey(t: Tensor) -> Tensor:
-            return t * gap.deviation[:, None] + gap.mean[:, None]
-
-        return Carried(grey(out), grey(ahead), grey(back))
+        chosen: Tensor = self.choose.conv(_channels_last(image[:, 0].permute(0, 3, 1, 2)))
+        return chosen
 
     def _normalised(self, lr: Tensor, hr: Tensor) -> Gap:
         """Both directions, with mean 0 and deviation 1 over the two key frames: a dark recording
@@ -182,21 +263,26 @@ class KeyPropagation(nn.Module):
             deviation=deviation,
         )
 
-    def _follow(self, gap: Gap, frame_features: Tensor) -> tuple[Tensor, Tensor]:
-        """Chain the motion from the key frame on: the key frame as carried to each frame, and what
-        each step has to say. The only part that runs frame by frame."""
+    def _follow(self, gap: Gap, frame_features: Tensor) -> Path:
+        """Chain the motion from the key frame on. The only part that runs frame by frame."""
         flow = gap.key.new_zeros(
             len(gap.key), 2 * self.motions, *gap.lr.shape[-2:], dtype=torch.float32
         )
         key = gap.key.float()
         warped = key.expand(-1, self.motions, -1, -1)
-        carried, said = [], []
+        flows, carried, steps = [], [], []
         for n in range(frame_features.shape[1]):
-            flow, features = self.motion(frame_features[:, n], gap.lr[:, n + 1, None], warped, flow)
+            flow, said = self.motion(frame_features[:, n], gap.lr[:, n + 1, None], warped, flow)
             warped = warp_along(key, flow, self.scale)
-            carried.append(warped)
-            said.append(features)
-        return torch.stack(carried, 1), torch.stack(said, 1)
+            flows.append(flow)
+            steps.append(said)
+            if self.training:
+                carried.append(warped)
+        return Path(
+            torch.stack(flows, 1),
+            torch.stack(steps, 1),
+            torch.stack(carried, 1) if carried else None,
+        )
 
     def _check(self, lr: Tensor, hr: Tensor) -> None:
         b, t, c, h, w = lr.shape if lr.ndim == 5 else (0, 0, 0, 0, 0)
@@ -307,9 +393,10 @@ class Choice(nn.Module):
         self.candidates, self.scale = candidates, scale
         self.conv = nn.Conv2d(features, scale**2 * (candidates + 2), 3, padding=1)
 
-    def forward(self, fused: Tensor, bicubic: Tensor, candidates: Tensor) -> Tensor:
-        """(K, C, h, w), (K, 1, H, W), (K, candidates, H, W) -> (K, 1, H, W)"""
-        maps = F.pixel_shuffle(self.conv(_channels_last(fused)).float(), self.scale)
+    def forward(self, maps: Tensor, bicubic: Tensor, candidates: Tensor) -> Tensor:
+        """What `conv` gave (K, s2*(candidates + 2), h, w), (K, 1, H, W), (K, candidates, H, W)
+        -> (K, 1, H, W)"""
+        maps = F.pixel_shuffle(maps.float(), self.scale)
         weights = maps[:, :-1].softmax(dim=1)[:, :-1]
         candidates = candidates.float()
         detail = candidates - _enlarge(F.avg_pool2d(candidates, self.scale), self.scale)

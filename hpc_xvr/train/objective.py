@@ -26,6 +26,7 @@ def carried(output: Carried, target: Tensor) -> Tensor:
     nearest one at each pixel: it teaches the motion where the pictures do not."""
     total = target.new_zeros(())
     for pictures in (output.forward, output.backward):  # B, N, M, H, W
+        assert pictures is not None, "kept in training mode only"
         nearest = _softened(_difference(pictures, target)).amin(2)
         total = total + nearest.mean() / 2
     return total

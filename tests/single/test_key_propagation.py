@@ -6,6 +6,7 @@ import torch
 from scipy.ndimage import map_coordinates
 from torch.utils.flop_counter import FlopCounterMode
 
+from hpc_xvr.model import key_propagation
 from hpc_xvr.model.bases import upsample
 from hpc_xvr.model.key_propagation import KeyPropagation, warp, warp_along
 
@@ -163,3 +164,24 @@ def test_wrong_shapes_are_named(lr, hr, words):
         KeyPropagation(scale=3)
     with pytest.raises(ValueError, match="multiple of heads"):
         KeyPropagation(features=64, heads=3)
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_parts_and_bands_give_the_same_frames(blocks, monkeypatch):
+    """Eval mode fuses a few frames at a time, and large frames in bands of rows."""
+    model = small(blocks=blocks, attention="explicit")
+    with torch.no_grad():  # attention that reaches as far as it can
+        for block in model.stage.blocks:
+            block.attn.proj.weight.normal_(std=0.2)
+        model.motion.last.weight.normal_(std=0.1)
+        model.choose.conv.weight.normal_(std=0.1)
+    lr, hr = gap(6, 123, 21, batch=2)
+    with torch.inference_mode():
+        wanted = model.train()(lr, hr).frames
+        model.eval()
+        for part, band in ((key_propagation.PART, key_propagation.BAND), (1, 1), (6000, 500)):
+            monkeypatch.setattr(key_propagation, "PART", part)
+            monkeypatch.setattr(key_propagation, "BAND", band)
+            carried = model(lr, hr)
+            torch.testing.assert_close(carried.frames, wanted, rtol=0, atol=2e-5)
+            assert carried.forward is None and carried.backward is None

@@ -127,7 +127,10 @@ def test_titles_that_two_share_tell_them_apart(runs, tmp_path):
 def test_what_cannot_be_opened_is_one_line(runs, tmp_path):
     (tmp_path / "junk.pth").write_text("no weights")
     for what, words in (
-        (["lanczos"], r"lanczos: neither a run folder .* nor a method without learning: bicubic, nearest_hr"),
+        (
+            ["lanczos"],
+            r"lanczos: neither a run folder .* nor a method without learning: bicubic, nearest_hr",
+        ),
         ([tmp_path], "is not a run folder"),
         ([tmp_path / "junk.pth"], "not a readable checkpoint"),
         ([f"bicubic={runs['edvr']}"], r"bicubic already; .* as in NAME="),
