@@ -15,7 +15,14 @@ def cli() -> None:
     """A fast blurry camera and a slow sharp one in, a fast sharp x-ray movie out.
 
     \b
-    From camera files to a movie:
+    From two cameras' files to a movie, with the weights that come with the package:
+      hpc-xvr reconstruct builtin --lr fast.tif --hr sharp.tif --gap 20 \\
+          --out movie.tif
+      hpc-xvr adapt builtin --lr fast.tif --hr sharp.tif --gap 20 \\
+          --out mine.safetensors                    the same, fitted to a recording
+
+    \b
+    With a network of your own:
       hpc-xvr ingest run12/*.mraw --corpus corpus   camera files -> corpus
       hpc-xvr inspect corpus                        list and check the corpus
       mpirun -n 4 hpc-xvr train my.yaml             corpus -> model in runs/NAME
@@ -40,6 +47,7 @@ for _command in (
     train.train,
     results.evaluate,
     results.reconstruct,
+    results.adapt,
     results.export,
     results.report,
     submit.submit,

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
+from hpc_xvr.errors import InputError
+
 if TYPE_CHECKING:
     from hpc_xvr.data.pairing.joining import Pairing
     from hpc_xvr.data.pairing.reading import CameraReading
+    from hpc_xvr.reconstruction.workflow import Source
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _NAMES = {"hr": "Sharp camera", "lr": "Fast camera"}
@@ -124,6 +127,53 @@ def pairing_options(command: Command) -> Command:
     ):
         command = decorate(command)
     return command
+
+
+def source_options(command: Command) -> Command:
+    """A decorator that adds all options that say what is reconstructed: two camera files, or a
+    recording of a corpus."""
+    a_path = click.Path(path_type=Path)
+    for decorate in reversed(
+        (
+            click.option("--lr", type=a_path, help="Recording of the fast camera."),
+            click.option("--hr", type=a_path, help="Recording of the slow, sharp camera."),
+            pairing_options,
+            camera_options("lr"),
+            camera_options("hr"),
+            click.option("--video", help="Recording of a corpus, instead of two files."),
+            click.option(
+                "--corpus", type=a_path, help="Corpus of --video. [default: the run's own]"
+            ),
+        )
+    ):
+        command = decorate(command)
+    return command
+
+
+def take_source(options: dict[str, Any]) -> Source:
+    """Take the options of `source_options` out of those of a command.
+
+    Raises:
+        InputError: neither or both of two camera files and a recording of a corpus.
+    """
+    from hpc_xvr.reconstruction.workflow import CameraFiles, CorpusRecording
+
+    lr_camera, hr_camera = take_reading("lr", options), take_reading("hr", options)
+    pairing = take_pairing(options)
+    lr, hr, video, corpus, crop = (options.pop(n) for n in ("lr", "hr", "video", "corpus", "crop"))
+    if lr and hr and not video:
+        return CameraFiles(lr, hr, lr_camera, hr_camera, pairing, crop)
+    if not video or lr or hr:
+        raise InputError(
+            "give either --lr and --hr (two camera files) or --video (a recording of the corpus)"
+        )
+    stated = {**lr_camera.described(), **hr_camera.described()}
+    if stated or pairing.start or pairing.registration or crop:
+        raise InputError(
+            "options of cameras, --lr-start, --registration and --crop are for camera files "
+            "(--lr and --hr); leave them out for a recording of a corpus"
+        )
+    return CorpusRecording(corpus, video, pairing.gap)
 
 
 def take_reading(camera: str, options: dict[str, Any]) -> CameraReading:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from hpc_xvr.cli.cameras import camera_options, pairing_options, take_pairing, take_reading
+from hpc_xvr.cli.cameras import source_options, take_source
 from hpc_xvr.cli.common import (
     Examples,
     a_method,
@@ -24,6 +24,8 @@ from hpc_xvr.errors import InputError
 
 if TYPE_CHECKING:
     from hpc_xvr.config import Config
+    from hpc_xvr.reconstruction.methods import NamedMethod
+    from hpc_xvr.reconstruction.workflow import Material
 
 
 def _evaluation_config(
@@ -182,15 +184,7 @@ def evaluate(
 """,
 )
 @a_method
-@click.option("--lr", type=click.Path(path_type=Path), help="Recording of the fast camera.")
-@click.option("--hr", type=click.Path(path_type=Path), help="Recording of the slow, sharp camera.")
-@pairing_options
-@camera_options("lr")
-@camera_options("hr")
-@click.option("--video", help="Recording of a corpus to reconstruct, instead of two files.")
-@click.option(
-    "--corpus", type=click.Path(path_type=Path), help="Corpus of --video. [default: the run's own]"
-)
+@source_options
 @click.option(
     "--out",
     required=True,
@@ -203,6 +197,12 @@ def evaluate(
     help="Side-by-side animation (.gif, .webp) or strip (.png).",
 )
 @click.option(
+    "--adapt",
+    "to_recording",
+    is_flag=True,
+    help="First adapt the weights to the recording, see `hpc-xvr adapt`.",
+)
+@click.option(
     "--force",
     is_flag=True,
     help="Go on where key frames lie further apart than the weights were trained for.",
@@ -212,14 +212,10 @@ def evaluate(
 def reconstruct(
     what: Path,
     device: str | None,
-    lr: Path | None,
-    hr: Path | None,
-    corpus: Path | None,
-    video: str | None,
-    crop: bool,
     out: Path,
     movie: Path | None,
     force: bool,
+    to_recording: bool,
     which: Literal["newest", "best"],
     **options: Any,
 ) -> None:
@@ -235,29 +231,95 @@ def reconstruct(
     must be `data.scale` sharp ones wide.
     """
     from hpc_xvr.distributed.launch import discover
-    from hpc_xvr.reconstruction.workflow import CameraFiles, CorpusRecording, reconstruct_run
+    from hpc_xvr.reconstruction.workflow import reconstruct_run
 
     if discover().size > 1:
         raise InputError("reconstruct runs in one process; start it without mpirun")
-    lr_camera, hr_camera = take_reading("lr", options), take_reading("hr", options)
-    pairing = take_pairing(options)
-    source: CameraFiles | CorpusRecording
-    if lr and hr and not video:
-        source = CameraFiles(lr, hr, lr_camera, hr_camera, pairing, crop)
-    elif video and not (lr or hr):
-        stated = {**lr_camera.described(), **hr_camera.described()}
-        if stated or pairing.start or pairing.registration or crop:
-            raise InputError(
-                "options of cameras, --lr-start, --registration and --crop are for camera files "
-                "(--lr and --hr); leave them out for a recording of a corpus"
-            )
-        source = CorpusRecording(corpus, video, pairing.gap)
-    else:
-        raise InputError(
-            "give either --lr and --hr (two camera files) or --video (a recording of the corpus)"
-        )
+    source = take_source(options)
     comm = connect("serial", device or configured_device(what))
-    reconstruct_run(what, comm.device, source, out=out, movie=movie, which=which, force=force)
+    reconstruct_run(
+        what,
+        comm.device,
+        source,
+        out=out,
+        movie=movie,
+        which=which,
+        force=force,
+        refine=_adapted if to_recording else None,
+    )
+
+
+def _adapted(method: NamedMethod, material: Material) -> NamedMethod:
+    from hpc_xvr.adaptation import adapt
+
+    adapted = adapt(method, material)
+    click.echo(f"adapt: {adapted.told()}")
+    return adapted.method
+
+
+@click.command(
+    cls=Examples,
+    examples="""
+    hpc-xvr adapt builtin --lr fast.tif --hr sharp.tif --gap 20 \\
+        --out mine.safetensors
+    hpc-xvr reconstruct mine.safetensors --lr fast.tif --hr sharp.tif --gap 20 \\
+        --out movie.tif
+""",
+)
+@a_method
+@source_options
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Result: a .safetensors file."
+)
+@click.option(
+    "--steps", default=120, show_default=True, type=click.IntRange(1), help="Optimizer steps."
+)
+@click.option(
+    "--minutes",
+    default=3.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Stop earlier, after this time.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the crops that are learned from.")
+@which_checkpoint
+@device_of_run
+def adapt(
+    what: Path,
+    device: str | None,
+    out: Path,
+    steps: int,
+    minutes: float,
+    seed: int,
+    which: Literal["newest", "best"],
+    **options: Any,
+) -> None:
+    """Adapt weights to one recording: its own key frames are the truth to learn from.
+
+    Each key frame lies between two others: the network is shown these and the fast frames around
+    it, and learns the one between, at twice the gap. Every third key frame is held back (at most
+    four): the new weights are kept only if they make these better by 0.05 dB or more; otherwise the
+    file holds the weights as they were, and the command says so. At least four key frames are
+    needed. WHAT: builtin, or a run folder or file of weights of model.name key_propagation.
+    """
+    from hpc_xvr.adaptation import adapt as run
+    from hpc_xvr.distributed.launch import discover
+    from hpc_xvr.factory.weights import Trained, check_weights_name, write_weights
+    from hpc_xvr.reconstruction.methods import open_method
+    from hpc_xvr.reconstruction.workflow import material_of
+
+    if discover().size > 1:
+        raise InputError("adapt runs in one process; start it without mpirun")
+    source = take_source(options)
+    check_weights_name(out)
+    comm = connect("serial", device or configured_device(what))
+    method = open_method(what, comm.device, which)
+    adapted = run(method, material_of(method, source), steps=steps, minutes=minutes, seed=seed)
+    assert method.config, "no method without learning can be adapted"
+    trained = Trained(adapted.state, method.config, method.step)
+    write_weights(out, trained, {"weights": "averaged", "adapted": adapted.told()})
+    click.echo(f"adapt: {adapted.told()}")
+    click.echo(f"written: {out}")
 
 
 @click.command(

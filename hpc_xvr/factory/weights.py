@@ -144,19 +144,37 @@ def export_weights(run: Path, out: Path, which: Which = "newest", raw: bool = Fa
     Raises:
         InputError: as `model_of_run`; `out` has another suffix or cannot be written.
     """
+    check_weights_name(out)
+    trained = read_weights(run, which, raw)
+    write_weights(out, trained, {"weights": "raw" if raw else "averaged"})
+    return trained
+
+
+def check_weights_name(out: Path) -> None:
+    """Refuse a file name that `write_weights` would refuse."""
     if out.suffix != SUFFIX:
         raise InputError(f"{out}: must end in {SUFFIX}")
-    trained = read_weights(run, which, raw)
-    facts = {
+
+
+def write_weights(out: Path, trained: Trained, facts: dict[str, str]) -> None:
+    """Write a file that can take the place of a run folder, whole or not at all.
+
+    Args:
+        facts: what else it says of itself.
+
+    Raises:
+        InputError: `out` has another suffix or cannot be written.
+    """
+    check_weights_name(out)
+    about = {
         "format": FORMAT,
         "step": str(trained.step),
-        "weights": "raw" if raw else "averaged",
         "config": json.dumps(trained.config.model_dump(mode="json")),
         "version": __version__,
+        **facts,
     }
-    data = safetensors.torch.save({k: v.contiguous() for k, v in trained.weights.items()}, facts)
+    data = safetensors.torch.save({k: v.contiguous() for k, v in trained.weights.items()}, about)
     write_atomic(out, lambda file: file.write(data))
-    return trained
 
 
 def _is_exported(path: Path) -> bool:

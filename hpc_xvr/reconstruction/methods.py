@@ -47,6 +47,8 @@ class NamedMethod:
     learned: bool = False
     fingerprint: str = ""
     """Changes when the method may give other pictures."""
+    network: Network | None = field(default=None, repr=False)
+    """The model behind it."""
     config: Config | None = field(default=None, repr=False)
     """What it was trained with, as far as that is known."""
     step: int = 0
@@ -143,6 +145,7 @@ def model_entry(name: str, model: Network, precision: str = "float32") -> NamedM
         precision,
         True,
         _fingerprint(model, precision),
+        model,
     )
 
 

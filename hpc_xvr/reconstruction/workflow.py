@@ -51,6 +51,9 @@ class CorpusRecording:
     """Frames from key frame to key frame; None: as the model was trained."""
 
 
+Source = CameraFiles | CorpusRecording
+
+
 @dataclass(frozen=True)
 class Material:
     """The input of a reconstruction, and the units of its result."""
@@ -65,12 +68,13 @@ class Material:
 def reconstruct_run(
     what: Path | str,
     device: torch.device,
-    source: CameraFiles | CorpusRecording,
+    source: Source,
     *,
     out: Path,
     movie: Path | None = None,
     which: Which = "newest",
     force: bool = False,
+    refine: Callable[[NamedMethod, Material], NamedMethod] | None = None,
 ) -> Path:
     """Reconstruct every frame from the first key frame to the last and write `out`.
 
@@ -80,6 +84,7 @@ def reconstruct_run(
     Args:
         what: see `open_method`.
         force: go on where key frames lie further apart than the weights were trained for.
+        refine: makes of the method one that suits the recording better.
 
     Raises:
         InputError: there is no such method, files cannot be read or do not fit, or the result
@@ -88,12 +93,13 @@ def reconstruct_run(
     method = open_method(what, device, which)
     config = method.config or Config()
     use_threads(config.run.threads)
-    if isinstance(source, CorpusRecording):
-        material = _from_corpus(config, source)
-    else:
-        material = from_files(method, source)
+    material = material_of(method, source)
     keys, truth = material.keys, material.truth
     check_gaps(method, list(keys), force)
+    if movie:
+        check_movie(movie)
+    if refine:
+        method = refine(method, material)
     first, last = min(keys), max(keys)
     count = last - first + 1
     name = f"{what} at step {method.step}" if method.step else method.title
@@ -108,8 +114,6 @@ def reconstruct_run(
                 shown.append((material.lr[t], frame, *([truth(t)] if truth else [])))
             yield frame
 
-    if movie:
-        check_movie(movie)
     write_sequence(out, results(), count, material.calibration, first_frame=first)
     logger.info("written: %s (%d frames)", out, count)
     if movie:
@@ -152,11 +156,14 @@ def check_gaps(method: NamedMethod, times: Sequence[int], force: bool = False) -
     logger.warning("%s: look at the result with care", problem)
 
 
-def from_files(method: NamedMethod, files: CameraFiles) -> Material:
-    """Read the files of both cameras and join them, see `from_recordings`."""
-    sharp = files.hr_camera.open(files.hr)
-    fast = files.lr_camera.on_scale_of(files.hr_camera).open(files.lr)
-    return from_recordings(method, fast, sharp, files.pairing, files.crop)
+def material_of(method: NamedMethod, source: Source) -> Material:
+    """Open a recording of a corpus, or read the files of both cameras and join them (see
+    `from_recordings`)."""
+    if isinstance(source, CorpusRecording):
+        return _from_corpus(method.config or Config(), source)
+    sharp = source.hr_camera.open(source.hr)
+    fast = source.lr_camera.on_scale_of(source.hr_camera).open(source.lr)
+    return from_recordings(method, fast, sharp, source.pairing, source.crop)
 
 
 def from_recordings(
