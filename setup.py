@@ -49,6 +49,7 @@ setup(
     packages=find_packages(include=["hpc_xvr", "hpc_xvr.*"]),
     package_data={
         "": ["py.typed", "*.html", "templates/*.html"],
+        "hpc_xvr.factory": ["builtin_weights/*"],
         "hpc_xvr.submit": ["scripts/*.sh", "sites/*.env"],
     },
     ext_modules=kernels(),

@@ -1,12 +1,13 @@
-"""The methods on real high-speed sequences: two drops that merge, a falling ball, foam, and more.
+"""The methods on real high-speed sequences that no network here was trained on: two drops that
+merge, a falling ball, foam, a jet, a vibrating beam, a tensile test in an x-ray tube's light.
 
 The sharp frames are a camera's own; the low-resolution ones are made by binning, so the truth is
-known. Trained models (run folders) may join in.
+known. The built-in weights and further models (run folders, files of weights) join in.
 
-    python benchmarks/real_sequences.py --data FOLDER [RUN ...]
+    python benchmarks/real_sequences.py --data FOLDER [builtin RUN ...]
 
-FOLDER holds pims_cine/cine_781.cine, pims_cine/cine_legacy.cine, photron_pymraw/ball_12bit.cihx and
-the folder trackpy_foam, as their projects distribute them; what is missing is left out, and said.
+FOLDER holds pims_cine, photron_pymraw, pyidi_showcase, trackpy_foam and nist_tensile, as their
+projects distribute them; what is missing is left out, and said.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ SEQUENCES = {
     "jet": "pims_cine/cine_legacy.cine",
     "falling ball": "photron_pymraw/ball_12bit.cihx",
     "foam": "trackpy_foam",
+    "vibration": "pyidi_showcase/data_showcase.cih",
+    "beam": "pyidi_showcase/data_small_cine.cine",
+    "tensile test": "nist_tensile",
 }
 
 
 def main() -> None:
     """Ingest what is there, evaluate it, copy the tables to the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", help="trained models that join in")
+    parser.add_argument("runs", nargs="*", default=["builtin"], help="trained models")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--gap", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--noise", nargs="+", default=["none"])
+    parser.add_argument("--gap", type=int, nargs="+", default=[4, 8, 20])
+    parser.add_argument("--noise", nargs="+", default=["none", "1e3"])
     parser.add_argument("--name", default="real-sequences")
     compare.add_options(parser)
     parser.set_defaults(work=ROOT / "runs" / "real-sequences", ranks=1)
@@ -44,7 +48,7 @@ def main() -> None:
         ingest = ["ingest", str(args.data / name), "--corpus", str(corpus), "--split", "test"]
         one = argparse.Namespace(ranks=1, device=args.device)
         compare.call([*ingest, "--scene", scene, "--crop"], one)
-    wanted = [*map(str, args.runs), "--corpus", str(corpus), "--split", "test"]
+    wanted = [*args.runs, "--corpus", str(corpus), "--split", "test", "--reference", "bayes"]
     wanted += ["--out", str(out), "--set", f"evaluate.pictures={len(SEQUENCES)}"]
     wanted += compare.repeated("--gap", args.gap) + compare.repeated("--noise", args.noise)
     command = compare.evaluate(wanted, args)

@@ -127,7 +127,7 @@ class Data(Section):
     """The same: show samples in other greys too (negative, other contrast, other gamma)."""
     misregistration: Fraction = 0.0
     """The same: largest shift of binned low-resolution frames against the sharp ones, in pixels of
-    the fast camera; drawn for three samples in ten, the others fit exactly."""
+    the fast camera; drawn for a fifth of the samples, the others fit exactly."""
     grey_mismatch: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """The same: largest relative difference of the two cameras' gains, and of their offsets as a
     share of full scale."""
@@ -364,6 +364,11 @@ class Evaluate(Section):
     noise: Annotated[list[str], Field(min_length=1)] = ["none"]
     """Noise on the low-resolution frames: none, a number of photons per pixel at full scale
     (photon noise), or KIND:PHOTONS."""
+    hr_noise: str = "none"
+    """The same for the key frames, beside what the recordings have of their own."""
+    misregistration: Annotated[float, Field(ge=0, le=4)] = 0.0
+    """Shift of binned low-resolution frames against the sharp ones, as two real cameras have, in
+    pixels of the fast camera; each recording in a direction of its own."""
     pictures: NotNegative = 3
     """Recordings of each corpus that pictures are made of."""
 

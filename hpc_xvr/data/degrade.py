@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,22 @@ def bin_down(frames: np.ndarray, scale: int) -> np.ndarray:
         boxes += rows[..., i::scale]
     boxes *= np.float32(1 / scale**2)
     return boxes
+
+
+def shifted(frames: np.ndarray, row: float, column: float) -> np.ndarray:
+    """Frames (T, H, W) looked up at (y + row, x + column): linear between pixels, the border
+    continued."""
+    for axis, shift in ((1, row), (2, column)):
+        if not shift:
+            continue
+        whole = math.floor(shift)
+        share = np.float32(shift - whole)
+        places = np.arange(frames.shape[axis])
+        near, far = (
+            frames.take(np.clip(places + at, 0, len(places) - 1), axis) for at in (whole, whole + 1)
+        )
+        frames = near * (1 - share) + far * share
+    return frames
 
 
 def poisson(lr: np.ndarray, photons: float, rng: np.random.Generator) -> np.ndarray:

@@ -84,5 +84,7 @@ def key_of(unit: Unit, method: NamedMethod, setting: Setting) -> str:
         data.lr_source,
         data.pattern,
         setting.seed,
+        setting.hr_noise.name,
+        setting.misregistration,
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]

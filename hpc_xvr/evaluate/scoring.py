@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from hpc_xvr.config import Data
 from hpc_xvr.data.corpus import Video
 from hpc_xvr.data.samples.sample import key_frames
 from hpc_xvr.errors import InputError
+from hpc_xvr.evaluate.noise import NO_NOISE, NoiseLevel
 from hpc_xvr.evaluate.rows import METRICS, Condition, Row
 from hpc_xvr.reconstruction.methods import NamedMethod
 from hpc_xvr.reconstruction.pipeline import reconstruct
@@ -40,6 +42,21 @@ class Setting:
     seed: int = 0
     """Of the noise."""
     device: str | torch.device = "cpu"
+    hr_noise: NoiseLevel = NO_NOISE
+    """Noise on the key frames."""
+    misregistration: float = 0.0
+    """How far the fast camera's frames are shifted, in fast pixels."""
+
+    def shift(self, recording: str) -> tuple[float, float]:
+        """Rows and columns in sharp pixels: of that length, each recording in a direction of its
+        own."""
+        if not self.misregistration:
+            return 0.0, 0.0
+        angle = np.random.default_rng([self.seed, zlib.crc32(recording.encode()), 2]).uniform(
+            0, 2 * np.pi
+        )
+        length = self.misregistration * self.data.scale
+        return float(length * np.sin(angle)), float(length * np.cos(angle))
 
 
 def streams_of(unit: Unit, setting: Setting) -> tuple[Stream, KeyFrames]:
@@ -51,7 +68,15 @@ def streams_of(unit: Unit, setting: Setting) -> tuple[Stream, KeyFrames]:
     video, data = unit.video, setting.data
     grid = (video.shape[1] // data.scale, video.shape[2] // data.scale)
     camera = unit.condition.noise.camera(video.id, grid, data.pattern, setting.seed)
-    return recording_streams(video, unit.condition.gap, data, camera, setting.seed)
+    return recording_streams(
+        video,
+        unit.condition.gap,
+        data,
+        camera,
+        setting.seed,
+        hr_noise=setting.hr_noise.camera(video.id, video.shape[1:], data.pattern, setting.seed),
+        shift=setting.shift(video.id),
+    )
 
 
 def score(

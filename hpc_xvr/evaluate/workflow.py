@@ -45,7 +45,13 @@ def evaluate(
     """
     comm.together(lambda: use_threads(config.run.threads))
     wanted = config.evaluate
-    setting = Setting(config.data, config.run.seed, comm.device)
+    setting = Setting(
+        config.data,
+        config.run.seed,
+        comm.device,
+        comm.together(lambda: NoiseLevel.parse(wanted.hr_noise)),
+        wanted.misregistration,
+    )
     cells = Cells(out, comm.rank)
 
     def load() -> tuple[dict[str, NamedMethod], list[Unit], dict[str, Row]]:
@@ -165,6 +171,8 @@ def _settings(config: Config, comm: Comm) -> dict[str, Any]:
         "split": config.evaluate.split,
         "scale": config.data.scale,
         "lr_source": config.data.lr_source,
+        "hr_noise": config.evaluate.hr_noise,
+        "misregistration": config.evaluate.misregistration,
         "seed": config.run.seed,
         "device": str(comm.device),
         "ranks": comm.size,

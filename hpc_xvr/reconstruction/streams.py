@@ -11,7 +11,7 @@ import numpy as np
 from hpc_xvr.config import Data
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.corpus import Video
-from hpc_xvr.data.degrade import CameraNoise, bin_down
+from hpc_xvr.data.degrade import CameraNoise, bin_down, shifted
 from hpc_xvr.data.pairing.joining import Pair
 from hpc_xvr.data.samples.sample import key_frames
 from hpc_xvr.errors import InputError
@@ -69,13 +69,24 @@ class KeyFrames(Mapping[int, np.ndarray]):
 
 
 def recording_streams(
-    video: Video, gap: int, data: Data, noise: CameraNoise = CLEAN, seed: int = 0
+    video: Video,
+    gap: int,
+    data: Data,
+    noise: CameraNoise = CLEAN,
+    seed: int = 0,
+    *,
+    hr_noise: CameraNoise = CLEAN,
+    shift: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Stream, KeyFrames]:
     """What the two cameras would have seen of a recording whose every sharp frame is known.
 
     Low-resolution frames are binned from the sharp ones, with the fast camera's `noise` (drawn from
     seed, recording and frame, so always the same), or taken from the recording's own stream
     (`data.lr_source: recorded`). Key frames are every `gap`-th frame and the last one.
+
+    Args:
+        hr_noise: noise on the key frames, beside what the recording has of its own.
+        shift: of what the fast camera sees against the sharp one, rows and columns in sharp pixels.
     """
     frames, height, width = video.shape
     if frames < 2:
@@ -87,18 +98,28 @@ def recording_streams(
             f"to {height - height % data.scale}x{width - width % data.scale}"
         )
     grid = (height // data.scale, width // data.scale)
+    name = zlib.crc32(video.id.encode())
     if data.lr_source == "recorded":
+        if any(shift):
+            raise InputError(
+                "only binned low-resolution frames are shifted, a recorded stream lies where it "
+                "lies; leave evaluate.misregistration out, or set data.lr_source to binned"
+            )
         lr = _recorded_stream(video, data.scale, noise)
     else:
-        name = zlib.crc32(video.id.encode())
 
         def binned(t: int) -> np.ndarray:
-            frame = bin_down(video.intensity(t), data.scale)
+            frame = bin_down(shifted(video.intensity([t]), *shift)[0], data.scale)
             return noise.apply(frame, np.random.default_rng([seed, name, t]))
 
         lr = Stream((frames, *grid), binned)
     times = sorted({k for t in range(frames) for k in key_frames(t, gap, frames)})
-    return lr, KeyFrames(times, (height, width), video.intensity)
+
+    def key(t: int) -> np.ndarray:
+        return hr_noise.apply(video.intensity(t), np.random.default_rng([seed, name, t, 1]))
+
+    sharp = video.intensity if hr_noise is CLEAN else key
+    return lr, KeyFrames(times, (height, width), sharp)
 
 
 def _recorded_stream(video: Video, scale: int, noise: CameraNoise) -> Stream:

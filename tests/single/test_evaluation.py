@@ -9,6 +9,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from hpc_xvr.config import Data
 from hpc_xvr.data.corpus.writer import CorpusWriter
+from hpc_xvr.data.degrade import bin_down
+from hpc_xvr.data.degrade import shifted as shifted_frames
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate import figures
 from hpc_xvr.evaluate.noise import NO_NOISE, NoiseLevel
@@ -162,6 +164,26 @@ def test_a_fixed_pattern_stays_the_same_throughout_a_recording(videos):
     np.testing.assert_allclose(pattern[0], pattern[1], atol=2e-3)
 
 
+def test_cameras_that_do_not_fit_exactly(videos):
+    """Low-resolution frames shifted by half a fast pixel somewhere, key frames with noise."""
+    exact = Setting(DATA)
+    loose = Setting(DATA, hr_noise=NoiseLevel.parse("1e4"), misregistration=0.5)
+    shift = loose.shift("clip0")
+    assert np.hypot(*shift) == pytest.approx(0.5 * DATA.scale)
+    assert shift == loose.shift("clip0") != loose.shift("clip1")
+    (lr, keys), (clean_lr, clean) = (streams_of(unit(videos[0]), s) for s in (loose, exact))
+    truth = videos[0].intensity(0)
+    np.testing.assert_array_equal(clean[0], truth)
+    assert 0.3 < (keys[0] - truth).std() / np.sqrt(truth.mean() / 1e4) < 1.7
+    np.testing.assert_array_equal(keys[0], keys[0])  # the same whenever it is read
+    moved = bin_down(shifted_frames(truth[None], *shift), DATA.scale)[0]
+    np.testing.assert_allclose(lr[0], moved, atol=1e-6)
+    assert np.abs(lr[0] - clean_lr[0]).max() > 1e-3
+    recorded = Setting(Data(lr_source="recorded"), misregistration=0.5)
+    with pytest.raises(InputError, match=r"only binned .* leave evaluate\.misregistration out"):
+        streams_of(unit(videos[0]), recorded)
+
+
 @pytest.mark.parametrize(
     ("text", "name", "label"),
     [
@@ -217,6 +239,8 @@ def test_finished_rows_are_found_again_and_unfinished_ones_are_not(videos, tmp_p
         key_of(one, NamedMethod("shifted", "", shifted, fingerprint="other weights"), SETTING),
         key_of(one, again, Setting(DATA, seed=1)),
         key_of(one, again, Setting(Data(lr_frames=5))),
+        key_of(one, again, Setting(DATA, misregistration=0.5)),
+        key_of(one, again, Setting(DATA, hr_noise=NoiseLevel.parse("1e4"))),
     ):
         assert other != key
 

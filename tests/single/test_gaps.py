@@ -6,8 +6,8 @@ import torch
 
 from hpc_xvr.config import Data
 from hpc_xvr.data.corpus.writer import CorpusWriter
-from hpc_xvr.data.degrade import bin_down
-from hpc_xvr.data.samples.gaps import GapSamples, Misfit, regreyed, seen_apart, shifted
+from hpc_xvr.data.degrade import bin_down, shifted
+from hpc_xvr.data.samples.gaps import GapSamples, Misfit, regreyed, seen_apart
 from hpc_xvr.data.samples.loader import training_batches
 from hpc_xvr.errors import InputError
 

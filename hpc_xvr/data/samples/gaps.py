@@ -7,7 +7,6 @@ all frames between. T - 1 is the gap; it is the same for all samples of a step. 
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import numpy as np
 
 from hpc_xvr import config
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.degrade import bin_down
+from hpc_xvr.data.degrade import bin_down, shifted
 from hpc_xvr.data.samples.sample import Noise, Sample, as_tensor
 from hpc_xvr.data.samples.training import TrainingSamples
 from hpc_xvr.errors import InputError
@@ -23,7 +22,7 @@ from hpc_xvr.errors import InputError
 # Tag of the random stream of gaps, which belong to steps: [seed, step, _GAP].
 _GAP = 4
 _SPED_UP = 0.35  # share of samples that skip frames
-_MISFITTING = 0.3  # share of samples whose cameras do not quite fit
+_MISFITTING = 0.2  # share of samples whose cameras do not quite fit
 _MIRRORED_GREY, _OTHER_CONTRAST, _OTHER_GAMMA = 0.25, 0.5, 0.2
 
 
@@ -115,22 +114,6 @@ def seen_apart(sharp: np.ndarray, scale: int, misfit: Misfit) -> np.ndarray:
     """What a fast camera sees that is not quite aligned and calibrated: (T, H, W) -> (T, h, w)."""
     lr = bin_down(shifted(sharp, *misfit.shift), scale)
     return np.clip(lr * np.float32(misfit.gain) + np.float32(misfit.offset), 0, 1)
-
-
-def shifted(frames: np.ndarray, row: float, column: float) -> np.ndarray:
-    """Frames (T, H, W) looked up at (y + row, x + column): linear between pixels, the border
-    continued."""
-    for axis, shift in ((1, row), (2, column)):
-        if not shift:
-            continue
-        whole = math.floor(shift)
-        share = np.float32(shift - whole)
-        places = np.arange(frames.shape[axis])
-        near, far = (
-            frames.take(np.clip(places + at, 0, len(places) - 1), axis) for at in (whole, whole + 1)
-        )
-        frames = near * (1 - share) + far * share
-    return frames
 
 
 def regreyed(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
