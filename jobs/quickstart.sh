@@ -47,7 +47,7 @@ elif [ "$code" != 0 ]; then
 fi
 since "train, to the end"
 
-xvr evaluate "$run"
+xvr evaluate "$run" builtin
 since "evaluate"
 
 video=$(python -c "

@@ -136,11 +136,6 @@ def _reconstruct(
     def key(t: int) -> np.ndarray:
         if t not in sharp:
             frame = _usable(np.asarray(keys[t], np.float32), f"the key frame at frame {t}")
-            if lr_frames == WHOLE_GAP and frame.min() == frame.max():
-                raise InputError(
-                    f"the key frame at frame {t}: all its pixels are {frame.flat[0]:g} of full "
-                    "scale, so there is nothing to carry; was it lost, or not exposed? leave it out"
-                )
             sharp[t] = np.clip(frame, 0, 1)
         return sharp[t]
 

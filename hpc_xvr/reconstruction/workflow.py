@@ -20,7 +20,7 @@ from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.factory.weights import Which
 from hpc_xvr.log import logger, track
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
-from hpc_xvr.reconstruction.pipeline import reconstruct
+from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, reconstruct
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream, recording_streams, streams_of_pair
 from hpc_xvr.reconstruction.writers import Calibration, check_movie, write_movie, write_sequence
 
@@ -126,16 +126,32 @@ def reconstruct_run(
 def frames_of(
     method: NamedMethod, material: Material, device: torch.device | str
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """All frames from the first key frame to the last, see `reconstruct`."""
+    """All frames from the first key frame to the last, see `reconstruct`.
+
+    Raises:
+        InputError: of networks that carry key frames, one whose pixels are all equal.
+    """
+    keys = material.keys
+    if method.lr_frames == WHOLE_GAP:
+        keys = KeyFrames(list(keys), keys.shape, lambda t: _with_a_picture(material.keys[t], t))
     return reconstruct(
         method.method,
         material.lr,
-        material.keys,
+        keys,
         lr_frames=1 if method.lr_frames is None else method.lr_frames,
         n_out=method.n_out,
         device=device,
         precision=method.precision,
     )
+
+
+def _with_a_picture(frame: np.ndarray, t: int) -> np.ndarray:
+    if frame.min() == frame.max():
+        raise InputError(
+            f"the key frame at frame {t}: all its pixels are {frame.flat[0]:g} of full scale, so "
+            "there is nothing to carry; was it lost, or not exposed? leave it out"
+        )
+    return frame
 
 
 def check_gaps(method: NamedMethod, times: Sequence[int], force: bool = False) -> None:

@@ -6,12 +6,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import ablation
 import compare
 import noise_study
 from hpc_xvr import checkpoint
+from hpc_xvr.config import load
+from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.model.xvr import SwinXVR
 from plain_swin import PlainSwinXVR
 from support.paths import BENCHMARKS
@@ -121,6 +125,44 @@ def test_the_comparison_runs_from_corpus_to_tables(tmp_path):
     assert "EDVR-STF loses to detail transfer" in (out / "tables.md").read_text()
     assert (whole / "comparison.html").exists() and (out / "psnr-flops.png").exists()
     assert len(list(out.iterdir())) == 5  # tables, rows, how and a chart
+
+
+def test_the_ablation_runs_from_corpus_to_table(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "ablation.py"), "--quick", "--threads", "1"]
+    command += ["--only", "l1", "no-layers", "--ranks", "1"]
+    command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    table = (tmp_path / "results" / "ablation.md").read_text()
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["| variant", "| reference", "| l1", "| no-layers"]
+    numbers = json.loads((tmp_path / "results" / "ablation.json").read_text())["psnr_db"]
+    assert len(numbers) == 6 and all(10 < value < 60 for value in numbers.values())
+    gain = numbers["l1 1 8:none"] - numbers["reference 1 8:none"]
+    assert rows[2][2] == f"{gain:+.2f}"
+    for name, layers in (("l1", True), ("no-layers", False)):
+        config = load(tmp_path / "work" / f"{name}-1" / "config.yaml")
+        assert ("layers" in config.simulate.scenes) == layers
+        scenes = {video.info.scene for video in Corpus(config.data.corpus)}
+        assert ("layers" in scenes) == layers
+    assert load(tmp_path / "work" / "l1-1" / "config.yaml").train.loss == "l1"
+
+
+def test_intervals_are_those_of_students_distribution():
+    """Three differences of mean 1 and deviation 1: t(0.975, 2) / sqrt(3) = 2.48 to either side."""
+    assert ablation._interval(np.array([0.0, 1.0, 2.0])) == " [-1.48, +3.48]"
+    assert ablation._interval(np.array([1.0])) == ""
+
+
+def test_the_benchmark_of_gaps(tmp_path):
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(BENCHMARKS / "gaps.py"), "--quick", "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    result = json.loads(out.read_text())
+    for name in ("base", "small"):
+        ratio = result[f"frames_s[{name}]"] / result["frames_s[swin_xvr]"]
+        assert result[f"speedup_to_swin_xvr[{name}]"] == pytest.approx(ratio)
+        assert result[f"gflop_a_frame[{name}]"] < 0.1 * result["gflop_a_frame[swin_xvr]"]
+    assert 0 < result["train_share_of_products"] < 1 and result["train_tflop_s"] > 0
 
 
 def test_the_noise_study_says_what_its_numbers_say(tmp_path):

@@ -99,7 +99,7 @@ def test_it_is_sharper_than_every_method_without_learning(shot):
     for t in (1, 7, 9, 15):
         assert psnr(ours[t], sharp[t]) > max(psnr(frames[t], sharp[t]) for frames in theirs)
     for t in (0, 8, 16):
-        np.testing.assert_array_equal(ours[t], sharp[t])
+        np.testing.assert_allclose(ours[t], sharp[t], atol=2e-5)  # stored in 16 bits
 
 
 def test_a_scene_that_stands_still_stays_as_sharp_as_its_key_frames():
