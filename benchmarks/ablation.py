@@ -63,7 +63,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "patch-96": ("crops of 96 pixels, fewer steps", ["data.patch=96"]),
     "one-motion": ("one motion field a direction", ["model.motions=1"]),
 }
-CONDITIONS = ("8:none", "20:1e3")
+CONDITIONS = ("8:none", "20:1000")
 
 
 def main() -> None:
