@@ -37,7 +37,9 @@ SHORT = [
     "train.log_every=50",
 ]
 QUICK = [
-    "simulate={videos: 12, size: [24, 64, 64], splits: {train: 0.5, validation: 0.5, test: 0.0}}",
+    "simulate.videos=12",
+    "simulate.size=[24,64,64]",
+    "simulate.splits={train: 0.5, validation: 0.5, test: 0.0}",
     "model={name: key_propagation, embed_dim: 16, depths: [1], heads: 1, motion_features: 8}",
     "data.gaps=[2,8]",
     "data.patch=32",

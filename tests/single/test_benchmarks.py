@@ -136,7 +136,7 @@ def test_the_ablation_runs_from_corpus_to_table(tmp_path):
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["| variant", "| reference", "| l1", "| no-layers"]
     numbers = json.loads((tmp_path / "results" / "ablation.json").read_text())["psnr_db"]
-    assert len(numbers) == 6 and all(10 < value < 60 for value in numbers.values())
+    assert len(numbers) == 12 and all(10 < value < 60 for value in numbers.values())
     gain = numbers["l1 1 8:none"] - numbers["reference 1 8:none"]
     assert rows[2][2] == f"{gain:+.2f}"
     for name, layers in (("l1", True), ("no-layers", False)):

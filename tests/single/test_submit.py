@@ -126,7 +126,7 @@ def test_what_polaris_would_reject_is_refused_with_the_reason(nodes, time, queue
         (["--site", "slurm", "train", "none.yaml"], "none.yaml: no such file"),
         (["--site", "slurm", "--ranks-per-node", "3", *TRAIN], "cannot be shared by 3 ranks"),
         (["--site", "frontier", "--account", "A", "--ranks-per-node", "9", *TRAIN], "has 8 GPUs"),
-        (["--site", "slurm", "dance"], "neither a script (NAME.py) nor a command; there are eval"),
+        (["--site", "slurm", "dance"], "neither a script (NAME.py) nor a command; there are adapt"),
         (["--site", "slurm", "nowhere.py"], "nowhere.py: no such file"),
         (["--site", "pbs", *TRAIN, "--set", "run.dir=my runs/a"], "PBS takes no path with ' '"),
         (["--site", "slurm", "--margin", "1800", *TRAIN], "leaves nothing"),
@@ -179,7 +179,8 @@ def test_the_commands_that_take_several_ranks_are_those_that_look_for_them():
         for name, command in cli.commands.items()
         if "connect" in command.callback.__code__.co_names
     }
-    assert {*ranks.COMMANDS} == connecting - {"reconstruct"}  # which connects to its device
+    one = {"reconstruct", "adapt"}  # which connect to their device only
+    assert {*ranks.COMMANDS} == connecting - one
 
 
 def test_a_used_run_folder_is_refused_without_resume(dry, tmp_path):
