@@ -142,7 +142,7 @@ def test_the_ablation_runs_from_corpus_to_table(tmp_path):
     for name, layers in (("l1", True), ("no-layers", False)):
         config = load(tmp_path / "work" / f"{name}-1" / "config.yaml")
         assert ("layers" in config.simulate.scenes) == layers
-        scenes = {video.info.scene for video in Corpus(config.data.corpus)}
+        scenes = {video.info.scene for video in Corpus(config.data.corpus).split("train")}
         assert ("layers" in scenes) == layers
     assert load(tmp_path / "work" / "l1-1" / "config.yaml").train.loss == "l1"
 
