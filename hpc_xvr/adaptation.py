@@ -58,8 +58,8 @@ class Adapted:
         """In a sentence."""
         if not self.steps:
             return (
-                f"no gain on the key frames held back ({self.before:.2f} dB before, at best "
-                f"{MARGIN:g} dB more are asked for): the weights are unchanged"
+                f"no gain of {MARGIN:g} dB or more on the key frames held back "
+                f"({self.before:.2f} dB): the weights are unchanged"
             )
         gain = self.after - self.before
         return (
@@ -134,7 +134,7 @@ def adapt(
                 if now > after and now >= before + MARGIN:
                     after, kept = now, step
                     best = {k: v.clone() for k, v in student.state_dict().items()}
-            if late:
+            if late and step < steps:
                 logger.warning("adapt: stopped after %d of %d steps, by the time", step, steps)
                 break
     student.load_state_dict(best)

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,26 @@ def reference():
         return own if own.exists() else _find("HPC_XVR_REFERENCE", "reference", name)
 
     return find
+
+
+@pytest.fixture
+def hpc_xvr(monkeypatch, capsys):
+    """hpc_xvr("export", run, "--out", file, code=0) -> what it printed, after a look at its exit
+    code; runs in this process."""
+    from hpc_xvr.cli import main
+
+    def run(*arguments: object, code: int = 0):
+        monkeypatch.setattr(sys, "argv", ["hpc-xvr", *map(str, arguments)])
+        stopped = 0
+        try:
+            main()
+        except SystemExit as stop:
+            stopped = stop.code or 0
+        said = capsys.readouterr()
+        assert stopped == code, said.err
+        return said
+
+    return run
 
 
 @pytest.fixture(scope="session")

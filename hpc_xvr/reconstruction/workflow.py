@@ -22,7 +22,13 @@ from hpc_xvr.log import logger, track
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
 from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, reconstruct
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream, recording_streams, streams_of_pair
-from hpc_xvr.reconstruction.writers import Calibration, check_movie, write_movie, write_sequence
+from hpc_xvr.reconstruction.writers import (
+    Calibration,
+    check_movie,
+    check_sequence,
+    write_movie,
+    write_sequence,
+)
 
 MOVIE_FPS = 8
 
@@ -96,6 +102,7 @@ def reconstruct_run(
     material = material_of(method, source)
     keys, truth = material.keys, material.truth
     check_gaps(method, list(keys), force)
+    check_sequence(out)  # before minutes of work
     if movie:
         check_movie(movie)
     if refine:
@@ -126,23 +133,31 @@ def reconstruct_run(
 def frames_of(
     method: NamedMethod, material: Material, device: torch.device | str
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """All frames from the first key frame to the last, see `reconstruct`.
-
-    Raises:
-        InputError: of networks that carry key frames, one whose pixels are all equal.
-    """
-    keys = material.keys
-    if method.lr_frames == WHOLE_GAP:
-        keys = KeyFrames(list(keys), keys.shape, lambda t: _with_a_picture(material.keys[t], t))
+    """All frames from the first key frame to the last, see `reconstruct`."""
     return reconstruct(
         method.method,
         material.lr,
-        keys,
+        material.keys,
         lr_frames=1 if method.lr_frames is None else method.lr_frames,
         n_out=method.n_out,
         device=device,
         precision=method.precision,
     )
+
+
+def _material(
+    method: NamedMethod,
+    streams: tuple[Stream, KeyFrames],
+    calibration: Calibration,
+    truth: Callable[[int], np.ndarray] | None = None,
+) -> Material:
+    """The input of a reconstruction; networks that carry key frames refuse those that show
+    nothing."""
+    lr, keys = streams
+    if method.lr_frames == WHOLE_GAP:
+        read = keys.__getitem__
+        keys = KeyFrames(list(keys), keys.shape, lambda t: _with_a_picture(read(t), t))
+    return Material(lr, keys, calibration, truth)
 
 
 def _with_a_picture(frame: np.ndarray, t: int) -> np.ndarray:
@@ -176,7 +191,7 @@ def material_of(method: NamedMethod, source: Source) -> Material:
     """Open a recording of a corpus, or read the files of both cameras and join them (see
     `from_recordings`)."""
     if isinstance(source, CorpusRecording):
-        return _from_corpus(method.config or Config(), source)
+        return _from_corpus(method, source)
     sharp = source.hr_camera.open(source.hr)
     fast = source.lr_camera.on_scale_of(source.hr_camera).open(source.lr)
     return from_recordings(method, fast, sharp, source.pairing, source.crop)
@@ -214,10 +229,11 @@ def from_recordings(
         scale = max(1, round(ratio))
     pair = joined(sharp, fast, pairing, scale, crop)
     calibration = Calibration(fast.frame_rate_hz, sharp.pixel_size_um, sharp.full_scale)
-    return Material(*streams_of_pair(pair, scale), calibration)
+    return _material(method, streams_of_pair(pair, scale), calibration)
 
 
-def _from_corpus(config: Config, source: CorpusRecording) -> Material:
+def _from_corpus(method: NamedMethod, source: CorpusRecording) -> Material:
+    config = method.config or Config()
     gap = source.gap or config.data.hr_gap
     if gap != int(gap):
         raise InputError(
@@ -227,4 +243,4 @@ def _from_corpus(config: Config, source: CorpusRecording) -> Material:
     streams = recording_streams(video, int(gap), config.data, seed=config.run.seed)
     info = video.info
     calibration = Calibration(info.frame_rate_hz, info.pixel_size_um, info.full_scale)
-    return Material(*streams, calibration, video.intensity)
+    return _material(method, streams, calibration, video.intensity)

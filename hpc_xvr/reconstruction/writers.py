@@ -37,6 +37,20 @@ class Calibration:
     """Physical value (for example transmission) of intensity 1, stored as 65535."""
 
 
+def check_sequence(path: Path) -> None:
+    """Refuse a path that `write_sequence` could not write, before the frames are computed.
+
+    Raises:
+        InputError: unknown suffix or missing folder.
+    """
+    if path.suffix.lower() not in SEQUENCE_WRITERS:
+        raise InputError(
+            f"{path}: unknown format {path.suffix or '(no suffix)'}; end the name in "
+            f"one of {', '.join(SEQUENCE_WRITERS)}"
+        )
+    check_folder(path)
+
+
 def write_sequence(
     path: Path | str,
     frames: Iterable[np.ndarray],
@@ -57,12 +71,8 @@ def write_sequence(
             values that are not finite, or a number of frames other than `count`.
     """
     path = Path(path)
-    writer = SEQUENCE_WRITERS.get(path.suffix.lower())
-    if writer is None:
-        raise InputError(
-            f"{path}: unknown format {path.suffix or '(no suffix)'}; end the name in "
-            f"one of {', '.join(SEQUENCE_WRITERS)}"
-        )
+    check_sequence(path)
+    writer = SEQUENCE_WRITERS[path.suffix.lower()]
     frames = iter(frames)
     with replacing(path) as beside:
         first = next(frames, None)

@@ -1,7 +1,6 @@
 """Weights adapted to a recording: better on key frames they have not seen, or left as they were."""
 
 import re
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +9,6 @@ import tifffile
 import torch
 
 from hpc_xvr.adaptation import MARGIN, _triples, adapt
-from hpc_xvr.cli import main
 from hpc_xvr.config import load
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.simulate.experiment import simulate_video
@@ -106,7 +104,7 @@ def test_what_cannot_be_adapted_is_refused():
         adapt(baseline_entry("bayes"), material(spray()))
 
 
-def test_the_commands(tmp_path, monkeypatch, capsys):
+def test_the_commands(tmp_path, hpc_xvr):
     """`adapt` writes weights that `reconstruct` takes, and gets what `reconstruct --adapt` does."""
     counts = simulate_video("bubbles", (29, 64, 64), 3, lr_stream=False).frames
     lr = np.rint(bin_down(counts.astype(np.float32), 4)).astype(np.uint16)
@@ -116,17 +114,6 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     write_weights(tmp_path / "small.safetensors", Trained(model.state_dict(), CONFIG, 7), {})
     source = ["--lr", tmp_path / "lr.tif", "--hr", tmp_path / "hr.tif", "--gap", GAP]
     source += ["--lr-bit-depth", 12, "--hr-bit-depth", 12]
-
-    def hpc_xvr(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["hpc-xvr", *map(str, arguments)])
-        stopped = 0
-        try:
-            main()
-        except SystemExit as stop:
-            stopped = stop.code or 0
-        said = capsys.readouterr()
-        assert stopped == code, said.err
-        return said
 
     mine = tmp_path / "mine.safetensors"
     said = hpc_xvr("adapt", tmp_path / "small.safetensors", *source, "--out", mine).out
@@ -146,5 +133,15 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert error(a) < error(c)
     refused = hpc_xvr("adapt", "bayes", *source, "--out", mine, code=2).err
     assert "only weights of key_propagation can be adapted" in refused
+    early = ["reconstruct", mine, *source, "--adapt", "--out"]
+    for out, words in (("x.mp4", "unknown format .mp4"), ("no/x.tif", "does not exist")):
+        said = hpc_xvr(*early, tmp_path / out, code=2).err
+        assert words in said and "adapt: step" not in said  # before minutes of work
+    lost = counts[::GAP].copy()
+    lost[3] = 7
+    tifffile.imwrite(tmp_path / "hr.tif", lost, photometric="minisblack")
+    refused = hpc_xvr("adapt", mine, *source, "--out", tmp_path / "y.safetensors", code=2).err
+    assert "the key frame at frame 12: all its pixels are" in refused
+    assert not (tmp_path / "y.safetensors").exists()
     refused = hpc_xvr("adapt", mine, *source, "--out", tmp_path / "x.pt", code=2).err
     assert "must end in .safetensors" in refused

@@ -1,7 +1,6 @@
 """Weights that come with the package, by name, and methods without learning, by theirs."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import tifffile
 import torch
 
 import hpc_xvr as xvr
-from hpc_xvr.cli import main
 from hpc_xvr.config import load
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.simulate.corpus import simulate_corpus
@@ -41,24 +39,6 @@ def files(shot, tmp_path):
     tifffile.imwrite(tmp_path / "lr.tif", lr, photometric="minisblack")
     both = ["--lr", tmp_path / "lr.tif", "--hr", tmp_path / "hr.tif"]
     return [*both, "--lr-bit-depth", 12, "--hr-bit-depth", 12]
-
-
-@pytest.fixture
-def hpc_xvr(monkeypatch, capsys):
-    """Runs a command; its output, after a look at its exit code."""
-
-    def run(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["hpc-xvr", *map(str, arguments)])
-        stopped = 0
-        try:
-            main()
-        except SystemExit as stop:
-            stopped = stop.code or 0
-        said = capsys.readouterr()
-        assert stopped == code, said.err
-        return said
-
-    return run
 
 
 def frames_of(name, shot, gap=GAP, **options):
