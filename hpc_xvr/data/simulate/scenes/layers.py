@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.ndimage import affine_transform
+from scipy.spatial import cKDTree
 
 from hpc_xvr.data.simulate.scenes.base import Scene
 from hpc_xvr.data.simulate.scenes.conditions import CONDITIONS
@@ -45,7 +46,7 @@ class Layers(Scene):
     conditions = CONDITIONS["layers"]
 
     def build(self, rng: np.random.Generator) -> None:
-        self.bulk = rng.uniform(0.2e-3, 1e-3)
+        self.bulk = 10 ** rng.uniform(-3.7, -2.7)
         side = max(self.shape)
         moving = rng.random() < 0.4
         margin = 1.0 + (0.5 if moving else 0.1)
@@ -135,10 +136,10 @@ class Layers(Scene):
 
 
 def texture(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Thickness of random matter: cloudy, grainy, fibrous or ruled; shares of the bulk's."""
-    kind = rng.choice(
-        ["cloud", "grains", "fibres", "lines", "plain"], p=[0.4, 0.2, 0.15, 0.1, 0.15]
-    )
+    """Thickness of random matter: cloudy, grainy, fibrous, ruled, of leaves that cover each other
+    or of the walls of a foam; shares of the bulk's."""
+    kinds = {"cloud": 0.2, "leaves": 0.3, "foam": 0.1, "grains": 0.1, "fibres": 0.1, "lines": 0.1}
+    kind = rng.choice([*kinds, "plain"], p=[*kinds.values(), 0.1])
     if kind == "cloud":
         picture = _cloud(shape, rng)
     elif kind == "grains":
@@ -155,11 +156,15 @@ def texture(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         angle, period = rng.uniform(0, np.pi), rng.uniform(3, 20)
         along = np.cos(angle) * x + np.sin(angle) * y[:, None]
         picture = np.tanh(2 * np.sin(2 * np.pi * along / period)) + 0.3 * _cloud(shape, rng)
+    elif kind == "leaves":
+        picture = _leaves(shape, rng)
+    elif kind == "foam":
+        picture = _foam(shape, rng)
     else:
         picture = 0.1 * _cloud(shape, rng)
-    contrast = 0.05 if kind == "plain" else rng.uniform(0.05, 0.35)
+    contrast = 0.05 if kind == "plain" else rng.uniform(0.05, 0.5)
     picture = (picture - picture.mean()) / (picture.std() + 1e-6)
-    return np.clip(rng.uniform(0.1, 0.6) + contrast * picture, 0, 1.5).astype(np.float32)
+    return np.clip(rng.uniform(0.1, 0.8) + contrast * picture, 0, 2.0).astype(np.float32)
 
 
 def outline(n: int, rng: np.random.Generator) -> np.ndarray:
@@ -188,3 +193,36 @@ def _cloud(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     white = np.fft.rfft2(rng.standard_normal(shape, dtype=np.float32))
     picture = np.fft.irfft2(white * f ** (-beta / 2), shape)
     return ((picture - picture.mean()) / (picture.std() + 1e-9)).astype(np.float32)
+
+
+def _leaves(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Discs and squares of all sizes, each covering those before it (dead leaves: edges and scales
+    as in photographs; A. B. Lee, D. Mumford, J. Huang, IJCV 41, 35 (2001))."""
+    picture = np.zeros(shape, np.float32)
+    smallest, largest = rng.uniform(1.5, 4), max(shape) / rng.uniform(2, 6)
+    while largest > smallest:  # large ones first, four times as many of half the size
+        count = int(1.5 * shape[0] * shape[1] / (np.pi * largest**2)) + 1
+        for _ in range(min(count, 400)):
+            radius = largest * rng.uniform(0.5, 1)
+            row, column = rng.uniform(0, shape[0]), rng.uniform(0, shape[1])
+            r0, c0 = max(int(row - radius) - 1, 0), max(int(column - radius) - 1, 0)
+            part = picture[r0 : int(row + radius) + 2, c0 : int(column + radius) + 2]
+            y = np.arange(r0, r0 + part.shape[0], dtype=np.float32)[:, None] - row
+            x = np.arange(c0, c0 + part.shape[1], dtype=np.float32) - column
+            square = rng.random() < 0.25
+            away = np.maximum(abs(y), abs(x)) * 1.25 if square else np.hypot(y, x)
+            covered = cover(away - radius, 1.0)
+            shade = rng.uniform(0, 1) + rng.normal(0, 0.3 / max(shape)) * x
+            part += covered * (shade - part)
+        largest /= 2
+    return picture + rng.uniform(0, 0.1) * _cloud(shape, rng)
+
+
+def _foam(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Walls of cells (Voronoi) of about one size: thick where two cells are equally near."""
+    count = max(4, int(shape[0] * shape[1] / rng.uniform(8, 30) ** 2))
+    seeds = rng.uniform(0, 1, (count, 2)) * shape
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    nearest, _ = cKDTree(seeds).query(np.stack([y, x], -1).reshape(-1, 2), k=2)
+    wall = (nearest[:, 1] - nearest[:, 0]).reshape(shape) / rng.uniform(1, 3)
+    return np.exp(-(wall**2)).astype(np.float32) + rng.uniform(0, 0.2) * _cloud(shape, rng)
