@@ -134,6 +134,7 @@ def reconstruct(
     gap: float | None = None,
     start: float = 0.0,
     registration: Registration | dict[str, Any] | None = None,
+    match_grey: bool = True,
     crop: bool = False,
     force: bool = False,
 ) -> Iterator[tuple[int, np.ndarray]]:
@@ -148,6 +149,8 @@ def reconstruct(
         start: time of the first fast frame, in sharp frames from the first sharp one.
         registration: where the fast camera's pixels lie on the sharp frames. Default: the upper
             left corners coincide, and (H, W) is scale * (h, w).
+        match_grey: bring the fast frames to the sharp camera's grey scale where a gain and an
+            offset between the two are certain.
         crop: cut the sharp frames to what the fast camera saw and to multiples of the scale.
         force: go on where key frames lie further apart than the model was trained for.
 
@@ -165,7 +168,7 @@ def reconstruct(
         model.method,
         _recording(fast),
         _recording(sharp),
-        Pairing(gap, start, registration),
+        Pairing(gap, start, registration, match_grey),
         crop,
     )
     check_gaps(model.method, list(material.keys), force)

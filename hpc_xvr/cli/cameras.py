@@ -118,6 +118,14 @@ def pairing_options(command: Command) -> Command:
                 "frame's upper left corner, rotation_deg, flip (rows, columns, both).",
             ),
             click.option(
+                "--match-grey",
+                type=click.Choice(["auto", "off"]),
+                default="auto",
+                show_default=True,
+                help="Bring the fast frames to the sharp camera's grey scale where a gain and an "
+                "offset between the two are certain.",
+            ),
+            click.option(
                 "--crop",
                 is_flag=True,
                 help="Cut the sharp frames to what the fast camera saw and to multiples of the "
@@ -184,9 +192,10 @@ def take_reading(camera: str, options: dict[str, Any]) -> CameraReading:
 
 
 def take_pairing(options: dict[str, Any]) -> Pairing:
-    """Take `--gap`, `--lr-start` and `--registration` out of the options of a command."""
+    """Take the options of `pairing_options`, but `--crop`, out of those of a command."""
     from hpc_xvr.data.pairing.joining import Pairing
     from hpc_xvr.data.registration import read_registration
 
-    gap, start, text = (options.pop(name) for name in ("gap", "lr_start", "registration"))
-    return Pairing(gap, start, read_registration(text) if text else None)
+    names = "gap", "lr_start", "registration", "match_grey"
+    gap, start, text, match = (options.pop(name) for name in names)
+    return Pairing(gap, start, read_registration(text) if text else None, match == "auto")

@@ -13,7 +13,8 @@ import torch
 from hpc_xvr.config import Config
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.corpus import Corpus
-from hpc_xvr.data.pairing.joining import Pairing, joined
+from hpc_xvr.data.pairing.agreement import Grey, compare, grey_of, told
+from hpc_xvr.data.pairing.joining import Pair, Pairing, joined
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.execution import use_threads
@@ -219,7 +220,8 @@ def from_recordings(
                 f"{sharp.path} with {fast.path}: no frame rates are known, so neither is the gap; "
                 "state it with --gap (fast frames from one sharp frame to the next)"
             )
-        logger.info("a sharp frame every %g fast ones, %s (state it with --gap)", gap, source)
+        say = logger.info if fast.frame_rate_hz and sharp.frame_rate_hz else logger.warning
+        say("a sharp frame every %g fast ones, %s (state it with --gap)", gap, source)
         pairing = replace(pairing, gap=gap)
     if method.config:
         scale: int = method.config.data.scale
@@ -228,8 +230,41 @@ def from_recordings(
         ratio = registration.scale if registration else sharp.shape[1] / fast.shape[1]
         scale = max(1, round(ratio))
     pair = joined(sharp, fast, pairing, scale, crop)
-    calibration = Calibration(fast.frame_rate_hz, sharp.pixel_size_um, sharp.full_scale)
-    return _material(method, streams_of_pair(pair, scale), calibration)
+    lr, keys = streams_of_pair(pair, scale)
+    grey = _agreed(pair, lr, keys, pairing)
+    matched = Stream(lr.shape, lambda t: grey.matched(lr[t]))
+    return _material(method, (matched, keys), _calibration(pair, grey))
+
+
+def _agreed(pair: Pair, lr: Stream, keys: KeyFrames, pairing: Pairing) -> Grey:
+    """Compare the cameras at the key frames' instants; the grey scale to take out."""
+    found = compare(lr, keys)
+    if found is None:
+        return Grey()
+    name = f"{pair.sharp.path} with {pair.fast.path}"
+    told(found, name, (pairing.gap or 1.0))
+    return grey_of(found, name) if pairing.match_grey else Grey()
+
+
+def _calibration(pair: Pair, grey: Grey) -> Calibration:
+    """Units of what is made from two cameras: greys are the sharp camera's."""
+    sharp, fast = pair.sharp, pair.fast
+    white = sharp.full_scale
+    counts = next(sharp.values(0, 1)).dtype.kind != "f"
+    if counts and white == 1.0:  # unless a file states what its counts mean
+        white = float(2**sharp.bit_depth - 1)
+    notes = []
+    if grey != Grey():
+        notes.append(
+            f"grey of the fast camera matched: fast = {grey.gain:.6g} x sharp {grey.offset:+.6g}"
+        )
+    return Calibration(
+        fast.frame_rate_hz,
+        sharp.pixel_size_um,
+        white,
+        unit="counts" if counts and sharp.full_scale == 1.0 else "",
+        notes=tuple(notes),
+    )
 
 
 def _from_corpus(method: NamedMethod, source: CorpusRecording) -> Material:

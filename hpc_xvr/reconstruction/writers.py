@@ -35,6 +35,11 @@ class Calibration:
     pixel_size_um: float | None = None
     full_scale: float = 1.0
     """Physical value (for example transmission) of intensity 1, stored as 65535."""
+    unit: str = ""
+    """Of `full_scale`: counts of the sharp camera, or empty for transmissions and the unit of a
+    floating-point file."""
+    notes: tuple[str, ...] = ()
+    """What was done to the recordings beforehand, a line each."""
 
 
 def check_sequence(path: Path) -> None:
@@ -128,7 +133,13 @@ def _write_tiff(
     metadata: dict[str, object] = {
         "axes": "TYX",
         "Info": (  # shown by ImageJ's Show Info
-            f"first frame: {first_frame}\nvalue of {FULL}: {calibration.full_scale:g}"
+            "\n".join(
+                (
+                    f"first frame: {first_frame}",
+                    f"value of {FULL}: {calibration.full_scale:g} {calibration.unit}".rstrip(),
+                    *calibration.notes,
+                )
+            )
         ),
     }
     resolution: tuple[float, float] | None = None
@@ -163,6 +174,10 @@ def _write_hdf5(
         data.attrs["first_frame"] = first_frame
         data.attrs["full_scale"] = calibration.full_scale
         data.attrs["stored_full_scale"] = FULL
+        if calibration.unit:
+            data.attrs["full_scale_units"] = calibration.unit
+        if calibration.notes:
+            data.attrs["notes"] = "\n".join(calibration.notes)
         if calibration.frame_rate_hz:
             data.attrs["frame_rate_hz"] = calibration.frame_rate_hz
         if calibration.pixel_size_um:

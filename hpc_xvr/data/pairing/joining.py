@@ -26,11 +26,14 @@ class Pairing:
         start: time of the first fast frame, in sharp frames from the first one.
         registration: where the fast camera's pixels lie on the sharp frames; None: its frames are
             used as they are.
+        match_grey: bring the fast frames to the sharp camera's grey scale where the two differ
+            by a gain and an offset (see `agreement`).
     """
 
     gap: float | None = None
     start: float = 0.0
     registration: Registration | None = None
+    match_grey: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,11 @@ def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bo
                 + _advice(len(times), sharp.shape[0], last)
             )
         sharp = sharp.cut(*view, top=top, left=left, first=first, last=last)
-    if fast.full_scale != sharp.full_scale:
+    if fast.full_scale != sharp.full_scale and _floats(fast) and _floats(sharp):
+        # Both are in physical units: one white for both keeps their greys comparable.
+        white = max(fast.full_scale, sharp.full_scale)
+        fast, sharp = replace(fast, full_scale=white), replace(sharp, full_scale=white)
+    elif fast.full_scale != sharp.full_scale:
         logger.warning(
             "%s: white is %g for the fast camera and %g for the sharp one: correct both with flat "
             "fields, or neither, or state one full scale for both",
@@ -133,6 +140,11 @@ def _times(name: str, sharp: Recording, fast: Recording, how: Pairing) -> np.nda
             *(name, gap, quick, slow, quick / slow),
         )
     return how.start + np.arange(fast.shape[0]) / gap
+
+
+def _floats(recording: Recording) -> bool:
+    """Whether its values are floating-point numbers, which its full scale makes grey levels."""
+    return next(recording.values(0, 1)).dtype.kind == "f"
 
 
 def _together(name: str, times: np.ndarray, frames: int) -> tuple[int, int]:

@@ -1,0 +1,228 @@
+"""Do two cameras show the same? Key frames, binned to the fast camera's pixels, against its frames.
+
+Both saw the same object at the same instant, so a fast frame is a binned key frame times a gain,
+plus an offset and noise. Whatever else is found (another instant, another place, a mirrored or a
+negative picture) says that the recordings were put together in a wrong way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpc_xvr.data.degrade import bin_down
+from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
+
+LOOKED_AT = 8
+"""Key frames that are compared, spread over the recording."""
+REACH = 8
+"""Fast frames before and after a key frame that it is compared with."""
+ALIKE = 0.9
+"""Correlation above which gain and offset are certain enough to be taken out."""
+BETTER = 2.0
+"""What another place or time must leave less of, as a ratio of variances, to be told."""
+CONTRAST = 0.005
+"""Deviation of a binned key frame, of full scale, below which nothing can be compared."""
+TURNED = {
+    "upside down": (slice(None, None, -1), slice(None)),
+    "mirrored left to right": (slice(None), slice(None, None, -1)),
+    "turned by 180 degrees": (slice(None, None, -1), slice(None, None, -1)),
+}
+
+
+@dataclass(frozen=True)
+class Grey:
+    """fast = gain x sharp + offset, both in shares of their full scales."""
+
+    gain: float = 1.0
+    offset: float = 0.0
+
+    def matched(self, frame: np.ndarray) -> np.ndarray:
+        """A fast frame on the sharp camera's grey scale."""
+        if self == Grey():
+            return frame
+        matched: np.ndarray = (frame - np.float32(self.offset)) / np.float32(self.gain)
+        return matched
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well the fast frames fit the key frames; means over the key frames that were compared."""
+
+    correlation: float
+    grey: Grey
+    spread: float
+    """Largest difference between the gain of one key frame and the mean one, as a share of it."""
+    shift: tuple[float, float]
+    """Rows and columns of fast pixels by which the fast camera's picture lies further down and to
+    the right."""
+    lags: tuple[tuple[int, int], ...]
+    """Key frame's number, and how many fast frames later the one comes that fits it best."""
+    turned: str
+    """Name in TURNED if the fast frames fit only in this way, else empty."""
+
+
+def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agreement | None:
+    """Compare some key frames with the fast frames around their instants.
+
+    Args:
+        fast: frames (h, w) in [0, 1].
+        keys: fast frame number -> key frame (s h, s w) in [0, 1], with s a whole number.
+
+    Returns None if no key frame has contrast enough.
+    """
+    times = list(keys)
+    chosen = np.unique(np.linspace(0, len(times) - 1, LOOKED_AT).round().astype(int))
+    fits, lags, ways = [], [], []
+    for number in chosen:
+        t = times[number]
+        frame, key = fast[t], keys[t]
+        low = bin_down(key, key.shape[0] // frame.shape[0])
+        if low.std() < CONTRAST:
+            continue
+        fits.append(_fit(low, frame))
+        around = range(max(0, t - REACH), min(len(fast), t + REACH + 1))
+        left = {other: _left(low, fast[other]) for other in around}
+        best = min(left, key=lambda other: left[other])
+        lags.append((int(number), best - t if left[t] > BETTER * left[best] else 0))
+        turned = {name: _left(low[way], frame) for name, way in TURNED.items()}
+        name = min(turned, key=lambda way: turned[way])
+        ways.append(name if left[t] > BETTER * turned[name] else "")
+    if not fits:
+        return None
+    correlation, gain, offset, down, right = np.mean(fits, 0)
+    spread = float(np.abs(np.array(fits)[:, 1] - gain).max() / max(abs(gain), 1e-9))
+    grey = Grey(float(gain), float(offset))
+    usual = max(sorted(set(ways)), key=ways.count)
+    return Agreement(
+        float(correlation), grey, spread, (float(down), float(right)), tuple(lags), usual
+    )
+
+
+def told(found: Agreement, name: str, gap: float) -> None:
+    """Warn of what does not fit, with the likely cause.
+
+    Raises:
+        InputError: a mirrored or a negative picture: nothing right could come of it.
+    """
+    if found.turned:
+        raise InputError(
+            f"{name}: the fast frames fit the sharp ones only {found.turned}: use --lr-flip-rows "
+            "or a --registration with flip: rows, columns or both"
+        )
+    if found.correlation < -0.5:
+        raise InputError(
+            f"{name}: one camera's picture is the negative of the other's (correlation "
+            f"{found.correlation:.2f}): is one of them an attenuation, or stored with white as 0?"
+        )
+    off = [(number, lag) for number, lag in found.lags if lag]
+    if len(off) > len(found.lags) / 2:
+        logger.warning("%s: %s", name, _cause(off, gap))
+    elif found.correlation < 0.5:
+        logger.warning(
+            "%s: the fast frames hardly resemble the sharp ones (correlation %.2f): noise, or do "
+            "the two recordings not belong together? check --gap, --lr-start and --registration",
+            *(name, found.correlation),
+        )
+    elif max(map(abs, found.shift)) > 0.5:
+        logger.warning(
+            "%s: the fast camera's picture lies %+.1f rows and %+.1f columns of fast pixels beside "
+            "the sharp one's: check --registration",
+            *(name, *found.shift),
+        )
+
+
+def grey_of(found: Agreement, name: str) -> Grey:
+    """The gain and offset to take out: where they differ from one scale, and are certain.
+
+    Warns where they are taken out, and where they seem to differ but nothing is certain.
+    """
+    gain, offset = found.grey.gain, found.grey.offset
+    if abs(gain - 1) < 0.01 and abs(offset) < 0.005:
+        return Grey()
+    relation = f"fast = {gain:.4g} x sharp {offset:+.4f} (shares of their full scales)"
+    if found.correlation < ALIKE or found.spread > 0.1 or gain <= 0:
+        if 0.8 < gain < 1.25 and abs(offset) < 0.05:
+            return Grey()  # noise and motion do as much
+        logger.warning(
+            "%s: the cameras' grey scales may differ, %s, but this is not certain (correlation "
+            "%.2f, gains differ by %.0f %%) and nothing was changed: frames beside key frames may "
+            "flicker; correct both cameras with flat fields, or state bit depths and full scales",
+            *(name, relation, found.correlation, 100 * found.spread),
+        )
+        return Grey()
+    hint = "" if 0.6 < gain < 1.7 else "; so far apart, check --lr-bit-depth and --hr-bit-depth"
+    logger.warning(
+        "%s: %s: the fast frames are brought to the sharp camera's grey scale (--match-grey off "
+        "leaves them)%s",
+        *(name, relation, hint),
+    )
+    return found.grey
+
+
+def _cause(off: Sequence[tuple[int, int]], gap: float) -> str:
+    numbers, lags = np.array(off, float).T
+    slope = np.polyfit(numbers, lags, 1)[0] if len(off) > 2 else 0.0
+    first, last = off[0], off[-1]
+    seen = f"key frame {first[0]} fits the fast frame {first[1]:+d} from its instant best"
+    if len(off) > 1:
+        seen += f", key frame {last[0]} the one {last[1]:+d}"
+    if abs(slope) > 0.3 and np.ptp(lags) > 1:
+        return f"{seen}: a --gap of about {gap + slope:.3g} instead of {gap:g} would explain it"
+    return (
+        f"{seen}: check --lr-start (about {-np.median(lags) / gap:+.3g} from what it is now) and "
+        "--gap"
+    )
+
+
+def _fit(low: np.ndarray, frame: np.ndarray) -> tuple[float, float, float, float, float]:
+    """Correlation, gain, offset, and rows and columns of shift of a fast frame against a binned
+    key frame. The shift: whole pixels by cross-correlation, the rest by least squares with gain
+    and offset; 0 unless it explains much more than gain and offset do alone."""
+    spectrum = np.fft.fft2(frame - frame.mean()) * np.conj(np.fft.fft2(low - low.mean()))
+    peaks = np.fft.ifft2(spectrum).real
+    place = np.unravel_index(peaks.argmax(), peaks.shape)
+    down, right = (
+        int(k) if k <= side // 2 else int(k) - side
+        for k, side in zip(place, low.shape, strict=True)
+    )
+    moved = np.roll(low, (down, right), (0, 1))
+    keep = tuple(
+        slice(max(k, 0) + 1, side + min(k, 0) - 1)
+        for k, side in zip((down, right), low.shape, strict=True)
+    )
+    if abs(down) > low.shape[0] // 4 or abs(right) > low.shape[1] // 4:
+        down, right, moved, keep = 0, 0, low, (slice(1, -1), slice(1, -1))
+    correlation = _correlation(low, frame)
+    ones = np.ones(low.shape)
+    (gain, offset), plain = _least_squares([low, ones], frame)
+    shifted, moving = _least_squares(
+        [part[keep] for part in (moved, ones, *np.gradient(moved))], frame[keep]
+    )
+    floor = 1e-4 * float(frame.var())
+    if shifted[0] > 0 and plain + floor > BETTER * (moving + floor):
+        gain, offset, dy, dx = shifted
+        return correlation, gain, offset, down - dy / gain, right - dx / gain
+    return correlation, gain, offset, 0.0, 0.0
+
+
+def _least_squares(parts: Sequence[np.ndarray], frame: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weights of `parts` (h, w) whose sum is nearest to `frame`, and the variance that is left."""
+    columns = np.stack([part.ravel() for part in parts], 1)
+    weights, *_ = np.linalg.lstsq(columns, frame.ravel(), rcond=None)
+    return weights, float(np.mean((columns @ weights - frame.ravel()) ** 2))
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(dtype=float), b - b.mean(dtype=float)
+    norm = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / norm) if norm > 0 else 0.0
+
+
+def _left(low: np.ndarray, frame: np.ndarray) -> float:
+    """Share of a fast frame's variance that a binned key frame does not explain; at least 1e-4,
+    which rounding leaves."""
+    return 1 - max(0.0, _correlation(low, frame)) ** 2 + 1e-4

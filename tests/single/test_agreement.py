@@ -1,0 +1,175 @@
+"""Two cameras that show the same are told from two that do not, and their greys are matched."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter, shift
+
+from hpc_xvr.data.degrade import bin_down
+from hpc_xvr.data.pairing.agreement import Grey, compare
+
+GAP = 4
+
+
+def moving(frames: int = 17, side: int = 64, speed: float = 2.0, grain: float = 2.0) -> np.ndarray:
+    """A textured scene (T, side, side) in 0.1..0.9 that drifts `speed` pixels a frame to the
+    right."""
+    rng = np.random.default_rng(3)
+    wide = gaussian_filter(rng.standard_normal((side, side + int(speed * frames) + 1)), grain)
+    wide = 0.1 + 0.8 * (wide - wide.min()) / np.ptp(wide)
+    starts = [int(speed * (frames - 1 - t)) for t in range(frames)]
+    return np.stack([wide[:, s : s + side] for s in starts]).astype(np.float32)
+
+
+def both(scene: np.ndarray, gap: int = GAP) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    return bin_down(scene, 4), {t: scene[t] for t in range(0, len(scene), gap)}
+
+
+def test_what_belongs_together_fits():
+    fast, keys = both(moving())
+    found = compare(fast, keys)
+    assert found.correlation > 0.999
+    assert found.grey.gain == pytest.approx(1, abs=1e-3)
+    assert found.grey.offset == pytest.approx(0, abs=1e-3)
+    assert found.shift == pytest.approx((0, 0), abs=0.02)
+    assert not any(lag for _, lag in found.lags)
+    assert not found.turned
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    gain=st.floats(0.05, 2),
+    offset=st.floats(-0.05, 0.05),
+    photons=st.sampled_from([None, 1e3, 1e5]),
+    lag=st.integers(-3, 3),
+)
+def test_gain_offset_and_lag_are_found(gain, offset, photons, lag):
+    scene = moving(25)
+    fast, keys = bin_down(scene, 4), {t: scene[t + lag] for t in range(4, 21, GAP)}
+    if photons:
+        fast = np.random.default_rng(1).poisson(fast * photons) / photons
+    found = compare((gain * fast + offset).astype(np.float32), keys)
+    if not lag:
+        assert found.grey.gain == pytest.approx(gain, rel=0.03)
+        assert found.grey.offset == pytest.approx(offset, abs=0.02)
+    assert {lag for _, lag in found.lags} == {lag}
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        (np.s_[:, ::-1], "upside down"),
+        (np.s_[:, :, ::-1], "mirrored left to right"),
+        (np.s_[:, ::-1, ::-1], "turned by 180 degrees"),
+    ],
+)
+def test_a_turned_picture_is_recognised(way, name):
+    fast, keys = both(moving())
+    assert compare(fast[way], keys).turned == name
+
+
+def test_shifts_are_measured():
+    fast, keys = both(moving(speed=0, side=128, grain=6))
+    for by in ((0.6, -0.3), (2.0, 1.0), (-3.4, 0.7)):
+        moved = np.stack([shift(frame, by, order=3, mode="nearest") for frame in fast])
+        assert compare(moved, keys).shift == pytest.approx(by, abs=0.15)
+
+
+def test_a_plain_ramp_tells_nothing_of_a_shift():
+    y, x = np.mgrid[:32, :48]
+    scene = np.stack([0.2 + 0.01 * y + 0.005 * x] * 9).astype(np.float32)
+    fast, keys = both(scene)
+    assert compare(fast, keys).shift == (0, 0)
+    assert compare(fast * 0 + 0.5, {0: np.full((32, 48), 0.5)}) is None
+
+
+def test_matching_undoes_gain_and_offset():
+    frame = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    assert np.allclose(Grey(0.5, 0.1).matched(0.5 * frame + 0.1), frame, atol=1e-6)
+
+
+def reconstruct(hpc_xvr, folder, fast, keys, *options, code=0):
+    """Write both cameras' files and reconstruct: the result in the unit that it states (None if it
+    was refused), and what was said there and on stderr."""
+    for name, frames in (("fast", fast), ("sharp", keys)):
+        tifffile.imwrite(folder / f"{name}.tif", frames, photometric="minisblack")
+    out = folder / "out.tif"
+    said = hpc_xvr(
+        *("reconstruct", "linear_hr", "--lr", folder / "fast.tif", "--hr", folder / "sharp.tif"),
+        *("--gap", GAP, "--out", out, *options),
+        code=code,
+    )
+    if code:
+        assert not out.exists()
+        return None, said.err
+    with tifffile.TiffFile(out) as file:
+        info = file.imagej_metadata["Info"]
+        white = float(re.search(r"value of 65535: (\S+)", info)[1])
+        return file.asarray() / 65535 * white, info + said.err
+
+
+def as_counts(frames: np.ndarray, top: int) -> np.ndarray:
+    return np.rint(frames * top).astype(np.uint16)
+
+
+def test_floats_of_two_maxima_keep_their_values(hpc_xvr, tmp_path):
+    scene = moving(speed=0)[:9] * 3
+    fast, keys = bin_down(scene, 4), scene[::GAP]
+    result, said = reconstruct(hpc_xvr, tmp_path, fast, keys)
+    assert np.allclose(result, scene, atol=1e-3)
+    assert "brought to" not in said
+
+
+def test_a_fast_camera_of_fewer_bits_is_brought_to_the_sharp_ones_grey(hpc_xvr, tmp_path):
+    scene = moving(speed=0)[:9]
+    fast, keys = as_counts(bin_down(scene, 4), 4095), as_counts(scene[::GAP], 65535)
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, keys)
+    assert "brought to the sharp camera's grey scale" in said
+    assert "--lr-bit-depth" in said
+
+
+def test_matched_greys_make_frames_between_keys_right(hpc_xvr, tmp_path):
+    scene = moving(speed=0)[:9]
+    fast = as_counts(0.5 * bin_down(scene, 4) + 0.1, 65535)
+    keys = as_counts(scene[::GAP], 65535)
+    for options, factor, offset in (((), 1, 0), (("--match-grey", "off"), 0.5, 0.1)):
+        write_out = tmp_path / "o.tif"
+        tifffile.imwrite(tmp_path / "f.tif", fast, photometric="minisblack")
+        tifffile.imwrite(tmp_path / "s.tif", keys, photometric="minisblack")
+        hpc_xvr(
+            *("reconstruct", "bicubic", "--lr", tmp_path / "f.tif", "--hr", tmp_path / "s.tif"),
+            *("--gap", GAP, "--out", write_out, *options),
+        )
+        between = tifffile.imread(write_out)[2] / 65535
+        assert between.mean() == pytest.approx(factor * scene.mean() + offset, abs=2e-3)
+        text = tifffile.TiffFile(write_out).imagej_metadata["Info"]
+        assert ("grey of the fast camera matched" in text) == (not options)
+
+
+def test_a_mirrored_camera_is_refused(hpc_xvr, tmp_path):
+    scene = moving()
+    fast, keys = bin_down(scene, 4)[:, ::-1], scene[::GAP]
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, keys, code=2)
+    assert "upside down" in said
+    assert "--lr-flip-rows" in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_negative_is_refused(hpc_xvr, tmp_path):
+    scene = moving()
+    _, said = reconstruct(hpc_xvr, tmp_path, 1 - bin_down(scene, 4), scene[::GAP], code=2)
+    assert "negative" in said
+
+
+def test_a_wrong_start_and_a_wrong_gap_are_told(hpc_xvr, tmp_path):
+    scene = moving(33, speed=1.5, grain=4)
+    _, said = reconstruct(hpc_xvr, tmp_path, bin_down(scene[2:], 4), scene[:29:GAP])
+    assert "check --lr-start" in said
+    _, said = reconstruct(hpc_xvr, tmp_path, bin_down(scene, 4), scene[: 31 : GAP + 1])
+    assert "--gap of about 5 instead of 4" in said
