@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from hpc_xvr.data.cameras.packing import unpack
 from hpc_xvr.data.cameras.recording import Recording, check_shape, stated_bit_depth
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
@@ -141,17 +142,6 @@ def open_cine(path: Path, bit_depth: int | None = None) -> Recording:
         metadata=metadata,
         times_s=times,
     )
-
-
-def unpack(data: np.ndarray, bits: int) -> np.ndarray:
-    """Values of 10 or 12 bit that are packed most significant bit first, (n,) uint8, to uint16."""
-    size, values = {10: (5, 4), 12: (3, 2)}[bits]
-    groups = data.reshape(-1, size).astype(np.uint64)
-    word = np.zeros(len(groups), np.uint64)
-    for k in range(size):
-        word = word << np.uint64(8) | groups[:, k]
-    shifts = np.arange(values - 1, -1, -1, dtype=np.uint64) * np.uint64(bits)
-    return (word[:, None] >> shifts & np.uint64(2**bits - 1)).astype(np.uint16).ravel()
 
 
 @cache

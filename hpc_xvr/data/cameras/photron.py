@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from hpc_xvr.data.cameras.packing import unpack
 from hpc_xvr.data.cameras.recording import (
     Recording,
     check_bytes,
@@ -124,7 +125,7 @@ def open_photron(path: Path, bit_depth: int | None = None) -> Recording:
             for _ in range(start, stop):
                 data = file.read(size)
                 if bits == 12:
-                    frame = unpack_12(np.frombuffer(data, np.uint8))
+                    frame = unpack(np.frombuffer(data, np.uint8), bits)
                 else:
                     frame = np.frombuffer(data, np.dtype(f"<u{bits // 8}"))
                 frame = frame.reshape(height, width)
@@ -166,15 +167,6 @@ def _check_size(header: Path, pixels: Path, shape: tuple[int, int, int], bits: i
             "frames, is not read; if Total Frame, the size or Color Bit is wrong, correct %s",
             *(pixels, size, frames, promised, frames * (size / promised - 1), header.name),
         )
-
-
-def unpack_12(data: np.ndarray) -> np.ndarray:
-    """Packed 12-bit pixels, (3n,) uint8, to (2n,) uint16."""
-    triples = data.reshape(-1, 3).astype(np.uint16)
-    out = np.empty((len(triples), 2), np.uint16)
-    out[:, 0] = triples[:, 0] << 4 | triples[:, 1] >> 4
-    out[:, 1] = (triples[:, 1] & 15) << 8 | triples[:, 2]
-    return out.reshape(-1)
 
 
 def header_of(pixels: Path) -> Path | None:

@@ -72,15 +72,14 @@ class Recording:
             if (largest := int(frame.max())) > top:
                 used = int(np.bitwise_or.reduce(frame, axis=None))
                 unit = used & -used  # all values are multiples of it
-                likely = self.bit_depth + unit.bit_length() - 1 if unit > 1 else 0
+                stored = 8 * frame.dtype.itemsize
+                right = f"one from {largest.bit_length()}"
+                if unit >= 2 ** (stored - self.bit_depth):
+                    right = f"{stored}, as all values are multiples of {unit}"
                 raise InputError(
                     f"{self.path}: frame {index} holds the value {largest}, but "
-                    f"{self.bit_depth} bits end at {top}: the bit depth is wrong, state "
-                    + (
-                        f"{likely} (--bit-depth), as all values are multiples of {unit}"
-                        if largest < 2**likely <= 2**16
-                        else f"one from {largest.bit_length()} (--bit-depth)"
-                    )
+                    f"{self.bit_depth} bits end at {top}: the bit depth is wrong, state {right} "
+                    "(--bit-depth)"
                 )
             yield frame.astype(self.dtype, copy=False)
         if clipped > 0.001 * count:
