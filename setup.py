@@ -49,6 +49,7 @@ setup(
     packages=find_packages(include=["hpc_xvr", "hpc_xvr.*"]),
     package_data={
         "": ["py.typed", "*.html", "templates/*.html"],
+        "hpc_xvr.data.cameras": ["phantom_p10.txt"],
         "hpc_xvr.factory": ["builtin_weights/*"],
         "hpc_xvr.submit": ["scripts/*.sh", "sites/*.env"],
     },
@@ -62,7 +63,6 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10",
-        "pims>=0.7",
         "psutil>=5.9",
         "pydantic>=2.7",
         "pyyaml>=6",
@@ -92,6 +92,7 @@ setup(
             "hypothesis",
             "import-linter>=2",
             "mypy>=1.11",
+            "pims>=0.7",  # its reading of .cine files is what ours is compared with
             "pyMRAW>=0.32",
             "pytest>=8",
             "pytest-timeout",

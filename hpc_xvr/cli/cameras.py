@@ -24,7 +24,7 @@ _NAMES = {"hr": "Sharp camera", "lr": "Fast camera"}
 
 class _Option(NamedTuple):
     field: str
-    """Field of CameraReading."""
+    """Field of CameraReading, or a dataset that belongs to one."""
     name: str
     help: str
     settings: dict[str, Any]
@@ -35,6 +35,15 @@ _READING = (
     _Option("flat", "flat", "Recording without sample, for flat-field correction.", _A_FILE),
     _Option("dark", "dark", "Recording without beam, for the same.", _A_FILE),
     _Option(
+        "flat_dataset",
+        "flat-dataset",
+        "Dataset of the flat field, if that is an HDF5 file; the same as FILE.h5::PATH.",
+        {"metavar": "PATH"},
+    ),
+    _Option(
+        "dark_dataset", "dark-dataset", "Dataset of the dark field, likewise.", {"metavar": "PATH"}
+    ),
+    _Option(
         "dataset",
         "dataset",
         "Dataset in HDF5 files, such as /exchange/data.",
@@ -43,7 +52,8 @@ _READING = (
     _Option(
         "bit_depth",
         "bit-depth",
-        "Significant bits, if the file does not state them (12-bit data in 16-bit TIFF).",
+        "Significant bits, if the file does not state them (12-bit data in 16-bit TIFF), or states "
+        "them wrongly.",
         {"type": click.IntRange(1, 16)},
     ),
     _Option(
@@ -185,10 +195,27 @@ def take_source(options: dict[str, Any]) -> Source:
 
 
 def take_reading(camera: str, options: dict[str, Any]) -> CameraReading:
-    """Take the options of one camera out of those of a command."""
+    """Take the options of one camera out of those of a command.
+
+    Raises:
+        InputError: a dataset of a flat or dark field without its file, or given twice.
+    """
     from hpc_xvr.data.pairing.reading import CameraReading
 
-    return CameraReading(**{o.field: options.pop(f"{camera}_{o.field}") for o in _READING})
+    given = {option.field: options.pop(f"{camera}_{option.field}") for option in _READING}
+    for field in ("flat", "dark"):
+        dataset = given.pop(f"{field}_dataset")
+        if dataset is None:
+            continue
+        file = given[field]
+        if file is None or "::" in str(file):
+            reason = "without a file" if file is None else f"and {file}, which names one itself"
+            raise InputError(
+                f"--{field}-dataset {dataset} is given {reason}: give --{field} FILE.h5 and the "
+                "dataset once"
+            )
+        given[field] = f"{file}::{dataset}"
+    return CameraReading(**given)
 
 
 def take_pairing(options: dict[str, Any]) -> Pairing:

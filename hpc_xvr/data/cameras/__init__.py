@@ -34,7 +34,7 @@ def open_camera_file(
     Args:
         dataset: path inside an HDF5 file; also written FILE.h5::PATH.
         own_flat: apply the white and dark frames that a DXchange file holds.
-        bit_depth: significant bits of TIFF, PNG and HDF5 integers, if fewer than stored.
+        bit_depth: significant bits of integers, where the file does not state them, or wrongly.
         full_scale: physical value of the largest stored value, for floating-point files and
             transmissions.
 
@@ -79,15 +79,16 @@ def open_files(
             return images.open_stack(first, bit_depth, full_scale)
         if suffix not in SUFFIXES:
             raise InputError(f"{first}: unknown kind of file; supported are {FORMATS}")
-        if bit_depth is not None or full_scale is not None:
+        if full_scale is not None:
             raise InputError(
-                f"{first}: states its bit depth itself: leave the bit depth and the full scale out"
+                f"{first}: holds counts: a full scale is for floating-point numbers and "
+                "transmissions only"
             )
         if suffix == ".cine":
-            return phantom_cine.open_cine(first)
+            return phantom_cine.open_cine(first, bit_depth)
         if suffix == ".dat":
-            return shimadzu.open_shimadzu(first)
-        return photron.open_photron(first)
+            return shimadzu.open_shimadzu(first, bit_depth)
+        return photron.open_photron(first, bit_depth)
 
 
 def camera_files(path: Path | str) -> tuple[list[Path], str | None]:

@@ -1,24 +1,58 @@
-"""Phantom .cine through pims: 8 to 16-bit monochrome, also packed 10 and 12 bit.
+"""Phantom .cine: monochrome of 8 and 16 bit, packed 12 bit, and packed 10 bit (P10).
 
-pims trusts every offset and count of the file, so they are checked here before it sees them.
+A file is a header (44 bytes), a bitmap header, the camera's setup, tagged blocks (time stamps and
+exposures), a table of frame offsets, and the frames. Every offset and count is checked before use.
+
+Values of P10 are codes of linear 12-bit values: each is the number of its line in the camera
+maker's table, which other readers apply too. Packed 12-bit values, and 10-bit values that are not
+packed, are linear.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from functools import cache
+from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from hpc_xvr.data.cameras.recording import Recording, check_shape, positive
+from hpc_xvr.data.cameras.packing import unpack
+from hpc_xvr.data.cameras.recording import Recording, check_shape, stated_bit_depth
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
 
-PACKED = {256: 10, 1024: 12}
+P10 = 256
+PACKED = {P10: 10, 1024: 12}
 """Compression code of the bitmap header: bits of a packed pixel."""
-IMAGE_TIMES = 1002
+IMAGE_TIMES, EXPOSURES = 1002, 1003
+SECOND = 2**32
+"""Ticks of time stamps and exposures in a second."""
 LARGEST_TEXT = 2**16
+SETUP = {
+    "frame_rate_16": (0, "H", 0),
+    "mark": (140, "2s", 0),
+    "length": (142, "H", 0),
+    "im_width": (737, "H", 0),
+    "im_height": (739, "H", 0),
+    "serial": (743, "I", 0),
+    "frame_rate": (768, "I", 0),
+    "shutter_us": (772, "I", 0),
+    "camera_version": (792, "I", 0),
+    "firmware_version": (796, "I", 0),
+    "software_version": (800, "I", 0),
+    "cfa": (808, "I", 553),
+    "real_bpp": (896, "I", 579),
+    "decimation": (1556, "I", 608),
+    "shutter_ns": (1568, "I", 626),
+    "description": (1596, "4096s", 632),
+    "black_level": (5732, "i", 672),
+    "white_level": (5736, "i", 672),
+}
+"""Field of the setup: its offset, its format, and the first version of the software to state it."""
 KEPT = (
     "serial",
     "firmware_version",
@@ -30,85 +64,124 @@ KEPT = (
 )
 
 
-def open_cine(path: Path) -> Recording:
+class _Layout(NamedTuple):
+    """Where the frames lie and how."""
+
+    shape: tuple[int, int, int]
+    stored_bits: int
+    packing: int
+    bottom_up: bool
+    starts: np.ndarray
+    """Offset of each frame in the file."""
+
+    @property
+    def frame_bytes(self) -> int:
+        return self.shape[1] * self.shape[2] * self.stored_bits // 8
+
+    def pixels(self, data: bytes) -> np.ndarray:
+        """Counts (H, W) of a frame's bytes."""
+        if self.packing:
+            values = unpack(np.frombuffer(data, np.uint8), self.stored_bits)
+            values = _p10_table()[values] if self.packing == P10 else values
+        else:
+            values = np.frombuffer(data, np.dtype(f"<u{self.stored_bits // 8}"))
+        frame = values.reshape(self.shape[1:])
+        return frame[::-1] if self.bottom_up else frame
+
+
+def open_cine(path: Path, bit_depth: int | None = None) -> Recording:
     """Open a .cine file.
 
-    Packed 10-bit values are the camera's own encoding, which is not linear in intensity.
+    Args:
+        bit_depth: significant bits, instead of those that the header states.
 
     Raises:
-        InputError: colour or compressed frames, offsets outside the file, missing time stamps.
+        InputError: colour or compressed frames, or offsets outside the file.
     """
     with path.open("rb") as file:
-        frames, stored_bits, starts, times = _check(path, file)
-    cine = _open(path)
-    try:
-        fields = dict(cine.setup_fields_dict)
-        rate = positive(path, "frame rate", float(cine.frame_rate))
-        sensor_um = 1e6 / max(1, cine.bitmapinfo_dict["bi_x_pels_per_meter"])
-        height, width = cine._height, cine._width
-        exposure = float(cine.all_exposures[0])
-    finally:
-        cine.close()
-    shape = (frames, height, width)
-    if fields["cfa"] != 0:
-        raise InputError(f"{path}: is a colour recording: export it as monochrome")
-    stated = int(fields["real_bpp"])
-    bit_depth = stated if 1 <= stated <= stored_bits else stored_bits
+        head = struct.unpack("<2s3HiIiI3IQ", _bytes(path, file, 0, 44))
+        kind, compression, first_image = head[0], head[2], head[6]
+        count, off_bitmap, off_setup, off_images, trigger = head[7:]
+        if kind != b"CI":
+            raise InputError(f"{path}: does not start with CI: not a Phantom .cine, or damaged")
+        bitmap = struct.unpack("<IiiHHIIiiII", _bytes(path, file, off_bitmap, 40))
+        layout = _layout(path, file, count, off_images, compression, bitmap)
+        setup = _setup(path, file, off_setup)
+        blocks = _tagged_blocks(path, file, off_setup + setup["length"], off_images, count)
+    _check_setup(path, setup, layout)
+    times = _times(path, blocks.get(IMAGE_TIMES))
+    rate, record_rate = _rates(path, times, _record_rate(setup))
+    metadata: dict[str, str | int | float] = {key: setup[key] for key in KEPT if setup.get(key)}
+    if record_rate:
+        metadata["record_rate_hz"] = record_rate
+    if bitmap[7] > 0:
+        metadata["sensor_pixel_um"] = round(1e6 / bitmap[7], 3)
+    metadata["first_image"] = first_image
+    if trigger:
+        metadata["trigger_time"] = _date(trigger)
+        if times is not None:
+            ticks = int(blocks[IMAGE_TIMES][0]) - trigger
+            metadata["first_frame_after_trigger_s"] = round(ticks / SECOND, 9)
+    if layout.packing == P10:
+        metadata["encoding"] = "packed 10 bit, decoded to linear 12 bit"
 
     def source(start: int, stop: int) -> Iterator[np.ndarray]:
-        reader = _open(path)
-        try:
+        with path.open("rb") as file:
             for index in range(start, stop):
-                _check_frame(path, reader.f, starts[index], height * width * stored_bits // 8)
-                yield np.asarray(reader.get_frame(index))
-        finally:
-            reader.close()
+                yield layout.pixels(_frame(path, file, index, layout))
 
-    metadata: dict[str, str | int | float] = {key: fields[key] for key in KEPT if fields.get(key)}
-    metadata.update(record_rate_hz=rate, sensor_pixel_um=round(sensor_um, 3))
-    if stored_bits == 10:
-        metadata["encoding"] = "packed 10 bit, not linear in the light"
     return Recording(
         path=path,
-        shape=shape,
-        dtype=np.dtype(np.uint8 if stored_bits == 8 else np.uint16),
-        bit_depth=bit_depth,
+        shape=layout.shape,
+        dtype=np.dtype(np.uint8 if layout.stored_bits == 8 else np.uint16),
+        bit_depth=_bit_depth(path, setup, layout, bitmap[10], bit_depth),
         source=source,
-        camera=_camera(int(fields["camera_version"])),
-        frame_rate_hz=_true_rate(rate, times),
-        exposure_s=exposure if exposure > 0 else None,
+        camera=_camera(setup["camera_version"]),
+        frame_rate_hz=rate,
+        exposure_s=_exposure(path, setup, blocks.get(EXPOSURES)),
         metadata=metadata,
+        times_s=times,
     )
 
 
-def _open(path: Path) -> Any:
-    from pims.cine import Cine  # pims is slow to import, and only .cine files need it
+@cache
+def _p10_table() -> np.ndarray:
+    """(1024,) uint16: the linear 12-bit value of each code."""
+    file = resources.files("hpc_xvr.data.cameras") / "phantom_p10.txt"
+    table: np.ndarray = np.loadtxt(file.read_text().splitlines(), np.uint16)
+    return table
 
-    return Cine(str(path))
 
-
-def _check(path: Path, file: BinaryIO) -> tuple[int, int, np.ndarray, np.ndarray]:
-    """Frame count, stored bits a pixel, offsets of the frames and their times (s)."""
-    size = path.stat().st_size
-    kind, _, compression = struct.unpack("<2s2H", _bytes(path, file, 0, 6))
-    count, off_bitmap, off_setup, off_images = struct.unpack("<4I", _bytes(path, file, 20, 16))
-    if kind != b"CI":
-        raise InputError(f"{path}: does not start with CI: not a Phantom .cine, or damaged")
-    _, width, height, _, bits, packing, _ = struct.unpack(
-        "<IiiHHII", _bytes(path, file, off_bitmap, 24)
-    )
+def _layout(
+    path: Path,
+    file: BinaryIO,
+    count: int,
+    off_images: int,
+    compression: int,
+    bitmap: tuple[int, ...],
+) -> _Layout:
+    """Sizes and offsets, checked against the file's size."""
+    _, width, height, _, bits, packing = bitmap[:6]
     if bits not in (8, 16) or compression or packing not in (0, *PACKED):
         raise InputError(
             f"{path}: {bits} bit a pixel, compression {compression}/{packing}: "
             "supported is uncompressed or packed monochrome"
         )
-    check_shape(path, (count, height, width))
+    rows = abs(height)  # a negative height means that the first row comes first
+    shape = (count, rows, width)
+    check_shape(path, shape)
     stored_bits = PACKED.get(packing, bits)
-    frame_bytes = height * width * stored_bits // 8
+    if rows * width * stored_bits % (8 if packing != P10 else 40):
+        raise InputError(
+            f"{path}: {rows} x {width} pixels of packed {stored_bits} bit do not fill whole "
+            "groups of bytes: the header is damaged, copy the file again"
+        )
+    size = path.stat().st_size
+    frame_bytes = rows * width * stored_bits // 8
     if count * (frame_bytes + 16) + off_images > size:
         raise InputError(
             f"{path}: has {size} bytes, its header promises {count} frames of "
-            f"{height} x {width} in {stored_bits} bit: the file is incomplete, copy "
+            f"{rows} x {width} in {stored_bits} bit: the file is incomplete, copy "
             "it again"
         )
     starts = np.frombuffer(_bytes(path, file, off_images, 8 * count), "<u8")
@@ -118,44 +191,210 @@ def _check(path: Path, file: BinaryIO) -> tuple[int, int, np.ndarray, np.ndarray
             f"{path}: frame {outside[0]} lies beyond the end of the file: it is "
             "incomplete or damaged, copy it again"
         )
-    length = struct.unpack("<H", _bytes(path, file, off_setup + 142, 2))[0]
-    times = _time_stamps(path, file, off_setup + length, off_images, count)
-    return count, stored_bits, starts, times
+    order = np.argsort(starts, kind="stable")
+    shared = np.flatnonzero(np.diff(starts[order]) < frame_bytes + 8)
+    if len(shared):
+        one, other = sorted(order[shared[0] : shared[0] + 2].tolist())
+        raise InputError(
+            f"{path}: frames {one} and {other} share bytes of the file: its table of "
+            "frames is damaged, copy it again"
+        )
+    after = size - int(starts.max()) - frame_bytes - 8
+    if after >= frame_bytes:
+        logger.warning(
+            "%s: holds %d more bytes after the %d frames that its header states, enough for %d "
+            "more frames: they are not read",
+            *(path, after, count, after // (frame_bytes + 8) or 1),
+        )
+    # Rows of packed frames run from top to bottom whatever the sign says.
+    return _Layout(shape, stored_bits, packing, height > 0 and not packing, starts)
 
 
-def _time_stamps(path: Path, file: BinaryIO, at: int, end: int, count: int) -> np.ndarray:
-    """Seconds from the first frame, from the tagged block of image times."""
-    times: np.ndarray | None = None
+def _setup(path: Path, file: BinaryIO, at: int) -> dict[str, Any]:
+    """The fields of SETUP that this version of the header has."""
+    mark, length = struct.unpack("<2sH", _bytes(path, file, at + 140, 4))
+    last = SETUP["software_version"]
+    if mark != b"ST" or length < last[0] + 4:
+        raise InputError(
+            f"{path}: its camera setup at byte {at} is damaged, or older than Phantom software "
+            "5.5: copy the file again, or save it with a newer software"
+        )
+    data = _bytes(path, file, at, length)
+    version = struct.unpack_from("<I", data, last[0])[0]
+    fields = {}
+    for name, (offset, form, since) in SETUP.items():
+        if since <= version and offset + struct.calcsize(form) <= length:
+            value = struct.unpack_from("<" + form, data, offset)[0]
+            if isinstance(value, bytes):
+                value = value.partition(b"\0")[0].decode("latin-1").strip()
+            fields[name] = value
+    return fields
+
+
+def _tagged_blocks(
+    path: Path, file: BinaryIO, at: int, end: int, count: int
+) -> dict[int, np.ndarray]:
+    """Time stamps and exposures in ticks, one a frame, as far as they are there."""
+    found: dict[int, np.ndarray] = {}
     more = 1
     while more and at + 8 <= end:
         size, kind, more = struct.unpack("<IHH", _bytes(path, file, at, 8))
-        if size < 8:
+        if size < 8 or at + size > end:
             break
-        if kind == IMAGE_TIMES:
-            ticks = np.frombuffer(_bytes(path, file, at + 8, min(size - 8, 8 * count)), "<u8")
-            if len(ticks) == count:
-                times = (ticks - ticks[0]).astype(np.int64) / 2**32
+        if kind == IMAGE_TIMES and size - 8 != 8 * count:
+            raise InputError(
+                f"{path}: has {(size - 8) // 8} time stamps for {count} frames: the file is "
+                "damaged, copy or save it again"
+            )
+        width = {IMAGE_TIMES: 8, EXPOSURES: 4}.get(kind, 0)
+        if width and size - 8 == width * count:
+            found[kind] = np.frombuffer(_bytes(path, file, at + 8, size - 8), f"<u{width}")
         at += size
-    if more or times is None:
-        raise InputError(
-            f"{path}: its {count} time stamps are missing or damaged: save the cine "
-            "again with its image times"
+    if IMAGE_TIMES not in found:
+        logger.warning(
+            "%s: its blocks of time stamps are missing or damaged: its frames are taken as equally "
+            "spaced in time",
+            path,
         )
-    return times
+    return found
 
 
-def _check_frame(path: Path, file: BinaryIO, start: int, frame_bytes: int) -> None:
-    annotation = struct.unpack("<I", _bytes(path, file, int(start), 4))[0]
+def _check_setup(path: Path, setup: dict[str, Any], layout: _Layout) -> None:
+    """Refuse colour; say where the setup speaks of other frames, or fails to say what they are."""
+    if setup.get("cfa", 0):
+        raise InputError(f"{path}: is a colour recording: export it as monochrome")
+    size = setup["im_height"], setup["im_width"]
+    if all(size) and size != layout.shape[1:]:
+        logger.warning(
+            "%s: its bitmap header states frames of %d x %d pixels, its camera setup %d x %d: "
+            "they are read as the former",
+            *(path, *layout.shape[1:], *size),
+        )
+    if "cfa" not in setup:
+        logger.warning(
+            "%s: has the header of an old Phantom software (version %d), which does not say "
+            "whether it is in colour: it is read as monochrome",
+            *(path, setup["software_version"]),
+        )
+
+
+def _bit_depth(
+    path: Path, setup: dict[str, Any], layout: _Layout, colours: int, stated: int | None
+) -> int:
+    """Significant bits: what the user states, the setup, the bitmap header's number of grey
+    levels, or all bits that are stored."""
+    if layout.packing == P10:
+        if stated not in (None, 12):
+            raise InputError(
+                f"{path}: holds packed 10-bit codes of 12-bit values, which have 12 bit: leave "
+                f"the bit depth {stated} out"
+            )
+        return 12
+    real = setup.get("real_bpp", 0)
+    levels = colours.bit_length() - 1 if colours > 0 and colours & (colours - 1) == 0 else 0
+    depth = next((b for b in (real, levels) if 8 <= b <= 16), 0)
+    if stated is None and depth == 0:
+        logger.warning(
+            "%s: its header does not say how many bits are significant: all %d that are stored "
+            "are taken, unless you state the bit depth (--bit-depth)",
+            *(path, layout.stored_bits),
+        )
+    return stated_bit_depth(path, layout.stored_bits, depth or None, stated)
+
+
+def _times(path: Path, ticks: np.ndarray | None) -> np.ndarray | None:
+    """Seconds from the first frame, (T,) float64, or None if the stamps do not say."""
+    if ticks is None or len(ticks) < 2 or (ticks == ticks[0]).all():
+        return None
+    steps = np.diff(ticks).astype(np.int64)  # of unsigned ticks: right even where they fall
+    late = np.flatnonzero(steps <= 0)
+    if len(late):
+        k = int(late[0])
+        logger.warning(
+            "%s: time stamps %s after frame %d: they are not used, and all frames are taken as "
+            "equally spaced in time",
+            *(path, "run backwards" if steps[k] < 0 else "stand still", k),
+        )
+        return None
+    typical = _typical(steps)
+    odd = np.flatnonzero(np.abs(steps - typical) > 0.5 * typical)
+    if len(odd):
+        k = int(odd[0])
+        others = f", and at {len(odd) - 1} more places" if len(odd) > 1 else ""
+        logger.warning(
+            "%s: time stamps jump after frame %d: %g s to the next frame instead of %g s%s: "
+            "frames were lost, or the frame rate changed",
+            *(path, k, steps[k] / SECOND, typical / SECOND, others),
+        )
+    return np.concatenate(([0.0], np.cumsum(steps.astype(float)))) / SECOND
+
+
+def _typical(steps: np.ndarray) -> float:
+    """The median, or of an even number of steps the lower one of the two in the middle."""
+    return float(np.quantile(steps, 0.5, method="lower"))
+
+
+def _record_rate(setup: dict[str, Any]) -> float | None:
+    """Frames a second that the camera recorded; the older field ends at 65,535."""
+    older = setup["frame_rate_16"]
+    return float(setup["frame_rate"] or (older if older < 2**16 - 1 else 0)) or None
+
+
+def _rates(
+    path: Path, times: np.ndarray | None, record: float | None
+) -> tuple[float | None, float | None]:
+    """Frames a second in the file and while recording.
+
+    The time stamps decide. A recording saved every n-th frame has the record rate / n.
+    """
+    if times is None:
+        if record is None:
+            logger.warning(
+                "%s: states no frame rate: it is unknown, unless you state it (--frame-rate)", path
+            )
+        return record, record
+    steps = np.diff(times)
+    typical = _typical(steps)
+    interval = float(steps[np.abs(steps - typical) <= 0.5 * typical].mean())
+    if record is None:
+        logger.warning("%s: states no frame rate; its time stamps say %g Hz", path, 1 / interval)
+        return 1 / interval, None
+    step = max(1, round(interval * record))
+    if abs(interval * record - step) <= 0.01 * step:
+        return record / step, record
+    logger.warning(
+        "%s: its header states %g frames a second, its time stamps %g: the latter is taken",
+        *(path, record, 1 / interval),
+    )
+    return 1 / interval, record
+
+
+def _exposure(path: Path, setup: dict[str, Any], ticks: np.ndarray | None) -> float | None:
+    """Seconds: of the first frame, or from the setup."""
+    if ticks is not None and ticks[0]:
+        other = np.flatnonzero(np.abs(ticks / ticks[0] - 1) > 0.01)
+        if len(other):
+            logger.warning(
+                "%s: frame %d was exposed for %g s, the first one for %g s, so that their "
+                "brightness differs",
+                *(path, other[0], ticks[other[0]] / SECOND, ticks[0] / SECOND),
+            )
+        return float(ticks[0]) / SECOND
+    return setup.get("shutter_ns", 0) * 1e-9 or setup["shutter_us"] * 1e-6 or None
+
+
+def _frame(path: Path, file: BinaryIO, index: int, layout: _Layout) -> bytes:
+    start = int(layout.starts[index])
+    annotation = struct.unpack("<I", _bytes(path, file, start, 4))[0]
     if not 8 <= annotation <= LARGEST_TEXT:
+        raise InputError(f"{path}: frame {index} has a damaged header: copy the file again")
+    stated = struct.unpack("<I", _bytes(path, file, start + annotation - 4, 4))[0]
+    if stated != layout.frame_bytes:
         raise InputError(
-            f"{path}: the frame at byte {start} has a damaged header: copy the file again"
+            f"{path}: frame {index} states {stated} bytes instead of "
+            f"{layout.frame_bytes}: the file is damaged, copy it again"
         )
-    stated = struct.unpack("<I", _bytes(path, file, int(start) + annotation - 4, 4))[0]
-    if stated != frame_bytes:
-        raise InputError(
-            f"{path}: the frame at byte {start} states {stated} bytes instead of "
-            f"{frame_bytes}: the file is damaged, copy it again"
-        )
+    return _bytes(path, file, start + annotation, stated)
 
 
 def _bytes(path: Path, file: BinaryIO, at: int, count: int) -> bytes:
@@ -169,13 +408,10 @@ def _bytes(path: Path, file: BinaryIO, at: int, count: int) -> bytes:
     return data
 
 
-def _true_rate(rate: float, times: np.ndarray) -> float:
-    """Frames a second in the file: of a recording saved every n-th frame, rate / n."""
-    if len(times) < 2:
-        return rate
-    interval = float(np.median(np.diff(times)))
-    step = round(interval * rate) if 0 < interval < 1e6 else 1
-    return rate / step if step >= 1 and abs(interval * rate - step) < 0.1 * step else rate
+def _date(ticks: int) -> str:
+    """Date and time (UTC) of a time stamp, to the microsecond."""
+    start = datetime(1970, 1, 1, tzinfo=timezone.utc)
+    return (start + timedelta(seconds=ticks / SECOND)).isoformat()
 
 
 def _camera(version: int) -> str:

@@ -5,15 +5,24 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
-from hpc_xvr.data.cameras.recording import Recording, check_bytes, check_shape, guarded, positive
+from hpc_xvr.data.cameras.packing import unpack
+from hpc_xvr.data.cameras.recording import (
+    Recording,
+    check_bytes,
+    check_shape,
+    guarded,
+    stated_bit_depth,
+)
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
 
 LARGEST_HEADER = 2**24
 XML_NAMES = {
@@ -23,6 +32,8 @@ XML_NAMES = {
     "Record Rate(fps)": "recordInfo/recordRate",
     "Shutter Speed(s)": "recordInfo/shutterSpeed",
     "Shutter Type2(nsec)": "recordInfo/shutterSpeedNsec",
+    "Trigger Time": "recordInfo/triggerTime",
+    "Original Total Frame": "frameInfo/recordedFrame",
     "Total Frame": "frameInfo/totalFrame",
     "Start Frame": "frameInfo/startFrame",
     "Save Step": "frameInfo/skipFrame",
@@ -36,9 +47,13 @@ XML_NAMES = {
     "Comment Text": "basicInfo/comment",
 }
 """Key of a .cih file: path of the same value in a .cihx file."""
+DEPTHS = (8, 12, 16)
+"""Stored bits of a pixel."""
 KEPT = (
     "Date",
     "Time",
+    "Trigger Time",
+    "Original Total Frame",
     "Start Frame",
     "Save Step",
     "Record Rate(fps)",
@@ -48,8 +63,11 @@ KEPT = (
 )
 
 
-def open_photron(path: Path) -> Recording:
+def open_photron(path: Path, bit_depth: int | None = None) -> Recording:
     """Open a recording by its .cih, .cihx or .mraw file.
+
+    Args:
+        bit_depth: significant bits, instead of those that the header states.
 
     Raises:
         InputError: header or pixel file is missing, the header lacks a key or contradicts itself,
@@ -66,7 +84,7 @@ def open_photron(path: Path) -> Recording:
     bits = _integer(header_path, header, "Color Bit")
     kind, camera = header.get("Color Type", "Mono"), header.get("Camera Type", "")
     # Raw is what newer cameras write; of a colour sensor (type ..K-C-..) it is a Bayer mosaic.
-    if kind.lower() not in ("mono", "raw") or "-C-" in camera or bits not in (8, 12, 16):
+    if kind.lower() not in ("mono", "raw") or "-C-" in camera or bits not in DEPTHS:
         raise InputError(
             f"{header_path}: Color Type {kind}, Color Bit {bits}, camera {camera}: "
             "supported is monochrome with 8, 12 or 16 bit"
@@ -77,7 +95,11 @@ def open_photron(path: Path) -> Recording:
             "the exported images instead"
         )
     side = header.get("EffectiveBit Side", "Lower").lower()
-    depth = _integer(header_path, header, "EffectiveBit Depth", bits)
+    if bit_depth is not None and side == "lower":  # the header's depth is not needed
+        text = header.get("EffectiveBit Depth", "")
+        depth = int(text) if text in map(str, range(1, 17)) else bit_depth
+    else:
+        depth = _integer(header_path, header, "EffectiveBit Depth", bits)
     if side not in ("lower", "higher") or not 1 <= depth <= 16:
         raise InputError(
             f"{header_path}: EffectiveBit Depth {depth}, Side {side}: allowed are "
@@ -89,11 +111,9 @@ def open_photron(path: Path) -> Recording:
             f"{header_path}: {height} x {width} pixels of packed 12 bit do not "
             "fill whole bytes: the header is damaged, copy it again"
         )
-    check_bytes(pixels, frames * count * bits // 8, frames)
+    _check_size(header_path, pixels, shape, bits)
 
-    rate = positive(
-        header_path, "Record Rate(fps)", _number(header_path, header, "Record Rate(fps)")
-    )
+    rate = _rate(header_path, header)
     step = max(1, _integer(header_path, header, "Save Step", 1))
     # A file of fewer bits than the sensor's holds only the upper ones: nothing to shift there.
     shift = bits - depth if side == "higher" and depth < bits else 0
@@ -105,7 +125,7 @@ def open_photron(path: Path) -> Recording:
             for _ in range(start, stop):
                 data = file.read(size)
                 if bits == 12:
-                    frame = unpack_12(np.frombuffer(data, np.uint8))
+                    frame = unpack(np.frombuffer(data, np.uint8), bits)
                 else:
                     frame = np.frombuffer(data, np.dtype(f"<u{bits // 8}"))
                 frame = frame.reshape(height, width)
@@ -115,22 +135,38 @@ def open_photron(path: Path) -> Recording:
         path=pixels,
         shape=shape,
         dtype=np.dtype(np.uint8 if bits == 8 else np.uint16),
-        bit_depth=min(bits, depth),
+        bit_depth=stated_bit_depth(header_path, bits, depth, bit_depth),
         source=source,
         camera=f"Photron {camera}".strip(),
-        frame_rate_hz=rate / step,
+        frame_rate_hz=rate and rate / step,
         exposure_s=_exposure(header_path, header),
         metadata={key: header[key] for key in KEPT if header.get(key)},
     )
 
 
-def unpack_12(data: np.ndarray) -> np.ndarray:
-    """Packed 12-bit pixels, (3n,) uint8, to (2n,) uint16."""
-    triples = data.reshape(-1, 3).astype(np.uint16)
-    out = np.empty((len(triples), 2), np.uint16)
-    out[:, 0] = triples[:, 0] << 4 | triples[:, 1] >> 4
-    out[:, 1] = (triples[:, 1] & 15) << 8 | triples[:, 2]
-    return out.reshape(-1)
+def _check_size(header: Path, pixels: Path, shape: tuple[int, int, int], bits: int) -> None:
+    """Compare the size of the pixel file with what its header promises.
+
+    Raises:
+        InputError: it is smaller, or just as large as with another number of bits.
+    """
+    frames, height, width = shape
+    size = pixels.stat().st_size
+    for other in DEPTHS:
+        if other != bits and size and 8 * size == frames * height * width * other:
+            raise InputError(
+                f"{pixels}: has {size} bytes, which is {other} bit a pixel for its {frames} "
+                f"frames, but {header.name} says Color Bit {bits}: correct Color Bit there, or "
+                "Total Frame if that is what is wrong"
+            )
+    promised = frames * height * width * bits // 8
+    check_bytes(pixels, promised, frames)
+    if size > promised:
+        logger.warning(
+            "%s: has %d bytes, its header promises %d frames in %d: what follows, enough for %.3g "
+            "frames, is not read; if Total Frame, the size or Color Bit is wrong, correct %s",
+            *(pixels, size, frames, promised, frames * (size / promised - 1), header.name),
+        )
 
 
 def header_of(pixels: Path) -> Path | None:
@@ -174,17 +210,49 @@ def _read_header(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: has {path.stat().st_size} bytes, too many for a header")
     data = path.read_bytes()
     if path.suffix.lower() == ".cih":
-        lines = (line.partition(":") for line in data.decode(errors="replace").splitlines())
+        lines = (line.partition(":") for line in _text(data).splitlines())
         return {key.strip(): value.strip() for key, colon, value in lines if colon}
-    match = re.search(rb"<cih>.*</cih>", data, re.DOTALL)
-    if match is None:
+    for encoding in ("ascii", "utf-16-le", "utf-16-be"):
+        first, last = (tag.encode(encoding) for tag in ("<cih>", "</cih>"))
+        begin, end = data.find(first), data.rfind(last)
+        if 0 <= begin < end:
+            break
+    else:
         raise InputError(f"{path}: holds no <cih> section: not a Photron header, or damaged")
-    tree = ElementTree.fromstring(match[0].decode(errors="replace"))
+    section = data[begin : end + len(last)]
+    tree = ElementTree.fromstring(
+        _text(section) if encoding == "ascii" else section.decode(encoding, errors="replace")
+    )
     return {
         key: (tree.findtext(name) or "").strip()
         for key, name in XML_NAMES.items()
         if tree.find(name) is not None
     }
+
+
+def _text(data: bytes) -> str:
+    """The text of a header: UTF-16, UTF-8 or, of Japanese systems, Shift JIS."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16", errors="replace")
+    if b"\0" in data[:2]:  # "#Camera" without a byte order mark
+        return data.decode("utf-16-be" if data[0] == 0 else "utf-16-le", errors="replace")
+    for encoding in ("utf-8-sig", "cp932"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    return data.decode(errors="replace")
+
+
+def _rate(path: Path, header: dict[str, str]) -> float | None:
+    """Frames a second while recording; None of a camera that was clocked from outside."""
+    text = header.get("Record Rate(fps)", "")
+    with contextlib.suppress(ValueError):
+        if 0 < (rate := float(text)) < math.inf:
+            return rate
+    logger.warning(
+        "%s: Record Rate(fps) is %s: the frame rate is unknown, unless you state it (--frame-rate)",
+        *(path, text or "missing"),
+    )
+    return None
 
 
 def _number(path: Path, header: dict[str, str], key: str, default: float | None = None) -> float:

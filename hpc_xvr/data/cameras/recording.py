@@ -26,7 +26,10 @@ class Recording:
     No file handle is kept: `frames` opens the file and closes it. `shape` is (frames, height,
     width). `dtype` is uint8 or uint16; stored values are 0..2**bit_depth - 1, right-aligned.
     `full_scale` is the physical value (transmission, or the unit of a floating-point file) of the
-    largest one. `pixel_size_um` is the pixel size on the object. What is unknown is None.
+    largest one. `pixel_size_um` is the pixel size on the object. `times_s` holds the time of each
+    frame in seconds from the first one, (frames,) float64, rising, where the file has time stamps:
+    they show lost frames, which `frame_rate_hz`, the rate between neighbours, does not. What is
+    unknown is None.
     """
 
     path: Path
@@ -40,6 +43,7 @@ class Recording:
     exposure_s: float | None = None
     full_scale: float = 1.0
     metadata: dict[str, str | int | float] = field(default_factory=dict)
+    times_s: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -66,9 +70,16 @@ class Recording:
                 yield np.clip(np.rint(scaled), 0, top).astype(self.dtype)
                 continue
             if (largest := int(frame.max())) > top:
+                used = int(np.bitwise_or.reduce(frame, axis=None))
+                unit = used & -used  # all values are multiples of it
+                stored = 8 * frame.dtype.itemsize
+                right = f"one from {largest.bit_length()}"
+                if unit >= 2 ** (stored - self.bit_depth):
+                    right = f"{stored}, as all values are multiples of {unit}"
                 raise InputError(
                     f"{self.path}: frame {index} holds the value {largest}, but "
-                    f"{self.bit_depth} bits end at {top}: the bit depth is wrong"
+                    f"{self.bit_depth} bits end at {top}: the bit depth is wrong, state {right} "
+                    "(--bit-depth)"
                 )
             yield frame.astype(self.dtype, copy=False)
         if clipped > 0.001 * count:
@@ -128,9 +139,11 @@ class Recording:
         """Frames `first` to `last` (-1: the last one), cut to `height` rows from `top` and `width`
         columns from `left`."""
         frames = (self.shape[0] if last < 0 else last + 1) - first
+        times = self.times_s
         return replace(
             self,
             shape=(frames, height, width),
+            times_s=None if times is None else times[first : first + frames] - times[first],
             source=lambda start, stop: (
                 frame[top : top + height, left : left + width]
                 for frame in self.values(first + start, first + stop)
@@ -227,6 +240,25 @@ def check_bytes(path: Path, needed: int, frames: int) -> None:
             f"{path}: has {have} bytes, its header promises {frames} frames in "
             f"{needed}: the file is incomplete, copy it again"
         )
+
+
+def stated_bit_depth(path: Path, stored: int, header: int | None, stated: int | None) -> int:
+    """Significant bits of `stored` ones: those the user states, else those of the header, else all.
+
+    Raises:
+        InputError: the user states more than are stored.
+    """
+    known = min(header or stored, stored)
+    if stated is None:
+        return known
+    if not 1 <= stated <= stored:
+        raise InputError(
+            f"{path}: bit depth {stated} does not fit its values of {stored} bit: give 1 to "
+            f"{stored}"
+        )
+    if header and stated != known:
+        logger.warning("%s: read as the %d bit you state; it says %d", path, stated, known)
+    return stated
 
 
 def positive(path: Path, what: str, value: float) -> float:

@@ -16,8 +16,10 @@ import numpy as np
 
 from hpc_xvr.data.cameras.recording import Recording, check_shape
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
 
 HEIGHT, WIDTH = 250, 400
+BITS = 10
 INTERVAL = bytes.fromhex("30300730")
 EXPOSURE = bytes.fromhex("30300830")
 DATE = bytes.fromhex("40400e40")
@@ -29,12 +31,17 @@ NEXT_TAG = re.compile(rb"(.)\1[\x00-\x1f]\1", re.DOTALL)
 UNITS = {"": 1e-9, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
-def open_shimadzu(path: Path) -> Recording:
+def open_shimadzu(path: Path, bit_depth: int | None = None) -> Recording:
     """Open a .dat file; rows come in the file's order.
 
     Raises:
-        InputError: no image section, a frame count that contradicts it, or too few bytes.
+        InputError: no image section, a frame count that contradicts it, too few bytes, or a bit
+            depth other than 10.
     """
+    if bit_depth not in (None, BITS):
+        raise InputError(
+            f"{path}: Shimadzu HPV-X2 has {BITS} bit: leave the bit depth {bit_depth} out"
+        )
     if path.stat().st_size == 0:
         raise InputError(f"{path}: is empty: copy it again")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -53,8 +60,15 @@ def open_shimadzu(path: Path) -> Recording:
     def source(start: int, stop: int) -> Iterator[np.ndarray]:
         with path.open("rb") as file:
             file.seek(begin + start * 2 * HEIGHT * WIDTH)
-            for _ in range(start, stop):
+            more = False  # bits than 10 were seen
+            for index in range(start, stop):
                 frame = np.frombuffer(file.read(2 * HEIGHT * WIDTH), "<u2")
+                if not more and (more := bool((frame & 63).any())):
+                    logger.warning(
+                        "%s: frame %d has values in the lower 6 of 16 bits, where this camera has "
+                        "none: they are cut off",
+                        *(path, index),
+                    )
                 yield frame.reshape(HEIGHT, WIDTH) >> 6
 
     interval = _seconds(header, INTERVAL)
@@ -63,7 +77,7 @@ def open_shimadzu(path: Path) -> Recording:
         path=path,
         shape=shape,
         dtype=np.dtype(np.uint16),
-        bit_depth=10,
+        bit_depth=BITS,
         source=source,
         camera="Shimadzu HPV-X2",
         frame_rate_hz=1 / interval if interval else None,
