@@ -78,6 +78,7 @@ setup(
         "mpi": ["mpi4py>=4.0"],  # several ranks; it is built against the MPI that is there
         "horovod": ["horovod>=0.28.1", "mpi4py>=4.0"],  # another way for gradients to travel
         "gpu": ["nvidia-ml-py>=12"],  # how busy NVIDIA GPUs are
+        "codecs": ["imagecodecs>=2024.1"],  # TIFF of LZW, JPEG 2000, packed 12 bit, ...
         "docs": [  # the documents and their notebooks; they are built in the tests
             "ipykernel>=6",
             "myst-nb>=1.1",

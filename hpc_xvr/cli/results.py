@@ -192,6 +192,14 @@ def evaluate(
     help="Result: .tif (16-bit stack) or .h5 (DXchange).",
 )
 @click.option(
+    "--dtype",
+    type=click.Choice(["uint16", "float32"]),
+    default="uint16",
+    show_default=True,
+    help="uint16: 0 to 65535, and what 65535 means; float32: physical values (transmission, "
+    "counts).",
+)
+@click.option(
     "--movie",
     type=click.Path(path_type=Path),
     help="Side-by-side animation (.gif, .webp) or strip (.png).",
@@ -213,6 +221,7 @@ def reconstruct(
     what: Path,
     device: str | None,
     out: Path,
+    dtype: Literal["uint16", "float32"],
     movie: Path | None,
     force: bool,
     to_recording: bool,
@@ -245,6 +254,7 @@ def reconstruct(
         movie=movie,
         which=which,
         force=force,
+        dtype=dtype,
         refine=_adapted if to_recording else None,
     )
 

@@ -154,20 +154,49 @@ def streams_of_pair(pair: Pair, scale: int) -> tuple[Stream, KeyFrames]:
             f"{sharp.path}: has {sharp.shape[0]} frame that the fast camera covers, at least 2 key "
             "frames are needed (one before and one after the frames that are reconstructed)"
         )
-    nearest = [int(np.abs(pair.times - k).argmin()) for k in range(sharp.shape[0])]
-    if len(set(nearest)) < len(nearest):
-        raise InputError(
-            f"{sharp.path} with {fast.path}: there are more sharp frames than fast ones; are the "
-            "two files swapped, or --gap below 1?"
-        )
-    _report_times(pair, nearest)
-    number = dict(zip(nearest, range(len(nearest)), strict=True))
+    number = _beside(pair)
+    nearest = list(number)
     read = _InTurn(sharp)
     keys = KeyFrames(nearest, (height, width), lambda t: read(number[t]))
     return Stream(fast.shape, _InTurn(fast)), keys
 
 
-def _report_times(pair: Pair, nearest: Sequence[int]) -> None:
+def _beside(pair: Pair) -> dict[int, int]:
+    """Fast frame -> the sharp frame of its instant. Sharp frames at whose instant the fast camera
+    lost its frames are left out, with a warning.
+
+    Raises:
+        InputError: two sharp frames share a fast one, or less than two are left.
+    """
+    name = f"{pair.sharp.path} with {pair.fast.path}"
+    frames = pair.sharp.shape[0]
+    nearest = [int(np.abs(pair.times - k).argmin()) for k in range(frames)]
+    interval = float(np.median(np.diff(pair.times)))
+    aside = np.abs(pair.times[nearest] - np.arange(frames)) / interval
+    there = [k for k in range(frames) if aside[k] <= 0.5 + 1e-6]
+    if len({nearest[k] for k in there}) < len(there):
+        raise InputError(
+            f"{name}: there are more sharp frames than fast ones; are the two files swapped, or "
+            "--gap below 1?"
+        )
+    if lost := sorted(set(range(frames)) - set(there)):
+        logger.warning(
+            "%s: the fast camera lost its frames at the instant of sharp frame %s, which %s left "
+            "out",
+            *(name, ", ".join(map(str, lost)), "is" if len(lost) == 1 else "are"),
+        )
+    if len(there) < 2:
+        raise InputError(
+            f"{name}: the fast camera has a frame at the instant of {len(there)} sharp frame, at "
+            "least 2 key frames are needed: check --gap and --lr-start"
+        )
+    _report_times(pair, [nearest[k] for k in there], aside[there], there)
+    return {nearest[k]: k for k in there}
+
+
+def _report_times(
+    pair: Pair, nearest: Sequence[int], aside: np.ndarray, there: Sequence[int]
+) -> None:
     """Log which fast frames are left out, and warn of sharp frames between two fast ones."""
     name, last = pair.fast.path, pair.fast.shape[0] - 1
     for first, stop, where in (
@@ -178,14 +207,12 @@ def _report_times(pair: Pair, nearest: Sequence[int]) -> None:
             logger.info(
                 "%s: frames %d to %d come %s key frame and are left out", name, first, stop, where
             )
-    interval = float(pair.times[1] - pair.times[0])
-    aside = np.abs(pair.times[nearest] - np.arange(len(nearest))) / interval
     if aside.max() > BESIDE:
         logger.warning(
             "%s: key frame %d lies %.2f fast frames beside the nearest one (frame %d), %d others "
             "more than %g: check --gap and --lr-start",
             pair.sharp.path,
-            *(worst := int(aside.argmax()), aside.max(), nearest[worst]),
+            *(there[worst := int(aside.argmax())], aside.max(), nearest[worst]),
             *(np.count_nonzero(aside > BESIDE) - 1, BESIDE),
         )
 

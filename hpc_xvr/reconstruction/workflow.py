@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -81,6 +82,7 @@ def reconstruct_run(
     movie: Path | None = None,
     which: Which = "newest",
     force: bool = False,
+    dtype: Literal["uint16", "float32"] = "uint16",
     refine: Callable[[NamedMethod, Material], NamedMethod] | None = None,
 ) -> Path:
     """Reconstruct every frame from the first key frame to the last and write `out`.
@@ -91,6 +93,7 @@ def reconstruct_run(
     Args:
         what: see `open_method`.
         force: go on where key frames lie further apart than the weights were trained for.
+        dtype: of the numbers in `out`, see `write_sequence`.
         refine: makes of the method one that suits the recording better.
 
     Raises:
@@ -122,7 +125,7 @@ def reconstruct_run(
                 shown.append((material.lr[t], frame, *([truth(t)] if truth else [])))
             yield frame
 
-    write_sequence(out, results(), count, material.calibration, first_frame=first)
+    write_sequence(out, results(), count, material.calibration, first, dtype)
     logger.info("written: %s (%d frames)", out, count)
     if movie:
         labels = ["fast camera", "reconstruction", *(["truth"] if truth else [])]
@@ -263,6 +266,7 @@ def _calibration(pair: Pair, grey: Grey) -> Calibration:
         sharp.pixel_size_um,
         white,
         unit="counts" if counts and sharp.full_scale == 1.0 else "",
+        times_s=fast.times_s,
         notes=tuple(notes),
     )
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import numpy as np
@@ -38,6 +39,8 @@ class Calibration:
     unit: str = ""
     """Of `full_scale`: counts of the sharp camera, or empty for transmissions and the unit of a
     floating-point file."""
+    times_s: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """Time of each frame of the fast recording from its first one, where it has time stamps."""
     notes: tuple[str, ...] = ()
     """What was done to the recordings beforehand, a line each."""
 
@@ -62,14 +65,17 @@ def write_sequence(
     count: int,
     calibration: Calibration = Calibration(),
     first_frame: int = 0,
+    dtype: Literal["uint16", "float32"] = "uint16",
 ) -> Path:
-    """Write `count` frames (H, W) in [0, 1] as 16-bit numbers, one frame in memory at a time.
+    """Write `count` frames (H, W) in [0, 1], one frame in memory at a time.
 
     Args:
         path: `.tif` or `.tiff` for one stack, which ImageJ opens with its scale and frame rate
             (BigTIFF beyond 4 GB); `.h5` or `.hdf5` for DXchange, the stack being /exchange/data.
         calibration: stored with the frames.
         first_frame: index of the first frame in the fast recording, stored too.
+        dtype: uint16 stores intensities as 0..65535 and what 65535 stands for; float32 stores
+            physical values (transmission, counts), nothing cut off.
 
     Raises:
         InputError: unknown suffix, missing folder, full disk, a frame of another size or with
@@ -84,7 +90,8 @@ def write_sequence(
         if first is None:
             raise InputError(f"{path}: there are no frames to write")
         shape = (count, *first.shape)
-        free, needed = shutil.disk_usage(path.parent).free, 2 * int(np.prod(shape))
+        kind = np.dtype(dtype)
+        free, needed = shutil.disk_usage(path.parent).free, kind.itemsize * int(np.prod(shape))
         if needed > free:
             raise InputError(
                 f"{path}: needs {needed / 1e9:.2f} GB, {path.parent} has "
@@ -92,18 +99,21 @@ def write_sequence(
             )
         writer(
             beside,
-            _sixteen_bit(chain([first], frames), shape, path),
+            _stored(chain([first], frames), shape, path, kind, calibration.full_scale),
             shape,
+            kind,
             calibration,
             first_frame,
         )
     return path
 
 
-def _sixteen_bit(
+def _stored(
     frames: Iterable[np.ndarray],
     shape: tuple[int, int, int],
     path: Path,
+    kind: np.dtype,
+    full_scale: float,
 ) -> Iterator[np.ndarray]:
     done = 0
     for i, frame in enumerate(frames):
@@ -116,7 +126,10 @@ def _sixteen_bit(
             )
         if not np.isfinite(frame).all():
             raise InputError(f"{path}: frame {i} holds values that are not finite")
-        yield np.rint(np.clip(frame, 0, 1) * FULL).astype(np.uint16)
+        if kind.kind == "f":
+            yield (frame * full_scale).astype(kind)
+        else:
+            yield np.rint(np.clip(frame, 0, 1) * FULL).astype(kind)
         done = i + 1
     if done != shape[0]:
         raise InputError(f"{path}: only {done} of the expected {shape[0]} frames came")
@@ -126,18 +139,20 @@ def _write_tiff(
     path: Path,
     frames: Iterator[np.ndarray],
     shape: tuple[int, int, int],
+    kind: np.dtype,
     calibration: Calibration,
     first_frame: int,
 ) -> None:
-    big = 2 * int(np.prod(shape)) > TIFF_LIMIT
+    big = kind.itemsize * int(np.prod(shape)) > TIFF_LIMIT
     metadata: dict[str, object] = {
         "axes": "TYX",
         "Info": (  # shown by ImageJ's Show Info
             "\n".join(
                 (
                     f"first frame: {first_frame}",
-                    f"value of {FULL}: {calibration.full_scale:g} {calibration.unit}".rstrip(),
+                    _meaning(kind, calibration),
                     *calibration.notes,
+                    *_lost(calibration, first_frame, shape[0]),
                 )
             )
         ),
@@ -153,41 +168,65 @@ def _write_tiff(
         file.write(
             frames,
             shape=shape,
-            dtype=np.uint16,
+            dtype=kind,
             photometric="minisblack",
             metadata=metadata,
             resolution=resolution,
         )
 
 
+def _meaning(kind: np.dtype, calibration: Calibration) -> str:
+    if kind.kind == "f":
+        return f"values: {calibration.unit or 'physical, as the recordings'}"
+    return f"value of {FULL}: {calibration.full_scale:g} {calibration.unit}".rstrip()
+
+
+def _lost(calibration: Calibration, first: int, count: int) -> list[str]:
+    """A line that gives the frames' times where they are not equally spaced."""
+    if calibration.times_s is None:
+        return []
+    times = calibration.times_s[first : first + count]
+    steps = np.diff(times)
+    if len(steps) == 0 or steps.max() < 1.5 * np.median(steps):
+        return []
+    told = " ".join(f"{t:.9g}" for t in times - calibration.times_s[0])
+    return [f"times in s, not equally spaced as the fast camera lost frames: {told}"]
+
+
 def _write_hdf5(
     path: Path,
     frames: Iterator[np.ndarray],
     shape: tuple[int, int, int],
+    kind: np.dtype,
     calibration: Calibration,
     first_frame: int,
 ) -> None:
     with h5py.File(path, "w") as file:
         file["implements"] = "exchange"
-        data = file.create_dataset("exchange/data", shape, np.uint16, chunks=(1, *shape[1:]))
+        data = file.create_dataset("exchange/data", shape, kind, chunks=(1, *shape[1:]))
         data.attrs["axes"] = "time:y:x"
         data.attrs["first_frame"] = first_frame
-        data.attrs["full_scale"] = calibration.full_scale
-        data.attrs["stored_full_scale"] = FULL
+        if kind.kind == "u":
+            data.attrs["full_scale"] = calibration.full_scale
+            data.attrs["stored_full_scale"] = FULL
         if calibration.unit:
-            data.attrs["full_scale_units"] = calibration.unit
+            data.attrs["units"] = calibration.unit
         if calibration.notes:
             data.attrs["notes"] = "\n".join(calibration.notes)
         if calibration.frame_rate_hz:
             data.attrs["frame_rate_hz"] = calibration.frame_rate_hz
         if calibration.pixel_size_um:
             data.attrs["pixel_size_um"] = calibration.pixel_size_um
+        if calibration.times_s is not None:
+            times = calibration.times_s[first_frame : first_frame + shape[0]]
+            file["exchange/time"] = times
+            file["exchange/time"].attrs["units"] = "s"
         for i, frame in enumerate(frames):
             data[i] = frame
 
 
 SequenceWriter = Callable[
-    [Path, Iterator[np.ndarray], tuple[int, int, int], Calibration, int], None
+    [Path, Iterator[np.ndarray], tuple[int, int, int], np.dtype, Calibration, int], None
 ]
 SEQUENCE_WRITERS: dict[str, SequenceWriter] = {
     ".tif": _write_tiff,

@@ -6,7 +6,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc_xvr.data.cameras import hdf5, images, phantom_cine, photron, shimadzu
+from hpc_xvr.data.cameras import hdf5, images, numbering, phantom_cine, photron, shimadzu
 from hpc_xvr.data.cameras.recording import Recording, guarded
 from hpc_xvr.errors import InputError
 
@@ -109,20 +109,21 @@ def camera_files(path: Path | str) -> tuple[list[Path], str | None]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise InputError(f"{path}: unknown kind of file; supported are {FORMATS}")
-    key = images.name_key(path)
-    if suffix in images.IMAGE_SUFFIXES and key and images.page_count(path) == 1:
-        alike = [file for file in path.parent.iterdir() if images.name_key(file) == key]
-        group = images.in_order(alike)
-        return (group if group[0] == path else [path]), None
+    if suffix in images.IMAGE_SUFFIXES:
+        alike = [file for file in path.parent.iterdir() if file.suffix == path.suffix]
+        group = next(group for group in numbering.grouped(alike) if path in group.files)
+        if len(group.files) > 1 and (group.parts or images.page_count(path) == 1):
+            ordered = group.in_order()
+            return (ordered if ordered[0] == path else [path]), None
     return [path], inner or None
 
 
 def _sequence(path: Path, found: list[Path]) -> list[Path]:
     files = [file for file in found if file.suffix.lower() in images.IMAGE_SUFFIXES]
-    groups = images.grouped(files)
+    groups = numbering.grouped(files)
     if len(groups) != 1:
         raise InputError(
             f"{path}: holds {len(groups)} sequences of numbered .tif or .png files: "
             "give one file or a folder with one sequence"
         )
-    return images.in_order(groups[0])
+    return groups[0].in_order()

@@ -69,5 +69,6 @@ def transmission(
         dtype=np.dtype(np.uint16),
         bit_depth=16,
         full_scale=FULL_SCALE if full_scale is None else full_scale,
+        scale_doubt="",
         metadata={**recording.metadata, "correction": "flat and dark", "pixels_unlit": unlit},
     )

@@ -17,6 +17,10 @@ from hpc_xvr.log import logger
 FrameSource = Callable[[int, int], Iterator[np.ndarray]]
 LARGEST_FRAME = 2**28
 """Pixels; no camera comes near it, so a header that states more is damaged."""
+SAMPLE = 2**20
+"""Values of which it is seen whether the largest one of a file is an outlier."""
+DOUBTFUL = 0.1
+"""An outlier if 99.9 % of the values lie below this share of it."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Recording:
     full_scale: float = 1.0
     metadata: dict[str, str | int | float] = field(default_factory=dict)
     times_s: np.ndarray | None = field(default=None, repr=False, compare=False)
+    scale_doubt: str = field(default="", repr=False, compare=False)
+    """Warned of where values are stored on `full_scale`."""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -61,14 +67,21 @@ class Recording:
                 above the bit depth. The message names the frame.
         """
         top = 2**self.bit_depth - 1
-        clipped = count = 0
+        above = below = count = 0
         for index, frame in enumerate(self.values(start, stop), start):
+            count += frame.size
             if frame.dtype.kind == "f":
-                scaled = frame * (top / self.full_scale)
-                clipped += int(np.count_nonzero(scaled > top + 0.5))
-                count += frame.size
+                # float16 ends at 65504, and float32 gets there from the smallest of them
+                scaled = np.multiply(
+                    frame, top / self.full_scale, dtype=np.result_type(frame, np.float32)
+                )
+                above += int(np.count_nonzero(scaled > top + 0.5))
+                below += int(np.count_nonzero(scaled < -0.5))
                 yield np.clip(np.rint(scaled), 0, top).astype(self.dtype)
                 continue
+            if frame.dtype.kind == "i":
+                below += int(np.count_nonzero(frame < 0))
+                frame = np.maximum(frame, 0)
             if (largest := int(frame.max())) > top:
                 used = int(np.bitwise_or.reduce(frame, axis=None))
                 unit = used & -used  # all values are multiples of it
@@ -82,13 +95,22 @@ class Recording:
                     "(--bit-depth)"
                 )
             yield frame.astype(self.dtype, copy=False)
-        if clipped > 0.001 * count:
+        if self.scale_doubt:
+            logger.warning("%s: %s", self.path, self.scale_doubt)
+        if above > 0.001 * count:
             logger.warning(
                 "%s: %.1f %% of the values lie above full scale %g and were clipped to it; "
                 "a larger full scale would keep them",
                 self.path,
-                100 * clipped / count,
+                100 * above / count,
                 self.full_scale,
+            )
+        if below > 0.001 * count:
+            logger.warning(
+                "%s: %.3g %% of the values lie below 0 and became 0; an offset added to the file's "
+                "values would keep them",
+                self.path,
+                100 * below / count,
             )
 
     def values(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
@@ -162,8 +184,10 @@ def array_recording(
 ) -> Recording:
     """Make a recording of frames whose file states only their number type (TIFF, PNG, HDF5).
 
-    Integers keep their values; floats are scaled to 16 bit by `full_scale`, or by their largest
-    value, for which the whole file is read once. Floats below 0 become 0.
+    Unsigned integers of 8 and 16 bit, and signed ones, keep their values, wider ones with a bit
+    depth up to 16. Floats, and wider integers with a full scale, are scaled to 16 bit by it, floats
+    otherwise by their largest value, for which the whole file is read once. What is below 0 becomes
+    0, with a warning.
 
     Raises:
         InputError: numbers of another type, a bit depth that does not fit it, or floats that are
@@ -178,27 +202,63 @@ def array_recording(
                 "full scale instead"
             )
         floats = Recording(path, shape, np.dtype(np.uint16), 16, source, **fields)
-        if full_scale is None:
-            full_scale = max(float(frame.max()) for frame in floats.values())
-            if full_scale < 0:
-                raise InputError(f"{path}: all values are below 0: nothing to store")
-            full_scale = full_scale or 1.0
-        return replace(floats, full_scale=positive(path, "full scale", full_scale))
-    if native.kind != "u" or native.itemsize > 2:
+        if full_scale is not None:
+            return replace(floats, full_scale=positive(path, "full scale", full_scale))
+        full_scale, doubt = _largest(floats)
+        return replace(floats, full_scale=full_scale, scale_doubt=doubt)
+    wide = native.itemsize > 2
+    if native.kind not in "ui" or (wide and bit_depth is None and full_scale is None):
+        how = ": convert the file"
+        if native.kind in "ui":
+            how = ": give a bit depth up to 16 to keep their values, or a full scale"
         raise InputError(
-            f"{path}: holds {native} numbers; supported are uint8, uint16 and float: "
-            "convert the file"
+            f"{path}: holds {native} numbers; supported are uint8, uint16, int16 and float{how}"
         )
-    widest = 8 * native.itemsize
+    widest = min(8 * native.itemsize - (native.kind == "i"), 16)
     if bit_depth is not None and not 1 <= bit_depth <= widest:
         raise InputError(
             f"{path}: bit depth {bit_depth} does not fit its {native} numbers: give 1 to {widest}"
         )
     if full_scale is not None:
-        raise InputError(
-            f"{path}: holds {native} counts: a full scale is for floating-point numbers only"
+        if not wide:
+            raise InputError(
+                f"{path}: holds {native} counts: a full scale is for floating-point numbers and "
+                "those of more than 16 bit"
+            )
+        if bit_depth is not None:
+            raise InputError(f"{path}: give its bit depth or its full scale, not both")
+        scaled = Recording(path, shape, np.dtype(np.uint16), 16, source, **fields).changed(
+            lambda frame: frame.astype(np.float64)
         )
-    return Recording(path, shape, native.newbyteorder("="), bit_depth or widest, source, **fields)
+        return replace(scaled, full_scale=positive(path, "full scale", full_scale))
+    stored = np.dtype(np.uint8 if native.itemsize == 1 else np.uint16)
+    return Recording(path, shape, stored, bit_depth or widest, source, **fields)
+
+
+def _largest(floats: Recording) -> tuple[float, str]:
+    """The largest value, and a doubt where it is far above nearly all others.
+
+    A single hot pixel, or a hit of a cosmic ray, would otherwise leave a black movie.
+
+    Raises:
+        InputError: all values are below 0.
+    """
+    step = max(1, math.prod(floats.shape) // SAMPLE)
+    largest, where, sample = -math.inf, 0, []
+    for index, frame in enumerate(floats.values()):
+        if (top := float(frame.max())) > largest:
+            largest, where = top, index
+        sample.append(frame.ravel()[index % step :: step].astype(np.float64))
+    if largest < 0:
+        raise InputError(f"{floats.path}: all values are below 0: nothing to store")
+    usual = float(np.quantile(np.concatenate(sample), 0.999, method="inverted_cdf"))
+    if usual >= DOUBTFUL * largest:
+        return largest or 1.0, ""
+    return largest, (
+        f"99.9 % of the values lie below {100 * max(usual, 0) / largest:.2g} % of full scale "
+        f"{largest:g}, the largest one (in frame {where}), and are stored as almost black: give "
+        "--full-scale"
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hpc_xvr.data.cameras import images
+from hpc_xvr.data.cameras import numbering
 from hpc_xvr.data.cameras.recording import guarded
 
 
@@ -21,13 +21,15 @@ class Source:
     files: tuple[Path, ...]
     dataset: str | None = None
     lr: Source | None = None
+    goes_on: str | None = None
+    """Name of the stack that seems to be an earlier part of this one: they share a split."""
 
     @property
     def name(self) -> str:
         """File name; of a sequence, prefix*suffix."""
-        first = self.files[0]
-        key = images.name_key(first) if len(self.files) > 1 else None
-        return f"{key[0]}*{key[1]}" if key else first.name
+        return (
+            "*".join(numbering.pattern(self.files)) if len(self.files) > 1 else self.files[0].name
+        )
 
     @property
     def path(self) -> Path:
@@ -43,10 +45,10 @@ class Source:
     def stem(self) -> str:
         """The name as an id, before it is made unique."""
         first = self.files[0]
-        key = images.name_key(first) if len(self.files) > 1 else None
         name = first.stem
-        if key is not None:
-            name = key[0].strip("._- ") or first.parent.resolve().name
+        if len(self.files) > 1:
+            prefix, _ = numbering.pattern(self.files)
+            name = prefix.strip("._- ") or first.parent.resolve().name
         if self.dataset:
             name += f"-{self.dataset}"
         return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-._") or "video"

@@ -227,8 +227,9 @@ class _Present:
         self._ids.add(video.id)
 
     def split_for(self, source: Source) -> Split:
-        """That of another recording of the same file, else the one furthest below its share."""
-        known = self._split_of_file.get((source.folder, source.name))
+        """That of another recording of the same file, or of the one it seems to be a part of, else
+        the one furthest below its share."""
+        known = self._split_of_file.get((source.folder, source.goes_on or source.name))
         if known is not None:
             return known
         total = sum(self._counts.values()) + 1

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from hpc_xvr.data.cameras import FORMATS, SUFFIXES, camera_files, images, photron
+from hpc_xvr.data.cameras import FORMATS, SUFFIXES, camera_files, images, numbering, photron
 from hpc_xvr.data.cameras.recording import guarded
 from hpc_xvr.data.cameras.source import Source
 from hpc_xvr.data.corpus.layout import HEADER
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
 
 
 def find_recordings(paths: Sequence[Path | str], dataset: str | None = None) -> list[Source]:
@@ -37,7 +39,7 @@ def find_recordings(paths: Sequence[Path | str], dataset: str | None = None) -> 
                 inside = _inside(folder)
                 if not inside:
                     raise InputError(f"{folder}: holds no recordings; readable are {FORMATS}")
-                found += [Source(files, dataset) for files in _group(inside)]
+                found += _recordings(inside, dataset)
             elif (
                 len(paths) > 1
                 and folder.suffix.lower() in images.IMAGE_SUFFIXES
@@ -47,8 +49,10 @@ def find_recordings(paths: Sequence[Path | str], dataset: str | None = None) -> 
             else:
                 of_one, inner = camera_files(path)
                 found.append(Source(tuple(of_one), inner or dataset))
-    for files in _group(list(dict.fromkeys(loose))):
-        found.append(Source(files if len(files) > 1 else tuple(camera_files(files[0])[0]), dataset))
+    for source in _recordings(list(dict.fromkeys(loose)), dataset):
+        if len(source.files) == 1:
+            source = replace(source, files=tuple(camera_files(source.files[0])[0]))
+        found.append(source)
     return list(dict.fromkeys(_by_pixels(source) for source in found))
 
 
@@ -71,22 +75,37 @@ def _inside(folder: Path) -> list[Path]:
     )
 
 
-def _group(files: list[Path]) -> Iterator[tuple[Path, ...]]:
-    """Files in recordings: numbered single images together, a .mraw with its header, others alone.
+def _recordings(files: list[Path], dataset: str | None) -> Iterator[Source]:
+    """Files in recordings: numbered single images together, and the parts of a stack that was
+    split, a .mraw with its header, others alone.
 
     Raises:
         InputError: an image cannot be read, or a number is missing in a sequence.
     """
     pictures = [file for file in files if file.suffix.lower() in images.IMAGE_SUFFIXES]
     headers = {photron.header_of(file) for file in files if file.suffix.lower() == ".mraw"}
-    yield from ((file,) for file in files if file not in pictures and file not in headers)
-    for group in images.grouped(pictures):
-        with guarded(str(group[0])):
-            single = len(group) > 1 and images.page_count(group[0]) == 1
-        if single:
-            yield tuple(images.in_order(group))
+    others = [file for file in files if file.suffix.lower() not in images.IMAGE_SUFFIXES]
+    yield from (Source((file,), dataset) for file in others if file not in headers)
+    stacks: list[Path] = []
+    for group in numbering.grouped(pictures):
+        first = min(group.files)
+        with guarded(str(first)):
+            several = images.page_count(first) > 1
+        if several and not group.parts:
+            stacks += group.files
         else:
-            yield from ((file,) for file in sorted(group))
+            yield Source(tuple(group.in_order()), dataset)
+    first_part: dict[Path, str] = {}
+    for before, file in numbering.successive(stacks):
+        if before is not None and images.goes_on(before, file):
+            first_part[file] = first_part.get(before, before.name)
+            logger.warning(
+                "%s: seems to go on where %s ends: they stay two recordings, of the same split; "
+                "if they are one, join the files or name them .part1, .part2, ...",
+                file,
+                before.name,
+            )
+        yield Source((file,), dataset, goes_on=first_part.get(file))
 
 
 def _by_pixels(source: Source) -> Source:

@@ -106,11 +106,13 @@ def _checked(recording: Recording) -> Iterator[np.ndarray]:
     for frame in recording.frames():
         largest = max(largest, int(frame.max()))
         yield frame
-    if recording.bit_depth == 16 and recording.full_scale == 1 and largest < 2**14:
+    bits = recording.bit_depth
+    if bits >= 15 and recording.full_scale == 1 and largest < 2 ** (bits - 2):
         logger.warning(
-            "%s: stored as 16 bit, but no value exceeds %d: if the camera has fewer bits, state "
+            "%s: stored as %d bit, but no value exceeds %d: if the camera has fewer bits, state "
             "its bit depth",
             recording.path,
+            bits,
             largest,
         )
 

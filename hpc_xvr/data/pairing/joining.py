@@ -17,6 +17,10 @@ CONTRADICTION = 0.02
 """Relative difference between a given gap and that of the frame rates that is worth a warning."""
 
 
+STEADY = 0.1
+"""Share of a frame interval by which a time stamp may lie aside and still count as steady."""
+
+
 @dataclass(frozen=True)
 class Pairing:
     """How the recordings of the two cameras of a shot fit together.
@@ -139,7 +143,26 @@ def _times(name: str, sharp: Recording, fast: Recording, how: Pairing) -> np.nda
             "%s: the gap is given as %g, but the frame rates (%g and %g Hz) say %g: one is wrong",
             *(name, gap, quick, slow, quick / slow),
         )
-    return how.start + np.arange(fast.shape[0]) / gap
+    instants = how.start + _numbers(fast) / gap
+    taken = _numbers(sharp)  # lost sharp frames: from their instants back to the frames there are
+    if len(taken) < 2:
+        return instants
+    number: np.ndarray = np.interp(instants, taken, np.arange(len(taken)))
+    before, after = instants < taken[0], instants > taken[-1]
+    number[before] = instants[before] - taken[0]
+    number[after] = len(taken) - 1 + instants[after] - taken[-1]
+    return number
+
+
+def _numbers(recording: Recording) -> np.ndarray:
+    """When each frame was taken, in frame intervals from the first one: 0, 1, 2, 5 where two were
+    lost after the third, as the time stamps say."""
+    stamps, frames = recording.times_s, recording.shape[0]
+    if stamps is None or frames < 2:
+        return np.arange(frames, dtype=float)
+    numbers: np.ndarray = (stamps - stamps[0]) / np.median(np.diff(stamps))
+    whole = np.rint(numbers)
+    return np.where(np.abs(numbers - whole) < STEADY, whole, numbers)
 
 
 def _floats(recording: Recording) -> bool:
@@ -149,7 +172,7 @@ def _floats(recording: Recording) -> bool:
 
 def _together(name: str, times: np.ndarray, frames: int) -> tuple[int, int]:
     """First and last sharp frame with a fast one within half its interval (or half a frame)."""
-    interval = times[1] - times[0] if len(times) > 1 else 1.0
+    interval = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
     reach = interval / 2 + 1e-6
     first = max(0, math.ceil(times[0] - reach))
     last = min(frames - 1, math.floor(times[-1] + reach))
