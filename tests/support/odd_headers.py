@@ -10,11 +10,13 @@ import io
 import struct
 import zlib
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import h5py
 import numpy as np
 from hypothesis import strategies as st
 
+from hpc_xvr.data.cameras.photron import XML_NAMES
 from support.paths import ROOT
 
 P10_TABLE = ROOT.parent / "shared/facts/phantom_p10_to_12bit.txt"
@@ -155,9 +157,11 @@ def cine(draw) -> Film:
     too_deep = stored != 10 and int(values[:count].max()) >= 2 ** min(known, stored)
     about = {"shape": values.shape, "stored": stored, "depth": depth, "real_bpp": real_bpp}
     about |= {"version": version, "setup": len(setup), "lie": lie, "levels": levels, "gap": gap}
-    if lie == "folded":
-        return Film({"a.cine": file}, None, False, about)
-    refused = lie in ("larger", "huge") or too_deep
+    spans = sorted((start, start + annotation + image_bytes) for start in starts[:count])
+    overlap = any(one[1] - annotation + 8 > two[0] for one, two in pairwise(spans))
+    refused = too_deep or lie == "huge" or spans[-1][1] > len(file) or overlap
+    if lie in ("folded", "larger"):  # a larger frame may fit into the gaps
+        return Film({"a.cine": file}, None, refused and not too_deep, about)
     return Film({"a.cine": file}, truth if truth is None else truth[:count], refused, about)
 
 
@@ -210,8 +214,6 @@ def photron(draw) -> Film:
 
 
 def _xml(header: dict) -> str:
-    from hpc_xvr.data.cameras.photron import XML_NAMES
-
     tree: dict = {}
     for key, path in XML_NAMES.items():
         if key in header:

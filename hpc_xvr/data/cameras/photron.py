@@ -212,22 +212,32 @@ def _read_header(path: Path) -> dict[str, str]:
     if path.suffix.lower() == ".cih":
         lines = (line.partition(":") for line in _text(data).splitlines())
         return {key.strip(): value.strip() for key, colon, value in lines if colon}
-    for encoding in ("ascii", "utf-16-le", "utf-16-be"):
-        first, last = (tag.encode(encoding) for tag in ("<cih>", "</cih>"))
-        begin, end = data.find(first), data.rfind(last)
-        if 0 <= begin < end:
-            break
-    else:
-        raise InputError(f"{path}: holds no <cih> section: not a Photron header, or damaged")
-    section = data[begin : end + len(last)]
-    tree = ElementTree.fromstring(
-        _text(section) if encoding == "ascii" else section.decode(encoding, errors="replace")
-    )
+    tree = _xml(path, data)
     return {
         key: (tree.findtext(name) or "").strip()
         for key, name in XML_NAMES.items()
         if tree.find(name) is not None
     }
+
+
+def _xml(path: Path, data: bytes) -> ElementTree.Element:
+    """The section <cih> among other bytes, in UTF-16 or a text of bytes.
+
+    The tag of one byte order may also be found in the other, one byte off, but hardly ever parses.
+    """
+    broken = "holds no <cih> section"
+    for encoding in ("ascii", "utf-16-le", "utf-16-be"):
+        first, last = (tag.encode(encoding) for tag in ("<cih>", "</cih>"))
+        begin, end = data.find(first), data.rfind(last)
+        if 0 <= begin < end:
+            section = data[begin : end + len(last)]
+            try:
+                return ElementTree.fromstring(
+                    _text(section) if encoding == "ascii" else section.decode(encoding)
+                )
+            except (UnicodeDecodeError, ElementTree.ParseError) as error:
+                broken = f"its <cih> section cannot be read ({error})"
+    raise InputError(f"{path}: {broken}: not a Photron header, or damaged, copy it again")
 
 
 def _text(data: bytes) -> str:
