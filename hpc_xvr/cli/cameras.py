@@ -92,6 +92,18 @@ def camera_options(camera: str, short: bool = False) -> Callable[[Command], Comm
     return decorate
 
 
+def links_option(command: Command) -> Command:
+    """A decorator that adds `--allow-links`, for the files of both cameras and their fields."""
+    return click.option(
+        "--allow-links",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder that HDF5 files may lead into, by links, virtual datasets and raw files, "
+        "beside their own; may be repeated.",
+    )(command)
+
+
 def pairing_options(command: Command) -> Command:
     """A decorator that adds `--gap`, `--lr-start`, `--registration` and `--crop`: how the two
     recordings fit together."""
@@ -140,6 +152,7 @@ def source_options(command: Command) -> Command:
             pairing_options,
             camera_options("lr"),
             camera_options("hr"),
+            links_option,
             click.option("--video", help="Recording of a corpus, instead of two files."),
             click.option(
                 "--corpus", type=a_path, help="Corpus of --video. [default: the run's own]"
@@ -158,7 +171,7 @@ def take_source(options: dict[str, Any]) -> Source:
     """
     from hpc_xvr.reconstruction.workflow import CameraFiles, CorpusRecording
 
-    lr_camera, hr_camera = take_reading("lr", options), take_reading("hr", options)
+    hr_camera, lr_camera = take_readings(options)
     pairing = take_pairing(options)
     lr, hr, video, corpus, crop = (options.pop(n) for n in ("lr", "hr", "video", "corpus", "crop"))
     if lr and hr and not video:
@@ -176,11 +189,20 @@ def take_source(options: dict[str, Any]) -> Source:
     return CorpusRecording(corpus, video, pairing.gap)
 
 
-def take_reading(camera: str, options: dict[str, Any]) -> CameraReading:
-    """Take the options of one camera out of those of a command."""
+def take_readings(options: dict[str, Any]) -> tuple[CameraReading, CameraReading]:
+    """Take the options of the sharp and the fast camera, and `--allow-links`, out of those of a
+    command."""
     from hpc_xvr.data.pairing.reading import CameraReading
 
-    return CameraReading(**{o.field: options.pop(f"{camera}_{o.field}") for o in _READING})
+    allow_links = options.pop("allow_links")
+    hr, lr = (
+        CameraReading(
+            **{o.field: options.pop(f"{camera}_{o.field}") for o in _READING},
+            allow_links=allow_links,
+        )
+        for camera in ("hr", "lr")
+    )
+    return hr, lr
 
 
 def take_pairing(options: dict[str, Any]) -> Pairing:
