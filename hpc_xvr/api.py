@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,7 @@ def open_recording(
     frame_rate_hz: float | None = None,
     pixel_size_um: float | None = None,
     camera: str | None = None,
+    allow_links: Sequence[str | Path] = (),
 ) -> Recording:
     """Open the recording of one camera; frames are read when they are needed.
 
@@ -74,6 +75,8 @@ def open_recording(
         flip_rows: turn the frames upside down.
         frame_rate_hz, pixel_size_um, camera: replace what the file says. The pixel size is that
             on the object.
+        allow_links: folders that an HDF5 file may lead into (by links, virtual datasets and raw
+            files) beside its own.
 
     Raises:
         InputError: the file is missing, damaged or of an unknown format, or an option does not
@@ -89,6 +92,7 @@ def open_recording(
         frame_rate_hz=frame_rate_hz,
         pixel_size_um=pixel_size_um,
         camera=camera,
+        allow_links=tuple(allow_links),
     ).open(source)
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -102,6 +102,18 @@ def camera_options(camera: str, short: bool = False) -> Callable[[Command], Comm
     return decorate
 
 
+def links_option(command: Command) -> Command:
+    """A decorator that adds `--allow-links`, for the files of both cameras and their fields."""
+    return click.option(
+        "--allow-links",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        metavar="DIR",
+        help="Folder that HDF5 files may lead into, by links, virtual datasets and raw files, "
+        "beside their own; may be repeated.",
+    )(command)
+
+
 def pairing_options(command: Command) -> Command:
     """A decorator that adds `--gap`, `--lr-start`, `--registration` and `--crop`: how the two
     recordings fit together."""
@@ -158,6 +170,7 @@ def source_options(command: Command) -> Command:
             pairing_options,
             camera_options("lr"),
             camera_options("hr"),
+            links_option,
             click.option("--video", help="Recording of a corpus, instead of two files."),
             click.option(
                 "--corpus", type=a_path, help="Corpus of --video. [default: the run's own]"
@@ -176,7 +189,7 @@ def take_source(options: dict[str, Any]) -> Source:
     """
     from hpc_xvr.reconstruction.workflow import CameraFiles, CorpusRecording
 
-    lr_camera, hr_camera = take_reading("lr", options), take_reading("hr", options)
+    hr_camera, lr_camera = take_readings(options)
     pairing = take_pairing(options)
     lr, hr, video, corpus, crop = (options.pop(n) for n in ("lr", "hr", "video", "corpus", "crop"))
     if lr and hr and not video:
@@ -194,12 +207,21 @@ def take_source(options: dict[str, Any]) -> Source:
     return CorpusRecording(corpus, video, pairing.gap)
 
 
-def take_reading(camera: str, options: dict[str, Any]) -> CameraReading:
-    """Take the options of one camera out of those of a command.
+def take_readings(options: dict[str, Any]) -> tuple[CameraReading, CameraReading]:
+    """Take the options of the sharp and the fast camera, and `--allow-links`, out of those of a
+    command.
 
     Raises:
         InputError: a dataset of a flat or dark field without its file, or given twice.
     """
+    allow_links = options.pop("allow_links")
+    hr, lr = (_take_reading(camera, options, allow_links) for camera in ("hr", "lr"))
+    return hr, lr
+
+
+def _take_reading(
+    camera: str, options: dict[str, Any], allow_links: Sequence[Path]
+) -> CameraReading:
     from hpc_xvr.data.pairing.reading import CameraReading
 
     given = {option.field: options.pop(f"{camera}_{option.field}") for option in _READING}
@@ -215,7 +237,7 @@ def take_reading(camera: str, options: dict[str, Any]) -> CameraReading:
                 "dataset once"
             )
         given[field] = f"{file}::{dataset}"
-    return CameraReading(**given)
+    return CameraReading(**given, allow_links=tuple(allow_links))
 
 
 def take_pairing(options: dict[str, Any]) -> Pairing:

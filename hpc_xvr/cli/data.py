@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hpc_xvr.cli.cameras import camera_options, pairing_options, take_pairing, take_reading
+from hpc_xvr.cli.cameras import (
+    camera_options,
+    links_option,
+    pairing_options,
+    take_pairing,
+    take_readings,
+)
 from hpc_xvr.cli.common import Examples, a_config, connect, settings
 from hpc_xvr.errors import InputError
 
@@ -108,6 +114,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
 )
 @camera_options("lr")
 @pairing_options
+@links_option
 @click.option("--skip-bad", is_flag=True, help="Skip files that cannot be used, and list them.")
 @click.option(
     "--workers",
@@ -143,7 +150,7 @@ def ingest(
     if of_lr and not options["lr"]:
         names = ", ".join(f"--{name}" for name in of_lr)
         raise InputError(f"{names.replace('_', '-')}: for a fast camera's files; give --lr too")
-    camera, lr_camera = take_reading("hr", options), take_reading("lr", options)
+    camera, lr_camera = take_readings(options)
     pairing = take_pairing(options)
     comm, launch = None, discover()
     if launch.size > 1:

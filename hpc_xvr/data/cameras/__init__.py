@@ -14,10 +14,13 @@ __all__ = ["FORMATS", "SUFFIXES", "Recording", "camera_files", "open_camera_file
 
 PHOTRON = (".mraw", ".cih", ".cihx")
 HDF5 = (".h5", ".hdf5", ".hdf", ".nxs")
+MATLAB = ".mat"
+"""HDF5 if it was saved with -v7.3; not searched for in folders, where it may hold anything."""
 SUFFIXES = (*PHOTRON, ".cine", ".dat", *HDF5, *images.IMAGE_SUFFIXES)
 FORMATS = (
-    "Photron .mraw with .cih or .cihx, Phantom .cine, Shimadzu HPV-X2 .dat, HDF5 (DXchange "
-    f"or any dataset: {' '.join(HDF5)}), TIFF stacks, folders of numbered .tif or .png"
+    "Photron .mraw with .cih or .cihx, Phantom .cine, Shimadzu HPV-X2 .dat, HDF5 (DXchange, "
+    f"NeXus or any dataset: {' '.join(HDF5)}, MATLAB v7.3: {MATLAB}), "
+    "TIFF stacks, folders of numbered .tif or .png"
 )
 
 
@@ -28,6 +31,7 @@ def open_camera_file(
     own_flat: bool = True,
     bit_depth: int | None = None,
     full_scale: float | None = None,
+    allow_links: Sequence[Path | str] = (),
 ) -> Recording:
     """Open a camera file, a folder or glob of numbered images, or the first image of a sequence.
 
@@ -37,6 +41,7 @@ def open_camera_file(
         bit_depth: significant bits of integers, where the file does not state them, or wrongly.
         full_scale: physical value of the largest stored value, for floating-point files and
             transmissions.
+        allow_links: folders that an HDF5 file may lead into, beside its own.
 
     Raises:
         InputError: the file is missing, damaged or of an unknown format, or an option does not
@@ -52,6 +57,7 @@ def open_camera_file(
             own_flat=own_flat,
             bit_depth=bit_depth,
             full_scale=full_scale,
+            allow_links=allow_links,
         )
 
 
@@ -62,17 +68,18 @@ def open_files(
     own_flat: bool = True,
     bit_depth: int | None = None,
     full_scale: float | None = None,
+    allow_links: Sequence[Path | str] = (),
 ) -> Recording:
     """Open the file, or the numbered files, of one recording; arguments as `open_camera_file`."""
     first = files[0]
     suffix = first.suffix.lower()
     with guarded(str(first)):
-        if dataset and suffix not in HDF5:
+        if dataset and suffix not in (*HDF5, MATLAB):
             raise InputError(
                 f"{first}: is not an HDF5 file, so it has no dataset {dataset}: leave it out"
             )
-        if suffix in HDF5:
-            return hdf5.open_hdf5(first, dataset, own_flat, bit_depth, full_scale)
+        if suffix in (*HDF5, MATLAB):
+            return hdf5.open_hdf5(first, dataset, own_flat, bit_depth, full_scale, allow_links)
         if suffix in images.IMAGE_SUFFIXES:
             if len(files) > 1:
                 return images.open_sequence(files, bit_depth, full_scale)
@@ -107,7 +114,7 @@ def camera_files(path: Path | str) -> tuple[list[Path], str | None]:
             raise InputError(f"{path}: no such file or folder")
         return (_sequence(path, matches), None) if len(matches) > 1 else (matches, None)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in (*SUFFIXES, MATLAB):
         raise InputError(f"{path}: unknown kind of file; supported are {FORMATS}")
     if suffix in images.IMAGE_SUFFIXES:
         alike = [file for file in path.parent.iterdir() if file.suffix == path.suffix]

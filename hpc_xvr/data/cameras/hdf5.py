@@ -1,4 +1,5 @@
-"""HDF5: the DXchange layout of synchrotrons, and any 2-D or 3-D dataset of another file.
+"""HDF5: the layout DXchange of synchrotrons, NeXus with the masters of Eiger detectors, MATLAB
+v7.3, and any dataset of frames of another file.
 
 DXchange: frames in /exchange/data (T, H, W), corrected by /exchange/data_white and data_dark.
 """
@@ -6,28 +7,43 @@ DXchange: frames in /exchange/data (T, H, W), corrected by /exchange/data_white 
 from __future__ import annotations
 
 import math
-import mmap
-import subprocess
-import sys
-from collections.abc import Iterator
-from functools import lru_cache
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
+from hpc_xvr.data.cameras import units
 from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
+from hpc_xvr.data.cameras.hdf5_axes import Order, axis_order, text
+from hpc_xvr.data.cameras.hdf5_links import BLOCK, Files, Found, Place
+from hpc_xvr.data.cameras.hdf5_stored import BUDGET, check_stored
 from hpc_xvr.data.cameras.recording import Recording, array_recording, check_shape
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
 
 DATA, WHITE, DARK = "exchange/data", "exchange/data_white", "exchange/data_dark"
 DETECTOR = "measurement/instrument/detector"
 RESOLUTION = "measurement/instrument/detection_system/objective/resolution"
-BLOCK = 2**26
-"""Bytes of frames read at once, and of the chunk cache."""
-DEFLATE_LIMIT = 1100
-"""Deflate shrinks nothing by more than 1 : 1032."""
+NUMBERED = re.compile(r"data_?(\d{2,})")
+"""Datasets of one recording in a master file: data_000001, data_000002, ..."""
+LARGEST_TEXT = 4096
+"""Bytes of a number or a text that describes the recording."""
+LARGEST_CHUNK = 2**24
+"""Bytes of the chunk that it is stored in."""
+
+
+class _Dataset(NamedTuple):
+    """A dataset of frames that was found."""
+
+    name: str
+    """In the file that the user named."""
+    place: Place
+    routes: tuple[tuple[Place, str], ...]
+    """Groups that hold it, or a link to it, and its name there."""
 
 
 def open_hdf5(
@@ -36,214 +52,446 @@ def open_hdf5(
     own_flat: bool = True,
     bit_depth: int | None = None,
     full_scale: float | None = None,
+    allow_links: Sequence[Path | str] = (),
 ) -> Recording:
-    """Open one dataset, (T, H, W) or (H, W): the named one, /exchange/data, or the only one.
+    """Open the frames of one recording: the named dataset, /exchange/data, the default data of
+    NeXus with its numbered parts in turn, or the only dataset.
 
-    With `own_flat` the white and dark frames of a DXchange file are applied.
+    Axes are put in the order frames, rows, columns, as far as the file says which is which. With
+    `own_flat` the white and dark frames of a DXchange file are applied. Links, parts of virtual
+    datasets and raw files are followed into the file's own folder and those of `allow_links`.
 
     Raises:
-        InputError: no such dataset, several to choose from (they are listed), chunks that were
-            never written, or a damaged file.
+        InputError: no such dataset, several to choose from (they are listed), axes in no order we
+            can tell, parts or chunks that are missing or not allowed, counts of more than 16 bit
+            or below 0 whose scale is not given, or a damaged file.
     """
-    with _open(path) as file:
-        name = _choose(path, file, dataset)
-        white = _frames_in(file, WHITE) if name == DATA and own_flat else 0
-        dark = _frames_in(file, DARK) if white else 0
-        fields = _description(file)
-    counts = bool(white)
-    data = _recording(path, name, bit_depth, None if counts else full_scale, fields)
-    if not white:
-        return data
-    flat_field = mean_frame(_recording(path, WHITE, None, None, {}))
-    dark_field = mean_frame(_recording(path, DARK, None, None, {})) if dark else None
+    flat_field = dark_field = None
+    with Files(path, allow_links) as files:
+        found = _choose(files, dataset)
+        fields = _description(files, found[0].name)
+        stack = _stack(files, found)
+        if own_flat and found[0].name == DATA:
+            white, dark = (_field(files, name, stack) for name in (WHITE, DARK))
+            _say_what_is_not_used(files, stack, white is not None)
+            if white is not None:
+                flat_field = mean_frame(_recording(white, allow_links, needs_scale=False))
+                if dark is not None:
+                    dark_field = mean_frame(_recording(dark, allow_links, needs_scale=False))
+    if flat_field is None:
+        return _recording(stack, allow_links, bit_depth, full_scale, fields, own_flat)
+    data = _recording(stack, allow_links, bit_depth, None, fields, needs_scale=False)
     return transmission(data, flat_field, dark_field, full_scale)
 
 
-def _open(path: Path) -> h5py.File:
-    stat = path.stat()
-    _check_survivable(path, stat.st_size, stat.st_mtime_ns)
-    return h5py.File(path, "r", locking=False, rdcc_nbytes=BLOCK)
+@dataclass(frozen=True)
+class _Stack:
+    """Frames of one or several datasets, one after the other."""
+
+    path: Path
+    parts: tuple[tuple[Place, Order, int], ...]
+    """Each with the order of its axes and its frames."""
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    block: int
+    """Frames to read at once."""
+
+    def frames(
+        self, allow_links: Sequence[Path | str], start: int, stop: int
+    ) -> Iterator[np.ndarray]:
+        """Frames start..stop-1, (H, W)."""
+        with Files(self.path, allow_links) as files:
+            before = 0
+            for place, order, count in self.parts:
+                first, last = max(start - before, 0), min(stop - before, count)
+                before += count
+                if first < last:
+                    dataset = files.item(place)
+                    for at in range(first, last, self.block):
+                        yield from _read(dataset, order, at, min(at + self.block, last))
 
 
-@lru_cache(maxsize=1024)
-def _check_survivable(path: Path, size: int, changed: int) -> None:
-    """Refuse a file that crashes the HDF5 library, which some damaged virtual datasets do.
-
-    Another process opens all that is in the file first. As that takes a fifth of a second, it is
-    done only where the file has a global heap, which holds the parts of virtual datasets.
-
-    Raises:
-        InputError: the process was killed by a signal.
-    """
-    if not _has_global_heap(path, size):
-        return
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", _LOOK_AT_ALL, str(path)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
-    if done.returncode < 0:
-        raise InputError(
-            f"{path}: the HDF5 library crashes when it opens what is in this file: it is damaged, "
-            "copy or export it again"
-        )
+def _read(dataset: h5py.Dataset, order: Order, start: int, stop: int) -> np.ndarray:
+    """Frames of a dataset, (stop - start, H, W)."""
+    index: list[int | slice] = [0] * dataset.ndim
+    for axis in order[1:]:
+        index[axis] = slice(None)
+    if order[0] is not None:
+        index[order[0]] = slice(start, stop)
+    values = np.asarray(dataset[tuple(index)])
+    kept = sorted(axis for axis in order if axis is not None)
+    values = values.transpose([kept.index(axis) for axis in order if axis is not None])
+    return np.ascontiguousarray(values if order[0] is not None else values[None])
 
 
-_LOOK_AT_ALL = """
-import sys, h5py
-with h5py.File(sys.argv[1], "r", locking=False) as file:
-    file.visititems(lambda name, item: None)
-"""
-
-
-def _has_global_heap(path: Path, size: int) -> bool:
-    """Whether the mark of one stands in the first or last bytes of a file."""
-    if size == 0:
-        return False
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return data.find(b"GCOL", 0, BLOCK) >= 0 or data.find(b"GCOL", max(0, size - BLOCK)) >= 0
+def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) -> _Stack:
+    """The frames of datasets, after a look at whether all is there; `like`: whose axes they have
+    where they do not say."""
+    parts: list[tuple[Place, Order, int]] = []
+    sizes, types, block = [], [], BLOCK
+    for name, place, routes in found:
+        dataset = files.item(place)
+        where = f"{files.path}, dataset /{name}"
+        other = like.parts[0][1] if like is not None and dataset.ndim == 3 else None
+        order = axis_order(where, files, dataset, routes, other)
+        frames, rows, columns = order
+        count = 1 if frames is None else dataset.shape[frames]
+        size = dataset.shape[rows], dataset.shape[columns]
+        check_shape(files.path, (count, *size))
+        per_frame = dataset.dtype.itemsize * size[0] * size[1]
+        if per_frame > BUDGET:
+            raise InputError(
+                f"{where}: has frames of {per_frame} bytes, and more than {BUDGET} are not read "
+                "at once: cut or bin them"
+            )
+        check_stored(files, place, frames or 0)
+        parts.append((place, order, count))
+        sizes.append(size)
+        types.append(dataset.dtype)
+        in_turn = frames is None or frames < min(rows, columns)
+        chunk = dataset.chunks[frames] if dataset.chunks and frames is not None else 1
+        block = min(block, max(1, min(chunk if in_turn else BLOCK, BLOCK // per_frame)))
+        if (size, dataset.dtype) != (sizes[0], types[0]):
+            raise InputError(
+                f"{where}: has frames of {size[0]} x {size[1]} {dataset.dtype}, /{found[0].name} "
+                f"of {sizes[0][0]} x {sizes[0][1]} {types[0]}: all must be alike; choose one with "
+                "--dataset"
+            )
+        if not (in_turn and rows < columns):
+            logger.info("%s: read as %d frames of %d x %d pixels", where, count, *size)
+    total = sum(count for _, _, count in parts)
+    return _Stack(files.path, tuple(parts), (total, *sizes[0]), types[0], block)
 
 
 def _recording(
-    path: Path, name: str, bit_depth: int | None, full_scale: float | None, fields: dict[str, Any]
+    stack: _Stack,
+    allow_links: Sequence[Path | str],
+    bit_depth: int | None = None,
+    full_scale: float | None = None,
+    fields: dict[str, Any] | None = None,
+    needs_scale: bool = True,
 ) -> Recording:
-    with _open(path) as file:
-        dataset = file[name]
-        shape = dataset.shape if dataset.ndim == 3 else (1, *dataset.shape)
-        native, flat = dataset.dtype, dataset.ndim == 2
-        check_shape(path, shape)
-        _check_stored(path, dataset)
-        per_frame = native.itemsize * shape[1] * shape[2]
-        chunk = dataset.chunks[0] if dataset.chunks and not flat else 1
-    block = max(1, min(chunk, BLOCK // per_frame))
+    """The recording of a stack. Integers of more than 16 bit or with a sign need a scale, unless
+    only their values are wanted (not `needs_scale`), for a correction."""
+    path, native = stack.path, stack.dtype
+    links = tuple(allow_links)
 
     def source(start: int, stop: int) -> Iterator[np.ndarray]:
-        with _open(path) as file:
-            dataset = file[name]
-            for first in range(start, stop, block):
-                yield from [dataset[()]] if flat else dataset[first : min(first + block, stop)]
+        return stack.frames(links, start, stop)
 
-    return array_recording(path, shape, native, source, bit_depth, full_scale, **fields)
+    def floats(start: int, stop: int) -> Iterator[np.ndarray]:
+        return (frame.astype(np.float64) for frame in source(start, stop))
 
+    def counts(start: int, stop: int) -> Iterator[np.ndarray]:
+        for index, frame in enumerate(source(start, stop), start):
+            if (least := int(frame.min())) < 0:
+                raise InputError(
+                    f"{path}: frame {index} holds the value {least}, but counts begin at 0: give "
+                    "a full scale instead of the bit depth, and what is below 0 becomes 0"
+                )
+            yield frame
 
-def _choose(path: Path, file: h5py.File, dataset: str | None) -> str:
-    if dataset is not None:
-        found = file.get(dataset.strip("/"))
-        if isinstance(found, h5py.Dataset) and found.ndim in (2, 3):
-            return dataset.strip("/")
+    plain = native.kind == "f" or (native.kind == "u" and native.itemsize <= 2)
+    if plain:
+        chosen = source
+    elif not needs_scale:
+        native, chosen = np.dtype(np.float64), floats
+        bit_depth, full_scale = None, float(np.iinfo(stack.dtype).max)
+    elif (bit_depth is None) == (full_scale is None):
         raise InputError(
-            f"{path}: has no 2-D or 3-D dataset {dataset}: choose from {_listed(_candidates(file))}"
+            f"{path}: holds {native} counts, whose scale the file does not state: give either "
+            "--bit-depth N (of values from 0 to 2^N - 1, N up to 16) or --full-scale X (the value "
+            "that is stored as white)"
         )
-    if isinstance(file.get(DATA), h5py.Dataset) and file[DATA].ndim in (2, 3):
-        return DATA
-    names = _candidates(file)
-    if len(names) == 1:
-        return names[0]
-    if not names:
+    elif bit_depth is not None:
+        native, chosen = np.dtype(np.uint16), counts
+    else:
+        native, chosen = np.dtype(np.float64), floats
+    return array_recording(
+        path, stack.shape, native, chosen, bit_depth, full_scale, **(fields or {})
+    )
+
+
+def _choose(files: Files, name: str | None) -> list[_Dataset]:
+    """The datasets of the recording: one, or the numbered parts."""
+    if name is not None:
+        found = _at(files, name.strip("/"))
+        if found:
+            return found
         raise InputError(
-            f"{path}: holds no 2-D or 3-D dataset of numbers: frames are (H, W) or (frames, H, W)"
+            f"{files.path}: has no 2-D or 3-D dataset {name}: choose from "
+            f"{_listed(_candidates(files)[0])}"
         )
-    raise InputError(f"{path}: holds several datasets, choose one with --dataset: {_listed(names)}")
-
-
-def _candidates(file: h5py.File) -> list[str]:
-    names: list[str] = []
-
-    def visit(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and item.ndim in (2, 3) and item.dtype.kind in "uif":
-            names.append(name)
-
-    file.visititems(visit)
-    return names
-
-
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(f"/{name}" for name in names[:12])
-    return f"{shown} and {len(names) - 12} more" if len(names) > 12 else shown or "none"
-
-
-def _frames_in(file: h5py.File, name: str) -> int:
-    found = file.get(name)
-    if not isinstance(found, h5py.Dataset) or found.ndim not in (2, 3) or not found.size:
-        return 0
-    return found.shape[0] if found.ndim == 3 else 1
-
-
-def _check_stored(path: Path, dataset: h5py.Dataset) -> None:
-    """HDF5 returns zeros for what was never written: refuse that, and damaged sizes."""
-    nbytes = dataset.dtype.itemsize * math.prod(dataset.shape)
-    if dataset.is_virtual:
-        _check_parts(path, dataset, [])
-        return
-    stored = dataset.id.get_storage_size()
-    if dataset.chunks:
-        wanted = math.prod(
-            math.ceil(n / c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)
-        )
-        written = dataset.id.get_num_chunks()
-        if written < wanted:
-            raise InputError(
-                f"{path}, dataset {dataset.name}: only {written} of {wanted} chunks "
-                "were written: the recording is incomplete"
-            )
-        chunk = dataset.dtype.itemsize * math.prod(dataset.chunks)
-        if dataset.compression in (None, "gzip") and wanted * chunk > DEFLATE_LIMIT * stored:
-            raise InputError(
-                f"{path}, dataset {dataset.name}: states {wanted * chunk} bytes but "
-                f"stores {stored}: the file is damaged, copy it again"
-            )
-    elif dataset.external is None and stored < nbytes:
+    if _holds_frames(files, files.locate(DATA)):
+        return [_named(files, DATA)]
+    found = _default(files)
+    if found:
+        return found
+    choices, broken = _candidates(files)
+    if len(choices) == 1 and not broken:
+        return choices[0]
+    if broken:
+        instead = f"; or choose with --dataset: {_listed(choices)}" if choices else ""
+        raise InputError(f"{broken[0].place}{instead}")
+    if not choices:
         raise InputError(
-            f"{path}, dataset {dataset.name}: stores {stored} of {nbytes} bytes: the "
-            "recording is incomplete"
+            f"{files.path}: holds no 2-D or 3-D dataset of numbers: frames are (H, W) or (frames, "
+            "H, W)"
         )
+    raise InputError(
+        f"{files.path}: holds several datasets, choose one with --dataset: {_listed(choices)}"
+    )
 
 
-def _check_parts(path: Path, dataset: h5py.Dataset, within: list[tuple[str, str]]) -> None:
-    """Parts of a virtual dataset must exist; HDF5 crashes on a dataset that is part of itself."""
-    within = [*within, (str(path.resolve()), dataset.name.strip("/"))]
-    for part in dataset.virtual_sources():
-        there = path if part.file_name == "." else path.parent / part.file_name
-        if not there.exists():
+def _at(files: Files, name: str) -> list[_Dataset] | None:
+    """The dataset of a name, or what a group of that name holds."""
+    place = files.locate(name)
+    if place is None:
+        return None
+    if _holds_frames(files, place):
+        return [_named(files, name)]
+    if not isinstance(files.item(place), h5py.Group):
+        return None
+    found = _signal(files, name)
+    if found:
+        return found
+    inside = [
+        key for key in sorted(files.item(place)) if _holds_frames(files, files.locate(key, place))
+    ]
+    return [_named(files, f"{name}/{inside[0]}")] if len(inside) == 1 else None
+
+
+def _default(files: Files) -> list[_Dataset] | None:
+    """What NeXus says is to be shown, if it is a stack of frames.
+
+    Attributes `default` lead there; without them the only entry and its group `data` are it.
+    """
+    name = ""
+    for _ in range(8):
+        place = files.locate(name)
+        group = None if place is None else files.item(place)
+        if not isinstance(group, h5py.Group):
+            break
+        following = text(group.attrs.get("default"))
+        if not following and not name:
+            entries = [key for key in group if _is_entry(files, key)]
+            following = entries[0] if len(entries) == 1 else ""
+        elif not following and "/" not in name and _is_entry(files, name):
+            following = "data"
+        if not following:
+            break
+        name = f"{name}/{following.strip('/')}".lstrip("/")
+    place = files.locate(name) if name else None
+    if place is None:
+        return None
+    found = [_named(files, name)] if _holds_frames(files, place) else _signal(files, name)
+    if found is None or (len(found) == 1 and files.item(found[0].place).ndim < 3):
+        return None
+    logger.info("%s: reads /%s, the file's default", files.path, found[0].name)
+    return found
+
+
+def _is_entry(files: Files, name: str) -> bool:
+    """Whether a name at the top is an entry; a link that leads nowhere is one by its name."""
+    try:
+        place = files.locate(name)
+    except InputError:
+        return name.startswith("entry")
+    item = None if place is None else files.item(place)
+    if not isinstance(item, h5py.Group):
+        return False
+    return name.startswith("entry") or text(item.attrs.get("NX_class")) == "NXentry"
+
+
+def _signal(files: Files, name: str) -> list[_Dataset] | None:
+    """The data of a group: its signal, its numbered parts, or its dataset named data."""
+    place = files.locate(name)
+    group = None if place is None else files.item(place)
+    if not isinstance(group, h5py.Group):
+        return None
+    signal = text(group.attrs.get("signal"))
+    numbered = [key for key in sorted(group) if NUMBERED.fullmatch(key)]
+    if signal and signal not in numbered:
+        inside = f"{name}/{signal}"
+        return [_named(files, inside)] if _holds_frames(files, files.locate(inside)) else None
+    if "data" in group and not signal:
+        inside = f"{name}/data"
+        return [_named(files, inside)] if _holds_frames(files, files.locate(inside)) else None
+    if not numbered:
+        return None
+    found = [_named(files, f"{name}/{key}") for key in numbered]
+    if not all(_holds_frames(files, each.place) for each in found):
+        return None
+    return _in_sequence(files, found)
+
+
+def _in_sequence(files: Files, found: list[_Dataset]) -> list[_Dataset]:
+    """Numbered datasets in order.
+
+    Raises:
+        InputError: a number is missing.
+    """
+
+    def number(each: _Dataset) -> int:
+        match = NUMBERED.fullmatch(each.name.rpartition("/")[2])
+        assert match is not None
+        return int(match[1])
+
+    found = sorted(found, key=number)
+    numbers = [number(each) for each in found]
+    first = min(numbers[0], 1)
+    for expected, have in enumerate(numbers, first):
+        if have != expected:
             raise InputError(
-                f"{path}, dataset {dataset.name}: its part {part.file_name} is "
-                "missing: put it beside the file"
+                f"{files.path}: /{found[0].name} and following are one recording, but number "
+                f"{expected} is missing: complete it, or choose one with --dataset"
             )
-        if (str(there.resolve()), part.dset_name.strip("/")) in within:
-            raise InputError(
-                f"{path}, dataset {dataset.name}: is made of itself: the file is damaged, copy it "
-                "again"
-            )
-        with _open(there) as file:
-            found = file.get(part.dset_name)
-            if isinstance(found, h5py.Dataset) and found.is_virtual:
-                _check_parts(there, found, within)
+    return found
 
 
-def _description(file: h5py.File) -> dict[str, Any]:
-    """Camera, frame rate, exposure and pixel size where a DXchange file states them."""
-    maker, model = (_scalar(file, f"{DETECTOR}/{key}") for key in ("manufacturer", "model"))
+def _candidates(files: Files) -> tuple[list[list[_Dataset]], list[Found]]:
+    """All recordings in a file, and the links that lead nowhere."""
+    broken: list[Found] = []
+    found: dict[Place, _Dataset] = {}
+    for name, place in files.datasets():
+        if isinstance(place, InputError):
+            broken.append(Found(name, place))
+        elif _holds_frames(files, place):
+            route = _route(files, name)
+            known = found.get(place, _Dataset(name, place, ()))
+            found[place] = known._replace(routes=(*known.routes, *route))
+    groups: dict[str, list[_Dataset]] = {}
+    for each in found.values():
+        folder, _, key = each.name.rpartition("/")
+        groups.setdefault(f"{folder}/" if NUMBERED.fullmatch(key) else each.name, []).append(each)
+    for name, place in broken:
+        folder, _, key = name.rpartition("/")
+        if NUMBERED.fullmatch(key) and f"{folder}/" in groups and isinstance(place, InputError):
+            raise place
+    return [
+        _in_sequence(files, group) if len(group) > 1 else group for group in groups.values()
+    ], broken
+
+
+def _named(files: Files, name: str) -> _Dataset:
+    place = files.locate(name)
+    assert place is not None
+    return _Dataset(name, place, _route(files, name))
+
+
+def _route(files: Files, name: str) -> tuple[tuple[Place, str], ...]:
+    """The group that a name is in, and the group that what it leads to is in."""
+    folder, _, key = name.rpartition("/")
+    group, place = files.locate(folder), files.locate(name)
+    assert group is not None
+    assert place is not None
+    own, _, own_key = place.name.rpartition("/")
+    return (group, key), (Place(place.path, own), own_key)
+
+
+def _holds_frames(files: Files, place: Place | None) -> bool:
+    item = None if place is None else files.item(place)
+    return isinstance(item, h5py.Dataset) and item.ndim >= 2 and item.dtype.kind in "uif"
+
+
+def _listed(choices: list[list[_Dataset]]) -> str:
+    """Names, of numbered ones the first and the last."""
+    names = [
+        " to ".join(
+            f"/{each.name}" for each in (group if len(group) == 1 else group[:: len(group) - 1])
+        )
+        for group in choices
+    ]
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return ", ".join(names[:12]) + more if names else "none"
+
+
+def _field(files: Files, name: str, data: _Stack) -> _Stack | None:
+    """White or dark frames, if there are any."""
+    place = files.locate(name)
+    if place is None or not _holds_frames(files, place) or not files.item(place).size:
+        return None
+    return _stack(files, [_named(files, name)], data)
+
+
+def _say_what_is_not_used(files: Files, data: _Stack, corrected: bool) -> None:
+    """Frames beside /exchange/data that do not count, although they may be meant to."""
+    folder = DATA.rpartition("/")[0]
+    folder_place = files.locate(folder)
+    assert folder_place is not None
+    group = files.item(folder_place)
+    names = [f"{folder}/{key}" for key in sorted(group)]
+    for name in names:
+        if name in (DATA, WHITE, DARK if corrected else DATA):
+            continue
+        try:
+            place = files.locate(name)
+        except InputError as error:
+            logger.warning("%s", error)
+            continue
+        if place is None or not _holds_frames(files, place):
+            continue
+        dataset = files.item(place)
+        if not dataset.size or dataset.shape[-2:] != data.shape[1:]:
+            continue
+        if name == DARK:
+            logger.warning(
+                "%s: its dark field /%s is not used, as it has no flat field: give one with --flat",
+                *(files.path, name),
+            )
+        else:
+            logger.warning(
+                "%s: its dataset /%s is not used: if it is a flat or dark field, pass it as --flat "
+                "or --dark %s::/%s",
+                *(files.path, name, files.path, name),
+            )
+
+
+def _description(files: Files, name: str) -> dict[str, Any]:
+    """Camera, frame rate, exposure and pixel size where a DXchange or NeXus file states them."""
+    maker, model = (_scalar(files, f"{DETECTOR}/{key}")[0] for key in ("manufacturer", "model"))
     camera = " ".join(str(part) for part in (maker, model) if isinstance(part, str) and part)
     fields: dict[str, Any] = {"camera": camera} if camera else {}
-    for field, name in (
-        ("frame_rate_hz", f"{DETECTOR}/frame_rate"),
-        ("exposure_s", f"{DETECTOR}/exposure_time"),
-        ("pixel_size_um", RESOLUTION),
+    nexus = f"{name.partition('/')[0]}/instrument/detector"
+    for field, where, unit in (
+        ("frame_rate_hz", f"{DETECTOR}/frame_rate", "Hz"),
+        ("exposure_s", f"{DETECTOR}/exposure_time", "s"),
+        ("pixel_size_um", RESOLUTION, "um"),
+        ("frame_time_s", f"{nexus}/frame_time", "s"),
+        ("exposure_s", f"{nexus}/count_time", "s"),
     ):
-        value = _scalar(file, name)
-        if isinstance(value, float) and 0 < value < float("inf"):
-            fields[field] = value
+        value, stated = _scalar(files, where)
+        if field in fields or not isinstance(value, float):
+            continue
+        factor = units.factor(stated, unit) if stated else 1.0
+        if factor is None:
+            logger.warning(
+                "%s: /%s is in %r, which is no unit of %s that we know: not used",
+                *(files.path, where, stated, unit),
+            )
+        elif 0 < (value * factor) < float("inf"):
+            fields[field] = value * factor
+    period = fields.pop("frame_time_s", None)
+    if period is not None and 1 / period < float("inf"):
+        fields.setdefault("frame_rate_hz", 1 / period)
     return fields
 
 
-def _scalar(file: h5py.File, name: str) -> str | float | None:
-    item = file.get(name)
-    if not isinstance(item, h5py.Dataset) or item.size != 1:
-        return None
+def _scalar(files: Files, name: str) -> tuple[str | float | None, str]:
+    """One number or text, and its unit; None if there is none, or a link to it leads nowhere."""
+    try:
+        place = files.locate(name)
+    except InputError:
+        return None, ""
+    item = None if place is None else files.item(place)
+    if not isinstance(item, h5py.Dataset) or item.size != 1 or item.is_virtual or item.external:
+        return None, ""
+    chunk = item.dtype.itemsize * math.prod(item.chunks or ())
+    if item.dtype.itemsize > LARGEST_TEXT or chunk > LARGEST_CHUNK:
+        return None, ""
+    unit = text(item.attrs.get("units"))
     value = item[()]
     value = value.reshape(-1)[0] if isinstance(value, np.ndarray) else value
     if isinstance(value, bytes):
-        return value.decode(errors="replace").strip("\0 ")
-    return float(value) if np.issubdtype(type(value), np.number) else str(value)
+        return value.decode(errors="replace").strip("\0 "), unit
+    return float(value) if np.issubdtype(type(value), np.number) else str(value), unit

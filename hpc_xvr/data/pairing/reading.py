@@ -36,6 +36,8 @@ class CameraReading:
         flip_rows: turn the frames upside down (the row order of Shimadzu cameras differs by
             instrument).
         frame_rate_hz, pixel_size_um, camera: replace what the files say.
+        allow_links: folders that HDF5 files may lead into (by links, virtual datasets and raw
+            files) beside their own.
     """
 
     dataset: str | None = None
@@ -47,6 +49,7 @@ class CameraReading:
     frame_rate_hz: float | None = None
     pixel_size_um: float | None = None
     camera: str | None = None
+    allow_links: tuple[Path | str, ...] = ()
 
     def check(self) -> None:
         """Raise InputError for values out of range, or a dark field without a flat one."""
@@ -71,7 +74,9 @@ class CameraReading:
         if self.flat is None:
             return None
         flat, dark = (
-            None if path is None else mean_frame(open_camera_file(path, own_flat=False))
+            None
+            if path is None
+            else mean_frame(open_camera_file(path, own_flat=False, allow_links=self.allow_links))
             for path in (self.flat, self.dark)
         )
         assert flat is not None
@@ -109,6 +114,7 @@ class CameraReading:
                 own_flat=not corrects,
                 bit_depth=self.bit_depth,
                 full_scale=None if corrects else self.full_scale,
+                allow_links=self.allow_links,
             )
         )
 
@@ -135,8 +141,9 @@ class CameraReading:
     def described(self) -> dict[str, Any]:
         """The values that were given, to be stored with what is made from the recording."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["allow_links"] = [str(folder) for folder in self.allow_links]
         return {
             name: str(value) if isinstance(value, Path) else value
             for name, value in values.items()
-            if value not in (None, False)
+            if value not in (None, False, [])
         }

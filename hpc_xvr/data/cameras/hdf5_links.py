@@ -1,0 +1,233 @@
+"""HDF5 files and what they lead to: links followed by hand, and only where that is allowed.
+
+The HDF5 library follows soft and external links, parts of virtual datasets and raw files of
+external storage to any file on the disk, without a word. Here every step is looked at.
+"""
+
+from __future__ import annotations
+
+import mmap
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+
+from hpc_xvr.data.cameras.recording import guarded
+from hpc_xvr.errors import InputError
+
+BLOCK = 2**26
+"""Bytes of frames read at once, and of the chunk cache."""
+MOST_HOPS = 40
+"""Links in a row."""
+MOST_OBJECTS = 100_000
+"""Groups and datasets looked at in search of frames."""
+
+
+class Place(NamedTuple):
+    """A file, and the name of a group or dataset in it to which only hard links lead."""
+
+    path: Path
+    name: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}, dataset /{self.name}"
+
+
+class Found(NamedTuple):
+    """A name as the user would write it, and where it leads: a place, or why nowhere."""
+
+    name: str
+    place: Place | InputError
+
+
+class Files:
+    """A file that the user named, and those that it leads to; a context manager.
+
+    Args:
+        path: the file.
+        allow_links: folders, beside the file's own one, that it may lead into.
+    """
+
+    def __init__(self, path: Path, allow_links: Sequence[Path | str] = ()) -> None:
+        self.path = path
+        self.root = Place(path)
+        self._allowed = [path.parent.resolve(), *(Path(folder).resolve() for folder in allow_links)]
+        self._open: dict[Path, h5py.File] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Files:
+        self._file(self.path)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def item(self, place: Place) -> h5py.Group | h5py.Dataset:
+        """Open what is at a place."""
+        file = self._file(place.path)
+        item = file[f"/{place.name}"]
+        if not isinstance(item, h5py.Dataset) or item.external is None:
+            return item
+        # Its raw files lie beside the file, not in the folder where we run. HDF5 wants this said
+        # before the dataset is open.
+        name = item.name.encode(errors="surrogateescape")
+        item.id.close()
+        access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
+        access.set_efile_prefix(b"${ORIGIN}")
+        return h5py.Dataset(h5py.h5d.open(file.id, name, access))
+
+    def locate(self, name: str, start: Place | None = None) -> Place | None:
+        """Where a name leads; None if there is no such name.
+
+        Raises:
+            InputError: a link on the way leads to nothing, or to a file that is not allowed.
+        """
+        place, last = start or self.root, ""
+        if name.startswith("/"):
+            place = Place(place.path)
+        parts = _parts(name)
+        for _ in range(MOST_HOPS + len(parts)):
+            if not parts:
+                return place
+            group = self.item(place)
+            link = group.get(parts[0], getlink=True) if isinstance(group, h5py.Group) else None
+            if link is None:
+                if last:
+                    raise InputError(
+                        f"{place.path}: /{name.strip('/')} is a link to {last}, where nothing is: "
+                        "the recording is incomplete, or the link is wrong"
+                    )
+                return None
+            first = parts.pop(0)
+            if isinstance(link, h5py.HardLink):
+                place = Place(place.path, f"{place.name}/{first}".lstrip("/"))
+                continue
+            last = link.path
+            if isinstance(link, h5py.ExternalLink):
+                last = f"{link.filename}::{link.path}"
+                place = Place(self.beside(place.path, link.filename, f"/{name.strip('/')}"))
+            elif link.path.startswith("/"):
+                place = Place(place.path)
+            parts = [*_parts(link.path), *parts]
+        raise InputError(f"{self.path}: /{name.strip('/')} is a link that leads round in a circle")
+
+    def beside(self, holder: Path, name: str, what: str) -> Path:
+        """The file `name` that `what` in the file `holder` leads to, where HDF5 would find it.
+
+        Raises:
+            InputError: it is missing, or outside the folders that are allowed.
+        """
+        stated = Path(name)
+        # HDF5 looks for a file that has moved beside the one that names it.
+        places = [stated] if stated.is_absolute() else []
+        places.append(holder.parent / (stated.name if stated.is_absolute() else stated))
+        found = next((place for place in places if place.is_file()), None)
+        real = (found or places[0]).resolve()
+        if not any(real.is_relative_to(folder) for folder in self._allowed):
+            raise InputError(
+                f"{holder}: {what} leads to {real}, outside the file's folder, and was not read: "
+                f"if you trust the file, pass --allow-links {real.parent}"
+            )
+        if found is None:
+            raise InputError(
+                f"{holder}: {what} leads to {name}, which is missing: put it beside the file"
+            )
+        return found
+
+    def datasets(self, start: Place | None = None, prefix: str = "") -> Iterator[Found]:
+        """All datasets under a group, and all links that lead nowhere, in the order of names."""
+        groups = [(prefix, start or self.root)]
+        seen: set[tuple[Path, int]] = set()
+        objects = 0
+        while groups:
+            shown, place = groups.pop()
+            group = self.item(place)
+            key = (place.path.resolve(), h5py.h5o.get_info(group.id).addr)
+            if key in seen:
+                continue
+            seen.add(key)
+            inside = []
+            for name in sorted(group):
+                if name.startswith("#") and not shown:  # MATLAB's own
+                    continue
+                if (objects := objects + 1) > MOST_OBJECTS:
+                    raise InputError(
+                        f"{self.path}: holds more than {MOST_OBJECTS} objects: name the dataset "
+                        "with --dataset"
+                    )
+                full = f"{shown}/{name}".lstrip("/")
+                try:
+                    with guarded(f"{self.path}: /{full}"):
+                        there = self.locate(name, place)
+                        assert there is not None
+                        item = self.item(there)
+                except InputError as error:
+                    yield Found(full, error)
+                    continue
+                if isinstance(item, h5py.Dataset):
+                    yield Found(full, there)
+                elif isinstance(item, h5py.Group):
+                    inside.append((full, there))
+            groups += reversed(inside)
+
+    def _file(self, path: Path) -> h5py.File:
+        if path not in self._open:
+            stat = path.stat()
+            if path.suffix.lower() == ".mat" and not h5py.is_hdf5(path):
+                raise InputError(
+                    f"{path}: is not a MATLAB file of version 7.3: save it again with -v7.3"
+                )
+            _check_survivable(path, stat.st_size, stat.st_mtime_ns)
+            file = h5py.File(path, "r", locking=False, rdcc_nbytes=BLOCK)
+            self._open[path] = self._stack.enter_context(file)
+        return self._open[path]
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in name.split("/") if part not in ("", ".")]
+
+
+@lru_cache(maxsize=1024)
+def _check_survivable(path: Path, size: int, changed: int) -> None:
+    """Refuse a file that crashes the HDF5 library, which some damaged virtual datasets do.
+
+    Another process opens all that is in the file first. As that takes a fifth of a second, it is
+    done only where the file has a global heap, which holds the parts of virtual datasets.
+
+    Raises:
+        InputError: the process was killed by a signal.
+    """
+    if not _has_global_heap(path, size):
+        return
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", _LOOK_AT_ALL, str(path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode < 0:
+        raise InputError(
+            f"{path}: the HDF5 library crashes when it opens what is in this file: it is damaged, "
+            "copy or export it again"
+        )
+
+
+_LOOK_AT_ALL = """
+import sys, h5py
+with h5py.File(sys.argv[1], "r", locking=False) as file:
+    file.visititems(lambda name, item: None)
+"""
+
+
+def _has_global_heap(path: Path, size: int) -> bool:
+    """Whether the mark of one stands in the first or last bytes of a file."""
+    if size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"GCOL", 0, BLOCK) >= 0 or data.find(b"GCOL", max(0, size - BLOCK)) >= 0
