@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import yaml
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -22,6 +20,7 @@ from hpc_xvr.evaluate.page import Pictures, data_uri, movies, natural, write_pag
 from hpc_xvr.evaluate.results import FILE, Evaluation
 from hpc_xvr.log import logger
 from hpc_xvr.reconstruction.baselines import BASELINES
+from hpc_xvr.text import first_line, parse_json, parse_yaml
 
 CURVE_POINTS = 800
 BLUE, ORANGE, GREY = "#1c5d99", "#d9480f", "#868e96"
@@ -80,10 +79,10 @@ def _settings(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: is not valid YAML; take it from the run's checkpoint or remove "
+            f"{path}: {first_line(error)}; take it from the run's checkpoint or remove "
             "it to report without settings"
         ) from None
     return tree if isinstance(tree, dict) else {}
@@ -93,7 +92,7 @@ def _json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        tree = json.loads(path.read_text())
+        tree = parse_json(path.read_text())
     except (OSError, ValueError):
         raise InputError(f"{path}: is not valid JSON; make it again or remove it") from None
     return tree if isinstance(tree, dict) else None
@@ -133,7 +132,7 @@ def _metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     text = path.read_text(errors="replace") if path.exists() else ""
     for line in filter(str.strip, text.splitlines()):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except ValueError:
             entry = None
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):

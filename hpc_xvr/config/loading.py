@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hpc_xvr.config.sections import Config, Evaluate
-from hpc_xvr.errors import InputError
+from hpc_xvr.config.sections import EXPAND, Config, Evaluate
+from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.text import first_line, parse_yaml, shortened
+
+_QUOTED = reprlib.Repr()  # quickly cut, however large a value is
+_QUOTED.maxstring = _QUOTED.maxother = 80
+_QUOTED.maxlevel = 2
 
 
 def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
@@ -31,28 +37,34 @@ def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
                 "--set train.steps=100"
             )
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise InputError(f"--set {text}: the value is not valid YAML") from None
+            parsed = parse_yaml(value)
+        except ValueError as error:
+            raise InputError(f"--set {shortened(text)}: {error}") from None
         _assign(tree, key.strip().split("."), parsed, text)
         sources[key.strip()] = f"--set {text}"
-    return check(tree, str(path or "--set"), sources)
+    return check(tree, str(path or "--set"), sources, expand=True)
 
 
-def check(tree: Any, source: str, overrides: dict[str, str] | None = None) -> Config:
+def check(
+    tree: Any, source: str, overrides: dict[str, str] | None = None, expand: bool = False
+) -> Config:
     """Check a tree of plain dicts and return it as a typed one.
 
     Args:
         source: where the tree comes from, for errors.
         overrides: key -> the `--set` option that it comes from, for errors.
+        expand: paths may have ~ and $VARIABLE, as a user writes them; those that the program wrote
+            itself are taken as they are.
 
     Raises:
         InputError: as `load`.
     """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context={EXPAND: expand})
     except ValidationError as error:
         raise InputError(_explain(error, source, overrides or {})) from None
+    except (OverflowError, RecursionError) as error:
+        raise InputError(f"{source}: a value cannot be used ({first_line(error)})") from None
 
 
 def with_evaluate(config: Config, **values: Any) -> Config:
@@ -86,15 +98,15 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"config {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise InputError(f"config {path}{where}: not valid YAML") from None
+    except OSError as error:
+        raise InputError(f"config {path}: cannot be read ({explain_os_error(error)})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"config {path}: is not text in UTF-8; save it as such") from None
+    except ValueError as error:
+        raise InputError(f"config {path}: {error}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -133,7 +145,8 @@ def _explain(error: ValidationError, source: str, overrides: dict[str, str]) -> 
         where = ".".join(location[:-1]) or "the config"
         return f"{source}: unknown key {key}{hint} Keys of {where}: {', '.join(valid)}"
     message = problem["msg"].removeprefix("Value error, ").replace("\n", " ")
-    shown = "" if isinstance(problem["input"], (dict, BaseModel)) else f", got {problem['input']!r}"
+    hidden = isinstance(problem["input"], (dict, BaseModel))
+    shown = "" if hidden else f", got {_QUOTED.repr(problem['input'])}"
     return f"{source}: {key + ': ' if key else ''}{message}{shown}"
 
 

@@ -5,7 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+
+from hpc_xvr.text import expanded, expanded_name
+
+EXPAND = "expand"
+"""Key of the validation context: paths are a user's and may have ~ and $VARIABLE."""
+
+
+def _expand(value: Any, info: ValidationInfo) -> Any:
+    meant = isinstance(value, (str, Path)) and (info.context or {}).get(EXPAND)
+    return expanded(value) if meant else value
+
+
+def _expand_named(value: Any, info: ValidationInfo) -> Any:
+    meant = isinstance(value, str) and (info.context or {}).get(EXPAND)
+    return expanded_name(value) if meant else value
+
+
+File = Annotated[Path, BeforeValidator(_expand)]
+Named = Annotated[str, BeforeValidator(_expand_named)]
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -20,11 +39,13 @@ Size = tuple[Positive, Positive, Positive]
 class Section(BaseModel):
     """A part of the tree: unknown keys are refused, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class Run(Section):
-    dir: Path = Path("runs/default")
+    dir: File = Path("runs/default")
     """Run folder: resolved config, metrics, checkpoints and pictures go here."""
     seed: NotNegative = 1
     """Seed of weights, data order, crops and noise."""
@@ -105,7 +126,7 @@ class Simulate(Section):
 class Data(Section):
     """What a sample is made of and where it is read from."""
 
-    corpus: Path = Path("corpus")
+    corpus: File = Path("corpus")
     """Folder of the corpus (made by `hpc-xvr ingest` or `hpc-xvr simulate`)."""
     lr_frames: Annotated[int, Field(ge=1, le=31)] = 3
     """Low-resolution frames of a sample (odd: the middle one is the centre frame)."""
@@ -154,7 +175,7 @@ class Data(Section):
     damaged: Literal["stop", "drop"] = "stop"
     """When a recording's data do not match their checksum. stop: end the run. drop: warn, and
     replace samples that cannot be read by others, the same ones on any number of ranks."""
-    stage_dir: Path | None = None
+    stage_dir: File | None = None
     """Folder on a node-local disk to which the recordings that a node's ranks read are copied
     first; existing copies are reused."""
 
@@ -287,7 +308,7 @@ class Train(Section):
     """Steps between two lines of metrics."""
     nonfinite_limit: Positive = 10
     """Steps in a row with a non-finite gradient (each is skipped) before the run stops."""
-    weights: Path | None = None
+    weights: File | None = None
     """Start from these weights: a checkpoint of ours or of the authors' program, a file of
     `hpc-xvr export`, or `builtin` (`builtin:NAME`)."""
 
@@ -352,12 +373,12 @@ class Evaluate(Section):
 
     split: Split = "test"
     """Recordings that are evaluated."""
-    methods: list[str] = ["bicubic", "nearest_hr", "linear_hr", "detail", "adaptive", "bayes"]
+    methods: list[Named] = ["bicubic", "nearest_hr", "linear_hr", "detail", "adaptive", "bayes"]
     """Methods that are compared: names of those without learning, run folders, files of weights;
     NAME=PATH gives a model a name."""
     reference: str = "detail"
     """The method that all others are compared with, recording by recording."""
-    corpora: list[Path] = []
+    corpora: list[File] = []
     """Corpora that are evaluated. Default: data.corpus."""
     gap: list[Annotated[int, Field(ge=2)]] | None = None
     """Frames from key frame to key frame, one or several. Default: data.hr_gap."""
@@ -400,7 +421,7 @@ class Fetch(Section):
     """Web address of each data set's ZIP archive (those of TomoBank by default)."""
     sha256: dict[str, str] = {}
     """Checksum of an archive, where it is known; the download is refused if it differs."""
-    folder: Path = Path("downloads")
+    folder: File = Path("downloads")
     """Archives and their files stay here."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """Seconds without a byte after which a connection counts as broken."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from hpc_xvr.errors import InputError, explain
+from hpc_xvr.text import expanded, parse_yaml
 
 
 class Registration(BaseModel):
@@ -59,17 +58,21 @@ def read_registration(text: str) -> Registration:
     where = f"registration {text}"
     try:
         inline = text.lstrip().startswith("{")
-        found = yaml.safe_load(text if inline else Path(text).read_text())
+        if not inline:
+            text = expanded(text).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{where}: cannot be read ({error})") from None
+    try:
+        found = parse_yaml(text)
+    except ValueError as error:
+        raise InputError(
+            f"{where}: {error}; write it like {{scale: 2.92, origin: [34, 57]}}"
+        ) from None
+    try:
         if not isinstance(found, dict):
             raise ValueError("it is not a mapping such as {scale: 2.92, origin: [34, 57]}")
         return Registration.model_validate(found)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{where}: cannot be read ({error})") from None
-    except yaml.YAMLError:
-        raise InputError(
-            f"{where}: is not valid YAML; write it like {{scale: 2.92, origin: [34, 57]}}"
-        ) from None
-    except (ValueError, ValidationError) as error:
+    except (ValueError, OverflowError, ValidationError) as error:
         raise InputError(
             f"{where}: {explain(error)}; it has scale, origin: [row, column], rotation_deg and flip"
         ) from None

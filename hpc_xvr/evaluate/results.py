@@ -14,6 +14,7 @@ from hpc_xvr.evaluate.rows import Condition, Row, without_infinities
 from hpc_xvr.evaluate.summary import Summary, conditions, summarise
 from hpc_xvr.files import write_atomic
 from hpc_xvr.reconstruction.methods import NamedMethod
+from hpc_xvr.text import parse_json
 
 FILE = "evaluation.json"
 
@@ -111,7 +112,7 @@ class Evaluation:
         """
         path = Path(folder) / FILE
         try:
-            tree = json.loads(path.read_text())
+            tree = parse_json(path.read_text())
         except FileNotFoundError:
             return None
         except (OSError, ValueError):

@@ -17,6 +17,7 @@ from hpc_xvr.errors import InputError, explain_os_error
 from hpc_xvr.evaluate.rows import Row
 from hpc_xvr.evaluate.scoring import Setting, Unit
 from hpc_xvr.reconstruction.methods import NamedMethod
+from hpc_xvr.text import parse_json
 
 VERSION = 2  # raise it when a metric or a method without learning changes
 
@@ -40,7 +41,7 @@ class Cells:
             ) from None
         for line in (line for text in texts for line in text.splitlines()):
             try:
-                tree = json.loads(line)
+                tree = parse_json(line)
                 rows[tree["key"]] = Row.from_json(tree["row"])
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue

@@ -14,6 +14,7 @@ from hpc_xvr.config import Config
 from hpc_xvr.errors import explain_os_error
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
+from hpc_xvr.text import parse_json
 from hpc_xvr.train.share import Share
 
 
@@ -171,6 +172,6 @@ def _not_finite(value: Any) -> bool:
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return parse_json(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a line torn by a crash

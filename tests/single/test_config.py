@@ -67,7 +67,7 @@ def test_mistakes_say_where_what_and_what_is_allowed(override, parts):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("train: [", "line 1: not valid YAML"),
+        ("train: [", r"is not valid YAML \(line 1\)"),
         ("- a\n- b", "sections with keys"),
         ("train: {stepz: 1}", "unknown key train.stepz"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from hpc_xvr.data.registration import Registration
 from hpc_xvr.errors import InputError
+from hpc_xvr.text import parse_json
 
 SCHEMA = 1
 FORMAT = "hpc_xvr corpus"
@@ -65,7 +65,7 @@ class VideoInfo(BaseModel):
 def read_header(path: Path) -> str:
     """Store of the corpus at `path`, after checking format and schema version."""
     try:
-        header = json.loads((path / HEADER).read_text())
+        header = parse_json((path / HEADER).read_text())
         if header["format"] != FORMAT:
             raise KeyError
         schema, store = header["schema"], str(header["store"])

@@ -21,6 +21,7 @@ import numpy as np
 from hpc_xvr.data.corpus.layout import ID, MANIFEST, SPLITS, VideoInfo, checksums
 from hpc_xvr.errors import InputError, explain
 from hpc_xvr.files import disk_errors
+from hpc_xvr.text import parse_json
 
 if TYPE_CHECKING:
     from hpc_xvr.data.corpus.stores import Store
@@ -176,7 +177,7 @@ class Manifest:
         """A video's line."""
         try:
             text = self._more.get(number) or next(self._lines([number]))
-            entry: dict[str, Any] = json.loads(text)
+            entry: dict[str, Any] = parse_json(text)
             if entry["id"] != self.ids[number]:
                 raise ValueError(f"the line is that of {entry['id']}")
             return entry
@@ -196,7 +197,7 @@ class Manifest:
             if number not in self._more:
                 yield text
             else:
-                yield line({**json.loads(text), "files": checksums(self.clip(self.ids[number]))})
+                yield line({**parse_json(text), "files": checksums(self.clip(self.ids[number]))})
 
     def _lines(self, numbers: Iterable[int]) -> Iterator[bytes]:
         with contextlib.ExitStack() as stack:
@@ -256,7 +257,7 @@ def _parsed(texts: list[bytes], offsets: list[int]) -> dict[str, tuple[Any, ...]
         if not text.endswith(b"}}\n"):
             raise ValueError("torn")
         heads.append(head + b"}" if b'"split":' in head else text)
-    entries = json.loads(b"[" + b",".join(heads) + b"]")
+    entries = parse_json(b"[" + b",".join(heads) + b"]")
     return {entry["id"]: (at, *_columns(entry)) for entry, at in zip(entries, offsets, strict=True)}
 
 

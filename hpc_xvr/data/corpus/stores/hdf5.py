@@ -12,6 +12,7 @@ import numpy as np
 
 from hpc_xvr.data.corpus.stores.base import DamagedData, ShapeAndType, chunk_side, first_line
 from hpc_xvr.files import commit
+from hpc_xvr.text import parse_json
 
 
 class Hdf5Store:
@@ -53,7 +54,7 @@ class Hdf5Store:
             }
         for name in ("metadata", "registration"):
             if name in attributes:
-                attributes[name] = json.loads(attributes[name])
+                attributes[name] = parse_json(attributes[name])
         return attributes, arrays
 
     def index(self, root: Path, scratch: Path, ids: Sequence[str]) -> None:

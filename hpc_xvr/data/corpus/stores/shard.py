@@ -7,7 +7,6 @@ comes with one `pread`. Shards of any other make are left to tensorstore.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from hpc_xvr.data.corpus.stores.base import DamagedData
+from hpc_xvr.text import parse_json
 
 CRC = 4  # bytes of a CRC-32C
 
@@ -113,7 +113,7 @@ def _overlap(wanted: slice, start: int, side: int) -> tuple[slice, slice]:
 def layout(folder: Path) -> dict[str, Any] | None:
     """Shape, type and chunks of an array whose shard `Shard` can read; None for any other array."""
     try:
-        meta = json.loads((folder / "zarr.json").read_text())
+        meta = parse_json((folder / "zarr.json").read_text())
         (sharding,) = meta["codecs"]
         inner = sharding["configuration"]
         shape, shard = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]

@@ -13,6 +13,7 @@ import numpy as np
 from hpc_xvr.data.corpus.stores.base import Array, DamagedData, ShapeAndType, chunk_side, first_line
 from hpc_xvr.data.corpus.stores.shard import Shard, layout
 from hpc_xvr.files import commit
+from hpc_xvr.text import parse_json
 
 # Room for the shard index of the clips in use: without it every chunk read re-reads the index.
 READ_CACHE_BYTES = 16 << 20
@@ -63,11 +64,11 @@ class ZarrStore:
         return _ZarrArray(array)
 
     def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, ShapeAndType]]:
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        attributes = parse_json((path / "zarr.json").read_text())["attributes"]
         arrays = {}
         for name in ("frames", "lr"):
             if (path / name).is_dir():
-                meta = json.loads((path / name / "zarr.json").read_text())
+                meta = parse_json((path / name / "zarr.json").read_text())
                 arrays[name] = (tuple(meta["shape"]), meta["data_type"])
         return attributes, arrays
 
