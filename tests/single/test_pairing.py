@@ -274,7 +274,11 @@ def test_a_model_is_applied_to_the_raw_pair_with_the_options_of_ingest(
     if suffix == ".h5":
         with h5py.File(out) as file:
             frames, said = file["exchange/data"][()] / 65535, dict(file["exchange/data"].attrs)
-        assert (said["frame_rate_hz"], said["pixel_size_um"], said["full_scale"]) == (4e4, 1.5, 1)
+        assert (said["frame_rate_hz"], said["pixel_size_um"], said["full_scale"]) == (
+            4e4,
+            1.5,
+            4095,
+        )
     else:
         with tifffile.TiffFile(out) as file:
             frames, said = file.asarray() / 65535, file.imagej_metadata

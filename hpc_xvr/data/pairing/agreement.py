@@ -7,10 +7,11 @@ negative picture) says that the recordings were put together in a wrong way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.errors import InputError
@@ -26,6 +27,9 @@ BETTER = 2.0
 """What another place or time must leave less of, as a ratio of variances, to be told."""
 CONTRAST = 0.005
 """Deviation of a binned key frame, of full scale, below which nothing can be compared."""
+BLURS = 0.5, 0.8, 1.2, 1.7, 2.4
+"""Deviations of Gaussians, fast pixels, by which the fast camera may be blurred more than a binned
+sharp frame."""
 TURNED = {
     "upside down": (slice(None, None, -1), slice(None)),
     "mirrored left to right": (slice(None), slice(None, None, -1)),
@@ -54,6 +58,8 @@ class Agreement:
 
     correlation: float
     grey: Grey
+    level: float
+    """Mean of the binned key frames."""
     spread: float
     """Largest difference between the gain of one key frame and the mean one, as a share of it."""
     shift: tuple[float, float]
@@ -83,7 +89,7 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         low = bin_down(key, key.shape[0] // frame.shape[0])
         if low.std() < CONTRAST:
             continue
-        fits.append(_fit(low, frame))
+        fits.append((*_fit(low, frame), low.mean()))
         around = range(max(0, t - REACH), min(len(fast), t + REACH + 1))
         left = {other: _left(low, fast[other]) for other in around}
         best = min(left, key=lambda other: left[other])
@@ -93,12 +99,18 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         ways.append(name if left[t] > BETTER * turned[name] else "")
     if not fits:
         return None
-    correlation, gain, offset, down, right = np.mean(fits, 0)
+    correlation, gain, offset, down, right, level = np.mean(fits, 0)
     spread = float(np.abs(np.array(fits)[:, 1] - gain).max() / max(abs(gain), 1e-9))
     grey = Grey(float(gain), float(offset))
     usual = max(sorted(set(ways)), key=ways.count)
     return Agreement(
-        float(correlation), grey, spread, (float(down), float(right)), tuple(lags), usual
+        float(correlation),
+        grey,
+        float(level),
+        spread,
+        (float(down), float(right)),
+        tuple(lags),
+        usual,
     )
 
 
@@ -141,8 +153,9 @@ def grey_of(found: Agreement, name: str) -> Grey:
     Warns where they are taken out, and where they seem to differ but nothing is certain.
     """
     gain, offset = found.grey.gain, found.grey.offset
-    if abs(gain - 1) < 0.01 and abs(offset) < 0.005:
-        return Grey()
+    aside = abs((gain - 1) * found.level + offset)
+    if 0.8 < gain < 1.25 and aside < max(0.01 * found.level, 0.002):
+        return Grey()  # blur changes contrast, but not the mean
     relation = f"fast = {gain:.4g} x sharp {offset:+.4f} (shares of their full scales)"
     if found.correlation < ALIKE or found.spread > 0.1 or gain <= 0:
         if 0.8 < gain < 1.25 and abs(offset) < 0.05:
@@ -181,7 +194,7 @@ def _cause(off: Sequence[tuple[int, int]], gap: float) -> str:
 def _fit(low: np.ndarray, frame: np.ndarray) -> tuple[float, float, float, float, float]:
     """Correlation, gain, offset, and rows and columns of shift of a fast frame against a binned
     key frame. The shift: whole pixels by cross-correlation, the rest by least squares with gain
-    and offset; 0 unless it explains much more than gain and offset do alone."""
+    and offset; 0 unless it explains much more than gain, offset and blur do alone."""
     spectrum = np.fft.fft2(frame - frame.mean()) * np.conj(np.fft.fft2(low - low.mean()))
     peaks = np.fft.ifft2(spectrum).real
     place = np.unravel_index(peaks.argmax(), peaks.shape)
@@ -198,15 +211,31 @@ def _fit(low: np.ndarray, frame: np.ndarray) -> tuple[float, float, float, float
         down, right, moved, keep = 0, 0, low, (slice(1, -1), slice(1, -1))
     correlation = _correlation(low, frame)
     ones = np.ones(low.shape)
-    (gain, offset), plain = _least_squares([low, ones], frame)
-    shifted, moving = _least_squares(
-        [part[keep] for part in (moved, ones, *np.gradient(moved))], frame[keep]
+    inner = slice(1, -1), slice(1, -1)
+    (gain, offset), plain = min(
+        (_least_squares([a[inner], ones[inner]], frame[inner]) for a in _blurred(low)),
+        key=lambda fit: fit[1],
+    )
+    shifted, moving = min(
+        (
+            _least_squares([part[keep] for part in (a, ones, *np.gradient(a))], frame[keep])
+            for a in _blurred(moved)
+        ),
+        key=lambda fit: fit[1],
     )
     floor = 1e-4 * float(frame.var())
     if shifted[0] > 0 and plain + floor > BETTER * (moving + floor):
         gain, offset, dy, dx = shifted
         return correlation, gain, offset, down - dy / gain, right - dx / gain
     return correlation, gain, offset, 0.0, 0.0
+
+
+def _blurred(low: np.ndarray) -> Iterator[np.ndarray]:
+    """A binned key frame as cameras of more and more blur would see it: a blurred picture has less
+    contrast, and that is no gain."""
+    yield low
+    for sigma in BLURS:
+        yield gaussian_filter(low, sigma, mode="nearest")
 
 
 def _least_squares(parts: Sequence[np.ndarray], frame: np.ndarray) -> tuple[np.ndarray, float]:
