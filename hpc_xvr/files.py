@@ -60,9 +60,33 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def check_folder(path: Path) -> None:
-    """Raise InputError if the folder that `path` is to be written to does not exist."""
+    """Raise InputError if a file cannot be `path`: its folder is missing or closed to us, or `path`
+    is a folder itself."""
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist; create it first")
+    check_new_file(path)
+
+
+def check_new_file(path: Path) -> None:
+    """The same for a file whose missing folders are made when it is written."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the name of a file")
+    _check_open(path, path.absolute().parent)
+
+
+def check_new_folder(path: Path) -> None:
+    """Raise InputError if there cannot be a folder `path` that we may write to."""
+    _check_open(path, path.absolute())
+
+
+def _check_open(path: Path, folder: Path) -> None:
+    """Is `folder`, or what is there of it, a folder that we may write to?"""
+    while not (folder.exists() or folder.is_symlink()):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"cannot write {path}: {folder} is a file; choose another folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write {path}: no right to write to {folder}; choose another one")
 
 
 def commit(temporary: Path, final: Path) -> None:

@@ -44,6 +44,7 @@ for _command in (
     data.ingest,
     fetch.fetch,
     data.inspect,
+    data.edit,
     train.train,
     results.evaluate,
     results.reconstruct,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
+from hpc_xvr.cli.common import File
 from hpc_xvr.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class _Option(NamedTuple):
     settings: dict[str, Any]
 
 
-_A_FILE = {"type": click.Path(path_type=Path), "metavar": "FILE"}
+_A_FILE = {"type": File(), "metavar": "FILE"}
 _READING = (
     _Option("flat", "flat", "Recording without sample, for flat-field correction.", _A_FILE),
     _Option("dark", "dark", "Recording without beam, for the same.", _A_FILE),
@@ -162,7 +163,7 @@ def pairing_options(command: Command) -> Command:
 def source_options(command: Command) -> Command:
     """A decorator that adds all options that say what is reconstructed: two camera files, or a
     recording of a corpus."""
-    a_path = click.Path(path_type=Path)
+    a_path = File()
     for decorate in reversed(
         (
             click.option("--lr", type=a_path, help="Recording of the fast camera."),

@@ -8,11 +8,40 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hpc_xvr.text import expanded, expanded_name
+
 if TYPE_CHECKING:
     from hpc_xvr.config import Dist
     from hpc_xvr.distributed.comm import Comm
 
 _comm: Comm | None = None  # set by the commands that talk to other ranks
+
+
+class File(click.ParamType):
+    """A path; ~ and $VARIABLE mean what they mean in a shell."""
+
+    name = "path"
+
+    def convert(
+        self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Path:
+        try:
+            return expanded(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class NamedFile(click.ParamType):
+    """NAME, PATH or NAME=PATH, the path as `File`."""
+
+    name = "text"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            return expanded_name(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
 
 settings = click.option(
     "--set",
@@ -21,9 +50,9 @@ settings = click.option(
     metavar="KEY=VALUE",
     help="Override a config value, such as train.steps=100. May be repeated.",
 )
-a_config = click.argument("config", type=click.Path(path_type=Path))
-a_run = click.argument("run", type=click.Path(path_type=Path))
-a_method = click.argument("what", type=click.Path(path_type=Path))
+a_config = click.argument("config", type=File())
+a_run = click.argument("run", type=File())
+a_method = click.argument("what", type=File())
 engine = click.option(
     "--engine",
     type=click.Choice(["auto", "serial", "horovod", "torch"]),

@@ -1,10 +1,10 @@
-"""Commands that make and inspect a corpus: simulate, ingest, inspect."""
+"""Commands that make, inspect and change a corpus: simulate, ingest, inspect, edit."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,8 +15,10 @@ from hpc_xvr.cli.cameras import (
     take_pairing,
     take_readings,
 )
-from hpc_xvr.cli.common import Examples, a_config, connect, settings
+from hpc_xvr.cli.common import Examples, File, NamedFile, a_config, connect, settings
+from hpc_xvr.cli.ending import then
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import say
 
 if TYPE_CHECKING:
     from hpc_xvr.data.corpus import Corpus
@@ -61,6 +63,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
         simulate_corpus(cfg.simulate, cfg.data.corpus, cpu_threads(launch), comm)
         comm.close()
     _show_corpus(cfg.data.corpus)
+    then("train", config, *(word for text in overrides for word in ("--set", text)))
 
 
 @click.command(
@@ -75,11 +78,11 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
         --corpus corpus
 """,
 )
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("paths", nargs=-1, required=True, type=File())
 @click.option(
     "--corpus",
     required=True,
-    type=click.Path(path_type=Path),
+    type=File(),
     help="Folder of the corpus; created if missing, else added to.",
 )
 @click.option(
@@ -108,6 +111,7 @@ def simulate(config: Path, overrides: tuple[str, ...]) -> None:
 @click.option(
     "--lr",
     multiple=True,
+    type=File(),
     metavar="FILE",
     help="The fast camera's recording of the same shot; with several PATHS, one --lr for each in "
     "the same order. With --registration, its frames are resampled to the sharp grid / --scale.",
@@ -174,6 +178,7 @@ def ingest(
     if comm is None or comm.is_root:
         _show_outcomes(outcomes)
         _show_corpus(corpus)
+        then("inspect", corpus, "--verify", "--sheet")
     if comm is not None:
         comm.close()
         comm.leave(0)
@@ -203,12 +208,13 @@ def _show_outcomes(outcomes: list[Any]) -> None:
     hpc-xvr inspect corpus --sheet frames.png --all
 """,
 )
-@click.argument("corpus", type=click.Path(path_type=Path))
+@click.argument("corpus", type=File())
 @click.option("--all", "everything", is_flag=True, help="List every recording, however many.")
 @click.option(
     "--sheet",
     is_flag=False,
     flag_value="",
+    type=NamedFile(),
     metavar="[FILE.png]",
     help="Write a contact sheet: first, middle and last frame of 48 recordings, spread evenly, or "
     "with --all of every recording, on several pages. [default: CORPUS-sheet.png]",
@@ -227,20 +233,74 @@ def inspect(corpus: Path, everything: bool, sheet: str | None, verify: bool) -> 
 
         file = Path(sheet) if sheet else Path(f"{corpus.resolve().name}-sheet.png")
         for page in contact_sheet(opened, file, everything):
-            click.echo(f"contact sheet: {page}")
+            say(f"contact sheet: {page}")
     if not verify:
+        _after_inspection(corpus)
         return
-    results = list(track(opened.verify(), "verifying", total=len(opened.videos)))
+    results = list(track(opened.verify(), "verifying", len(opened.videos), "recordings"))
     bad = [(name, problem) for name, problem in results if problem]
     for name, problem in bad:
         logger.warning("%s: %s", name, problem)
     if bad:
         raise InputError(
             f"{corpus}: {len(bad)} of {len(results)} recordings do not match their "
-            f"checksums: {', '.join(name for name, _ in bad)}; delete their folders "
-            "under videos/ and ingest them again from the camera files"
+            f"checksums: {', '.join(name for name, _ in bad)}; remove them with `hpc-xvr edit "
+            f"{corpus} ID --remove` and ingest them again from the camera files"
         )
-    click.echo(f"{len(results)} recordings verified: all intact")
+    say(f"{len(results)} recordings verified: all intact")
+    _after_inspection(corpus)
+
+
+def _after_inspection(corpus: Path) -> None:
+    then("train", "CONFIG.yaml", "--set", f"data.corpus={corpus}")
+
+
+@click.command(
+    cls=Examples,
+    examples="""
+    hpc-xvr edit corpus shot7 shot8 --split test
+    hpc-xvr edit corpus shot7 --rename spray-7
+    hpc-xvr edit corpus shot7 --remove
+""",
+)
+@click.argument("corpus", type=File())
+@click.argument("recordings", nargs=-1, required=True)
+@click.option(
+    "--split",
+    type=click.Choice(["train", "validation", "test"]),
+    help="Move them to this split.",
+)
+@click.option("--rename", "name", metavar="ID", help="Give one recording another id.")
+@click.option("--remove", is_flag=True, help="Delete them from the corpus.")
+def edit(
+    corpus: Path,
+    recordings: tuple[str, ...],
+    split: Literal["train", "validation", "test"] | None,
+    name: str | None,
+    remove: bool,
+) -> None:
+    """Move RECORDINGS of CORPUS to another split, rename one, or remove them.
+
+    RECORDINGS are ids as `hpc-xvr inspect CORPUS` lists them. Checksums and manifest follow; an
+    interrupted command leaves a whole corpus. End what reads the corpus first: a training that runs
+    would stop.
+    """
+    from hpc_xvr.data.corpus.writer import CorpusWriter
+
+    if (split is not None) + (name is not None) + remove != 1:
+        raise InputError("edit: give one of --split, --rename and --remove")
+    if name is not None and len(recordings) != 1:
+        raise InputError(f"--rename {name}: gives one recording another id; name just one")
+    with CorpusWriter(corpus, store=None) as writer:
+        if split is not None:
+            writer.move(recordings, split)
+        elif name is not None:
+            writer.rename(recordings[0], name)
+        else:
+            writer.remove(recordings)
+    done = f"now in {split}" if split else f"now called {name}" if name else "removed"
+    say(f"{corpus}: {', '.join(dict.fromkeys(recordings))} {done}")
+    then("inspect", corpus)
 
 
 MANY = 50

@@ -1,15 +1,42 @@
-"""How a command ends: exit codes, one line for bad input, no rank left behind."""
+"""How a command ends: the next command, exit codes, one line for bad input, no rank left behind."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 import traceback
+from collections.abc import Collection
 
 import click
 
 from hpc_xvr.cli.common import connected
 from hpc_xvr.errors import CollectiveError, InputError, explain_os_error
+from hpc_xvr.log import complain, logger
+from hpc_xvr.text import printable
+
+
+def then(*words: object, program: str = "hpc-xvr") -> None:
+    """Name the command that usually comes next; words in capitals are for the user to fill in."""
+    logger.info("next: %s", shlex.join([program, *map(str, words)]))
+
+
+def typed(without: Collection[str] = ()) -> list[str]:
+    """The options that the running command was given, without those of these parameters."""
+    context = click.get_current_context()
+    words: list[str] = []
+    for option in context.command.params:
+        name = option.name or ""
+        if (
+            not isinstance(option, click.Option)
+            or name in without
+            or context.get_parameter_source(name) is not click.core.ParameterSource.COMMANDLINE
+        ):
+            continue
+        value = context.params[name]
+        for one in value if option.multiple else (value,):
+            words += [option.opts[0]] if option.is_flag else [option.opts[0], str(one)]
+    return words
 
 
 def _leave(code: int) -> None:
@@ -54,7 +81,7 @@ def _crash(error: Exception) -> None:
     if comm is not None and comm.size > 1:
         step = f" in step {comm.place.step} ({comm.place.doing})" if comm.place.step else ""
         where = f"[rank {comm.rank}] failed{step}:\n"
-    print(f"{where}{traceback.format_exc()}", file=sys.stderr, flush=True)
+    complain(f"{where}{traceback.format_exc()}")
     if comm is not None and comm.size > 1:
         comm.abort(1)
     abort_world(1)
@@ -74,7 +101,7 @@ def _fail(message: str, code: int, collective: bool = False) -> None:
         time.sleep(2)  # the ranks are not connected yet: rank 0 most likely has the same error
     if rank == 0 or not collective:
         where = f"[rank {rank}] " if rank else ""
-        print(f"hpc-xvr: error: {where}{message}", file=sys.stderr, flush=True)
+        complain(f"hpc-xvr: error: {where}{printable(message)}")
     if comm is not None and comm.size > 1 and not collective:
         comm.abort(code)
     if comm is not None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from hpc_xvr.cli.common import Examples, settings
+from hpc_xvr.cli.common import Examples, File, settings
+from hpc_xvr.cli.ending import then
+from hpc_xvr.log import say
 
 
 @click.command(
@@ -23,7 +25,7 @@ from hpc_xvr.cli.common import Examples, settings
 @click.option(
     "--corpus",
     required=True,
-    type=click.Path(path_type=Path),
+    type=File(),
     help="Folder of the corpus; created if missing, else added to.",
 )
 @click.option(
@@ -33,9 +35,7 @@ from hpc_xvr.cli.common import Examples, settings
     show_default=True,
     help="Split that the recording goes into.",
 )
-@click.option(
-    "--config", type=click.Path(path_type=Path), help="Config file with a section `fetch`."
-)
+@click.option("--config", type=File(), help="Config file with a section `fetch`.")
 @settings
 def fetch(
     name: str, corpus: Path, split: str, config: Path | None, overrides: tuple[str, ...]
@@ -50,4 +50,6 @@ def fetch(
     from hpc_xvr.data.fetch import fetch as run
 
     cfg = load(config, overrides)
-    click.echo(f"{corpus}: {run(name, corpus, cfg.fetch, split=split, scale=cfg.data.scale)} added")
+    added = run(name, corpus, cfg.fetch, split=split, scale=cfg.data.scale)
+    say(f"{corpus}: {added} added")
+    then("evaluate", "builtin", "--corpus", corpus, "--split", split, "--out", "RESULTS")

@@ -11,6 +11,8 @@ import click
 from hpc_xvr.cli.cameras import source_options, take_source
 from hpc_xvr.cli.common import (
     Examples,
+    File,
+    NamedFile,
     a_method,
     a_run,
     configured_device,
@@ -20,12 +22,17 @@ from hpc_xvr.cli.common import (
     which_checkpoint,
 )
 from hpc_xvr.cli.common import engine as engine_option
+from hpc_xvr.cli.ending import then, typed
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import say
 
 if TYPE_CHECKING:
     from hpc_xvr.config import Config
     from hpc_xvr.reconstruction.methods import NamedMethod
     from hpc_xvr.reconstruction.workflow import Material
+
+TWO_CAMERAS = ("--lr", "FAST", "--hr", "SHARP", "--gap", "GAP", "--out", "MOVIE.tif")
+"""Options of `reconstruct`, to be filled in."""
 
 
 def _evaluation_config(
@@ -66,17 +73,17 @@ def _data_of(weights: Path) -> tuple[str, ...]:
         --config configs/compare/published_protocol.yaml
 """,
 )
-@click.argument("what", nargs=-1)
+@click.argument("what", nargs=-1, type=NamedFile())
 @click.option(
     "--config",
-    type=click.Path(path_type=Path),
+    type=File(),
     help="Config file for the sections evaluate, data and run. [default: that of the first run]",
 )
 @click.option(
     "--corpus",
     "corpora",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=File(),
     help="Corpus to evaluate on. May be repeated. [default: that of the first run]",
 )
 @click.option(
@@ -102,13 +109,14 @@ def _data_of(weights: Path) -> tuple[str, ...]:
     "--method",
     "methods",
     multiple=True,
+    type=NamedFile(),
     help="Compare with this method: bicubic, nearest_hr, linear_hr, detail, adaptive, bayes. "
     "May be repeated. [default: all, unless WHAT names some]",
 )
 @click.option("--reference", help="Method that all others are compared with. [default: detail]")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=File(),
     help="Folder of the results. [default: RUN/evaluation of the first run]",
 )
 @click.option(
@@ -148,12 +156,14 @@ def evaluate(
     """
     from hpc_xvr.config import Dist, with_evaluate
     from hpc_xvr.factory.builtin import is_builtin
+    from hpc_xvr.files import check_new_folder
 
     paths = [Path(text.rpartition("=")[2]) for text in what]
     models = [path for path in paths if path.exists() or is_builtin(path)]
     if out is None and (not models or is_builtin(models[0])):
         raise InputError("evaluate: without a run folder, say where the results go: --out FOLDER")
     folder = out or (models[0] if models[0].is_dir() else models[0].with_suffix("")) / "evaluation"
+    check_new_folder(folder)
     if config is None and models:
         if models[0].is_dir():
             config = models[0] / "config.yaml"
@@ -169,6 +179,10 @@ def evaluate(
     from hpc_xvr.evaluate.workflow import evaluate as run
 
     run(cfg, what, comm, folder, restart, which)
+    if out is None and models[0].is_dir():
+        then("report", models[0])
+    else:
+        then("reconstruct", what[paths.index(models[0])] if models else "builtin", *TWO_CAMERAS)
     comm.close()
     comm.leave(0)
 
@@ -188,7 +202,7 @@ def evaluate(
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=File(),
     help="Result: .tif (16-bit stack) or .h5 (DXchange).",
 )
 @click.option(
@@ -201,7 +215,7 @@ def evaluate(
 )
 @click.option(
     "--movie",
-    type=click.Path(path_type=Path),
+    type=File(),
     help="Side-by-side animation (.gif, .webp) or strip (.png).",
 )
 @click.option(
@@ -240,11 +254,17 @@ def reconstruct(
     must be `data.scale` sharp ones wide.
     """
     from hpc_xvr.distributed.launch import discover
-    from hpc_xvr.reconstruction.workflow import reconstruct_run
+    from hpc_xvr.reconstruction.writers import check_movie, check_sequence
 
     if discover().size > 1:
         raise InputError("reconstruct runs in one process; start it without mpirun")
+    check_sequence(out)
+    if movie:
+        check_movie(movie)
     source = take_source(options)
+    from hpc_xvr.reconstruction.baselines import BASELINES
+    from hpc_xvr.reconstruction.workflow import reconstruct_run
+
     comm = connect("serial", device or configured_device(what))
     reconstruct_run(
         what,
@@ -257,13 +277,24 @@ def reconstruct(
         dtype=dtype,
         refine=_adapted if to_recording else None,
     )
+    if str(what) in BASELINES:
+        then("reconstruct", "builtin", *typed(["out"]), "--out", _beside(out, "builtin"))
+    elif movie is None:
+        then("reconstruct", what, *typed(), "--movie", out.with_suffix(".webp"))
+    else:
+        then("evaluate", what, "--corpus", "CORPUS", "--out", "RESULTS")
+
+
+def _beside(path: Path, mark: str) -> Path:
+    """Another file of that kind."""
+    return path.with_name(f"{path.stem}-{mark}{path.suffix}")
 
 
 def _adapted(method: NamedMethod, material: Material) -> NamedMethod:
     from hpc_xvr.adaptation import adapt
 
     adapted = adapt(method, material)
-    click.echo(f"adapt: {adapted.told()}")
+    say(f"adapt: {adapted.told()}")
     return adapted.method
 
 
@@ -278,9 +309,7 @@ def _adapted(method: NamedMethod, material: Material) -> NamedMethod:
 )
 @a_method
 @source_options
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Result: a .safetensors file."
-)
+@click.option("--out", required=True, type=File(), help="Result: a .safetensors file.")
 @click.option(
     "--steps", default=120, show_default=True, type=click.IntRange(1), help="Optimizer steps."
 )
@@ -315,6 +344,7 @@ def adapt(
     from hpc_xvr.adaptation import adapt as run
     from hpc_xvr.distributed.launch import discover
     from hpc_xvr.factory.weights import Trained, check_weights_name, write_weights
+    from hpc_xvr.files import check_new_file
     from hpc_xvr.reconstruction.methods import open_method
     from hpc_xvr.reconstruction.workflow import material_of
 
@@ -322,14 +352,17 @@ def adapt(
         raise InputError("adapt runs in one process; start it without mpirun")
     source = take_source(options)
     check_weights_name(out)
+    check_new_file(out)
     comm = connect("serial", device or configured_device(what))
     method = open_method(what, comm.device, which)
     adapted = run(method, material_of(method, source), steps=steps, minutes=minutes, seed=seed)
     assert method.config, "no method without learning can be adapted"
     trained = Trained(adapted.state, method.config, method.step)
     write_weights(out, trained, {"weights": "averaged", "adapted": adapted.told()})
-    click.echo(f"adapt: {adapted.told()}")
-    click.echo(f"written: {out}")
+    say(f"adapt: {adapted.told()}")
+    say(f"written: {out}")
+    of_adapt = ("out", "steps", "minutes", "seed", "which")
+    then("reconstruct", out, *typed(of_adapt), "--out", "MOVIE.tif")
 
 
 @click.command(
@@ -343,9 +376,7 @@ def adapt(
 """,
 )
 @a_run
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Result: a .safetensors file."
-)
+@click.option("--out", required=True, type=File(), help="Result: a .safetensors file.")
 @click.option(
     "--raw", is_flag=True, help="The weights of the last step instead of their moving average."
 )
@@ -356,11 +387,15 @@ def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) ->
     The file holds only numbers and text, so it is safe to share. It can replace RUN in `evaluate`
     and `reconstruct`, and training can start from it (config key train.weights).
     """
-    from hpc_xvr.factory.weights import export_weights
+    from hpc_xvr.factory.weights import check_weights_name, export_weights
+    from hpc_xvr.files import check_new_file
 
+    check_weights_name(out)
+    check_new_file(out)
     trained = export_weights(run, out, which, raw)
     count = sum(value.numel() for value in trained.weights.values())
-    click.echo(f"written: {out} (step {trained.step}, {count:,} numbers)")
+    say(f"written: {out} (step {trained.step}, {count:,} numbers)")
+    then("reconstruct", out, *TWO_CAMERAS)
 
 
 @click.command(cls=Examples, examples="hpc-xvr report runs/quickstart")
@@ -373,4 +408,8 @@ def report(run: Path) -> None:
     """
     from hpc_xvr.report import write_report
 
-    click.echo(f"written: {write_report(run)}")
+    say(f"written: {write_report(run)}")
+    if (run / "config.yaml").exists():
+        then("reconstruct", run, *TWO_CAMERAS)
+    else:
+        then("evaluate", "RUN", "--gap", "GAP", "--noise", "LEVEL", "--out", run)

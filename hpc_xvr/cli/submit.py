@@ -9,9 +9,21 @@ from typing import Any
 
 import click
 
-from hpc_xvr.cli.common import Examples
+from hpc_xvr.cli.common import Examples, NamedFile
+from hpc_xvr.cli.ending import then
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import say
 from hpc_xvr.submit.site import seconds, sites
+
+
+def _one_line(
+    ctx: click.Context, param: click.Parameter, value: str | tuple[str, ...] | None
+) -> Any:
+    """Text that goes into a line of the job script and may not begin another one."""
+    for text in (value,) if isinstance(value, str) else value or ():
+        if not text.isprintable():
+            raise click.BadParameter(f"{text!r}: is one line without control characters")
+    return value
 
 
 def _time(ctx: click.Context, param: click.Parameter, value: str) -> int:
@@ -65,7 +77,10 @@ def _assignments(
 """,
 )
 @click.option(
-    "--site", required=True, help=f"{', '.join(sites())}, or the path of a site file of your own."
+    "--site",
+    required=True,
+    type=NamedFile(),
+    help=f"{', '.join(sites())}, or the path of a site file of your own.",
 )
 @click.option(
     "--nodes",
@@ -81,8 +96,12 @@ def _assignments(
     callback=_time,
     help="Time limit of one job; a plain number is minutes.",
 )
-@click.option("--account", help="Project to charge.")
-@click.option("--queue", help="Queue, partition or quality of service. [default: the site's]")
+@click.option("--account", callback=_one_line, help="Project to charge.")
+@click.option(
+    "--queue",
+    callback=_one_line,
+    help="Queue, partition or quality of service. [default: the site's]",
+)
 @click.option(
     "--chain",
     default="1",
@@ -112,6 +131,7 @@ def _assignments(
     "--directive",
     "directives",
     multiple=True,
+    callback=_one_line,
     help="Additional directive for the scheduler, such as --gpus-per-node=4. May be repeated.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the job script and submit nothing.")
@@ -170,7 +190,13 @@ def submit(
             click.echo(render(made), nl=False)
             continue
         sent = send(made, chain or 1)
-        click.echo(f"{', '.join(sent)}: {made.nodes} node(s), log {made.folder / made.name}.log")
+        say(f"{', '.join(sent)}: {made.nodes} node(s), log {made.folder / made.name}.log")
+    if dry_run:
+        return
+    if jobs[0].run:
+        then("report", jobs[0].run)
+    else:
+        then("-f", jobs[0].folder / f"{jobs[0].name}.log", program="tail")
 
 
 _Inspected = tuple[Path, dict[str, Any], Callable[[int], None]]

@@ -9,6 +9,7 @@ import click
 
 from hpc_xvr.cli.common import Examples, a_config, connect, settings
 from hpc_xvr.cli.common import engine as engine_option
+from hpc_xvr.cli.ending import then, typed
 from hpc_xvr.log import logger
 
 if TYPE_CHECKING:
@@ -105,8 +106,13 @@ def train(
         from hpc_xvr.train.find_batch import find_batch as measure
 
         measure(cfg, comm)
+        then("train", config, *typed(["find_batch"]), "--set", "train.micro_batch=N")
         return
     done = _train(cfg, comm, resume, stopping)
+    if comm.is_root and done:
+        then("evaluate", cfg.run.dir)
+    elif comm.is_root:
+        then("train", config, *typed(["resume"]), "--resume")
     comm.close()
     comm.leave(0 if done else UNFINISHED)
 

@@ -14,7 +14,7 @@ from hpc_xvr.evaluate.results import Evaluation
 from hpc_xvr.evaluate.rows import LOWER, METRICS, Condition, Row
 from hpc_xvr.evaluate.summary import Estimate, Summary
 from hpc_xvr.files import write_atomic
-from hpc_xvr.log import console, print_table
+from hpc_xvr.log import print_table, say
 
 DIGITS = {"ssim": 4, "aad": 3, "flicker": 3}
 """Behind the point; 2 of all others."""
@@ -60,9 +60,9 @@ def show(evaluation: Evaluation) -> None:
             ],
         )
         for sentence in verdicts(evaluation, condition):
-            console().print(sentence, highlight=False)
+            say(sentence)
     if len(evaluation.conditions) > PRINTED:
-        console().print(f"and {len(evaluation.conditions) - PRINTED} more tables in tables.md")
+        say(f"and {len(evaluation.conditions) - PRINTED} more tables in tables.md")
 
 
 def as_csv(evaluation: Evaluation) -> str:

@@ -101,6 +101,8 @@ def check(job: Job) -> None:
             f"--ranks-per-node {job.per_node}: one rank per GPU, and a node of {site.name} has "
             f"{site.gpus} GPUs"
         )
+    if not str(job.folder).isprintable():
+        raise InputError(f"{str(job.folder)!r}: a job's folder has no control characters")
     if site.scheduler == "pbs" and (odd := re.search(r"[\s:,]", str(job.folder))):
         raise InputError(f"{job.folder}: PBS takes no path with {odd[0]!r} in it for the output")
     if not (job.venv / "bin" / "hpc-xvr").exists():

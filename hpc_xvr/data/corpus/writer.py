@@ -8,9 +8,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from pydantic import ValidationError
@@ -37,6 +37,7 @@ from hpc_xvr.data.corpus.reader import OpenArrays, Video
 from hpc_xvr.data.corpus.stores import STORES, Clip, Store
 from hpc_xvr.errors import InputError, explain
 from hpc_xvr.files import commit, disk_errors, place, remove, sync
+from hpc_xvr.text import parse_json
 
 
 class CorpusWriter:
@@ -45,13 +46,16 @@ class CorpusWriter:
     Clips come from `add`, or from other processes that call `write_clip` and send this one the
     entries to `commit`.
 
+    `store`: None for that of a corpus which is there already.
+
     Raises:
         InputError: another writer holds the corpus, the folder holds something else, the corpus
             has another store or schema version, or the disk refuses (full, read-only).
     """
 
-    def __init__(self, path: Path | str, store: Literal["zarr", "hdf5"] = "zarr") -> None:
+    def __init__(self, path: Path | str, store: Literal["zarr", "hdf5"] | None = "zarr") -> None:
         self.path = Path(path)
+        store = store or cast(Literal["zarr", "hdf5"], read_header(self.path))
         self._known: set[str] = set()
         self._format: Store = STORES[store]()
         with disk_errors(self.path):
@@ -152,10 +156,7 @@ class CorpusWriter:
             entry = {**entry, "id": id}
             place(self._scratch / entry["file"], self.path / "videos" / (id + self._format.suffix))
             self._known.add(id)
-            with (self.path / MANIFEST).open("ab") as file:
-                file.write(line(entry))
-                file.flush()
-                os.fsync(file.fileno())
+            self._append(entry)
         return Video(Manifest.of(self.path, self._format, entry), 0, OpenArrays(self._format))
 
     def _with_split(self, entry: dict[str, Any], split: Split) -> dict[str, Any]:
@@ -165,6 +166,98 @@ class CorpusWriter:
         self._format.complete(clip, {"schema": SCHEMA, **attributes})
         sync(clip / name)
         files = {**entry["files"], name: checksum(clip / name)}
+        return {**entry, "attributes": attributes, "files": files}
+
+    def move(self, ids: Sequence[str], split: Split) -> None:
+        """Give recordings another split.
+
+        Raises:
+            InputError: there is no such recording, or it is damaged; the disk refuses.
+        """
+        with disk_errors(self.path):
+            for entry in self._taken_out(ids):
+                self._append(self._with_attributes(entry, split))
+
+    def rename(self, id: str, new: str) -> None:
+        """Give a recording another id.
+
+        Raises:
+            InputError: there is no such recording; the new id is in use or not allowed; the disk
+                refuses.
+        """
+        check_id(f"corpus {self.path}, video {new}", new)
+        self._new(new)
+        with disk_errors(self.path):
+            (entry,) = self._taken_out([id])
+            place(self._clip(id), self._clip(new))
+            self._append({**entry, "id": new})
+            self._known = self._known - {id} | {new}
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Delete recordings.
+
+        Raises:
+            InputError: there is no such recording; the disk refuses.
+        """
+        with disk_errors(self.path):
+            for entry in self._taken_out(ids):
+                clip = self._clip(entry["id"])
+                place(clip, self._scratch / clip.name)  # at once; deleting takes its time
+                self._known.discard(entry["id"])
+                remove(self._scratch / clip.name)
+
+    def _clip(self, id: str) -> Path:
+        return self.path / "videos" / (id + self._format.suffix)
+
+    def _taken_out(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """The manifest's entries of recordings, whose lines are removed from it.
+
+        Without a line a recording speaks for itself, so whatever is then done to its clip in one
+        step leaves a corpus that is whole, even if this process is killed before it adds the line
+        again.
+        """
+        manifest = Manifest.read(self.path, self._format)
+        for id in ids:
+            if manifest.find(id) is None:
+                raise InputError(f"corpus {self.path}: no video {id}; see hpc-xvr inspect")
+        taken, kept = {}, []
+        for id, text in zip(manifest.ids, manifest.lines(), strict=True):
+            if id in ids:
+                taken[id] = parse_json(text)
+            else:
+                kept.append(text)
+        self._write(MANIFEST, b"".join(kept))
+        return [taken[id] for id in dict.fromkeys(ids)]
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with (self.path / MANIFEST).open("ab") as file:
+            file.write(line(entry))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _with_attributes(self, entry: dict[str, Any], split: Split) -> dict[str, Any]:
+        """The entry of a clip in the corpus, after its attributes were exchanged in one step.
+
+        Raises:
+            InputError: the file that holds the attributes is not the one that was written: a new
+                checksum would hide that.
+        """
+        name, clip = self._format.attributes_file, self._clip(entry["id"])
+        if entry["files"].get(name) != checksum(clip / name):
+            raise InputError(
+                f"corpus {self.path}, video {entry['id']}: {clip / name} is not the file that was "
+                "written; remove the recording and ingest it again from the camera files"
+            )
+        beside = self._scratch / f"{uuid.uuid4().hex}{self._format.suffix}"
+        if clip.is_dir():
+            beside.mkdir()
+        shutil.copy2(clip / name, beside / name)
+        info = VideoInfo.model_validate({**entry["attributes"], "split": split})
+        attributes = info.model_dump(mode="json")
+        self._format.complete(beside, {"schema": SCHEMA, **attributes})
+        files = {**entry["files"], name: checksum(beside / name)}
+        commit(beside / name, clip / name)
+        remove(beside)
         return {**entry, "attributes": attributes, "files": files}
 
     def discard(self, entry: dict[str, Any]) -> None:
@@ -207,11 +300,7 @@ def write_clip(
     """
     corpus, dtype, form = Path(corpus), np.dtype(dtype), STORES[store]()
     where = f"corpus {corpus}, video {id}"
-    if not ID.fullmatch(id):
-        raise InputError(
-            f"{where}: an id is made of letters, digits, '_', '.' and '-', and "
-            "starts with a letter or digit"
-        )
+    check_id(where, id)
     _check(where, shape, dtype, info, lr)
     # A name of its own: the id may change until the commit, and a killed process may still write.
     temporary = corpus / SCRATCH / (uuid.uuid4().hex + form.suffix)
@@ -240,6 +329,15 @@ def write_clip(
         "attributes": attributes,
         "files": sums,
     }
+
+
+def check_id(where: str, id: str) -> None:
+    """Raise InputError for what cannot be the id of a recording."""
+    if not ID.fullmatch(id):
+        raise InputError(
+            f"{where}: an id is made of letters, digits, '_', '.' and '-', and "
+            "starts with a letter or digit"
+        )
 
 
 def _info(**fields: Any) -> VideoInfo:

@@ -63,6 +63,7 @@ class Schedule:
         self._outcomes: dict[int, Outcome] = {}
         for number in range(len(sources)):
             self._already_there(number)
+        self._refuse_other_split(writer.path)
         self._waiting = deque(n for n in range(len(sources)) if n not in self._outcomes)
         self._handed_out: deque[int] = deque()  # and not decided yet
         self._results: dict[int, Result] = {}
@@ -73,6 +74,21 @@ class Schedule:
         """Recordings to be read."""
         self.nbytes = sum(sources[n].nbytes for n in self._waiting)
         """Bytes of their files."""
+
+    def _refuse_other_split(self, corpus: Path) -> None:
+        """A split that was asked for is not quietly another one."""
+        other = {
+            outcome.id: outcome.split
+            for outcome in self._outcomes.values()
+            if self._split and outcome.split != self._split
+        }
+        if other:
+            some = ", ".join(f"{id} ({split})" for id, split in list(other.items())[:5])
+            more = ", ..." if len(other) > 5 else ""
+            raise InputError(
+                f"corpus {corpus}: {some}{more}: there already, in another split; move with "
+                f"`hpc-xvr edit {corpus} ID --split {self._split}`, or ingest without --split"
+            )
 
     @property
     def decided(self) -> int:
@@ -171,7 +187,8 @@ class Schedule:
             return False
         path = self._sources[number].path
         logger.warning(
-            "%s: holds the same frames as %s (from %s): skipped", path, known.id, known.source
+            "%s: holds the same frames as %s (from %s, split %s): skipped",
+            *(path, known.id, known.source, known.split),
         )
         self._outcomes[number] = Outcome(path, "duplicate", known.id, known.split)
         return True

@@ -49,7 +49,7 @@ class Store(Protocol):
     def create(self, path: Path) -> Clip: ...
 
     def complete(self, path: Path, attributes: dict[str, Any]) -> None:
-        """Give a finished clip these attributes: what it has already, and what was not known yet.
+        """Give a finished clip these attributes: what it has already, and what is new or changed.
 
         Raises:
             OSError: the disk refuses. The clip is unusable then.

@@ -96,8 +96,9 @@ class _Hdf5Clip:
 
     def finish(self, attributes: dict[str, Any]) -> None:
         for key, value in attributes.items():
-            if value is not None and key not in self._file.attrs:
-                self._file.attrs[key] = json.dumps(value) if isinstance(value, dict) else value
+            stored = json.dumps(value) if isinstance(value, dict) else value
+            if stored is not None and _plain(self._file.attrs.get(key)) != stored:
+                self._file.attrs[key] = stored
         self.abort()
         self._disk.check()
 
