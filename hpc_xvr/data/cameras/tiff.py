@@ -228,7 +228,8 @@ def _behind(tif: tifffile.TiffFile, index: int) -> np.ndarray:
     tif.filehandle.seek(page.dataoffsets[0] + index * page.nbytes)
     stored = page.dtype.newbyteorder(tif.byteorder)
     frame: np.ndarray = np.frombuffer(tif.filehandle.read(page.nbytes), stored)
-    return frame.astype(page.dtype).reshape(page.shape)
+    native: np.ndarray = frame.astype(page.dtype).reshape(page.shape)
+    return native
 
 
 def _check_behind(path: Path, tif: tifffile.TiffFile, page: Any, count: int) -> None:
