@@ -108,7 +108,7 @@ def links_option(command: Command) -> Command:
     return click.option(
         "--allow-links",
         multiple=True,
-        type=click.Path(path_type=Path),
+        type=File(),
         metavar="DIR",
         help="Folder that HDF5 files may lead into, by links, virtual datasets and raw files, "
         "beside their own; may be repeated.",
