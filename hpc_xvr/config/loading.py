@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from hpc_xvr.config.sections import Config, Evaluate
 from hpc_xvr.errors import InputError
+from hpc_xvr.files import check_regular
 
 
 def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:
@@ -85,6 +86,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    check_regular(path)
     try:
         tree = yaml.safe_load(path.read_text())
     except FileNotFoundError:

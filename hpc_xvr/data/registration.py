@@ -59,6 +59,8 @@ def read_registration(text: str) -> Registration:
     where = f"registration {text}"
     try:
         inline = text.lstrip().startswith("{")
+        if not inline:
+            check_regular(Path(text))
         found = yaml.safe_load(text if inline else Path(text).read_text())
         if not isinstance(found, dict):
             raise ValueError("it is not a mapping such as {scale: 2.92, origin: [34, 57]}")
