@@ -11,19 +11,21 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import re
 import struct
 import threading
 import time
-from collections.abc import Collection, Iterator
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 
-from hpc_xvr.errors import InputError, explain_os_error
-from hpc_xvr.files import write_atomic
+from hpc_xvr.errors import InputError, PassingError, explain_os_error
+from hpc_xvr.files import check_regular, write_atomic
 from hpc_xvr.log import logger
 
 _MARK = b"hpc_xvr sha256 "
@@ -166,7 +168,8 @@ class CheckpointWriter:
         if problem is None or (isinstance(problem, InputError) and self._failures < self._limit):
             return
         if isinstance(problem, InputError) and self._failures > 1:
-            problem = InputError(f"{problem} ({self._failures} checkpoints in a row failed)")
+            text = f"{problem} ({self._failures} checkpoints in a row failed)"
+            problem = PassingError(text) if isinstance(problem, PassingError) else InputError(text)
         raise problem
 
     def finish(self) -> None:
@@ -243,20 +246,89 @@ def load(path: Path) -> dict[str, Any]:
     body, comment = data[: -_COMMENT - 2], data[-_COMMENT:]
     if hashlib.sha256(body).hexdigest().encode() != comment[len(_MARK) :]:
         raise CorruptCheckpoint(f"checkpoint {path}: contents do not match their checksum")
-    try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # the checksum is right, but we did not write this file
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CorruptCheckpoint(f"checkpoint {path}: not readable as tensors ({line})") from None
+    # The checksum is right, but that does not mean that we have written this file.
+    state = _tensors(f"checkpoint {path}", io.BytesIO(data), len(data))
     if not isinstance(state, dict):
         raise CorruptCheckpoint(f"checkpoint {path}: not written by hpc_xvr")
     return state
 
 
+def read_tensors(path: Path) -> Any:
+    """What any torch file holds, from whomever it may be: tensors on the CPU, numbers and text.
+
+    Raises:
+        CorruptCheckpoint: it is not one, holds code, or states more than is in it.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            return _tensors(f"weights {path}", file, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise CorruptCheckpoint(f"weights {path}: cannot be read ({error.strerror})") from None
+
+
+def _tensors(where: str, file: IO[bytes], size: int) -> Any:
+    """Contents of a torch file of `size` bytes; its tensors' sizes are believed only if they are in
+    the file, which is seen before any of them is read."""
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as packed:
+                records = packed.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise ValueError("its records are compressed, which torch never does")
+            _fits(sum(record.file_size for record in records), size)
+        file.seek(0)
+        shapes = torch.load(file, map_location="meta", weights_only=True)
+        _fits(_stated_bytes(shapes), size)
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch meets in a file that is not one of its own
+        raise CorruptCheckpoint(f"{where}: not readable as tensors ({_reason(error)})") from None
+
+
+def _fits(stated: int, size: int) -> None:
+    if stated > size:
+        raise ValueError(f"states {stated:,} bytes of tensors, but has {size:,}")
+
+
+def _stated_bytes(tree: Any) -> int:
+    """Bytes of all tensors in a tree of dicts and lists, each counted once."""
+    total, seen, left = 0, set(), [tree]
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            key: Any = value.untyped_storage()._cdata, value.storage_offset(), value.shape
+        else:
+            key = id(value)
+        if key in seen:
+            continue
+        seen.add(key)
+        if isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+        elif isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            left += value
+    return total
+
+
+def _reason(error: Exception) -> str:
+    """In one line, and without torch's advice to let the file run its code."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+        return (
+            "it is damaged, or holds objects of a program, which may bring code along; save the "
+            "model's state_dict(), tensors and names only"
+        )
+    return line
+
+
 def _read(path: Path) -> bytes:
     """The whole file, after a look at its end: it might be any file, of any size."""
-    if path.exists() and not path.is_file():
-        raise CorruptCheckpoint(f"checkpoint {path}: not a regular file")
+    try:
+        check_regular(path)
+    except InputError as problem:
+        raise CorruptCheckpoint(f"checkpoint {problem}") from None
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _COMMENT))
@@ -301,9 +373,10 @@ def prune(
     """Delete all but the last `keep` checkpoints up to step `newest`, the one just written.
 
     Multiples of `keep_every` and the steps in `spared` stay too. Checkpoints after `newest` are
-    deleted: they are damaged, since the run resumed from an older one.
+    deleted: they are damaged, since the run resumed from an older one. A stray folder of such a
+    name is none of ours, and stays.
     """
-    found = list_checkpoints(folder)
+    found = [(step, path) for step, path in list_checkpoints(folder) if not path.is_dir()]
     doomed = [path for step, path in found if step > newest]
     for step, path in [entry for entry in found if entry[0] <= newest][keep:]:
         if step not in spared and (not keep_every or step % keep_every):

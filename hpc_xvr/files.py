@@ -1,37 +1,52 @@
-"""Write files that appear complete or not at all: under a temporary name, synced, then renamed."""
+"""Files that appear complete or not at all (written under a temporary name, synced, renamed), and
+files and folders of which nobody else can take the place."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.errors import InputError, explain_os_error, os_problem
 
 _PARTIAL = ".partial"
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+# root, and what stands for it in containers (the kernel's overflow uid)
+_TRUSTED = (0, 65534)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`; the file written there becomes `path` at the end.
 
-    It keeps the suffix of `path`, by which libraries choose a format. After an exception
-    nothing is left behind and `path` is as before.
+    It keeps the suffix of `path`, by which libraries choose a format, and is an empty file that was
+    not there before: a name that nobody can foretell, so that no link waits there. After an
+    exception nothing is left behind and `path` is as before.
 
     Raises:
         InputError: the folder is missing, or the disk is full, over quota or read-only.
     """
     check_folder(path)
-    beside = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{_PARTIAL}{path.suffix}")
+    beside = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{_PARTIAL}{path.suffix}")
     try:
+        os.close(_create(beside, 0o666))
         yield beside
         commit(beside, path)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {explain_os_error(error)}") from None
+        raise os_problem(f"cannot write {path}: {explain_os_error(error)}", error) from None
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -48,15 +63,16 @@ def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write {path}: {explain_os_error(error)}") from None
-    with replacing(path) as beside, beside.open("xb") as file:
+        raise os_problem(f"cannot write {path}: {explain_os_error(error)}", error) from None
+    with replacing(path) as beside, beside.open("wb") as file:
         write(file)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed calls of `replacing` and `write_atomic` left behind."""
     for path in folder.glob(f".*{_PARTIAL}*"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a stray folder, say, is nothing of ours
+            path.unlink()
 
 
 def check_folder(path: Path) -> None:
@@ -110,8 +126,8 @@ def place(temporary: Path, final: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with everything in it."""
-    if path.is_dir():
+    """Delete a file or a link, or a folder with everything in it; no link is followed."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -124,10 +140,134 @@ def disk_errors(path: Path, what: str = "write") -> Iterator[None]:
         yield
     except OSError as error:
         reason = (error.strerror or str(error)).splitlines()[0]
-        raise InputError(
+        raise os_problem(
             f"corpus {path}: cannot {what} {error.filename or path} ({reason}); "
-            f"{_free(path)} are free there: check space, quota and permissions"
+            f"{_free(path)} are free there: check space, quota and permissions",
+            error,
         ) from None
+
+
+def check_regular(path: Path) -> None:
+    """Raise InputError if something other than a file is at `path`, which is to be read.
+
+    A pipe or a device may have no end. Whether there is anything is for the reader to say.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is {_kind(mode)}, not a file; give a regular file")
+
+
+def private_folder(path: Path) -> None:
+    """Make a folder that only this user may write to, or see that the one there is such a folder.
+
+    In a place where others may write, too, somebody may have made one of that name before.
+
+    Raises:
+        InputError: it is a link, another user's, others may write to it, or could put another one
+            in its place; or it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        found, around = path.lstat(), path.parent.stat()
+    except OSError as error:
+        raise os_problem(f"cannot write {path}: {explain_os_error(error)}", error) from None
+    problem = _not_ours(found) or (None if stat.S_ISDIR(found.st_mode) else "is not a folder")
+    if problem is None and around.st_uid not in (os.geteuid(), *_TRUSTED):
+        problem = f"lies in a folder of {_owner(around)}, who could exchange it"
+    if problem is None and around.st_mode & stat.S_IWOTH and not around.st_mode & stat.S_ISVTX:
+        problem = "lies in a folder in which every user could exchange it"
+    if problem:
+        raise InputError(
+            f"{path}: {problem}; choose a folder of your own, which is made if need be"
+        )
+
+
+def private_text(path: Path, fresh: str) -> str:
+    """The text of a file that only this user may read; a missing one gets the text `fresh`.
+
+    Of several processes, also on several nodes, one makes it and all get the same.
+
+    Raises:
+        InputError: it is a link, another user's, or others may read it; or it cannot be made.
+    """
+    try:
+        if not os.path.lexists(path):
+            beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
+            try:
+                with os.fdopen(_create(beside, 0o600), "w") as file:
+                    file.write(fresh)
+                with contextlib.suppress(FileExistsError):  # another process was quicker
+                    path.hardlink_to(beside)
+            finally:
+                beside.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+            found = os.fstat(file.fileno())
+            problem = _not_ours(found)
+            if problem is None and found.st_mode & 0o077:
+                problem = f"may be read by others; delete it, or chmod 600 {path}"
+            if problem:
+                raise InputError(f"{path}: {problem}")
+            return file.read(4096)
+    except OSError as error:
+        raise os_problem(f"cannot read {path}: {explain_os_error(error)}", error) from None
+
+
+def open_own(path: Path, mode: str) -> IO[bytes]:
+    """Open a file of a name that can be foretold, to write it anew ("wb") or to append ("ab").
+
+    Raises:
+        OSError: the disk refuses.
+        InputError: what is to be appended to is a link, another user's, or not a file.
+    """
+    if mode == "wb":
+        path.unlink(missing_ok=True)
+        return os.fdopen(_create(path, 0o666), mode)
+    check_own(path)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW), mode)
+
+
+def check_own(path: Path) -> None:
+    """Raise InputError if what is at `path` is a link, another user's, or all may write to it."""
+    try:
+        problem = _not_ours(path.lstat(), stat.S_IWOTH)
+    except FileNotFoundError:
+        return
+    if problem:
+        raise InputError(f"{path}: {problem}; remove it, or choose another folder")
+
+
+def _create(path: Path, mode: int) -> int:
+    """A new file; never one that is there, or that a link points to."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+
+
+def _not_ours(found: os.stat_result, writers: int = stat.S_IWGRP | stat.S_IWOTH) -> str | None:
+    """What speaks against trusting a file or folder, as `lstat` describes it.
+
+    `writers`: those who may not be allowed to write to it.
+    """
+    if not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
+        return f"is {_kind(found.st_mode)}"
+    if found.st_uid != os.geteuid():
+        return f"belongs to {_owner(found)}"
+    if found.st_mode & writers:
+        return "may be written to by others"
+    return None
+
+
+def _kind(mode: int) -> str:
+    return _KINDS.get(stat.S_IFMT(mode), "something else")
+
+
+def _owner(found: os.stat_result) -> str:
+    with contextlib.suppress(KeyError):
+        return f"user {pwd.getpwuid(found.st_uid).pw_name}"
+    return f"user {found.st_uid}"
 
 
 def _free(path: Path) -> str:

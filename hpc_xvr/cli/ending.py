@@ -1,4 +1,5 @@
-"""How a command ends: the next command, exit codes, one line for bad input, no rank left behind."""
+"""How a command ends: the next command, an exit code, one line for what the user can mend, and no
+rank left behind."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from collections.abc import Collection
 import click
 
 from hpc_xvr.cli.common import connected
-from hpc_xvr.errors import CollectiveError, InputError, explain_os_error
+from hpc_xvr.errors import CollectiveError, InputError, explain_os_error, os_problem
 from hpc_xvr.log import complain, logger
 from hpc_xvr.text import printable
 
@@ -47,7 +48,8 @@ def _leave(code: int) -> None:
 
 
 def run(cli: click.Group) -> None:
-    """Run the command line; bad input is one line and exit code 2, on one rank or many."""
+    """Run the command line; bad input is one line and exit code 2, trouble of the moment one line
+    and exit code 74, on one rank or many."""
     from hpc_xvr import log
 
     log.setup()
@@ -61,11 +63,12 @@ def run(cli: click.Group) -> None:
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code, collective=True)
     except InputError as error:
-        _fail(str(error), 2, collective=isinstance(error, CollectiveError))
+        _fail(str(error), error.exit_code, collective=isinstance(error, CollectiveError))
     except OSError as error:
         if error.errno is None:  # not the system's, but one of our own
             _crash(error)
-        _fail(f"{error.filename or 'input or output'}: {explain_os_error(error)}", 2)
+        message = f"{error.filename or 'input or output'}: {explain_os_error(error)}"
+        _fail(message, os_problem(message, error).exit_code)
     except Exception as error:
         _crash(error)
 

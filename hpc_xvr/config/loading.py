@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from hpc_xvr.config.sections import EXPAND, Config, Evaluate
 from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.files import check_regular
 from hpc_xvr.text import first_line, parse_yaml, shortened
 
 _QUOTED = reprlib.Repr()  # quickly cut, however large a value is
@@ -97,6 +98,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    check_regular(path)
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

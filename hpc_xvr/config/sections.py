@@ -28,12 +28,16 @@ Named = Annotated[str, BeforeValidator(_expand_named)]
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+# Of networks: far beyond any that was ever trained. Files of weights bring their config along, and
+# whoever wrote them may have asked for anything.
+Width = Annotated[int, Field(gt=0, le=8192)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NoiseKind = Literal["none", "poisson", "poisson_gaussian", "fixed_pattern"]
 SceneName = Literal["keyhole", "spray", "bubbles", "crack", "tissue", "layers"]
 SensorName = Literal["sa-z", "hpv-x2"]
 Split = Literal["train", "validation", "test"]
 Size = tuple[Positive, Positive, Positive]
+_MOST_BLOCKS = 512
 
 
 class Section(BaseModel):
@@ -208,28 +212,28 @@ class Model(Section):
     """Picture that the network's output is added to. none: no picture, as published; bicubic:
     interpolation; detail: detail transfer; adaptive: detail transfer where the scene has not moved,
     corrected by the network; bayes: Bayesian fusion."""
-    embed_dim: Positive = 192
+    embed_dim: Width = 192
     """Channels of the transformer (EDVR: of all features; key_propagation: of its fusing part)."""
-    depths: Annotated[list[Positive], Field(min_length=1)] = [2, 2, 18, 2]
+    depths: Annotated[list[Positive], Field(min_length=1, max_length=64)] = [2, 2, 18, 2]
     """Blocks in each Swin stage (EDVR: extraction and reconstruction blocks; key_propagation: one
     stage)."""
-    heads: Positive = 3
+    heads: Width = 3
     """Attention heads (EDVR: deformable groups)."""
-    window: Positive = 8
+    window: Annotated[int, Field(gt=0, le=64)] = 8
     """Side of an attention window on the low-resolution grid."""
-    mlp_ratio: Annotated[float, Field(gt=0)] = 2.0
+    mlp_ratio: Annotated[float, Field(gt=0, le=64)] = 2.0
     """Hidden width of the MLP / embed_dim."""
-    motions: Positive = 2
+    motions: Annotated[int, Field(gt=0, le=64)] = 2
     """key_propagation: motion fields in each direction."""
-    motion_features: Positive = 64
+    motion_features: Width = 64
     """key_propagation: hidden channels of the network that follows the motion."""
-    frame_features: Positive = 24
+    frame_features: Width = 24
     """key_propagation: channels that describe a low-resolution frame."""
-    step_features: Positive = 16
+    step_features: Width = 16
     """key_propagation: channels that a step of the motion leaves for the fusing part."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Stochastic depth of the last block; earlier ones rise to it linearly from 0."""
-    up_features: Positive = 64
+    up_features: Width = 64
     """Channels of the upsampling convolutions."""
     attention: Literal["auto", "fused", "flex", "explicit"] = "auto"
     """How attention is computed. auto: the fastest measured: fused on GPUs, our own kernels for
@@ -238,6 +242,8 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Model:
+        if sum(self.depths) > _MOST_BLOCKS:
+            raise ValueError(f"depths are {sum(self.depths):,} blocks, at most {_MOST_BLOCKS}")
         if self.embed_dim % self.heads:
             raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of heads {self.heads}")
         if self.name == "key_propagation":

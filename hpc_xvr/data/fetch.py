@@ -22,7 +22,7 @@ from hpc_xvr.data.cameras import Recording, open_files
 from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.ingest.sources import find_recordings
 from hpc_xvr.errors import InputError
-from hpc_xvr.files import disk_errors
+from hpc_xvr.files import disk_errors, open_own, write_atomic
 from hpc_xvr.log import logger, progress_bar
 
 PIECE = 1 << 20  # bytes
@@ -115,9 +115,10 @@ def _continue(address: str, part: Path, timeout_s: float) -> str | None:
                 have = 0
                 # Without a mark of its version, the server's file may be another one next time.
                 part.unlink(missing_ok=True)
-                _facts(part).write_text(json.dumps({"mark": mark}))
+                facts = json.dumps({"mark": mark}).encode()
+                write_atomic(_facts(part), lambda file: file.write(facts))
             with (
-                part.open("wb" if whole else "ab") as file,
+                open_own(part, "wb" if whole else "ab") as file,
                 progress_bar(part.stem, total and total // PIECE, "MiB") as advance,
             ):
                 advance(have // PIECE)

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from hpc_xvr.errors import InputError, explain
+from hpc_xvr.files import check_regular
 from hpc_xvr.text import expanded, parse_yaml
 
 
@@ -59,7 +60,9 @@ def read_registration(text: str) -> Registration:
     try:
         inline = text.lstrip().startswith("{")
         if not inline:
-            text = expanded(text).read_text(encoding="utf-8")
+            path = expanded(text)
+            check_regular(path)
+            text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: cannot be read ({error})") from None
     try:

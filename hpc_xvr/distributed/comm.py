@@ -89,10 +89,10 @@ class Comm:
             try:
                 result = action()
             except InputError as error:
-                problem = str(error)
+                problem = str(error), error.exit_code
         result, problem = self.broadcast((result, problem))
         if problem is not None:
-            raise CollectiveError(problem)
+            raise CollectiveError(*problem)
         return result  # type: ignore[return-value]
 
     def together(self, action: Callable[[], T]) -> T:
@@ -101,10 +101,10 @@ class Comm:
         try:
             result = action()
         except InputError as error:
-            problem = str(error)
+            problem = str(error), error.exit_code
         problem = next((p for p in self.gather(problem) if p is not None), None)
         if problem is not None:
-            raise CollectiveError(problem)
+            raise CollectiveError(*problem)
         return result  # type: ignore[return-value]
 
     # Tensors.

@@ -3,13 +3,14 @@
 Collectives wait for a rank that was killed, stopped or hangs, some of them for ever, and none of
 them can tell which rank it was. So every rank but 0 keeps a TCP connection to rank 0, and a thread
 at each end of it looks after the other. Rank 0 listens on a free port; all ranks learn the address
-and a random token over the collectives that work at the start.
+and a random secret over the collectives that work at the start, and prove to each other that they
+know it before anything else is said or heard (see entrance.py).
 
     from    says                                  when                      the other end
     ------  ------------------------------------  ------------------------  ------------------------
-    rank n  [token, n, where, step, doing, age]   at each new step, and     notes where rank n is
-            where: process and host; age: for     every beat                since when; hangs up if
-            how many seconds it has done that                               the token is wrong
+    rank n  [where, step, doing, age]             at each new step, and     notes where rank n is
+            where: process and host; age: for     every beat                since when
+            how many seconds it has done that
     rank n  left                                  it ends in good order     expects nothing more
     rank n  failed                                it has said what failed   expects nothing more;
                                                   and ends the job          ends the job 2 s later
@@ -34,6 +35,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import math
 import os
 import secrets
 import selectors
@@ -44,18 +46,22 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hpc_xvr.distributed.entrance import LOOPBACK, Entrance, connect, listen
 from hpc_xvr.distributed.launch import Launch, discover
+from hpc_xvr.errors import PASSING
 from hpc_xvr.log import logger
 
 if TYPE_CHECKING:
     from hpc_xvr.distributed.comm import Comm
 
-EXIT_CODE = 1
+EXIT_CODE = PASSING
 # More patience outside of training: imports there hold up the process's other threads.
 _STARTING_S = 60.0
+_CONNECTING_S = 30.0
 # What a rank does in a step, in that order: of ranks that wait for each other, the one that is
 # furthest behind is the one the others wait for.
 ORDER = ("data", "forward", "backward", "gradients", "update", "logging", "saving", "validation")
+_LINE = 4096  # bytes; ranks say some 100 at a time
 # The protocol's words.
 _LEFT, _FAILED = b"left", b"failed"
 _ALIVE, _BYE, _EXIT = b".", b"B", b"X"
@@ -63,18 +69,15 @@ _ALIVE, _BYE, _EXIT = b".", b"B", b"X"
 
 def start_watch(comm: Comm, limit_s: float) -> Watch:
     """Watch over the ranks of `comm`, which all call it, with a time limit in seconds."""
-    server = _listen() if comm.is_root else None
-    told = None
-    if server:
-        told = (_address(discover()), server.getsockname()[1]), secrets.token_hex(8)
-    address, token = comm.broadcast(told)
+    server = listen(_host(discover())) if comm.is_root else None
+    told = (_address(server), secrets.token_bytes(32)) if server else None
+    address, key = comm.broadcast(told)
     watch: Watch
     if server:
-        watch = _RootWatch(comm, limit_s, server, token)
+        watch = _RootWatch(comm, limit_s, server, key)
     else:
         try:
-            link = socket.create_connection(address, timeout=20)
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            link = connect(address, key, comm.rank, _CONNECTING_S)
         except OSError as error:
             logger.warning(
                 "rank 0 cannot be reached at %s:%d (%s): if this rank is lost, the others "
@@ -83,7 +86,7 @@ def start_watch(comm: Comm, limit_s: float) -> Watch:
                 error.strerror or error,
             )
             return Watch(comm, limit_s)
-        watch = _RankWatch(comm, limit_s, link, token)
+        watch = _RankWatch(comm, limit_s, link)
     watch.start()
     return watch
 
@@ -145,9 +148,9 @@ class Watch:
 class _RankWatch(Watch):
     """A rank other than 0: tells rank 0 that it lives, and looks whether rank 0 does."""
 
-    def __init__(self, comm: Comm, limit_s: float, link: socket.socket, token: str) -> None:
+    def __init__(self, comm: Comm, limit_s: float, link: socket.socket) -> None:
         super().__init__(comm, limit_s)
-        self._link, self._token = link, token
+        self._link = link
         # Rank 0 can hear a few thousand lines a second from all ranks together.
         self._pause = max(0.02, comm.size / 2000)
         self._told = 0.0
@@ -166,8 +169,7 @@ class _RankWatch(Watch):
                 return
             self._told = now
             place = self._comm.place
-            line = [self._token, self._comm.rank, self._where, place.step, place.doing]
-            line.append(round(now - place.since, 3))
+            line = [self._where, place.step, place.doing, round(now - place.since, 3)]
             with contextlib.suppress(OSError):
                 self._link.send(json.dumps(line).encode() + b"\n")
 
@@ -221,7 +223,7 @@ class _RankWatch(Watch):
 
 @dataclass
 class _Peer:
-    """What rank 0 knows of a rank; the number is -1 until it has introduced itself."""
+    """What rank 0 knows of a rank."""
 
     rank: int
     where: str  # process and host
@@ -252,15 +254,14 @@ class _Peer:
 class _RootWatch(Watch):
     """Rank 0: hears from all ranks, itself included, and judges."""
 
-    def __init__(self, comm: Comm, limit_s: float, server: socket.socket, token: str) -> None:
+    def __init__(self, comm: Comm, limit_s: float, server: socket.socket, key: bytes) -> None:
         super().__init__(comm, limit_s)
-        self._server, self._token = server, token
         self._farewell = _BYE
         self._resumed = 0.0  # when this process last went on after it had been stopped
         self._me = _Peer(0, self._where, time.perf_counter())
         self._peers = {0: self._me}
         self._events = selectors.DefaultSelector()
-        self._events.register(server, selectors.EVENT_READ)
+        self._entrance = Entrance(server, key, comm.size, self._events)
 
     def stop(self, failed: bool = False) -> None:
         if self._stopping.is_set():
@@ -274,10 +275,11 @@ class _RootWatch(Watch):
         told = time.perf_counter()
         while not self._stopping.is_set():
             for key, _ in self._events.select(self._beat / 2):
-                if key.fileobj is self._server:
-                    self._accept()
+                if self._entrance.owns(key):
+                    self._admit(key)
                 else:
                     self._hear(key.data)
+            self._entrance.tidy()
             now = time.perf_counter()
             if self._was_stopped(now):
                 self._resumed = now
@@ -294,11 +296,16 @@ class _RootWatch(Watch):
 
     # Listening.
 
-    def _accept(self) -> None:
-        link, _ = self._server.accept()
-        link.setblocking(False)
-        peer = _Peer(-1, "unknown", time.perf_counter(), link=link)
-        self._events.register(link, selectors.EVENT_READ, peer)
+    def _admit(self, event: selectors.SelectorKey) -> None:
+        guest = self._entrance.handle(event)
+        if guest is None:
+            return
+        if guest.rank in self._peers:  # there is one of each
+            guest.link.close()
+            return
+        peer = _Peer(guest.rank, "unknown", time.perf_counter(), link=guest.link)
+        self._peers[guest.rank] = peer
+        self._events.register(guest.link, selectors.EVENT_READ, peer)
 
     def _hear(self, peer: _Peer) -> None:
         try:
@@ -309,16 +316,13 @@ class _RootWatch(Watch):
             data = b""
         peer.heard = time.perf_counter()
         *lines, peer.text = (peer.text + data).split(b"\n")
-        for line in lines:
-            if not self._understand(line, peer):  # somebody else's program
-                self._hang_up(peer)
-                return
-        if not data:
+        understood = len(peer.text) <= _LINE and all(self._understand(one, peer) for one in lines)
+        if not data or not understood:
             self._hang_up(peer)
             self._broken(peer)
 
     def _understand(self, line: bytes, peer: _Peer) -> bool:
-        """Note what a rank says; False if it is not one of ours."""
+        """Note what a rank says; False if it makes no sense."""
         if line == _LEFT:
             peer.doing = "left"
             return True
@@ -327,14 +331,15 @@ class _RootWatch(Watch):
             threading.Timer(2, self._end_job, (None,)).start()  # where there is no MPI
             return True
         try:
-            token, rank, where, step, doing, age = json.loads(line)
-        except (ValueError, TypeError):
+            where, step, doing, age = json.loads(line[:_LINE])
+            if step is not None:
+                step = int(step)
+            if not math.isfinite(age):
+                return False
+        except (ValueError, TypeError, OverflowError, RecursionError):
             return False
-        if token != self._token:
-            return False
-        peer.rank, peer.where, peer.step, peer.doing = rank, where, step, doing
+        peer.where, peer.step, peer.doing = str(where), step, str(doing)
         peer.since = peer.heard - age
-        self._peers[rank] = peer
         return True
 
     def _hang_up(self, peer: _Peer) -> None:
@@ -356,7 +361,7 @@ class _RootWatch(Watch):
 
     def _broken(self, peer: _Peer) -> None:
         """A connection has closed: without a goodbye the rank was killed."""
-        if peer.left or peer.rank < 0 or self._stopping.is_set():
+        if peer.left or self._stopping.is_set():
             return
         # It may have got on since its last line, but not past what needs all ranks.
         mine = self._comm.place.step
@@ -394,15 +399,13 @@ class _RootWatch(Watch):
         )
 
 
-def _listen() -> socket.socket:
-    server = socket.socket()
-    server.bind(("", 0))
-    server.listen(1024)
-    server.setblocking(False)
-    return server
-
-
-def _address(launch: Launch) -> str:
-    """Where the others reach this host."""
+def _host(launch: Launch) -> str:
+    """By which name the others know this node."""
     one_node = launch.size in (1, launch.local_size)
-    return "127.0.0.1" if one_node else socket.gethostname()
+    return LOOPBACK if one_node else socket.gethostname()
+
+
+def _address(server: socket.socket) -> tuple[str, int]:
+    """Where the others reach it."""
+    interface, port = server.getsockname()
+    return (socket.gethostname() if interface == "0.0.0.0" else interface), port

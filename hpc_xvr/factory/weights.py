@@ -17,7 +17,7 @@ from hpc_xvr.config import Config, check, load
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import Network, build_model
 from hpc_xvr.factory.builtin import file_of, is_builtin
-from hpc_xvr.files import write_atomic
+from hpc_xvr.files import check_regular, write_atomic
 from hpc_xvr.log import logger
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.version import __version__
@@ -57,12 +57,22 @@ def open_model(path: Path, which: Which = "newest") -> tuple[Network, Config, in
     except InputError:
         if is_builtin(path) or not path.is_file() or _is_exported(path):
             raise
-    try:
-        model = load_xfusion(path)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
+    model = _authors_model(path)
     facts = {"lr_frames": model.lr_frames, "scale": getattr(model, "scale", 4)}
     return model.eval(), check({"data": facts}, str(path)), 0
+
+
+def _authors_model(path: Path) -> Network:
+    """The model of a file of weights of the authors' program.
+
+    Raises:
+        InputError: it cannot be read, or is of no model that is known.
+    """
+    state = checkpoint.read_tensors(path)
+    try:
+        return load_xfusion(state)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,8 @@ class Trained:
 def read_weights(run: Path, which: Which = "newest", raw: bool = False) -> Trained:
     """What `model_of_run` puts into a model; `raw`: not the averaged weights of a checkpoint."""
     run = file_of(run)
+    if not run.is_dir():
+        check_regular(run)
     if run.is_file():
         path, state = run, _read_file(run)
         config = check(state["config"], f"the config in {run}")
@@ -183,6 +195,7 @@ def _is_exported(path: Path) -> bool:
 
 def _read_exported(path: Path) -> dict[str, Any]:
     """A file of `export_weights` as a checkpoint's state; numbers only, no code can be in it."""
+    check_regular(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             facts = file.metadata() or {}
@@ -262,8 +275,7 @@ def initial_weights(model: nn.Module, path: Path) -> None:
         state = _read_exported(path) if _is_exported(path) else checkpoint.load(path)
     except checkpoint.CorruptCheckpoint:
         try:
-            theirs = load_xfusion(path)
-        except ValueError as error:
+            state = {"model": _authors_model(path).state_dict()}
+        except InputError as error:
             raise InputError(f"train.weights: {error}") from None
-        state = {"model": theirs.state_dict()}
     load_weights(model, state, path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,11 +24,12 @@ _RENAME = (
     (r"^conv_before_upsample\.0\.", "head_conv."),
     (r"^conv_last\.", "last_conv."),
 )
+_MOST_FRAMES = 31  # low-resolution ones, as the config allows
 _TABLE = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
 
 
 def load_xfusion(
-    weights: str | Path | Mapping[str, Any],
+    weights: Mapping[str, Any],
     *,
     output: Literal["centre", "sequence"] | None = None,
     heads: int | None = None,
@@ -37,8 +37,8 @@ def load_xfusion(
     """Build the model of the authors' SWIN-XVR, EDVR or EDVR-STF and load its weights.
 
     Args:
-        weights: path of a checkpoint, or a state dict (name -> tensor or array). Wrappers `params`
-            and `params_ema` (preferred) are opened, index buffers are ignored.
+        weights: state dict (name -> tensor or array). Wrappers `params` and `params_ema`
+            (preferred) are opened, index buffers are ignored.
         output: what SWIN-XVR returns. The weights do not tell; by default the centre frame for
             models of 3 low-resolution frames, all frames for longer ones, as the authors use them.
         heads: attention heads. Default: as many as the position bias table has.
@@ -49,30 +49,25 @@ def load_xfusion(
     Raises:
         ValueError: not weights of a known model, or names and shapes that do not fit it.
     """
-    state = _unwrap(_read(weights) if isinstance(weights, (str, Path)) else weights)
-    if _TABLE in state:
-        model: SwinXVR | EDVR = _infer_swin(state, output, heads)
-        state = {_rename(name): value for name, value in state.items()}
-    else:
-        model = infer_edvr(state)
+    state = _unwrap(weights)
+    ours = {_rename(name): value for name, value in state.items()} if _TABLE in state else state
+
+    def build() -> SwinXVR | EDVR:
+        return _infer_swin(state, output, heads) if _TABLE in state else infer_edvr(state)
+
     try:
-        model.load_state_dict(state)
+        with torch.device("meta"):  # shapes only: a few names of others may stand for any size
+            shapes = build()
+        # Of a model that the weights fit, every parameter is among them.
+        shapes.load_state_dict({name: value.to("meta") for name, value in ours.items()})
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise ValueError(
-            f"weights do not fit {type(model).__name__}: {' '.join(lines[1:])}"
-        ) from None
+        raise ValueError(f"weights fit no known model: {' '.join(lines[1:])}") from None
+    except (KeyError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"weights fit no known model ({type(error).__name__}: {error})") from None
+    model = build()
+    model.load_state_dict(ours)
     return model.eval()
-
-
-def _read(path: str | Path) -> Mapping[str, Any]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"weights {path}: no such file") from None
-    except Exception as error:  # whatever torch meets in a file that is not a checkpoint
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"weights {path}: not a readable checkpoint of tensors ({line})") from None
 
 
 def _unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -121,6 +116,8 @@ def _depths(state: dict[str, Tensor]) -> tuple[int, ...]:
         for name in state
     ]
     blocks = [(int(m[1]), int(m[2])) for m in found if m]
+    if max(blocks)[0] >= len(blocks):
+        raise ValueError(f"weights lack stages: the last one is number {max(blocks)[0]}")
     return tuple(sum(stage == s for s, _ in blocks) for stage in range(1 + max(blocks)[0]))
 
 
@@ -132,5 +129,7 @@ def _window(rows: int) -> tuple[int, int]:
     for window in (8, 4, 16, 12, 6, 7, 10, 5):
         depth, rest = divmod(rows, (2 * window - 1) ** 2)
         if rest == 0 and depth % 4 == 1 and depth >= 5:  # D odd, at least 3
-            return window, (depth + 1) // 2 - 2
+            frames = (depth + 1) // 2 - 2
+            if frames <= _MOST_FRAMES:
+                return window, frames
     raise ValueError(f"position bias table of {rows} rows fits no known window")

@@ -37,7 +37,7 @@ PATIENCE = 3  # starts in a row that may come no further
 
 def newest_step(run: Path) -> int:
     """Step of the newest checkpoint by its name, 0 without one."""
-    names = (path.name for path in run.glob("checkpoints/step-*.pt"))
+    names = (path.name for path in run.glob("checkpoints/step-*.pt") if path.is_file())
     return max((int(m[1]) for n in names if (m := re.fullmatch(r"step-(\d+)\.pt", n))), default=0)
 
 

@@ -15,7 +15,6 @@ import torch
 from hpc_xvr import checkpoint, files
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
-from hpc_xvr.model.xfusion import load_xfusion
 from support.disk import fill
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,8 +74,8 @@ def test_a_pickle_that_would_run_code_does_not(how, tmp_path):
         torch.save({"model": Bomb()}, path, _use_new_zipfile_serialization=how == "zip")
     with pytest.raises(checkpoint.CorruptCheckpoint):
         checkpoint.load(path)
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        load_xfusion(path)  # weights of the authors' program come as plain torch files
+    with pytest.raises(checkpoint.CorruptCheckpoint, match="state_dict"):
+        checkpoint.read_tensors(path)  # weights of the authors' program: plain torch files
     assert not (tmp_path / "ran").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "ran").exists(), "the test's pickle would have run"
@@ -89,7 +88,7 @@ def test_a_file_of_another_step_or_without_what_is_needed_is_passed_over(tmp_pat
     checkpoint.path_of(tmp_path, 7).mkdir()
     checkpoint.path_of(tmp_path, 8).symlink_to(tmp_path / "nowhere")
     found = [(path.name, result) for path, result in checkpoint.newest_valid(tmp_path, ("model",))]
-    reasons = ["cannot be read", "not a regular file", "is of step 4", "lacks model"]
+    reasons = ["cannot be read", "is a folder, not a file", "is of step 4", "lacks model"]
     for (name, problem), step, reason in zip(found, (8, 7, 6, 5), reasons, strict=False):
         assert name == f"step-{step:09d}.pt"
         assert reason in str(problem)

@@ -20,6 +20,7 @@ OMPI = {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
+SECRET = {"HPC_XVR_SECRET": "open sesame"}
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2"}
 
 
@@ -197,24 +198,27 @@ def test_without_a_list_of_nodes_the_user_is_asked_for_the_host(tmp_path):
 
 
 def test_jobs_have_ports_of_their_own():
-    jobs = [rendezvous.ports(f"{number}.0", {}) for number in range(1000, 1050)]
+    keys = [rendezvous.job_key({**SECRET, "SLURM_JOB_ID": str(n)}) for n in range(1000, 1050)]
+    jobs = [rendezvous.ports(key, {}) for key in keys]
     assert len({ports[0] for ports in jobs}) > 45
     assert all(15_000 < port < 32_768 for ports in jobs for port in ports)
-    assert rendezvous.ports("7.0", {}) == rendezvous.ports("7.0", {})
-    assert rendezvous.ports("7.0", {"MASTER_PORT": "999"}) == [999]
+    assert rendezvous.ports(keys[0], {}) == jobs[0]
+    assert rendezvous.ports(keys[0], {"MASTER_PORT": "999"}) == [999]
+    other = rendezvous.job_key({"HPC_XVR_SECRET": "of another user", "SLURM_JOB_ID": "1000"})
+    assert rendezvous.ports(other, {}) != jobs[0], "nobody else can foretell them"
 
 
 def test_ranks_meet_past_ports_that_others_use():
     """A program that never answers holds the first port, another job the second one."""
     from hpc_xvr.distributed.torch_engine import _join, _serve
 
-    me = {"MASTER_ADDR": "127.0.0.1", "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0"}
-    ports = rendezvous.ports(rendezvous.job_id(me), me)
-    theirs = {**me, "MASTER_PORT": str(ports[1])}
+    me = {**SECRET, "MASTER_ADDR": "127.0.0.1", "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0"}
+    ports = rendezvous.ports(rendezvous.job_key(me), me)
+    theirs = {**me, "SLURM_JOB_ID": "4712", "MASTER_PORT": str(ports[1])}
     with socket.socket() as stranger:
         stranger.bind(("127.0.0.1", ports[0]))
         stranger.listen()
-        rendezvous._announce("127.0.0.1", "4712.0", 2, 1, theirs)
+        rendezvous._announce("127.0.0.1", rendezvous.job_key(theirs), 2, 1, theirs)
 
         def rank(number):
             return rendezvous.meet(
@@ -242,6 +246,7 @@ comm.leave(0)
 def test_torch_needs_no_mpi_where_the_launcher_tells_rank_and_size():
     """As `srun -n 2` without PMIx, where MPI would be two worlds of one."""
     job = {
+        **SECRET,
         "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_JOB_ID": str(os.getpid()),
         "MASTER_ADDR": "127.0.0.1",

@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from hpc_xvr.model.attention import window_attention
 from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsample
 from hpc_xvr.model.swin import WindowAttention, grid, relative_position
+from hpc_xvr.checkpoint import read_tensors
+from hpc_xvr.errors import InputError
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.model.xvr import BAYES, SwinXVR
 
@@ -70,7 +72,8 @@ def test_load_xfusion_reads_wrapped_files_and_prefers_averaged_weights(reference
     tensors = {k: torch.as_tensor(v) for k, v in state.items()}
     wrong = {k: torch.zeros_like(v) for k, v in tensors.items()}
     torch.save({"params": wrong, "params_ema": tensors}, tmp_path / "net_g.pth")
-    out = load_xfusion(tmp_path / "net_g.pth")(torch.as_tensor(lr), torch.as_tensor(hr))
+    state = read_tensors(tmp_path / "net_g.pth")
+    out = load_xfusion(state)(torch.as_tensor(lr), torch.as_tensor(hr))
     assert np.abs(out[:, 0].detach().numpy() - expected).max() < 1e-5
 
 
@@ -88,11 +91,11 @@ def test_load_xfusion_refuses_other_things_in_one_line(content, message):
 
 
 def test_load_xfusion_names_a_missing_file_and_a_missing_parameter(reference, tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
-        load_xfusion(tmp_path / "nothing.pth")
+    with pytest.raises(InputError, match="No such file"):
+        read_tensors(tmp_path / "nothing.pth")
     (tmp_path / "noise.pth").write_bytes(b"no checkpoint at all")
-    with pytest.raises(ValueError, match="not a readable checkpoint"):
-        load_xfusion(tmp_path / "noise.pth")
+    with pytest.raises(InputError, match="not readable as tensors"):
+        read_tensors(tmp_path / "noise.pth")
     state = vectors(reference("centre.npz"))[0]
     del state["conv_last.bias"]
     with pytest.raises(ValueError, match=r"last_conv\.bias"):

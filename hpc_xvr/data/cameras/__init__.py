@@ -9,6 +9,7 @@ from pathlib import Path
 from hpc_xvr.data.cameras import hdf5, images, numbering, phantom_cine, photron, shimadzu
 from hpc_xvr.data.cameras.recording import Recording, guarded
 from hpc_xvr.errors import InputError
+from hpc_xvr.files import check_regular
 
 __all__ = ["FORMATS", "SUFFIXES", "Recording", "camera_files", "open_camera_file", "open_files"]
 
@@ -74,6 +75,8 @@ def open_files(
     first = files[0]
     suffix = first.suffix.lower()
     with guarded(str(first)):
+        for file in files:
+            check_regular(file)
         if dataset and suffix not in (*HDF5, MATLAB):
             raise InputError(
                 f"{first}: is not an HDF5 file, so it has no dataset {dataset}: leave it out"
@@ -113,6 +116,7 @@ def camera_files(path: Path | str) -> tuple[list[Path], str | None]:
         if not matches:
             raise InputError(f"{path}: no such file or folder")
         return (_sequence(path, matches), None) if len(matches) > 1 else (matches, None)
+    check_regular(path)
     suffix = path.suffix.lower()
     if suffix not in (*SUFFIXES, MATLAB):
         raise InputError(f"{path}: unknown kind of file; supported are {FORMATS}")

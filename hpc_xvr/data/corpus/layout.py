@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,12 +14,15 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 from hpc_xvr.data.registration import Registration
 from hpc_xvr.errors import InputError
+from hpc_xvr.files import check_regular
 from hpc_xvr.text import parse_json
 
 SCHEMA = 1
 FORMAT = "hpc_xvr corpus"
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 HEADER, MANIFEST, LOCK, SCRATCH = "corpus.json", "manifest.jsonl", ".lock", ".incoming"
+LARGEST_FRAME = 2**28
+"""Pixels; no camera comes near it, so a corpus that states more is damaged."""
 STORES = ("zarr", "hdf5")
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -64,6 +68,7 @@ class VideoInfo(BaseModel):
 
 def read_header(path: Path) -> str:
     """Store of the corpus at `path`, after checking format and schema version."""
+    check_regular(path / HEADER)
     try:
         header = parse_json((path / HEADER).read_text())
         if header["format"] != FORMAT:
@@ -74,7 +79,7 @@ def read_header(path: Path) -> str:
             f"corpus {path}: no corpus there ({error.strerror}: {HEADER}); make one "
             "with `hpc-xvr ingest` or `hpc-xvr simulate`"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise InputError(
             f"corpus {path}: its {HEADER} is not that of a corpus; restore it or "
             "make the corpus anew"
@@ -105,6 +110,20 @@ def checksum(file: Path) -> int:
     with file.open("rb") as opened:
         while data := opened.read(2**20):
             found = extend(found, data)
+    return found
+
+
+def copy_file(source: Path, target: Path) -> int:
+    """Copy a file to a new one of the same date; the CRC-32C of what was read."""
+    from google_crc32c import extend
+
+    found = 0
+    with source.open("rb") as read, target.open("xb") as written:
+        while data := read.read(2**20):
+            found = extend(found, data)
+            written.write(data)
+    date = source.stat()
+    os.utime(target, ns=(date.st_atime_ns, date.st_mtime_ns))
     return found
 
 

@@ -16,7 +16,7 @@ class WriterLock:
     def __init__(self, path: Path) -> None:
         self._path = path
         while True:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
             alone: bool | None = True
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

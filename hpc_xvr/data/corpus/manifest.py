@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpc_xvr.data.corpus.layout import ID, MANIFEST, SPLITS, VideoInfo, checksums
+from hpc_xvr.data.corpus.layout import ID, LARGEST_FRAME, MANIFEST, SPLITS, VideoInfo, checksums
 from hpc_xvr.errors import InputError, explain
-from hpc_xvr.files import disk_errors
+from hpc_xvr.files import check_regular, disk_errors
 from hpc_xvr.text import parse_json
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _ROW = np.dtype(
     ]
 )
 _BATCH = 1000  # lines
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError)
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 # Descriptions that stay in memory, however many a corpus has.
 _DESCRIPTIONS = 512
 
@@ -140,6 +140,13 @@ class Manifest:
         shape = tuple(self._table["lr_shape"][number].tolist())
         return shape if shape[0] else None
 
+    def stated(self, id: str, name: str) -> tuple[int, int, int] | None:
+        """Shape of an array (`frames` or `lr`) of a video."""
+        number = self.find(id)
+        if number is None:
+            return None
+        return self.shape(number) if name == "frames" else self.lr_shape(number)
+
     def dtype(self, number: int) -> np.dtype:
         """As stored: uint8 or uint16."""
         return np.dtype(_DTYPES[self._table["dtype"][number]])
@@ -227,6 +234,7 @@ def line(entry: dict[str, Any]) -> bytes:
 
 def _rows(path: Path) -> tuple[dict[str, tuple[Any, ...]], bool]:
     """Row of each line by id, and whether all lines were whole."""
+    check_regular(path)
     rows: dict[str, tuple[Any, ...]] = {}
     offset, count = 0, 0
     try:
@@ -267,7 +275,10 @@ def _columns(entry: dict[str, Any]) -> tuple[Any, ...]:
     shape, lr_shape = tuple(entry["shape"]), tuple(entry["lr_shape"] or (0, 0, 0))
     bits = known["bit_depth"]
     lr_bits = known.get("lr_bit_depth") or bits
-    if not (min(shape) > 0 and max(shape + lr_shape) < 2**31 and 0 < bits <= 16 >= lr_bits):
+    for frames, height, width in (shape, lr_shape):
+        if not 0 <= frames < 2**31 or height * width > LARGEST_FRAME:
+            raise ValueError(f"{frames} frames of {height} x {width} pixels are out of range")
+    if not (min(shape) > 0 and min(lr_shape) >= 0 and 0 < bits <= 16 >= lr_bits):
         raise ValueError("numbers out of range")
     return (
         shape,
@@ -306,16 +317,17 @@ def describe_clip(store: Store, corpus: Path, path: Path) -> dict[str, Any]:
         known = {key: value for key, value in attributes.items() if key in VideoInfo.model_fields}
         info = VideoInfo.model_validate(known)
         shape, dtype = arrays["frames"]
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        found = {
+            "shape": list(shape),
+            "dtype": dtype,
+            "lr_shape": list(arrays["lr"][0]) if "lr" in arrays else None,
+            "attributes": info.model_dump(mode="json"),
+        }
+        _columns(found)
+    except (OSError, RuntimeError, *_DAMAGE) as error:
+        reason = explain(error)
         raise InputError(
             f"corpus {corpus}, video {path.name}: its attributes cannot be read "
             f"({reason}); restore {path} or remove it"
         ) from None
-    lr_shape = list(arrays["lr"][0]) if "lr" in arrays else None
-    return {
-        "shape": list(shape),
-        "dtype": dtype,
-        "lr_shape": lr_shape,
-        "attributes": info.model_dump(mode="json"),
-    }
+    return found

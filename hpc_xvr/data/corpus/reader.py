@@ -253,7 +253,10 @@ class OpenArrays:
         if key in self._arrays:
             self._arrays.move_to_end(key)
         else:
-            self._arrays[key] = self._store.open(manifest.nearest(id), name)
+            array = self._store.open(manifest.nearest(id), name)
+            if (stated := manifest.stated(id, name)) != tuple(array.shape):
+                raise DamagedData(f"{name} is {array.shape}, the manifest says {stated}")
+            self._arrays[key] = array
             if len(self._arrays) > _OPEN_ARRAYS:
                 self._arrays.popitem(last=False)
         return self._arrays[key]
@@ -298,6 +301,11 @@ class Corpus:
         """Folder or file of a clip in the corpus itself."""
         return self._manifest.clip(id)
 
+    def checksums(self, id: str) -> dict[str, int] | None:
+        """Those of a clip's files, by their names in it, where the manifest has them (see
+        layout.checksums)."""
+        return self._manifest.files(self[id]._number)
+
     def read_copies(self, folder: Path) -> None:
         """From now on read the copies of clips that are in `folder`, where they are."""
         self._manifest.copies = folder
@@ -323,8 +331,6 @@ class Corpus:
         try:
             for name, shape in streams:
                 array = arrays.get(self._manifest, video.id, name)
-                if array.shape != shape:
-                    return f"{name} is {array.shape}, the manifest says {shape}"
                 for t in range(shape[0]):
                     digest.update(
                         frame_bytes(array.read([t], slice(0, shape[1]), slice(0, shape[2])))

@@ -23,7 +23,7 @@ from hpc_xvr.data.processes import cores, worker_pool
 from hpc_xvr.data.ranks import ONE_RANK, Ranks
 from hpc_xvr.data.simulate.experiment import Experiment
 from hpc_xvr.errors import InputError
-from hpc_xvr.files import commit, disk_errors
+from hpc_xvr.files import check_own, commit, disk_errors
 from hpc_xvr.log import logger, progress_bar
 from hpc_xvr.version import __version__
 
@@ -118,6 +118,7 @@ def refuse_existing(path: Path) -> None:
 def _start(simulate: config.Simulate, path: Path, beside: Path) -> Iterator[CorpusWriter]:
     """The writer of the corpus that grows in `beside`, once its settings are checked."""
     refuse_existing(path)
+    check_own(beside)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"hpc_xvr": __version__, **simulate.model_dump(mode="json")}

@@ -11,8 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from hpc_xvr.data.corpus.stores.base import DamagedData, ShapeAndType, chunk_side, first_line
-from hpc_xvr.files import commit
+from hpc_xvr.errors import InputError
+from hpc_xvr.files import check_regular, commit
 from hpc_xvr.text import parse_json
+
+DENSEST = 1032
+"""Bytes that one byte of deflated data can stand for at most; clips are not even compressed."""
 
 
 class Hdf5Store:
@@ -37,14 +41,23 @@ class Hdf5Store:
 
         try:
             # A chunk cache in each open clip adds up, and crops are seldom read twice.
+            check_regular(path)
             file = h5py.File(path, "r", rdcc_nbytes=0)
-            return _Hdf5Array(file[name])
-        except (OSError, KeyError, RuntimeError) as error:
+            if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+                raise DamagedData(f"{name} is a link to elsewhere, which no clip has")
+            array = file[name]
+            if array.is_virtual or array.external:
+                raise DamagedData(f"{name} lies in other files, which no clip does")
+            if array.nbytes > DENSEST * array.id.get_storage_size():
+                raise DamagedData(f"{name} is {array.shape}, but hardly anything is stored")
+            return _Hdf5Array(array)
+        except (OSError, KeyError, RuntimeError, InputError, AttributeError) as error:
             raise DamagedData(f"{name} cannot be opened: {first_line(error)}") from None
 
     def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, ShapeAndType]]:
         import h5py
 
+        check_regular(path)
         with h5py.File(path, "r") as file:
             attributes = {key: _plain(value) for key, value in file.attrs.items()}
             arrays = {

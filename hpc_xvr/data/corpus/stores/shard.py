@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,18 @@ class Shard:
                 for side, chunk in zip(self.shape[1:], self._chunk, strict=True)
             ),
         )
-        try:
-            self._file = os.open(folder / "c" / "0" / "0" / "0", os.O_RDONLY)
+        try:  # without waiting for a writer, should it be a pipe
+            flags = os.O_RDONLY | os.O_NONBLOCK
+            self._file = os.open(folder / "c" / "0" / "0" / "0", flags)
         except OSError as error:
             raise DamagedData(f"shard cannot be opened: {error.strerror}") from None
+        found = os.fstat(self._file)
+        if not stat.S_ISREG(found.st_mode):
+            raise DamagedData("the shard is not a file")
         size = 16 * math.prod(counts)
-        index = self._pread(size + CRC, os.fstat(self._file).st_size - size - CRC)
+        if found.st_size < size + CRC + math.prod(counts) * (self._bytes + CRC):
+            raise DamagedData(f"the shard is truncated, or its shape {self.shape} is not true")
+        index = self._pread(size + CRC, found.st_size - size - CRC)
         if self._crc(index[:size]) != int.from_bytes(index[size:], "little"):
             raise DamagedData("the shard index does not match its checksum")
         self._index = np.frombuffer(index, "<u8", 2 * math.prod(counts)).reshape(*counts, 2)
@@ -119,7 +126,9 @@ def layout(folder: Path) -> dict[str, Any] | None:
         shape, shard = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
         depth, height, width = inner["chunk_shape"]
         fits = (
-            sharding["name"] == "sharding_indexed"
+            len(shape) == 3
+            and all(type(side) is int and side > 0 for side in (*shape, height, width))
+            and sharding["name"] == "sharding_indexed"
             and meta["chunk_key_encoding"]
             == {"name": "default", "configuration": {"separator": "/"}}
             and [codec["name"] for codec in inner["codecs"]] == ["bytes", "crc32c"]
@@ -134,6 +143,6 @@ def layout(folder: Path) -> dict[str, Any] | None:
             ]
         )
         dtype = {"uint8": "u1", "uint16": "<u2"}[meta["data_type"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return {"shape": tuple(shape), "dtype": dtype, "chunk": (height, width)} if fits else None

@@ -17,6 +17,7 @@ from hpc_xvr.text import parse_json
 
 # Room for the shard index of the clips in use: without it every chunk read re-reads the index.
 READ_CACHE_BYTES = 16 << 20
+_LARGEST_CHUNK = 2**30  # pixels; a chunk is decoded as a whole
 
 
 class ZarrStore:
@@ -61,6 +62,8 @@ class ZarrStore:
             array = tensorstore.open(spec, context=self._context, open=True, read=True).result()
         except (ValueError, OSError, RuntimeError) as error:
             raise DamagedData(f"{name} cannot be opened: {first_line(error)}") from None
+        if math.prod(array.chunk_layout.read_chunk.shape) > _LARGEST_CHUNK:
+            raise DamagedData(f"{name} states chunks of more than {_LARGEST_CHUNK:,} pixels")
         return _ZarrArray(array)
 
     def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, ShapeAndType]]:
