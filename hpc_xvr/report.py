@@ -158,7 +158,7 @@ def _headline(
     """The number people ask for first, and what it is better or worse than."""
     learned = [f.name for f in evaluation.methods if f.learned] if evaluation else []
     if evaluation and learned:
-        first = evaluation.conditions[0]
+        first = next(row.condition for row in evaluation.rows if row.method == learned[0])
         table = {summary.method: summary for summary in evaluation.table(first)}
         own = table[learned[0]]
         return {
