@@ -19,11 +19,12 @@ from hpc_xvr.evaluate.comparison import pictures_of, write_comparison
 from hpc_xvr.evaluate.page import Pictures, data_uri, movies, natural, write_page
 from hpc_xvr.evaluate.results import FILE, Evaluation
 from hpc_xvr.log import logger
+from hpc_xvr.plotting import GRID, LINES, PLAIN, STYLE, VERMILION
 from hpc_xvr.reconstruction.baselines import BASELINES
 from hpc_xvr.text import first_line, parse_json, parse_yaml
 
 CURVE_POINTS = 800
-BLUE, ORANGE, GREY = "#1c5d99", "#d9480f", "#868e96"
+MODEL = LINES[0]
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -61,7 +62,7 @@ def write_report(run_dir: Path | str) -> Path:
         progress=_progress(train, validation, settings),
         events=events,
         unreadable=unreadable,
-        curves=_curves(train, validation, events),
+        curves=_curves(train, validation, events, settings),
         movies=pictures.take(movies(run / "reconstruction") or movies(run / "evaluation"), 2),
         comparisons=pictures.take(sides, 4),
         samples=pictures.take(dict.fromkeys([*samples[:1], *samples[-1:]]), 2),
@@ -158,7 +159,7 @@ def _headline(
     """The number people ask for first, and what it is better or worse than."""
     learned = [f.name for f in evaluation.methods if f.learned] if evaluation else []
     if evaluation and learned:
-        first = evaluation.conditions[0]
+        first = next(row.condition for row in evaluation.rows if row.method == learned[0])
         table = {summary.method: summary for summary in evaluation.table(first)}
         own = table[learned[0]]
         return {
@@ -205,7 +206,10 @@ def _progress(
 
 
 def _curves(
-    train: list[dict[str, Any]], validation: list[dict[str, Any]], events: list[dict[str, Any]]
+    train: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    events: list[dict[str, Any]],
+    settings: dict[str, Any],
 ) -> list[tuple[str, str]]:
     """(what it shows, data URI) of each curve there are numbers for."""
     resumes = [line["step"] for line in events if "resume" in str(line.get("text", ""))]
@@ -213,20 +217,25 @@ def _curves(
     loss = _series(train, "loss")
     if len(loss[0]) > 1:
         curves.append(
-            ("Training loss", _chart("L1 loss", [(*loss, BLUE, "loss")], resumes, log=True))
+            ("Training loss", _chart("L1 loss", [(*loss, MODEL, "loss")], resumes, log=True))
         )
     psnr = _series(validation, "psnr")
     if len(psnr[0]):
-        lines = [(*psnr, BLUE, "model")]
-        for name, colour in (("detail", "#495057"), ("bicubic", "#adb5bd")):
+        lines = [(*psnr, MODEL, "model")]
+        own = (settings.get("model") or {}).get("base")
+        for name in BASELINES:
             base = _series(validation, f"psnr_{name}")
             if len(base[0]):
-                lines.append((*base, colour, BASELINES[name].title))
+                title = BASELINES[name].title + (", its base" if name == own else "")
+                lines.append((*base, PLAIN[name], title))
         curves.append(("Validation", _chart("PSNR (dB)", lines, resumes, marks=True)))
     rate = _series(train, "samples_per_s")
     if len(rate[0]) > 1:
         curves.append(
-            ("Throughput", _chart("samples / s", [(*rate, BLUE, "throughput")], resumes, zero=True))
+            (
+                "Throughput",
+                _chart("samples / s", [(*rate, MODEL, "throughput")], resumes, zero=True),
+            )
         )
     return curves
 
@@ -254,35 +263,25 @@ def _chart(
     zero: bool = False,
     marks: bool = False,
 ) -> str:
-    style: dict[Any, Any] = {
-        "font.family": "DejaVu Sans",
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": GREY,
-        "axes.labelcolor": "#343a40",
-        "xtick.color": "#495057",
-        "ytick.color": "#495057",
-        "svg.hashsalt": "hpc_xvr",
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": "hpc_xvr"}):
         figure = Figure(figsize=(4.0, 2.5), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.subplots()
-        for steps, values, colour, name in lines:
+        for steps, values, line, name in lines:
             axes.plot(
                 steps,
                 values,
-                color=colour,
+                **line.keywords(),
                 linewidth=1.4,
                 label=name,
-                marker="o" if marks and len(steps) <= 60 else None,
+                marker=line.marker if marks else None,
+                markevery=max(len(steps) // 30, 1),
                 markersize=3,
             )
         for i, step in enumerate(resumes):
             axes.axvline(
                 step,
-                color=ORANGE,
+                color=VERMILION,
                 linewidth=0.9,
                 linestyle=(0, (3, 2)),
                 label=None if i else "resumed",
@@ -293,7 +292,7 @@ def _chart(
             axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
-        axes.grid(axis="y", color="#e9ecef", linewidth=0.8, which="both")
+        axes.grid(axis="y", color=GRID, linewidth=0.8, which="both")
         axes.set_axisbelow(True)
         if len(lines) > 1 or resumes:
             axes.legend(frameon=False, fontsize=8)

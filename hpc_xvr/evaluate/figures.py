@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,9 @@ from hpc_xvr.evaluate.results import Evaluation
 from hpc_xvr.evaluate.rows import METRICS, Condition
 from hpc_xvr.evaluate.summary import Summary
 from hpc_xvr.files import replacing
+from hpc_xvr.plotting import GRID, PLAIN, STYLE, VERMILION, Line, lines
 
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#868e96",
-    "axes.labelcolor": "#343a40",
-    "xtick.color": "#495057",
-    "ytick.color": "#495057",
-}
-PLAIN = {  # colour and dashes of methods without learning: they stay behind the others
-    "bicubic": ("#adb5bd", "-"),
-    "nearest_hr": ("#adb5bd", ":"),
-    "linear_hr": ("#868e96", ":"),
-    "detail": ("#868e96", "-"),
-    "adaptive": ("#343a40", "-"),
-    "bayes": ("#8d6e63", "--"),
-}
-MARK = "#e8590c"
-COLOURS = ("#1c5d99", "#d9480f", "#2b8a3e", "#9c36b5", "#0b7285", "#e67700")
+MARK = VERMILION
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -114,8 +95,17 @@ def _profile(
 ) -> None:
     at = np.arange(x, x + side)
     axes.plot(at, truth[row, x : x + side], color="black", linewidth=2.2, label="truth")
-    for (name, frame), colour in zip(panels.items(), cycle(("#adb5bd", *COLOURS))):
-        axes.plot(at, frame[row, x : x + side], color=colour, linewidth=1.1, label=name)
+    for i, ((name, frame), line) in enumerate(zip(panels.items(), lines(), strict=False)):
+        axes.plot(
+            at,
+            frame[row, x : x + side],
+            **line.keywords(),
+            marker=line.marker,
+            markevery=(i * side // 40, max(side // 8, 1)),
+            markersize=4,
+            linewidth=1.1,
+            label=name,
+        )
     axes.set_xlim(at[0], at[-1])
     axes.set_xlabel(f"pixel along the dotted line (row {row})")
     axes.set_ylabel("intensity")
@@ -200,11 +190,17 @@ def _against_flops(evaluation: Evaluation, condition: Condition) -> Figure:
         figure, (axis,) = _panels(1, str(condition))
         style = _styles(evaluation)
         for summary in rows:
-            colour, _ = style[summary.method]
+            colour, marker = style[summary.method].colour, style[summary.method].marker
             value, cost = summary.values["psnr"], summary.flops_per_frame / 1e9
             if value.interval:
                 axis.plot([cost, cost], value.interval, color=colour, linewidth=1)
-            axis.plot(cost, value.mean, "o", color=colour, label=evaluation.title(summary.method))
+            axis.plot(
+                cost,
+                value.mean,
+                marker,
+                color=colour,
+                label=evaluation.title(summary.method),
+            )
         axis.set_xscale("log")
         axis.set_xlabel("GFLOP a frame")
         axis.set_ylabel(METRICS["psnr"])
@@ -229,29 +225,26 @@ def _lines(evaluation: Evaluation, axis: Axes, places: Mapping[Condition, float]
             continue
         x = [place for place, _ in found]
         values = [s.values["psnr"] for _, s in found]
-        colour, dashes = style[facts.name]
+        line = style[facts.name]
         axis.plot(
             x,
             [v.mean for v in values],
-            dashes,
-            color=colour,
-            marker="o",
-            markersize=3,
+            **line.keywords(),
+            marker=line.marker,
+            markersize=4 if facts.learned else 5,
             linewidth=1.8 if facts.learned else 1.2,
             label=facts.title,
         )
         intervals = [v.interval for v in values if v.interval]
         if facts.learned and len(intervals) == len(values):
             low, high = zip(*intervals, strict=True)
-            axis.fill_between(x, low, high, color=colour, alpha=0.1, linewidth=0)
+            axis.fill_between(x, low, high, color=line.colour, alpha=0.1, linewidth=0)
     axis.set_ylabel(METRICS["psnr"])
 
 
-def _styles(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
-    colours = cycle(COLOURS)
-    return {
-        facts.name: PLAIN.get(facts.name) or (next(colours), "-") for facts in evaluation.methods
-    }
+def _styles(evaluation: Evaluation) -> dict[str, Line]:
+    of_models = lines()
+    return {facts.name: PLAIN.get(facts.name) or next(of_models) for facts in evaluation.methods}
 
 
 def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
@@ -265,7 +258,7 @@ def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axis in axes:
-        axis.grid(axis="y", color="#e9ecef", linewidth=0.8)
+        axis.grid(axis="y", color=GRID, linewidth=0.8)
         axis.set_axisbelow(True)
     for axis in axes[count:]:
         axis.set_visible(False)

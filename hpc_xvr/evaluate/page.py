@@ -108,7 +108,7 @@ def write_page(path: Path, template: str, pictures: Pictures, **values: Any) -> 
             **values,
         )
     )
-    write_atomic(path, lambda file: file.write(page.encode()))
+    write_atomic(path, lambda file: file.write(page.encode(errors="replace")))
     return path
 
 

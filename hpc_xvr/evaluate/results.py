@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.rows import Condition, Row, without_infinities
 from hpc_xvr.evaluate.summary import Summary, conditions, summarise
 from hpc_xvr.files import write_atomic
+from hpc_xvr.log import logger
 from hpc_xvr.reconstruction.methods import NamedMethod
 from hpc_xvr.text import parse_json
 
@@ -27,11 +28,22 @@ class Facts:
     title: str
     learned: bool = False
     parameters: int = 0
+    longest_gap: int | None = None
+    """Of those it was trained for, as far as it is known and matters."""
+    fingerprint: str = ""
+    """Changes when the method may give other pictures."""
 
     @classmethod
     def of(cls, method: NamedMethod) -> Facts:
         """Those of a method."""
-        return cls(method.name, method.title, method.learned, method.parameters)
+        return cls(
+            method.name,
+            method.title,
+            method.learned,
+            method.parameters,
+            method.longest_gap,
+            method.fingerprint,
+        )
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,34 @@ class Evaluation:
             if row.condition == condition:
                 found.setdefault(row.recording, {})[row.method] = row
         return found
+
+    def beside(self, earlier: Evaluation) -> Evaluation:
+        """This one and what an earlier one found under other conditions.
+
+        An earlier method of the same name whose weights were others is left out, with a warning.
+        """
+        here = {condition.place for condition in self.conditions}
+        others = [row for row in earlier.rows if row.condition.place not in here]
+        now = {facts.name: facts for facts in self.methods}
+        known = {facts.name: facts for facts in earlier.methods}
+        changed = {n for n in now if n in known and now[n].fingerprint != known[n].fingerprint}
+        kept = [row for row in others if row.method not in changed]
+        for name in sorted(changed & {row.method for row in others}):
+            logger.warning(
+                "%s: had other weights when it was evaluated under other conditions; these results "
+                "are left out, evaluate it there again",
+                name,
+            )
+        used = {row.method for row in kept}
+        titles = [facts.title for facts in self.methods]
+        more = [
+            replace(facts, title=f"{facts.title} ({facts.name})")
+            if facts.title in titles
+            else facts
+            for facts in earlier.methods
+            if facts.name in used and facts.name not in now
+        ]
+        return replace(self, rows=[*self.rows, *kept], methods=[*self.methods, *more])
 
     def save(self, folder: Path | str) -> None:
         """Write evaluation.json; the folder is made if it is missing.

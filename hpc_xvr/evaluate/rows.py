@@ -34,6 +34,11 @@ class Condition:
         noise = "" if self.noise == NO_NOISE else f", {self.noise.label}"
         return f"{Path(self.corpus).name}: a key frame every {self.gap} frames{noise}"
 
+    @property
+    def place(self) -> tuple[Path, int, NoiseLevel]:
+        """Equal for the same corpus by whatever path."""
+        return Path(self.corpus).resolve(), self.gap, self.noise
+
     def to_json(self) -> dict[str, Any]:
         """For JSON and CSV, the noise by its name."""
         return {"corpus": self.corpus, "gap": self.gap, "noise": self.noise.name}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hpc_xvr.evaluate.results import Evaluation
 from hpc_xvr.evaluate.rows import LOWER, METRICS, Condition, Row
 from hpc_xvr.evaluate.summary import Estimate, Summary
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import print_table, say
+from hpc_xvr.text import printable
 
 DIGITS = {"ssim": 4, "aad": 3, "flicker": 3}
 """Behind the point; 2 of all others."""
@@ -36,12 +38,13 @@ def write_tables(evaluation: Evaluation, folder: Path) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    write_atomic(path, lambda file: file.write(text.encode()))
+    write_atomic(path, lambda file: file.write(text.encode(errors="replace")))
 
 
-def show(evaluation: Evaluation) -> None:
-    """Print the tables of the first conditions, and what they say."""
-    for condition in evaluation.conditions[:PRINTED]:
+def show(evaluation: Evaluation, chosen: Sequence[Condition] | None = None) -> None:
+    """Print the tables of the first conditions, of all or of those `chosen`, and what they say."""
+    chosen = evaluation.conditions if chosen is None else chosen
+    for condition in chosen[:PRINTED]:
         rows = evaluation.table(condition)
         some = rows[0]
         print_table(
@@ -61,8 +64,9 @@ def show(evaluation: Evaluation) -> None:
         )
         for sentence in verdicts(evaluation, condition):
             say(sentence)
-    if len(evaluation.conditions) > PRINTED:
-        say(f"and {len(evaluation.conditions) - PRINTED} more tables in tables.md")
+    more = len(evaluation.conditions) - len(chosen[:PRINTED])
+    if more:
+        say(f"and {more} more table{'s' if more > 1 else ''} in tables.md")
 
 
 def as_csv(evaluation: Evaluation) -> str:
@@ -73,25 +77,35 @@ def as_csv(evaluation: Evaluation) -> str:
     table.writeheader()
     for row in evaluation.rows:
         values = {name: getattr(row, name) for name in names}
-        table.writerow(row.condition.to_json() | values)
+        cells = row.condition.to_json() | values
+        table.writerow({name: _inert(value) for name, value in cells.items()})
     return text.getvalue()
+
+
+def _inert(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
 
 
 def as_markdown(evaluation: Evaluation) -> str:
     """All tables, best numbers in bold, and what they say."""
     lines = []
     for condition in evaluation.conditions:
-        lines += [f"## {condition}", ""]
+        lines += [f"## {_md(str(condition))}", ""]
         for scene in (None, *evaluation.scenes(condition)):
             rows = evaluation.table(condition, scene)
             head, body = _cells(evaluation, rows)
-            lines += [_counted(rows[0], scene), ""]
-            lines += [f"| {' | '.join(head)} |", f"|---{'|---:' * (len(head) - 1)}|"]
+            lines += [_md(_counted(rows[0], scene)), ""]
+            lines += [f"| {' | '.join(map(_md, head))} |", f"|---{'|---:' * (len(head) - 1)}|"]
             for cells in body:
-                marked = (f"**{cell.text}**" if cell.best else cell.text for cell in cells)
+                texts = [_md(cell.text) for cell in cells]
+                marked = (f"**{t}**" if c.best else t for t, c in zip(texts, cells, strict=True))
                 lines.append(f"| {' | '.join(marked)} |")
             lines.append("")
-        lines += [f"- {sentence}" for sentence in verdicts(evaluation, condition)] + [""]
+        lines += [f"- {_md(sentence)}" for sentence in verdicts(evaluation, condition)] + [""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -204,14 +218,22 @@ def signed(estimate: Estimate) -> str:
 
 
 def verdicts(evaluation: Evaluation, condition: Condition) -> list[str]:
-    """A sentence for each method that was trained; without one, for each of the others."""
+    """A sentence for each method that was trained; without one, for each of the others. And one for
+    each that was not trained for such gaps."""
+    there = {summary.method for summary in evaluation.table(condition)}
+    beyond = [
+        f"{facts.title} was trained for gaps of up to {facts.longest_gap} frames: this one of "
+        f"{condition.gap} lies beyond them"
+        for facts in evaluation.methods
+        if facts.name in there and facts.longest_gap and condition.gap > facts.longest_gap
+    ]
     if not evaluation.has_reference:
-        return []
+        return beyond
     learned = {facts.name for facts in evaluation.methods if facts.learned}
     chosen = [s for s in evaluation.table(condition) if s.method in learned or not learned]
     against = evaluation.title(evaluation.reference)
     sentences = (verdict(s, evaluation.title(s.method), against) for s in reversed(chosen))
-    return [sentence for sentence in sentences if sentence]
+    return [*(sentence for sentence in sentences if sentence), *beyond]
 
 
 def verdict(summary: Summary, title: str, against: str, metric: str = "psnr") -> str | None:
@@ -247,7 +269,18 @@ def _counted(summary: Summary, scene: str | None) -> str:
     )
 
 
+def _md(text: str) -> str:
+    """Text in Markdown: no HTML, no cell border."""
+    return html.escape(printable(text), quote=False).replace("|", r"\|")
+
+
+_TEX = {mark: "\\" + mark for mark in "&%_#${}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "\u2212": "$-$",
+}
+
+
 def _tex(text: str) -> str:
-    for mark in "&%_#$":
-        text = text.replace(mark, "\\" + mark)
-    return text.replace("\u2212", "$-$")
+    return "".join(_TEX.get(character, character) for character in printable(text))

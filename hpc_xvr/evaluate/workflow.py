@@ -55,10 +55,14 @@ def evaluate(
     cells = Cells(out, comm.rank)
 
     def load() -> tuple[dict[str, NamedMethod], list[Unit], dict[str, Row]]:
+        units = _units(config)
+        _check_settings(earlier, settings, out)
         methods = open_methods([*wanted.methods, *what], comm.device, which)
         check_methods(methods, config.data)
-        units = _units(config)
         return methods, units, {} if restart else cells.load()
+
+    settings = _settings(config, comm)
+    earlier = None if restart else comm.on_root(lambda: _earlier(out))
 
     methods, units, done = comm.together(load)
     done = comm.broadcast(done)  # one rank's view: no unit is done twice or left out
@@ -69,9 +73,13 @@ def evaluate(
     whole = Evaluation(
         _in_order([*kept, *(row for part in made for row in part)], units, methods),
         [Facts.of(method) for method in methods.values()],
-        _settings(config, comm),
+        settings,
         wanted.reference if wanted.reference in methods else next(iter(methods)),
     )
+
+    asked = whole.conditions
+    if earlier is not None:
+        whole = comm.on_root(lambda: whole.beside(earlier))
 
     def write() -> None:
         whole.save(out)
@@ -80,7 +88,7 @@ def evaluate(
         write_comparison(out)
 
     comm.on_root(write)
-    tables.show(whole)
+    tables.show(whole, asked)
     if comm.is_root:
         logger.info("written: %s", out / "comparison.html")
     return whole
@@ -99,12 +107,54 @@ def _units(config: Config) -> list[Unit]:
                 f"--split, or ingest recordings with --split {wanted.split}"
             )
         for gap in dict.fromkeys(wanted.gap or [config.data.hr_gap]):
+            long = _long_enough(corpus, videos, gap)
             for level in levels:
                 condition = Condition(str(corpus), gap, level)
-                units += [Unit(condition, video) for video in videos]
+                units += [Unit(condition, video) for video in long]
     return units
 
 
+def _long_enough(corpus: Path, videos: Sequence[Video], gap: int) -> Sequence[Video]:
+    """The recordings that hold a whole gap."""
+    long = [video for video in videos if video.shape[0] > gap]
+    if not long:
+        most = max(video.shape[0] for video in videos)
+        raise InputError(
+            f"{corpus}: a gap of {gap} frames is longer than its recordings, which have up to "
+            f"{most} frames; --gap may be 2 to {most - 1}"
+        )
+    if len(long) < len(videos):
+        short = [video.id for video in videos if video.shape[0] <= gap]
+        logger.warning(
+            "%s: shorter than a gap of %d frames, left out there: %s%s",
+            *(corpus, gap, ", ".join(short[:5]), ", ..." if len(short) > 5 else ""),
+        )
+    return long
+
+
+def _earlier(out: Path) -> Evaluation | None:
+    try:
+        return Evaluation.load(out)
+    except InputError as problem:
+        logger.warning("%s; it is replaced", problem)
+        return None
+
+
+def _check_settings(earlier: Evaluation | None, settings: dict[str, Any], out: Path) -> None:
+    """Refuse to put on one page what was not found in the same way."""
+    then = earlier.settings if earlier else settings
+    differing = [name for name in COMMON if then.get(name) != settings[name]]
+    if differing:
+        was = ", ".join(f"{name} {then.get(name)}" for name in differing)
+        now = ", ".join(f"{name} {settings[name]}" for name in differing)
+        raise InputError(
+            f"{out}: holds an evaluation with {was}, this one has {now}: choose another --out, or "
+            "replace it with --restart"
+        )
+
+
+COMMON = ("split", "scale", "lr_source", "hr_noise", "misregistration", "seed")
+"""Settings that all results in a folder share."""
 Work = list[tuple[Unit, list[str]]]
 """Units with the names of the methods they still lack."""
 
@@ -155,6 +205,13 @@ def _score_all(
 
 
 def _announce(units: Sequence[Unit], methods: Mapping[str, NamedMethod], todo: Work) -> None:
+    widest = max(unit.condition.gap for unit in units)
+    for name, method in methods.items():
+        if method.longest_gap is not None and widest > method.longest_gap:
+            logger.warning(
+                "%s: was trained for gaps of up to %d frames; a gap of %d lies beyond them",
+                *(name, method.longest_gap, widest),
+            )
     logger.info(
         "%d methods, %d recordings under %d conditions: %d of %d rows to be made",
         len(methods),

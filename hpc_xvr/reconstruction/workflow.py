@@ -120,7 +120,7 @@ def reconstruct_run(
 
     def results() -> Iterator[np.ndarray]:
         stride = -(-count // 60)
-        for t, frame in track(frames, "reconstructing", total=count):
+        for t, frame in track(frames, "reconstructing", count, "frames"):
             if movie and (t - first) % stride == 0:
                 shown.append((material.lr[t], frame, *([truth(t)] if truth else [])))
             yield frame

@@ -147,6 +147,7 @@ class Trainer:
             self.checkpoints.check()
             if progress.due(cfg.train.log_every):
                 self._log()
+            self.reporter.passed(progress.step)
             stop = self._asked_to_stop()
             progress.unvalidated = progress.due(cfg.validation.every)
             improved = progress.unvalidated and not stop and self._validate()
@@ -259,7 +260,7 @@ class Trainer:
         picture = folder / f"step-{step:09d}.png" if self.comm.is_root else None
         with self.learner.predicting() as predict:
             scores = self.validator.run(predict, picture)
-        self.reporter.validated(step, scores)
+        self.reporter.validated(step, scores, picture)
         self.clock.reset()
         return self.progress.improves(scores["psnr"])
 

@@ -54,7 +54,7 @@ def find_batch(cfg: Config, comm: Comm) -> Trial:
     room = int(_MARGIN * _free_memory(comm.device))
     trials: list[Trial] = []
     size, start = 1, time.perf_counter()
-    for _ in track(range(_LARGEST.bit_length()), "micro-batches"):
+    for _ in track(range(_LARGEST.bit_length()), "micro-batches", unit="sizes"):
         if trials and (_expected(trials, size) > room or _levelled(trials)):
             break
         if time.perf_counter() - start > _PATIENCE:

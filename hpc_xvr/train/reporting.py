@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from hpc_xvr.config import Config
 from hpc_xvr.errors import explain_os_error
 from hpc_xvr.files import write_atomic
-from hpc_xvr.log import logger
+from hpc_xvr.log import Pace, duration, logger
 from hpc_xvr.text import parse_json
 from hpc_xvr.train.share import Share
 
@@ -28,6 +31,7 @@ class Reporter:
     def __init__(self, cfg: Config, is_root: bool, resumed_step: int | None) -> None:
         self._cfg = cfg
         self._metrics = Metrics(cfg.run.dir, resumed_step) if is_root else None
+        self._pace = Pace("training", cfg.train.steps, "steps", resumed_step or 0, by_share=False)
 
     def resumed(self, step: int, ranks: int) -> None:
         """The run goes on after `step`."""
@@ -72,6 +76,11 @@ class Reporter:
             steps_per_epoch,
         )
 
+    def passed(self, step: int) -> None:
+        """A step is done; tells the log if nothing else has for a minute."""
+        if self._metrics:
+            self._pace.at(step)
+
     def trained(self, step: int, speed: dict[str, float], **values: Any) -> None:
         """Loss, gradient norm, learning rate and epoch at a step; `speed` is Stopwatch's report."""
         if not self._metrics:
@@ -80,21 +89,25 @@ class Reporter:
         self._metrics.write("train", step, **values, **speed)
         steps = self._cfg.train.steps
         logger.info(
-            "step %d/%d  loss %.5f  lr %.2e  %.1f samples/s  data wait %.1f %%  left %d:%02d",
+            "step %d/%d  loss %.5f  lr %.2e  %.1f samples/s  data wait %.1f %%  left %s",
             step,
             steps,
             values["loss"],
             values["lr"],
             speed["samples_per_s"],
             100 * speed["data_wait"],
-            *divmod(int((steps - step) * speed["step_s"]), 60),
+            duration((steps - step) * speed["step_s"]),
         )
+        self._pace.spoken()
 
-    def validated(self, step: int, scores: dict[str, float]) -> None:
-        """The scores of `Validator.run`."""
+    def validated(self, step: int, scores: dict[str, float], picture: Path | None = None) -> None:
+        """The scores of `Validator.run`, and the picture that it drew."""
         if not self._metrics:
             return
         self._metrics.write("validation", step, **scores)
+        if picture and picture.exists():
+            self._metrics.show("validation/sample", step, picture)
+        self._pace.spoken()
         logger.info(
             "step %d: validation PSNR %.2f dB, SSIM %.4f (bicubic %.2f dB, detail "
             "transfer %.2f dB)",
@@ -147,6 +160,11 @@ class Metrics:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def show(self, name: str, step: int, picture: Path) -> None:
+        """A grey picture among TensorBoard's images."""
+        with self._going_on(), Image.open(picture) as image:
+            self._board.add_image(name, np.asarray(image.convert("L")), step, dataformats="HW")
 
     def close(self) -> None:
         """Flush everything."""

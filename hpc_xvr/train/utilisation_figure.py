@@ -8,15 +8,28 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from hpc_xvr.plotting import (
+    BLUE,
+    GREEN,
+    GREYS,
+    HATCHES,
+    LINES,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    lines,
+)
+
 PARTS = {
-    "forward": "#56b4e9",
-    "backward": "#0072b2",
-    "update": "#999999",
-    "gradients": "#d55e00",
-    "data": "#009e73",
+    "forward": SKY,
+    "backward": BLUE,
+    "update": GREYS[1],
+    "gradients": VERMILION,
+    "data": GREEN,
     "logging": "#cccccc",
-    "saving": "#cc79a7",
-    "validation": "#e69f00",
+    "saving": PURPLE,
+    "validation": ORANGE,
 }
 MOST = 32  # ranks drawn; of more, evenly chosen ones
 
@@ -30,12 +43,14 @@ def draw(rows: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> Non
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
     begin = rows[0]["time"]
-    for rank in ranks:
+    few = len(ranks) <= len(LINES)
+    for rank, line in zip(ranks, lines(), strict=False):
         mine = [row for row in rows if row["rank"] == rank["rank"] and busy in row]
         minutes = [(row["time"] - begin) / 60 for row in mine]
-        label = f"rank {rank['rank']}" if len(ranks) <= 8 else None
-        left.plot(minutes, [100 * row[busy] for row in mine], lw=1, label=label)
-        middle.plot(minutes, [row.get(memory, 0.0) for row in mine], lw=1, label=label)
+        label = f"rank {rank['rank']}" if few else None
+        looks = line.keywords() if few else {"color": BLUE, "alpha": 0.4}  # many: a bundle
+        left.plot(minutes, [100 * row[busy] for row in mine], lw=1, label=label, **looks)
+        middle.plot(minutes, [row.get(memory, 0.0) for row in mine], lw=1, label=label, **looks)
     if summary["mfu"]:
         left.axhline(100 * summary["mfu"], color="black", ls=":", label="MFU")
     what = "a kernel ran, % of time (NVML)" if busy == "gpu" else "busy, % of a core"
@@ -45,16 +60,25 @@ def draw(rows: list[dict[str, Any]], summary: dict[str, Any], path: Path) -> Non
         xlabel="minutes", ylabel="GB", title="memory of the GPU" if busy == "gpu" else "memory"
     )
     middle.set_ylim(0)
-    if label:
+    if few:
         left.legend(fontsize=7, frameon=False)
     edges = [0.0] * len(ranks)
     totals = [sum(rank["seconds"].values()) or 1.0 for rank in ranks]
-    for part, colour in PARTS.items():
+    for (part, colour), hatch in zip(PARTS.items(), HATCHES, strict=True):
         shares = [
             100 * rank["seconds"].get(part, 0.0) / total
             for rank, total in zip(ranks, totals, strict=True)
         ]
-        right.barh(range(len(ranks)), shares, left=edges, color=colour, label=part)
+        right.barh(
+            range(len(ranks)),
+            shares,
+            left=edges,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0,
+            label=part,
+        )
         edges = [a + b for a, b in zip(edges, shares, strict=True)]
     right.set_yticks(range(len(ranks)), [f"rank {rank['rank']}" for rank in ranks], fontsize=7)
     right.set_ylim(len(ranks) - 0.4, -0.6 - 0.35 * len(ranks))

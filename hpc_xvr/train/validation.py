@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from hpc_xvr.errors import InputError
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
 from hpc_xvr.metrics import psnr, ssim
-from hpc_xvr.model.bases import transfer_detail, upsample
+from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsample
+from hpc_xvr.model.bayes import BayesianFusion
 
 
 class Validator:
@@ -108,17 +109,13 @@ class Validator:
             truths = [_image(sample["target"][:, i]) for i in range(count)]
             scores += [(_psnr(a, b), ssim(a, b)) for a, b in zip(pictures, truths, strict=True)]
             outputs.append(pictures[count // 2])
-        result = dict(zip(("psnr", "ssim", "frames"), self._mean(scores), strict=True))
+        result = dict(zip(("psnr", "ssim", "frames"), self._mean(scores, 2), strict=True))
         if self._references is None:
-            self._references = dict(
-                zip(
-                    ("psnr_bicubic", "psnr_detail"),
-                    self._mean([row for sample in self._mine for row in self._baselines(sample)])[
-                        :2
-                    ],
-                    strict=True,
-                )
-            )
+            rows = [row for sample in self._mine for row in self._baselines(sample)]
+            means = self._mean(rows, len(self._compared))
+            self._references = {
+                f"psnr_{name}": mean for name, mean in zip(self._compared, means, strict=False)
+            }
         if picture and outputs:
             try:
                 _draw(picture, self._mine[0], outputs[0])
@@ -126,22 +123,35 @@ class Validator:
                 logger.warning("%s", problem)
         return {**result, **self._references}
 
-    def _baselines(self, sample: Sample) -> list[tuple[float, float]]:
-        """PSNR of bicubic interpolation and of detail transfer, for each frame."""
-        low = sample["low"]
-        bicubic = upsample(low, self._cfg.data.scale)
-        detail = transfer_detail(low, sample["hr"], sample["hr_offset"])
+    @property
+    def _compared(self) -> list[str]:
+        """Methods without learning that the network is to beat: its own base is one of them."""
+        base = self._cfg.model.base
+        return ["bicubic", "detail", *([base] if base in ("adaptive", "bayes") else [])]
+
+    def _baselines(self, sample: Sample) -> list[tuple[float, ...]]:
+        """PSNR of each of these methods, for each frame."""
+        low, keys, offset = sample["low"], sample["hr"], sample["hr_offset"]
+        make: dict[str, Callable[[], Tensor]] = {
+            "bicubic": lambda: upsample(low, self._cfg.data.scale),
+            "detail": lambda: transfer_detail(low, keys, offset),
+            "adaptive": lambda: transfer_matching_detail(low, keys, offset),
+            "bayes": lambda: BayesianFusion()(low, keys),
+        }
+        made = [make[name]() for name in self._compared]
         truths = [_image(truth) for truth in sample["target"].unbind(1)]
         return [
-            (_psnr(_image(bicubic[:, i]), truth), _psnr(_image(detail[:, i]), truth))
+            tuple(_psnr(_image(frames[:, i]), truth) for frames in made)
             for i, truth in enumerate(truths)
         ]
 
-    def _mean(self, rows: list[tuple[float, float]]) -> list[float]:
-        """Means of two columns over the rows of all ranks, and how many rows they have."""
-        total = torch.tensor([(*row, 1.0) for row in rows], dtype=torch.float64).reshape(-1, 3)
-        a, b, count = self._comm.all_reduce(total.sum(0).to(self._comm.device)).tolist()
-        return [a / max(count, 1), b / max(count, 1), int(count)]
+    def _mean(self, rows: Sequence[tuple[float, ...]], columns: int) -> list[float]:
+        """Means of columns over the rows of all ranks, and how many rows they have."""
+        total = torch.zeros(columns + 1, dtype=torch.float64)
+        for row in rows:
+            total += torch.tensor([*row, 1.0], dtype=torch.float64)
+        *sums, count = self._comm.all_reduce(total.to(self._comm.device)).tolist()
+        return [*(value / max(count, 1) for value in sums), int(count)]
 
 
 def _spread(

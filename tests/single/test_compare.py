@@ -105,7 +105,7 @@ def test_killed_at_any_time_it_goes_on_and_two_ranks_find_the_same(runs, pulse_c
 
 
 def settings(corpus, **values):
-    tree = {"pictures": 1, "corpora": [str(corpus)], **values}
+    tree = {"pictures": 1, "corpora": [str(corpus)], "gap": [8], **values}
     return with_evaluate(load(None, ["run.threads=1"]), **tree)
 
 

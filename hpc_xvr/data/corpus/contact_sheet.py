@@ -12,6 +12,7 @@ from PIL import Image
 from hpc_xvr.data.corpus.reader import Corpus, Video
 from hpc_xvr.errors import InputError
 from hpc_xvr.files import replacing
+from hpc_xvr.log import track
 
 PER_PAGE = 48
 COLUMNS = 3
@@ -41,7 +42,7 @@ def contact_sheet(corpus: Corpus, file: Path, everything: bool = False) -> list[
         videos = [videos[round(i)] for i in np.linspace(0, total - 1, PER_PAGE)]
     pages = math.ceil(len(videos) / PER_PAGE)
     written = []
-    for page in range(pages):
+    for page in track(range(pages), "contact sheet", unit="pages"):
         shown = videos[page * PER_PAGE : (page + 1) * PER_PAGE]
         name = f"{file.stem}-{page + 1}{file.suffix}" if pages > 1 else file.name
         title = f"{corpus.path.resolve().name}: {len(videos)} of {total} recordings"

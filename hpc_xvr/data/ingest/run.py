@@ -8,7 +8,6 @@ splits and duplicates do not depend on how many there are, nor on how often they
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,14 +28,12 @@ from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.processes import cores
 from hpc_xvr.data.ranks import ONE_RANK, Ranks
 from hpc_xvr.errors import InputError
-from hpc_xvr.log import logger, progress_bar
+from hpc_xvr.log import progress_bar
 
 __all__ = ["Outcome", "find_recordings", "ingest"]
 
 TICK = 0.2
 """Seconds between two meetings of the ranks."""
-LOG_EVERY = 60.0
-"""Seconds between two lines about how far it is."""
 WINDOW = 8
 """Files a process may be ahead of the first one that is not finished yet."""
 WORTH = 2**26
@@ -196,24 +193,16 @@ def _direct(schedule: Schedule | None, reports: list[_Report], window: int) -> O
 
 @contextlib.contextmanager
 def _progress(schedule: Schedule | None) -> Iterator[Callable[[float], None]]:
-    """show(bytes read): a bar on a terminal, a line a minute in a log."""
+    """show(bytes read)."""
     if schedule is None or not schedule.new:
         yield lambda read: None
         return
-    started = last = time.monotonic()
     shown = 0.0
     with progress_bar("ingesting", schedule.nbytes / 1e6, "MB") as advance:
 
         def show(read: float) -> None:
-            nonlocal shown, last
+            nonlocal shown
             advance((read - shown) / 1e6)
-            shown, now = read, time.monotonic()
-            if now - last > LOG_EVERY and read:
-                last = now
-                left = (now - started) * max(0.0, schedule.nbytes / read - 1)
-                logger.info(
-                    "%d of %d recordings, %.0f of %.0f MB, about %.0f min left",
-                    *(schedule.decided, schedule.new, read / 1e6, schedule.nbytes / 1e6, left / 60),
-                )
+            shown = read
 
         yield show

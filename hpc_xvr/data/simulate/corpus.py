@@ -87,8 +87,9 @@ def simulate_corpus(
         np.random.default_rng(simulate.seed).shuffle(left)  # scenes differ in cost
         mine = _make_all(simulate, beside, left[ranks.rank :: ranks.size], workers or cores())
         stack.callback(mine.close)
-        advance = stack.enter_context(progress_bar("simulating", len(plan), "recordings"))
-        advance(len(finished))
+        advance = stack.enter_context(
+            progress_bar("simulating", len(plan), "recordings", done=len(finished))
+        )
         for entries in _rounds(mine, ranks, _ROUND_S if ranks.size > 1 else 0.0):
             ranks.on_root(partial(commit_all, entries))
             advance(len(entries))
