@@ -157,8 +157,6 @@ def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) 
                 f"of {sizes[0][0]} x {sizes[0][1]} {types[0]}: all must be alike; choose one with "
                 "--dataset"
             )
-        if not (in_turn and rows < columns):
-            logger.info("%s: read as %d frames of %d x %d pixels", where, count, *size)
     total = sum(count for _, _, count in parts)
     return _Stack(files.path, tuple(parts), (total, *sizes[0]), types[0], block)
 
@@ -199,7 +197,7 @@ def _recording(
         bit_depth, full_scale = None, float(np.iinfo(stack.dtype).max)
     elif (bit_depth is None) == (full_scale is None):
         raise InputError(
-            f"{path}: holds {native} counts, whose scale the file does not state: give either "
+            f"{path}: holds {native.name} counts, whose scale the file does not state: give either "
             "--bit-depth N (of values from 0 to 2^N - 1, N up to 16) or --full-scale X (the value "
             "that is stored as white)"
         )
@@ -287,7 +285,7 @@ def _default(files: Files) -> list[_Dataset] | None:
     found = [_named(files, name)] if _holds_frames(files, place) else _signal(files, name)
     if found is None or (len(found) == 1 and files.item(found[0].place).ndim < 3):
         return None
-    logger.info("%s: reads /%s, the file's default", files.path, found[0].name)
+    logger.info("%s: reads %s, the file's default", files.path, _listed([found]))
     return found
 
 

@@ -87,8 +87,14 @@ def _order_of(where: str, shape: tuple[int, ...], names: list[str]) -> Order:
             f"{where}: has the axes {_listed(shape, names)}: frames have two, rows and columns, "
             "and a recording three"
         )
-    frames = long or others
-    return (frames[0] if frames else None), rows, columns
+    frames = long or others  # at most one of them is longer than 1
+    order = (frames[0] if frames else None), rows, columns
+    if order[-2:] != (len(shape) - 2, len(shape) - 1):
+        logger.info(
+            "%s: its axes %s are put in the order frames, rows, columns",
+            *(where, _listed(shape, names)),
+        )
+    return order
 
 
 def _role(name: str, names: list[str]) -> str | None:

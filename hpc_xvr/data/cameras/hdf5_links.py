@@ -58,6 +58,7 @@ class Files:
         self.root = Place(path)
         self._allowed = [path.parent.resolve(), *(Path(folder).resolve() for folder in allow_links)]
         self._open: dict[Path, h5py.File] = {}
+        self._raw: dict[tuple[Path, int], h5py.Dataset] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Files:
@@ -65,56 +66,68 @@ class Files:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._raw.clear()
         self._stack.close()
 
     def item(self, place: Place) -> h5py.Group | h5py.Dataset:
         """Open what is at a place."""
         file = self._file(place.path)
-        item = file[f"/{place.name}"]
+        name = f"/{place.name}".encode(errors="surrogateescape")
+        key = place.path, h5py.h5o.get_info(file.id, name).addr
+        if key in self._raw:
+            return self._raw[key]
+        item = file[name]
         if not isinstance(item, h5py.Dataset) or item.external is None:
             return item
         # Its raw files lie beside the file, not in the folder where we run. HDF5 wants this said
-        # before the dataset is open.
-        name = item.name.encode(errors="surrogateescape")
+        # when the dataset is first opened.
         item.id.close()
         access = h5py.h5p.create(h5py.h5p.DATASET_ACCESS)
         access.set_efile_prefix(b"${ORIGIN}")
-        return h5py.Dataset(h5py.h5d.open(file.id, name, access))
+        self._raw[key] = h5py.Dataset(h5py.h5d.open(file.id, name, access))
+        return self._raw[key]
 
-    def locate(self, name: str, start: Place | None = None) -> Place | None:
+    def locate(self, name: str, start: Place | None = None, shown: str = "") -> Place | None:
         """Where a name leads; None if there is no such name.
+
+        Args:
+            start: the group that the name is in; None: the top of the file.
+            shown: the name in messages.
 
         Raises:
             InputError: a link on the way leads to nothing, or to a file that is not allowed.
         """
         place, last = start or self.root, ""
+        due = 0  # parts that the last link promises
         if name.startswith("/"):
             place = Place(place.path)
         parts = _parts(name)
+        shown = f"/{(shown or name).strip('/')}"
         for _ in range(MOST_HOPS + len(parts)):
             if not parts:
                 return place
             group = self.item(place)
             link = group.get(parts[0], getlink=True) if isinstance(group, h5py.Group) else None
             if link is None:
-                if last:
+                if due:
                     raise InputError(
-                        f"{place.path}: /{name.strip('/')} is a link to {last}, where nothing is: "
+                        f"{self.path}: {shown} is a link to {last}, where nothing is: "
                         "the recording is incomplete, or the link is wrong"
                     )
                 return None
-            first = parts.pop(0)
+            first, due = parts.pop(0), max(0, due - 1)
             if isinstance(link, h5py.HardLink):
                 place = Place(place.path, f"{place.name}/{first}".lstrip("/"))
                 continue
             last = link.path
             if isinstance(link, h5py.ExternalLink):
                 last = f"{link.filename}::{link.path}"
-                place = Place(self.beside(place.path, link.filename, f"/{name.strip('/')}"))
+                place = Place(self.beside(place.path, link.filename, shown))
             elif link.path.startswith("/"):
                 place = Place(place.path)
             parts = [*_parts(link.path), *parts]
-        raise InputError(f"{self.path}: /{name.strip('/')} is a link that leads round in a circle")
+            due += len(_parts(link.path))
+        raise InputError(f"{self.path}: {shown} is a link that leads round in a circle")
 
     def beside(self, holder: Path, name: str, what: str) -> Path:
         """The file `name` that `what` in the file `holder` leads to, where HDF5 would find it.
@@ -163,7 +176,7 @@ class Files:
                 full = f"{shown}/{name}".lstrip("/")
                 try:
                     with guarded(f"{self.path}: /{full}"):
-                        there = self.locate(name, place)
+                        there = self.locate(name, place, full)
                         assert there is not None
                         item = self.item(there)
                 except InputError as error:
