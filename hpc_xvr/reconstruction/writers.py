@@ -157,6 +157,10 @@ def _write_tiff(
             )
         ),
     }
+    if kind.kind == "u":
+        # ImageJ's calibration function: it shows values, not the numbers that stand for them.
+        metadata |= {"cf": 0, "c0": 0.0, "c1": calibration.full_scale / FULL}
+        metadata["vunit"] = calibration.unit or "Gray Value"
     resolution: tuple[float, float] | None = None
     if calibration.frame_rate_hz:
         metadata |= {"fps": calibration.frame_rate_hz, "finterval": 1 / calibration.frame_rate_hz}

@@ -33,6 +33,13 @@ def case(tmp_path, monkeypatch, realdata):
     return copied
 
 
+def read_back(hpc_xvr, file) -> np.ndarray:
+    """A result's frames in its own unit, after `ingest`."""
+    hpc_xvr("ingest", file, "--corpus", "back", "--split", "test")
+    [video] = Corpus("back").split("test")
+    return video.intensity(range(video.shape[0])) * video.info.full_scale
+
+
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS.keys())
 @pytest.mark.parametrize("out", ["o.tif", "o.h5", "float32"])
 def test_every_frame_has_the_scenes_greys(pair, out, case, hpc_xvr):
@@ -54,6 +61,7 @@ def test_every_frame_has_the_scenes_greys(pair, out, case, hpc_xvr):
             frames = frames / 65535 * float(re.search(r"value of 65535: (\S+)", info)[1])
     assert len(frames) == 9
     assert np.abs(frames - np.load("scene.npy")).max() < 0.02
+    assert np.abs(read_back(hpc_xvr, file) - frames).max() < 1e-4
 
 
 def test_the_gap_is_that_of_the_headers(case, hpc_xvr):

@@ -95,6 +95,8 @@ class _Stack:
     dtype: np.dtype[Any]
     block: int
     """Frames to read at once."""
+    scale: tuple[float, float] | None = None
+    """What the largest stored integer stands for, and that integer, in results of this program."""
 
     def frames(
         self, allow_links: Sequence[Path | str], start: int, stop: int
@@ -158,7 +160,10 @@ def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) 
                 "--dataset"
             )
     total = sum(count for _, _, count in parts)
-    return _Stack(files.path, tuple(parts), (total, *sizes[0]), types[0], block)
+    item = files.item(found[0].place)
+    white, largest = (_number(item, name) for name in ("full_scale", "stored_full_scale"))
+    scale = (white, largest) if white and largest and types[0].kind == "u" else None
+    return _Stack(files.path, tuple(parts), (total, *sizes[0]), types[0], block, scale)
 
 
 def _recording(
@@ -189,6 +194,18 @@ def _recording(
                 )
             yield frame
 
+    if stack.scale is not None and bit_depth is None:
+        # Of results of this program: stored integers, and what their largest stands for.
+        white, largest = stack.scale
+        native, full_scale = np.dtype(np.float64), full_scale or white
+        factor = white / largest
+
+        def physical(start: int, stop: int) -> Iterator[np.ndarray]:
+            return (frame * factor for frame in source(start, stop))
+
+        return array_recording(
+            path, stack.shape, native, physical, None, full_scale, **(fields or {})
+        )
     plain = native.kind == "f" or (native.kind == "u" and native.itemsize <= 2)
     if plain:
         chosen = source
@@ -469,10 +486,23 @@ def _description(files: Files, name: str) -> dict[str, Any]:
             )
         elif 0 < (value * factor) < float("inf"):
             fields[field] = value * factor
+    place = files.locate(name)
+    item = None if place is None else files.item(place)
+    for field in ("frame_rate_hz", "pixel_size_um"):  # as `reconstruct` writes them
+        if item is not None and field not in fields and (value := _number(item, field)):
+            fields[field] = value
     period = fields.pop("frame_time_s", None)
     if period is not None and 1 / period < float("inf"):
         fields.setdefault("frame_rate_hz", 1 / period)
     return fields
+
+
+def _number(item: h5py.Dataset, attribute: str) -> float | None:
+    """A number above 0 among the attributes of a dataset."""
+    value = np.asarray(item.attrs.get(attribute, 0))
+    if value.size != 1 or value.dtype.kind not in "iuf" or not 0 < value.item() < math.inf:
+        return None
+    return float(value.item())
 
 
 def _scalar(files: Files, name: str) -> tuple[str | float | None, str]:

@@ -121,6 +121,8 @@ def _recording(
 
     if bit_depth is None and first.native.kind == "u" and first.bits < 8 * first.native.itemsize:
         bit_depth = first.bits
+    if full_scale is None and bit_depth is None and first.white is not None and first.white > 0:
+        full_scale = first.white
     shape = (ends[-1], *first.shape)
     return array_recording(path, shape, first.native, source, bit_depth, full_scale, **first.fields)
 

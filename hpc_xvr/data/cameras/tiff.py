@@ -70,6 +70,8 @@ class Stack:
     orientation: int = 1
     line: tuple[float, float] | None = None
     """Offset and slope from stored numbers to values."""
+    white: float | None = None
+    """Value of the largest number that could be stored, where `line` makes floats of integers."""
     fields: dict[str, Any] = field(default_factory=dict)
     others: tuple[str, ...] = ()
     total: int = 0
@@ -137,7 +139,10 @@ def open_tiff(path: Path) -> Stack:
         fields = {"metadata": _texts(page), **stated.fields}
         orientation = _orientation(path, page, 0) or 1
         line, bits = stated.line, page.bitspersample
+    white = None
     if line is not None:
+        if native.kind == "u" and line[1] > 0 and line != (-32768, 1):
+            white = line[0] + line[1] * (2**bits - 1)
         native = np.dtype(np.int16 if line == (-32768, 1) else np.float32)
         bits = 8 * native.itemsize
     return Stack(
@@ -148,6 +153,7 @@ def open_tiff(path: Path) -> Stack:
         None if behind else pages,
         orientation,
         line,
+        white,
         fields,
         stated.others,
         stated.count,
