@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from hpc_xvr.errors import InputError, explain
+from hpc_xvr.files import check_regular
 
 
 class Registration(BaseModel):

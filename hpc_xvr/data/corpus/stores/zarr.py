@@ -61,7 +61,8 @@ class ZarrStore:
             array = tensorstore.open(spec, context=self._context, open=True, read=True).result()
         except (ValueError, OSError, RuntimeError) as error:
             raise DamagedData(f"{name} cannot be opened: {first_line(error)}") from None
-        if math.prod(array.chunk_layout.read_chunk.shape) > _LARGEST_CHUNK:
+        chunk = array.chunk_layout.read_chunk.shape or ()
+        if math.prod(side or 1 for side in chunk) > _LARGEST_CHUNK:
             raise DamagedData(f"{name} states chunks of more than {_LARGEST_CHUNK:,} pixels")
         return _ZarrArray(array)
 
