@@ -12,7 +12,8 @@ import numpy as np
 
 from hpc_xvr.data.corpus.stores.base import Array, DamagedData, ShapeAndType, chunk_side, first_line
 from hpc_xvr.data.corpus.stores.shard import Shard, layout
-from hpc_xvr.files import commit
+from hpc_xvr.errors import InputError
+from hpc_xvr.files import check_regular, commit
 
 # Room for the shard index of the clips in use: without it every chunk read re-reads the index.
 READ_CACHE_BYTES = 16 << 20
@@ -35,6 +36,10 @@ class ZarrStore:
         _write_group(path, attributes)
 
     def open(self, path: Path, name: str) -> Array:
+        try:
+            check_regular(path / name / "zarr.json")
+        except InputError as error:
+            raise DamagedData(str(error)) from None
         known = layout(path / name)
         return Shard(path / name, known) if known else self._open_any(path, name)
 
@@ -67,10 +72,12 @@ class ZarrStore:
         return _ZarrArray(array)
 
     def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, ShapeAndType]]:
+        check_regular(path / "zarr.json")
         attributes = json.loads((path / "zarr.json").read_text())["attributes"]
         arrays = {}
         for name in ("frames", "lr"):
             if (path / name).is_dir():
+                check_regular(path / name / "zarr.json")
                 meta = json.loads((path / name / "zarr.json").read_text())
                 arrays[name] = (tuple(meta["shape"]), meta["data_type"])
         return attributes, arrays
