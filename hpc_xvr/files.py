@@ -43,13 +43,14 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.stem}.{secrets.token_hex(8)}{_PARTIAL}{path.suffix}")
     try:
         os.close(_create(beside, 0o666))
-        yield beside
-        commit(beside, path)
+        try:
+            yield beside
+            commit(beside, path)
+        finally:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
     except OSError as error:
         raise os_problem(f"cannot write {path}: {explain_os_error(error)}", error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:

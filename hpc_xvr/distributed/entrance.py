@@ -27,7 +27,7 @@ LOOPBACK = "127.0.0.1"
 _HELLO = "hpc_xvr"
 _LINE = 256  # bytes
 _WAITING = 64  # connections that have not proved anything yet
-# Seconds to prove it in: as a rule, and where all places to wait are taken. Ranks need milliseconds.
+# Seconds to prove it in (ranks need milliseconds): as a rule, and if all places to wait are taken.
 _PATIENCE_S, _CROWDED_S = 10.0, 0.5
 
 

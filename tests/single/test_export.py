@@ -93,7 +93,15 @@ def test_what_is_wrong_with_a_file_is_one_line(run, tmp_path):
         (lambda: written(bad, weights, None), "not written by hpc-xvr export"),
         (lambda: written(bad, {"w": weights["last_conv.bias"]}, facts), "it lacks"),
         (lambda: written(bad, weights, changed("model", embed_dim=12)), "of other shapes"),
-        (lambda: written(bad, weights, changed("model", embed_dim=2_400_000)), "of other shapes"),
+        (lambda: written(bad, weights, changed("model", embed_dim=6000)), "of other shapes"),
+        (
+            lambda: written(bad, weights, changed("model", embed_dim=2_400_000)),
+            "embed_dim: .* 8192",
+        ),
+        (
+            lambda: written(bad, weights, changed("model", depths=[10**9])),
+            "depths are 1,000,000,000",
+        ),
         (lambda: written(bad, weights, changed("model", heads="many")), "model.heads"),
         (lambda: written(bad, weights, changed("model", secret=1)), "unknown key model.secret"),
         (

@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from hpc_xvr.checkpoint import read_tensors
+from hpc_xvr.errors import InputError
 from hpc_xvr.model.attention import window_attention
 from hpc_xvr.model.bases import transfer_detail, transfer_matching_detail, upsample
 from hpc_xvr.model.swin import WindowAttention, grid, relative_position
-from hpc_xvr.checkpoint import read_tensors
-from hpc_xvr.errors import InputError
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.model.xvr import BAYES, SwinXVR
 

@@ -2,11 +2,11 @@
 
 import contextlib
 import json
-import os
 import resource
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +50,10 @@ def connected(watch, rank, *said):
     for words in said:
         link.sendall(words)
     return link
+
+
+def open_files():
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def until(condition, seconds=5.0):
@@ -220,11 +224,11 @@ def test_a_rank_does_not_believe_a_stranger_in_rank_0_s_place():
 
 
 def test_a_crowd_of_silent_strangers_takes_no_descriptors_and_lets_ranks_in(rank0):
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     crowd = [socket.create_connection(rank0.address, timeout=5) for _ in range(300)]
     try:
         time.sleep(0.3)
-        assert len(os.listdir("/proc/self/fd")) - before - len(crowd) <= 65
+        assert open_files() - before - len(crowd) <= 65
         with connect(rank0.address, KEY, 2, 20) as link:
             link.sendall(says(2, 5) + b"left\n")
             assert until(lambda: 2 in rank0._peers and rank0._peers[2].left)
@@ -238,7 +242,7 @@ def test_without_descriptors_rank_0_goes_on_watching(rank0):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with connected(rank0, 1, says(1, 5)) as rank:
         link = socket.socket()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")), limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files(), limits[1]))
         try:
             link.connect(rank0.address)
             time.sleep(0.3)

@@ -12,7 +12,8 @@ import numpy as np
 
 from hpc_xvr.data.corpus.stores.base import Array, DamagedData, ShapeAndType, chunk_side, first_line
 from hpc_xvr.data.corpus.stores.shard import Shard, layout
-from hpc_xvr.files import commit
+from hpc_xvr.errors import InputError
+from hpc_xvr.files import check_regular, commit
 from hpc_xvr.text import parse_json
 
 # Room for the shard index of the clips in use: without it every chunk read re-reads the index.
@@ -36,6 +37,10 @@ class ZarrStore:
         _write_group(path, attributes)
 
     def open(self, path: Path, name: str) -> Array:
+        try:
+            check_regular(path / name / "zarr.json")
+        except InputError as error:
+            raise DamagedData(str(error)) from None
         known = layout(path / name)
         return Shard(path / name, known) if known else self._open_any(path, name)
 
@@ -62,15 +67,18 @@ class ZarrStore:
             array = tensorstore.open(spec, context=self._context, open=True, read=True).result()
         except (ValueError, OSError, RuntimeError) as error:
             raise DamagedData(f"{name} cannot be opened: {first_line(error)}") from None
-        if math.prod(array.chunk_layout.read_chunk.shape) > _LARGEST_CHUNK:
+        chunk = array.chunk_layout.read_chunk.shape or ()
+        if math.prod(side or 1 for side in chunk) > _LARGEST_CHUNK:
             raise DamagedData(f"{name} states chunks of more than {_LARGEST_CHUNK:,} pixels")
         return _ZarrArray(array)
 
     def describe(self, path: Path) -> tuple[dict[str, Any], dict[str, ShapeAndType]]:
+        check_regular(path / "zarr.json")
         attributes = parse_json((path / "zarr.json").read_text())["attributes"]
         arrays = {}
         for name in ("frames", "lr"):
             if (path / name).is_dir():
+                check_regular(path / name / "zarr.json")
                 meta = parse_json((path / name / "zarr.json").read_text())
                 arrays[name] = (tuple(meta["shape"]), meta["data_type"])
         return attributes, arrays
