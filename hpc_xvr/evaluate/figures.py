@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from hpc_xvr import metrics
-from hpc_xvr.evaluate.noise import KINDS, NO_NOISE
+from hpc_xvr.evaluate.noise import KINDS, NO_NOISE, Kind, NoiseLevel
 from hpc_xvr.evaluate.results import Evaluation
 from hpc_xvr.evaluate.rows import METRICS, Condition
 from hpc_xvr.evaluate.summary import Summary
@@ -137,22 +137,41 @@ def charts(evaluation: Evaluation) -> dict[str, Figure]:
         own = [c for c in evaluation.conditions if c.corpus == corpus]
         name = Path(corpus).name
         suffix = f"-{name}" if len(corpora) > 1 else ""
-        if len({c.noise for c in own}) > 1:
-            found[f"psnr-noise{suffix}.png"] = _against_noise(evaluation, own, name)
-        if len({c.gap for c in own}) > 1:
-            found[f"psnr-gap{suffix}.png"] = _against_gap(evaluation, own, name)
+        if of_noise := _noisy(own):
+            found[f"psnr-noise{suffix}.png"] = _against_noise(evaluation, of_noise, name)
+        if of_gap := _gapped(own):
+            found[f"psnr-gap{suffix}.png"] = _against_gap(evaluation, of_gap, name)
         if any(s.flops_per_frame for s in evaluation.table(own[0])):
             found[f"psnr-flops{suffix}.png"] = _against_flops(evaluation, own[0])
     return found
 
 
-def _against_noise(evaluation: Evaluation, own: Sequence[Condition], corpus: str) -> Figure:
-    gaps = sorted({c.gap for c in own})
-    kinds = [kind for kind in KINDS if kind in {c.noise.kind for c in own}]
-    with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(len(kinds) * len(gaps), f"{corpus}: PSNR against noise")
-        for axis, (kind, gap) in zip(axes, [(k, g) for k in kinds for g in gaps], strict=True):
+def _noisy(own: Sequence[Condition]) -> dict[tuple[Kind, int], list[Condition]]:
+    """(kind of noise, gap) -> conditions, where there are several levels of it."""
+    found = {}
+    for kind in KINDS:
+        for gap in sorted({c.gap for c in own if c.noise.kind == kind}):
             part = [c for c in own if c.gap == gap and c.noise.kind in (kind, NO_NOISE.kind)]
+            if len(part) > 1:
+                found[kind, gap] = part
+    return found
+
+
+def _gapped(own: Sequence[Condition]) -> dict[NoiseLevel, list[Condition]]:
+    """Noise -> conditions, where there are several gaps with it; the first four."""
+    found = {
+        noise: [c for c in own if c.noise == noise] for noise in dict.fromkeys(c.noise for c in own)
+    }
+    several = {noise: part for noise, part in found.items() if len(part) > 1}
+    return dict(list(several.items())[:4])
+
+
+def _against_noise(
+    evaluation: Evaluation, parts: Mapping[tuple[Kind, int], Sequence[Condition]], corpus: str
+) -> Figure:
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panels(len(parts), f"{corpus}: PSNR against noise")
+        for axis, ((kind, gap), part) in zip(axes, parts.items(), strict=True):
             noisy = sorted({c.noise.photons for c in part if c.noise.photons is not None})
             clean = 10 * noisy[-1]  # its own place behind the brightest
             places = {c: clean if c.noise.photons is None else c.noise.photons for c in part}
@@ -167,15 +186,16 @@ def _against_noise(evaluation: Evaluation, own: Sequence[Condition], corpus: str
     return figure
 
 
-def _against_gap(evaluation: Evaluation, own: Sequence[Condition], corpus: str) -> Figure:
-    noises = list(dict.fromkeys(c.noise for c in own))[:4]
+def _against_gap(
+    evaluation: Evaluation, parts: Mapping[NoiseLevel, Sequence[Condition]], corpus: str
+) -> Figure:
     with matplotlib.rc_context(STYLE):
-        figure, axes = _panels(len(noises), f"{corpus}: PSNR against the distance of key frames")
-        for axis, noise in zip(axes, noises, strict=True):
-            part = {c: c.gap for c in own if c.noise == noise}
-            _lines(evaluation, axis, part)
+        figure, axes = _panels(len(parts), f"{corpus}: PSNR against the distance of key frames")
+        for axis, (noise, part) in zip(axes, parts.items(), strict=True):
+            gaps = sorted(c.gap for c in part)
+            _lines(evaluation, axis, {c: c.gap for c in part})
             axis.set_xscale("log")
-            axis.set_xticks(sorted(part.values()), [f"{g}" for g in sorted(part.values())])
+            axis.set_xticks(gaps, [f"{g}" for g in gaps])
             axis.minorticks_off()
             axis.set_xlabel("frames from key frame to key frame")
             axis.set_title(noise.label, fontsize=9)
@@ -267,8 +287,18 @@ def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
 
 
 def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+    handles: dict[str, Any] = {}
+    for axis in axes:  # a method may be in some of them only
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        list(handles.values()),
+        list(handles),
+        frameon=False,
+        fontsize=8,
+        handlelength=3.5,
+        loc="outside right center",
+    )
 
 
 def _power(value: float) -> str:

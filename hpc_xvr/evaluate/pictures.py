@@ -95,4 +95,7 @@ def _movie(
 
 
 def _name(unit: Unit) -> str:
-    return f"{Path(unit.condition.corpus).name}-{unit.video.id}"
+    """Of a picture's file: those of other conditions stay beside it."""
+    gap, noise = unit.condition.gap, unit.condition.noise
+    level = "" if noise == NO_NOISE else f"-{noise.name.replace(':', '-')}"
+    return f"{Path(unit.condition.corpus).name}-{unit.video.id}-gap{gap}{level}"
