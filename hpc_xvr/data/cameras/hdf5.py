@@ -390,6 +390,7 @@ def _route(files: Files, name: str) -> tuple[tuple[Place, str], ...]:
 
 
 def _holds_frames(files: Files, place: Place | None) -> bool:
+    files.close_some()
     item = None if place is None else files.item(place)
     return isinstance(item, h5py.Dataset) and item.ndim >= 2 and item.dtype.kind in "uif"
 
