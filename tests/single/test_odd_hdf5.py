@@ -12,6 +12,7 @@ import pytest
 from hpc_xvr.data.cameras import open_camera_file, units
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.pairing.reading import CameraReading
+from hpc_xvr.errors import InputError
 from support.camera_files import counts, refused, stack
 from support.paths import ROOT
 
@@ -412,6 +413,62 @@ def test_virtual_dataset_that_grows(tmp_path):
     same(tmp_path / "a.h5")
 
 
+def test_virtual_dataset_in_blocks(tmp_path):
+    """As two computers write in turn, two frames each; one of them behind another virtual one."""
+    write(tmp_path / "p0.h5", "d", FRAMES[[0, 1, 4, 5]])
+    write(tmp_path / "q.h5", "d", FRAMES[2:4, ::-1])
+    rows = [(np.s_[:, k], "q.h5", "d", (2, 16, 24), np.s_[:, 15 - k]) for k in range(16)]
+    write_virtual(tmp_path / "p1.h5", *rows, shape=(2, 16, 24), name="d")
+    layout = h5py.VirtualLayout(FRAMES.shape, "u2")
+    blocks = h5py.MultiBlockSlice(start=0, stride=4, count=2, block=2)
+    layout[blocks, :, :] = h5py.VirtualSource("p0.h5", "d", (4, 16, 24))
+    layout[2:4] = h5py.VirtualSource("p1.h5", "d", (2, 16, 24))
+    with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
+        file.create_virtual_dataset("frames", layout)
+    same(tmp_path / "a.h5")
+    recording = open_camera_file(tmp_path / "a.h5")
+    for k in range(6):
+        np.testing.assert_array_equal(next(recording.frames(k, k + 1)), FRAMES[k])
+
+
+def test_more_parts_than_files_may_be_open(tmp_path):
+    """The HDF5 library gives zeros for those that it cannot open."""
+    parts = []
+    for k in range(150):
+        write(tmp_path / f"p{k}.h5", "d", np.full((8, 8), k + 1, np.uint16))
+        parts.append((np.s_[k], f"p{k}.h5", "d", (8, 8), np.s_[:]))
+    write_virtual(tmp_path / "a.h5", *parts, shape=(150, 8, 8))
+    with h5py.File(tmp_path / "b_master.h5", "w") as file:
+        for k in range(150):
+            file[f"entry/data/data_{k:06d}"] = h5py.ExternalLink(f"p{k}.h5", "d")
+    script = (
+        "import resource, sys\n"
+        "from hpc_xvr.data.cameras import open_camera_file\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\n"
+        "for path in sys.argv[1:]:\n"
+        "    frames = open_camera_file(path).frames()\n"
+        "    assert [int(f.min()) for f in frames] == list(range(1, 151))\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "a.h5", tmp_path / "b_master.h5"],
+        cwd=ROOT,
+        check=True,
+    )
+
+
+def test_a_part_that_vanishes_while_frames_are_read(tmp_path):
+    write(tmp_path / "p.h5", "d", FRAMES[3:])
+    write(tmp_path / "o.h5", "d", FRAMES[:3])
+    halves = [
+        (np.s_[:3], "o.h5", "d", (3, 16, 24), np.s_[:]),
+        (np.s_[3:], "p.h5", "d", (3, 16, 24), np.s_[:]),
+    ]
+    recording = open_camera_file(write_virtual(tmp_path / "a.h5", *halves))
+    (tmp_path / "p.h5").unlink()
+    with pytest.raises(InputError, match=r"p\.h5"):
+        list(recording.frames(3, 6))
+
+
 def test_parts_that_do_not_hold_what_is_mapped(tmp_path):
     whole = (np.s_[:], "p.h5", "d", FRAMES.shape, np.s_[:])
     path = write_virtual(tmp_path / "a.h5", whole)
@@ -583,12 +640,15 @@ def test_reconstruct_has_the_option_for_both_cameras(outside, hpc_xvr):
     assert "none.tif" in said and "outside" not in said
 
 
-def test_prefixes_of_the_environment_are_refused(outside, monkeypatch):
+def test_prefixes_of_the_environment(outside, monkeypatch):
     """HDF5 would read other parts than those that were looked at."""
-    write(outside / "in" / "s.h5", "d")
-    path = lead(outside / "in", "virtual", "s.h5")
-    monkeypatch.setenv("HDF5_VDS_PREFIX", str(outside / "secret"))
-    refused(path, "HDF5_VDS_PREFIX")
+    write(outside / "in" / "s.h5", "d", FRAMES[::-1])
+    for name in ("HDF5_VDS_PREFIX", "HDF5_EXT_PREFIX", "HDF5_EXTFILE_PREFIX"):
+        monkeypatch.setenv(name, str(outside / "secret"))
+    for how in ("virtual", "link"):
+        same(lead(outside / "in", how, "s.h5"), FRAMES[::-1])
+    (outside / "in" / "s.raw").write_bytes(FRAMES[::-1].tobytes())
+    refused(lead(outside / "in", "raw", "s.h5"), "HDF5_EXTFILE_PREFIX")
 
 
 # What is too large

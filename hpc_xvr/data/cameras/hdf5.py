@@ -21,6 +21,7 @@ from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
 from hpc_xvr.data.cameras.hdf5_axes import Order, axis_order, text
 from hpc_xvr.data.cameras.hdf5_links import BLOCK, Files, Found, Place
 from hpc_xvr.data.cameras.hdf5_stored import BUDGET, check_stored
+from hpc_xvr.data.cameras.hdf5_virtual import Reader
 from hpc_xvr.data.cameras.recording import Recording, array_recording, check_shape
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
@@ -103,27 +104,27 @@ class _Stack:
     ) -> Iterator[np.ndarray]:
         """Frames start..stop-1, (H, W)."""
         with Files(self.path, allow_links) as files:
-            before = 0
+            reader, before = Reader(files), 0
             for place, order, count in self.parts:
                 first, last = max(start - before, 0), min(stop - before, count)
                 before += count
-                if first < last:
-                    dataset = files.item(place)
-                    for at in range(first, last, self.block):
-                        yield from _read(dataset, order, at, min(at + self.block, last))
+                for at in range(first, last, self.block):
+                    yield from _read(reader, files, place, order, at, min(at + self.block, last))
 
 
-def _read(dataset: h5py.Dataset, order: Order, start: int, stop: int) -> np.ndarray:
+def _read(
+    reader: Reader, files: Files, place: Place, order: Order, start: int, stop: int
+) -> np.ndarray:
     """Frames of a dataset, (stop - start, H, W)."""
-    index: list[int | slice] = [0] * dataset.ndim
+    box = [range(1) for _ in files.item(place).shape]
     for axis in order[1:]:
-        index[axis] = slice(None)
+        box[axis] = range(files.item(place).shape[axis])
     if order[0] is not None:
-        index[order[0]] = slice(start, stop)
-    values = np.asarray(dataset[tuple(index)])
-    kept = sorted(axis for axis in order if axis is not None)
-    values = values.transpose([kept.index(axis) for axis in order if axis is not None])
-    return np.ascontiguousarray(values if order[0] is not None else values[None])
+        box[order[0]] = range(start, stop)
+    kept = [axis for axis in order if axis is not None]
+    rest = [axis for axis in range(len(box)) if axis not in kept]  # of length 1
+    values = reader.read(place, tuple(box)).transpose([*rest, *kept])
+    return np.ascontiguousarray(values.reshape(-1, *values.shape[-2:]))
 
 
 def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) -> _Stack:
@@ -134,13 +135,14 @@ def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) 
     for name, place, routes in found:
         dataset = files.item(place)
         where = f"{files.path}, dataset /{name}"
+        chunks, dtype = dataset.chunks, dataset.dtype
         other = like.parts[0][1] if like is not None and dataset.ndim == 3 else None
         order = axis_order(where, files, dataset, routes, other)
         frames, rows, columns = order
         count = 1 if frames is None else dataset.shape[frames]
         size = dataset.shape[rows], dataset.shape[columns]
         check_shape(files.path, (count, *size))
-        per_frame = dataset.dtype.itemsize * size[0] * size[1]
+        per_frame = dtype.itemsize * size[0] * size[1]
         if per_frame > BUDGET:
             raise InputError(
                 f"{where}: has frames of {per_frame} bytes, and more than {BUDGET} are not read "
@@ -149,13 +151,13 @@ def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) 
         check_stored(files, place, frames or 0)
         parts.append((place, order, count))
         sizes.append(size)
-        types.append(dataset.dtype)
+        types.append(dtype)
         in_turn = frames is None or frames < min(rows, columns)
-        chunk = dataset.chunks[frames] if dataset.chunks and frames is not None else 1
+        chunk = chunks[frames] if chunks and frames is not None else 1
         block = min(block, max(1, min(chunk if in_turn else BLOCK, BLOCK // per_frame)))
-        if (size, dataset.dtype) != (sizes[0], types[0]):
+        if (size, dtype) != (sizes[0], types[0]):
             raise InputError(
-                f"{where}: has frames of {size[0]} x {size[1]} {dataset.dtype}, /{found[0].name} "
+                f"{where}: has frames of {size[0]} x {size[1]} {dtype}, /{found[0].name} "
                 f"of {sizes[0][0]} x {sizes[0][1]} {types[0]}: all must be alike; choose one with "
                 "--dataset"
             )
@@ -289,7 +291,7 @@ def _default(files: Files) -> list[_Dataset] | None:
             break
         following = text(group.attrs.get("default"))
         if not following and not name:
-            entries = [key for key in group if _is_entry(files, key)]
+            entries = [key for key in list(group) if _is_entry(files, key)]
             following = entries[0] if len(entries) == 1 else ""
         elif not following and "/" not in name and _is_entry(files, name):
             following = "data"
@@ -405,6 +407,7 @@ def _route(files: Files, name: str) -> tuple[tuple[Place, str], ...]:
 
 
 def _holds_frames(files: Files, place: Place | None) -> bool:
+    files.close_some()
     item = None if place is None else files.item(place)
     return isinstance(item, h5py.Dataset) and item.ndim >= 2 and item.dtype.kind in "uif"
 

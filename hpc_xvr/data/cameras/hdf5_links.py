@@ -10,7 +10,6 @@ import mmap
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,8 @@ from hpc_xvr.errors import InputError
 
 BLOCK = 2**26
 """Bytes of frames read at once, and of the chunk cache."""
+MOST_OPEN = 64
+"""Files that are open at once; a recording may have thousands of parts."""
 MOST_HOPS = 40
 """Links in a row."""
 MOST_OBJECTS = 100_000
@@ -59,15 +60,23 @@ class Files:
         self._allowed = [path.parent.resolve(), *(Path(folder).resolve() for folder in allow_links)]
         self._open: dict[Path, h5py.File] = {}
         self._raw: dict[tuple[Path, int], h5py.Dataset] = {}
-        self._stack = ExitStack()
 
     def __enter__(self) -> Files:
         self._file(self.path)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._raw.clear()
-        self._stack.close()
+        self._close(set(self._open))
+
+    def close_some(self) -> None:
+        """Close files if many are open. What is open of them is not to be used after that."""
+        if len(self._open) > MOST_OPEN:
+            self._close(set(self._open) - {self.path})
+
+    def _close(self, paths: set[Path]) -> None:
+        self._raw = {key: item for key, item in self._raw.items() if key[0] not in paths}
+        for path in paths:
+            self._open.pop(path).close()
 
     def item(self, place: Place) -> h5py.Group | h5py.Dataset:
         """Open what is at a place."""
@@ -88,7 +97,7 @@ class Files:
         return self._raw[key]
 
     def locate(self, name: str, start: Place | None = None, shown: str = "") -> Place | None:
-        """Where a name leads; None if there is no such name.
+        """Where a name leads; None if there is no such name. May close files, see `close_some`.
 
         Args:
             start: the group that the name is in; None: the top of the file.
@@ -97,6 +106,7 @@ class Files:
         Raises:
             InputError: a link on the way leads to nothing, or to a file that is not allowed.
         """
+        self.close_some()
         place, last = start or self.root, ""
         due = 0  # parts that the last link promises
         if name.startswith("/"):
@@ -197,7 +207,7 @@ class Files:
                 )
             _check_survivable(path, stat.st_size, stat.st_mtime_ns)
             file = h5py.File(path, "r", locking=False, rdcc_nbytes=BLOCK)
-            self._open[path] = self._stack.enter_context(file)
+            self._open[path] = file
         return self._open[path]
 
 
