@@ -90,9 +90,10 @@ def train(
     A rank computes with run.threads CPU threads; if that is not set, with OMP_NUM_THREADS, else
     with its share of the cores.
 
-    Exit codes: 0 done, 2 bad input, 75 stopped with a checkpoint, by SIGUSR1, SIGTERM or SIGINT
-    or as --max-time is nearly over (start again with --resume). Under mpirun send SIGUSR1: it
-    reaches every rank. A run that is done has done.json in its folder.
+    Exit codes: 0 done, 2 bad input, 74 trouble of the moment (a full disk, a lost rank), 75 stopped
+    with a checkpoint, by SIGUSR1, SIGTERM or SIGINT or as --max-time is nearly over (start again
+    with --resume). Under mpirun send SIGUSR1: it reaches every rank. A run that is done has
+    done.json in its folder.
     """
     from hpc_xvr.config import load
     from hpc_xvr.train.stopping import Stopping

@@ -18,7 +18,12 @@ from hpc_xvr.config import Config, load
 from support.paths import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    *sorted(DOCS.rglob("*.md")),
+]
 NOTEBOOKS = sorted(path.stem for path in (DOCS / "notebooks").glob("*.ipynb"))
 LAUNCHERS = ("mpirun", "torchrun", "srun")
 
@@ -90,6 +95,14 @@ def test_files_of_the_project_that_are_named_are_there(page):
     tops = "hpc_xvr|configs|jobs|benchmarks|tests|docs"
     for name in re.findall(rf"`((?:{tops})/[\w./-]*)`", page.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def test_every_promise_of_security_names_a_test_that_is_there():
+    tests = "".join(path.read_text() for path in (ROOT / "tests/single").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (DOCS / "explanation/security.md").read_text())
+    assert len(named) > 20
+    for name in named:
+        assert f"def {name}(" in tests, name
 
 
 def prose(page):
