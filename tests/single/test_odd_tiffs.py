@@ -178,6 +178,8 @@ def test_orientations_that_differ(tmp_path):
     tags = [{"extratags": [(274, "H", 1, k, True)]} for k in (3, 1)]
     pages_of(tmp_path / "a.tif", *((VALUES[0], tag) for tag in tags))
     refused(tmp_path / "a.tif", "frame 1", "orientation")
+    pages_of(tmp_path / "b.tif", (VALUES[0], {"extratags": [(274, "H", 1, 9, True)]}))
+    refused(tmp_path / "b.tif", "orientation 9", "1 to 8")
 
 
 @pytest.mark.parametrize("suffix", ["tif", "png"])
@@ -253,6 +255,23 @@ def test_other_integers(tmp_path, dtype):
     np.testing.assert_allclose(stack(recording) / 65535 * 5000, VALUES, atol=0.04)
     tifffile.imwrite(path, VALUES.astype(dtype) * 100, **GREY)
     refused(path, "bits end at 65535", bit_depth=16)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "h5"])
+def test_negative_floats_are_told(tmp_path, caplog, suffix):
+    values = np.linspace(-1, 3, 4 * 12 * 8).reshape(4, 12, 8).astype("f4")
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "tif":
+        tifffile.imwrite(path, values, **GREY)
+    else:
+        with h5py.File(path, "w") as file:
+            file["data"] = values
+    recording = open_camera_file(path)
+    np.testing.assert_allclose(stack(recording) / 65535 * 3, values.clip(0), atol=3e-5)
+    assert "25 % of the values lie below 0 and became 0" in caplog.text
+    caplog.clear()
+    list(recording.frames(2))
+    assert not caplog.text
 
 
 def test_one_hot_pixel(tmp_path, caplog):
