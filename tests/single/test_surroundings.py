@@ -202,6 +202,7 @@ def test_names_stay_whole_in_narrow_tables(monkeypatch, capsys):
 
 def test_a_log_tells_progress_each_minute_or_each_twentieth(monkeypatch, caplog):
     caplog.set_level("INFO", logger="hpc_xvr")
+    monkeypatch.setattr(log.logger, "handlers", [])
     monkeypatch.setattr(log.logger, "propagate", True)
     now = [0.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
