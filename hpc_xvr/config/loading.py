@@ -18,7 +18,7 @@ from hpc_xvr.text import first_line, parse_yaml, shortened
 
 _QUOTED = reprlib.Repr()  # quickly cut, however large a value is
 _QUOTED.maxstring = _QUOTED.maxother = 80
-_QUOTED.maxlevel = 2
+_QUOTED.maxlevel = 1
 
 
 def load(path: Path | str | None, overrides: Sequence[str] = ()) -> Config:

@@ -175,8 +175,15 @@ class CorpusWriter:
             InputError: there is no such recording, or it is damaged; the disk refuses.
         """
         with disk_errors(self.path):
-            for entry in self._taken_out(ids):
-                self._append(self._with_attributes(entry, split))
+            for entry in self._entries(ids):
+                self._check_attributes(entry)
+            waiting = self._taken_out(ids)
+            try:
+                while waiting:
+                    self._append(self._with_attributes(waiting.pop(), split))
+            finally:  # what was not reached keeps the checksums of when it was written
+                for entry in waiting:
+                    self._append(entry)
 
     def rename(self, id: str, new: str) -> None:
         """Give a recording another id.
@@ -216,18 +223,36 @@ class CorpusWriter:
         step leaves a corpus that is whole, even if this process is killed before it adds the line
         again.
         """
+        taken = self._entries(ids)
+        manifest = Manifest.read(self.path, self._format)
+        lines = zip(manifest.ids, manifest.lines(), strict=True)
+        self._write(MANIFEST, b"".join(text for id, text in lines if id not in ids))
+        return taken
+
+    def _entries(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """The manifest's entries of recordings, each once.
+
+        Raises:
+            InputError: there is no such recording.
+        """
         manifest = Manifest.read(self.path, self._format)
         for id in ids:
             if manifest.find(id) is None:
-                raise InputError(f"corpus {self.path}: no video {id}; see hpc-xvr inspect")
-        taken, kept = {}, []
-        for id, text in zip(manifest.ids, manifest.lines(), strict=True):
-            if id in ids:
-                taken[id] = parse_json(text)
-            else:
-                kept.append(text)
-        self._write(MANIFEST, b"".join(kept))
-        return [taken[id] for id in dict.fromkeys(ids)]
+                raise InputError(
+                    f"corpus {self.path}: no video {id}; `hpc-xvr inspect {self.path} --all` lists "
+                    "those there are"
+                )
+        lines = zip(manifest.ids, manifest.lines(), strict=True)
+        return [parse_json(text) for id, text in lines if id in ids]
+
+    def _check_attributes(self, entry: dict[str, Any]) -> None:
+        """Refuse to give new checksums to a file that is not the one that was written."""
+        name, clip = self._format.attributes_file, self._clip(entry["id"])
+        if entry["files"].get(name) != checksum(clip / name):
+            raise InputError(
+                f"corpus {self.path}, video {entry['id']}: {clip / name} is not the file that was "
+                "written; remove the recording and ingest it again from the camera files"
+            )
 
     def _append(self, entry: dict[str, Any]) -> None:
         with (self.path / MANIFEST).open("ab") as file:
@@ -236,18 +261,8 @@ class CorpusWriter:
             os.fsync(file.fileno())
 
     def _with_attributes(self, entry: dict[str, Any], split: Split) -> dict[str, Any]:
-        """The entry of a clip in the corpus, after its attributes were exchanged in one step.
-
-        Raises:
-            InputError: the file that holds the attributes is not the one that was written: a new
-                checksum would hide that.
-        """
+        """The entry of a clip in the corpus, after its attributes were exchanged in one step."""
         name, clip = self._format.attributes_file, self._clip(entry["id"])
-        if entry["files"].get(name) != checksum(clip / name):
-            raise InputError(
-                f"corpus {self.path}, video {entry['id']}: {clip / name} is not the file that was "
-                "written; remove the recording and ingest it again from the camera files"
-            )
         beside = self._scratch / f"{uuid.uuid4().hex}{self._format.suffix}"
         if clip.is_dir():
             beside.mkdir()
