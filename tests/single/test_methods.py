@@ -132,7 +132,7 @@ def test_what_cannot_be_opened_is_one_line(runs, tmp_path):
             r"lanczos: neither a run folder .* nor a method without learning: bicubic, nearest_hr",
         ),
         ([tmp_path], "is not a run folder"),
-        ([tmp_path / "junk.pth"], "not a readable checkpoint"),
+        ([tmp_path / "junk.pth"], "not readable as tensors"),
         ([f"bicubic={runs['edvr']}"], r"bicubic already; .* as in NAME="),
         ([runs["edvr"], f"edvr={runs['edvr_stf']}"], "a method called edvr already"),
     ):

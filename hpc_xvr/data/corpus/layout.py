@@ -118,7 +118,7 @@ def copy_file(source: Path, target: Path) -> int:
     from google_crc32c import extend
 
     found = 0
-    with source.open("rb", buffering=0) as read, target.open("xb", buffering=0) as written:
+    with source.open("rb", buffering=0) as read, target.open("xb") as written:
         while data := read.read(2**20):
             found = extend(found, data)
             written.write(data)
