@@ -11,6 +11,7 @@ import pytest
 import tifffile
 
 from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.pairing.reading import CameraReading
 
 PAIRS = {
     "floats, each of its own maximum": ["lr_float.tif", "hr_float.tif"],
@@ -88,3 +89,10 @@ def test_lost_fast_frames_leave_the_times_of_the_others_right(case, hpc_xvr):
         *("reconstruct", "bicubic", "--lr", "fast.cine", "--hr", "sharp.cine", "--out", "o.tif")
     )
     assert "not equally spaced" in tifffile.TiffFile(folder / "o.tif").imagej_metadata["Info"]
+
+
+def test_a_stated_rate_moves_the_time_stamps_with_it(case):
+    fast = case("cine-dropped-frames") / "fast.cine"
+    as_filed, stated = CameraReading().open(fast), CameraReading(frame_rate_hz=2e5).open(fast)
+    assert stated.frame_rate_hz == 2e5
+    assert stated.times_s == pytest.approx(as_filed.times_s / 2, rel=1e-3)

@@ -30,7 +30,8 @@ class CameraReading:
         flat, dark: recordings without sample and without beam, whose frames are averaged;
             FILE.h5::PATH for a dataset. They replace those that a DXchange file holds.
             Transmission = (raw - dark) / (flat - dark).
-        bit_depth: significant bits of TIFF, PNG and HDF5 integers, if fewer than stored.
+        bit_depth: significant bits of integers, if fewer than stored, or other than a cine or
+            Photron file states.
         full_scale: physical value that is stored as white, for transmissions (default: 1.5) and
             floating-point files (default: their maximum).
         flip_rows: turn the frames upside down (the row order of Shimadzu cameras differs by
@@ -129,6 +130,9 @@ class CameraReading:
             for name in ("frame_rate_hz", "pixel_size_um", "camera")
             if (value := getattr(self, name)) is not None
         }
+        times, rate = recording.times_s, recording.frame_rate_hz
+        if times is not None and rate and self.frame_rate_hz:  # lost frames stay lost
+            stated["times_s"] = times * (rate / self.frame_rate_hz)
         return replace(recording, **stated)
 
     def on_scale_of(self, other: CameraReading) -> CameraReading:
