@@ -125,6 +125,10 @@ class _Numbers:
         }
 
 
+def _below(stored: np.ndarray) -> tuple[str, ...]:
+    return ("below 0",) if stored.min() < 0 else ()
+
+
 COUNTS = ("u1", "u2", "of fewer bits")
 SIGNED = ("i2", "negative i2")
 WIDE = ("u4 with bits", "u4 with white")
@@ -158,7 +162,7 @@ def numbers(draw, scene: np.ndarray, kinds: tuple[str, ...]) -> _Numbers:
         return _Numbers(stored, stored, 15)
     if kind == "negative i2":
         stored = (_counts(scene, 12).astype(np.int16) - 100).astype(np.int16)
-        return _Numbers(stored, np.maximum(stored, 0), 15, warns=("below 0",))
+        return _Numbers(stored, np.maximum(stored, 0), 15, warns=_below(stored))
     dtype = np.float16 if kind == "f2" else np.float32
     white = draw(st.sampled_from([0.5, 1.25, 3000.0]))
     stored = (scene * white).astype(dtype)
@@ -175,7 +179,7 @@ def numbers(draw, scene: np.ndarray, kinds: tuple[str, ...]) -> _Numbers:
         if kind == "attenuation":
             stored[0, 1, 2] = -0.3 * white  # noise where nothing absorbs
         top = float(stored.max())
-        return _Numbers(stored, np.maximum(stored, 0), None, top, warns=("below 0",))
+        return _Numbers(stored, np.maximum(stored, 0), None, top, warns=_below(stored))
     if draw(st.booleans()):
         return _Numbers(stored, stored, None, 2 * white, {"full_scale": 2 * white})
     return _Numbers(stored, stored, None, float(stored.max()))
@@ -313,7 +317,9 @@ def ome(draw, scene: np.ndarray, rate: float | None = None) -> Film:
 @st.composite
 def series(draw, scene: np.ndarray) -> Film:
     suffix = draw(st.sampled_from([".png", ".tif"]))
-    of = draw(numbers(scene, ("u1", "u2", "of fewer bits") if suffix == ".png" else (*COUNTS, "i2")))
+    of = draw(
+        numbers(scene, ("u1", "u2", "of fewer bits") if suffix == ".png" else (*COUNTS, "i2"))
+    )
     step = draw(st.sampled_from([1, 1, 2, 5, 100]))
     first = draw(st.sampled_from([0, 1, 8, 97, -1, -2, -7]))
     digits = draw(st.sampled_from([1, 3, 6]))

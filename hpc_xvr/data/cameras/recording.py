@@ -74,7 +74,9 @@ class Recording:
         try:
             for index, frame in enumerate(self.values(start, stop), start):
                 yield cut.to_range(frame, index)
-        except GeneratorExit:  # who reads here and there, as `reconstruct`, does not come to the end
+        except (
+            GeneratorExit
+        ):  # who reads here and there, as `reconstruct`, does not come to the end
             cut.tell()
             raise
         cut.tell()
