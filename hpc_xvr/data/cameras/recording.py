@@ -50,6 +50,8 @@ class Recording:
     times_s: np.ndarray | None = field(default=None, repr=False, compare=False)
     scale_doubt: str = field(default="", repr=False, compare=False)
     """Warned of where values are stored on `full_scale`."""
+    told: set[str] = field(default_factory=set, repr=False, compare=False)
+    """Warnings that were given, as frames may be read several times."""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -65,53 +67,19 @@ class Recording:
         Raises:
             InputError: a frame cannot be read, has another shape, or holds NaN, infinity or a value
                 above the bit depth. The message names the frame.
+
+        Warns, once a recording, of values that were cut to what can be stored.
         """
-        top = 2**self.bit_depth - 1
-        above = below = count = 0
-        for index, frame in enumerate(self.values(start, stop), start):
-            count += frame.size
-            if frame.dtype.kind == "f":
-                # float16 ends at 65504, and float32 gets there from the smallest of them
-                scaled = np.multiply(
-                    frame, top / self.full_scale, dtype=np.result_type(frame, np.float32)
-                )
-                above += int(np.count_nonzero(scaled > top + 0.5))
-                below += int(np.count_nonzero(scaled < -0.5))
-                yield np.clip(np.rint(scaled), 0, top).astype(self.dtype)
-                continue
-            if frame.dtype.kind == "i":
-                below += int(np.count_nonzero(frame < 0))
-                frame = np.maximum(frame, 0)
-            if (largest := int(frame.max())) > top:
-                used = int(np.bitwise_or.reduce(frame, axis=None))
-                unit = used & -used  # all values are multiples of it
-                stored = 8 * frame.dtype.itemsize
-                right = f"one from {largest.bit_length()}"
-                if unit >= 2 ** (stored - self.bit_depth):
-                    right = f"{stored}, as all values are multiples of {unit}"
-                raise InputError(
-                    f"{self.path}: frame {index} holds the value {largest}, but "
-                    f"{self.bit_depth} bits end at {top}: the bit depth is wrong, state {right} "
-                    "(--bit-depth)"
-                )
-            yield frame.astype(self.dtype, copy=False)
-        if self.scale_doubt:
-            logger.warning("%s: %s", self.path, self.scale_doubt)
-        if above > 0.001 * count:
-            logger.warning(
-                "%s: %.1f %% of the values lie above full scale %g and were clipped to it; "
-                "a larger full scale would keep them",
-                self.path,
-                100 * above / count,
-                self.full_scale,
-            )
-        if below > 0.001 * count:
-            logger.warning(
-                "%s: %.3g %% of the values lie below 0 and became 0; an offset added to the file's "
-                "values would keep them",
-                self.path,
-                100 * below / count,
-            )
+        cut = _Cut(self)
+        try:
+            for index, frame in enumerate(self.values(start, stop), start):
+                yield cut.to_range(frame, index)
+        except (
+            GeneratorExit
+        ):  # who reads here and there, as `reconstruct`, does not come to the end
+            cut.tell()
+            raise
+        cut.tell()
 
     def values(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Yield frames start..stop-1 in the file's own unit, (H, W): counts, or finite floats.
@@ -171,6 +139,72 @@ class Recording:
                 for frame in self.values(first + start, first + stop)
             ),
         )
+
+
+class _Cut:
+    """Brings frames to a recording's stored values, and counts what is cut on the way."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+        self._above = self._below = self._count = 0
+
+    def to_range(self, frame: np.ndarray, index: int) -> np.ndarray:
+        """Stored values of frame `index`.
+
+        Raises:
+            InputError: counts above the bit depth.
+        """
+        recording = self._recording
+        top = 2**recording.bit_depth - 1
+        self._count += frame.size
+        if frame.dtype.kind == "f":
+            # float16 ends at 65504, and float32 gets there from the smallest of them
+            scaled = np.multiply(
+                frame, top / recording.full_scale, dtype=np.result_type(frame, np.float32)
+            )
+            self._above += int(np.count_nonzero(scaled > top + 0.5))
+            self._below += int(np.count_nonzero(scaled < -0.5))
+            return np.clip(np.rint(scaled), 0, top).astype(recording.dtype)
+        if frame.dtype.kind == "i":
+            self._below += int(np.count_nonzero(frame < 0))
+            frame = np.maximum(frame, 0)
+        if (largest := int(frame.max())) > top:
+            used = int(np.bitwise_or.reduce(frame, axis=None))
+            unit = used & -used  # all values are multiples of it
+            stored = 8 * frame.dtype.itemsize
+            right = f"one from {largest.bit_length()}"
+            if unit >= 2 ** (stored - recording.bit_depth):
+                right = f"{stored}, as all values are multiples of {unit}"
+            raise InputError(
+                f"{recording.path}: frame {index} holds the value {largest}, but "
+                f"{recording.bit_depth} bits end at {top}: the bit depth is wrong, state {right} "
+                "(--bit-depth)"
+            )
+        return frame.astype(recording.dtype, copy=False)
+
+    def tell(self) -> None:
+        """Warn of what was cut, unless that was said of this recording before."""
+        recording = self._recording
+        if recording.scale_doubt:
+            self._once("scale", recording.scale_doubt)
+        if self._above:
+            self._once(
+                "above",
+                f"{100 * self._above / self._count:.3g} % of the values lie above full scale "
+                f"{recording.full_scale:g} and were clipped to it; a larger full scale would keep "
+                "them",
+            )
+        if self._below:
+            self._once(
+                "below",
+                f"{100 * self._below / self._count:.3g} % of the values lie below 0 and became 0; "
+                "an offset added to the file's values would keep them",
+            )
+
+    def _once(self, what: str, text: str) -> None:
+        if what not in self._recording.told:
+            self._recording.told.add(what)
+            logger.warning("%s: %s", self._recording.path, text)
 
 
 def array_recording(

@@ -26,7 +26,8 @@ ALIKE = 0.9
 BETTER = 2.0
 """What another place or time must leave less of, as a ratio of variances, to be told."""
 CONTRAST = 0.005
-"""Deviation of a binned key frame, of full scale, below which nothing can be compared."""
+"""Deviation of a binned key frame, of its largest value, up to which nothing can be compared. Not
+of full scale: 10-bit counts in 16 bit are all dark."""
 BLURS = 0.5, 0.8, 1.2, 1.7, 2.4
 """Deviations of Gaussians, fast pixels, by which the fast camera may be blurred more than a binned
 sharp frame."""
@@ -87,7 +88,7 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         t = times[number]
         frame, key = fast[t], keys[t]
         low = bin_down(key, key.shape[0] // frame.shape[0])
-        if low.std() < CONTRAST:
+        if low.std() <= CONTRAST * low.max():
             continue
         fits.append((*_fit(low, frame), low.mean()))
         around = range(max(0, t - REACH), min(len(fast), t + REACH + 1))
