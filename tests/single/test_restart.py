@@ -122,6 +122,7 @@ def test_a_warning_before_the_ranks_were_started_ends_the_chain(chain):
 
 
 FAILED = "not done, exit code 1, and no checkpoint since step 4: not started again"
+FULL = FAILED.replace("code 1", "code 74")  # a full disk, say
 BAD = "bad input, see above; the same job would only fail again"
 
 
@@ -132,6 +133,7 @@ BAD = "bad input, see above; the same job would only fail again"
         (9, {"code": 2, "done": 9}, ["say done at step 9", "cancel 8", "exit 0"], ""),
         (8, {"code": 2, "done": 8}, [f"say {BAD}", "cancel 8", "exit 2"], f"stopped: {BAD}\n"),
         (4, {"code": 1}, [f"say {FAILED}", "cancel 8", "exit 1"], f"stopped: {FAILED}\n"),
+        (4, {"code": 74}, [f"say {FULL}", "cancel 8", "exit 1"], f"stopped: {FULL}\n"),
         (5, {"until_done": True}, ["again"], ""),
         (
             5,

@@ -18,6 +18,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import safetensors.torch
@@ -569,6 +570,10 @@ def test_shapes_of_a_corpus_are_believed_no_further_than_its_files_reach(case, t
     changed_json(corpus.original("v0") / "frames/zarr.json", change)
     if stated:
         restate(corpus, stated)
+    if case == "huge chunks":  # and an index that says so, too
+        index = np.array([(0, 2**61 + 4)] * 9, "<u8").tobytes()
+        shard = corpus.original("v0") / "frames/c/0/0/0"
+        shard.write_bytes(index + google_crc32c.value(index).to_bytes(4, "little"))
     code = f"""
 import resource
 from hpc_xvr.data.corpus import Corpus
