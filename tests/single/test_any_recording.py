@@ -29,6 +29,7 @@ from hpc_xvr.errors import InputError
 from support.any_recording import STATES_NONE, STATES_RATE, Film, films, heard
 
 EXAMPLES = int(os.environ.get("HPC_XVR_EXAMPLES", "200"))
+pytestmark = pytest.mark.timeout(300 + 2 * EXAMPLES)
 ANY = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 STEP = 1 / 65535
 FOLDER = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: PTH112
@@ -37,6 +38,8 @@ FOLDER = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: PTH112
 
 def counted(tally: Counter, film: Film, how: str) -> None:
     tally[film.kind, how] += 1
+    if tally.total() % 1000 == 0:
+        print(tally.total(), dict(tally), flush=True)
     event(f"{film.kind}: {how}")
 
 
