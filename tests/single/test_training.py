@@ -429,7 +429,8 @@ def test_a_full_disk_stops_a_run_only_after_several_failures(
 ):
     """Metrics and pictures cannot be written either; all of it is there again afterwards."""
     keep = ["checkpoint.every=1", "checkpoint.keep=1", "validation.every=4", "train.steps=8"]
-    keep += ["model.embed_dim=6", "model.up_features=4"]  # a checkpoint of 100 kB
+    # A checkpoint of 100 kB, small pictures: all of it has to find room twice.
+    keep += ["model.embed_dim=6", "model.up_features=4", "validation.patch=32"]
     log.setup()
     step = Trainer.train_step
 
