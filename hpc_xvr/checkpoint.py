@@ -263,6 +263,8 @@ def read_tensors(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             return _tensors(f"weights {path}", file, os.fstat(file.fileno()).st_size)
+    except FileNotFoundError:
+        raise CorruptCheckpoint(f"weights {path}: no such file") from None
     except OSError as error:
         raise CorruptCheckpoint(f"weights {path}: cannot be read ({error.strerror})") from None
 

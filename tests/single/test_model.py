@@ -91,7 +91,7 @@ def test_load_xfusion_refuses_other_things_in_one_line(content, message):
 
 
 def test_load_xfusion_names_a_missing_file_and_a_missing_parameter(reference, tmp_path):
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="no such file"):
         read_tensors(tmp_path / "nothing.pth")
     (tmp_path / "noise.pth").write_bytes(b"no checkpoint at all")
     with pytest.raises(InputError, match="not readable as tensors"):
