@@ -164,17 +164,18 @@ class _Cut:
             )
             self._above += int(np.count_nonzero(scaled > top + 0.5))
             self._below += int(np.count_nonzero(scaled < -0.5))
-            return np.clip(np.rint(scaled), 0, top).astype(recording.dtype)
+            stored: np.ndarray = np.clip(np.rint(scaled), 0, top).astype(recording.dtype)
+            return stored
         if frame.dtype.kind == "i":
             self._below += int(np.count_nonzero(frame < 0))
             frame = np.maximum(frame, 0)
         if (largest := int(frame.max())) > top:
             used = int(np.bitwise_or.reduce(frame, axis=None))
             unit = used & -used  # all values are multiples of it
-            stored = 8 * frame.dtype.itemsize
+            width = 8 * frame.dtype.itemsize
             right = f"one from {largest.bit_length()}"
-            if unit >= 2 ** (stored - recording.bit_depth):
-                right = f"{stored}, as all values are multiples of {unit}"
+            if unit >= 2 ** (width - recording.bit_depth):
+                right = f"{width}, as all values are multiples of {unit}"
             raise InputError(
                 f"{recording.path}: frame {index} holds the value {largest}, but "
                 f"{recording.bit_depth} bits end at {top}: the bit depth is wrong, state {right} "
