@@ -170,7 +170,7 @@ def numbers(draw, scene: np.ndarray, kinds: tuple[str, ...]) -> _Numbers:
         stored[1, 2, 3] = 50 * white
         if kind == "zinger":
             # Of fewer values, one is more than a thousandth: no outlier.
-            warns = ("--full-scale",) if stored.size > 1000 else ()
+            warns = ("--full-scale",) if stored.size >= 1000 else ()
             return _Numbers(stored, stored, None, 50 * white, warns=warns)
         options = {"full_scale": white}
         return _Numbers(stored, np.minimum(stored, white), None, white, options, ("above",))
