@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from hpc_xvr.factory.memory import keep_freed_memory
 from support.paths import PULSE, ROOT
+
+keep_freed_memory()  # as the commands do; before any test imports torch
 
 
 def _find(variable: str, folder: str, name: str) -> Path:

@@ -28,7 +28,7 @@ BETTER = 2.0
 CONTRAST = 0.005
 """Deviation of a binned key frame, of its largest value, up to which nothing can be compared. Not
 of full scale: 10-bit counts in 16 bit are all dark."""
-BLURS = 0.5, 0.8, 1.2, 1.7, 2.4
+BLURS = 0.3, 0.45, 0.6, 0.75, 0.9, 1.1, 1.4, 1.7, 2.1
 """Deviations of Gaussians, fast pixels, by which the fast camera may be blurred more than a binned
 sharp frame."""
 TURNED = {
