@@ -17,6 +17,9 @@ CONTRADICTION = 0.02
 """Relative difference between a given gap and that of the frame rates that is worth a warning."""
 
 
+ONE_UNIT = 4.0
+"""Ratio of the full scales of floating-point files up to which they are taken to have one unit; a
+larger one would leave the darker camera few grey levels."""
 STEADY = 0.1
 """Share of a frame interval by which a time stamp may lie aside and still count as steady."""
 
@@ -96,9 +99,10 @@ def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bo
                 + _advice(len(times), sharp.shape[0], last)
             )
         sharp = sharp.cut(*view, top=top, left=left, first=first, last=last)
-    if fast.full_scale != sharp.full_scale and _floats(fast) and _floats(sharp):
-        # Both are in physical units: one white for both keeps their greys comparable.
-        white = max(fast.full_scale, sharp.full_scale)
+    whites = sorted((fast.full_scale, sharp.full_scale))
+    if whites[0] < whites[1] <= ONE_UNIT * whites[0] and _floats(fast) and _floats(sharp):
+        # Both are in one physical unit: one white for both keeps their greys comparable.
+        white = whites[1]
         fast, sharp = replace(fast, full_scale=white), replace(sharp, full_scale=white)
     elif fast.full_scale != sharp.full_scale:
         logger.warning(
