@@ -102,6 +102,8 @@ def _check_open(path: Path, folder: Path) -> None:
         folder = folder.parent
     if not folder.is_dir():
         raise InputError(f"cannot write {path}: {folder} is a file; choose another folder")
+    if os.statvfs(folder).f_flag & os.ST_RDONLY:
+        raise InputError(f"cannot write {path}: the file system is read-only; choose another one")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"cannot write {path}: no right to write to {folder}; choose another one")
 
