@@ -442,8 +442,7 @@ def test_more_parts_than_files_may_be_open(tmp_path):
         for k in range(150):
             file[f"entry/data/data_{k:06d}"] = h5py.ExternalLink(f"p{k}.h5", "d")
     script = (
-        "import re, sys\n"
-        "from pathlib import Path\n"
+        "import resource, sys\n"
         "from hpc_xvr.data.cameras import open_camera_file\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))\n"
         "for path in sys.argv[1:]:\n"
