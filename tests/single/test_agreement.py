@@ -89,6 +89,16 @@ def test_blur_is_not_taken_for_a_gain():
         assert grey_of(found, "shot") == Grey()
 
 
+def test_dead_pixels_and_zingers_do_not_change_the_grey():
+    fast, keys = both(moving(speed=0, side=128, grain=6))
+    spoilt = 0.8 * fast + 0.05
+    spoilt[:, 5] = 0
+    spoilt[:, 20, 20] = 40
+    found = compare(spoilt, keys)
+    assert found.grey.gain == pytest.approx(0.8, abs=0.02)
+    assert found.grey.offset == pytest.approx(0.05, abs=0.02)
+
+
 def test_a_plain_ramp_tells_nothing_of_a_shift():
     y, x = np.mgrid[:32, :48]
     scene = np.stack([0.2 + 0.01 * y + 0.005 * x] * 9).astype(np.float32)

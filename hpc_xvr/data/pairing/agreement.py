@@ -240,10 +240,16 @@ def _blurred(low: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _least_squares(parts: Sequence[np.ndarray], frame: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights of `parts` (h, w) whose sum is nearest to `frame`, and the variance that is left."""
-    columns = np.stack([part.ravel() for part in parts], 1)
-    weights, *_ = np.linalg.lstsq(columns, frame.ravel(), rcond=None)
-    return weights, float(np.mean((columns @ weights - frame.ravel()) ** 2))
+    """Weights of `parts` (h, w) whose sum is nearest to `frame`, and the variance that is left;
+    pixels far aside (dead ones, zingers) do not count."""
+    columns, values = np.stack([part.ravel() for part in parts], 1), frame.ravel()
+    kept = np.ones(values.size, bool)
+    for _ in range(4):
+        weights, *_ = np.linalg.lstsq(columns[kept], values[kept], rcond=None)
+        aside = np.abs(columns @ weights - values)
+        limit = 6 * float(np.median(aside)) + 1e-6
+        kept = aside <= limit
+    return weights, float(np.mean(np.minimum(aside, limit) ** 2))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

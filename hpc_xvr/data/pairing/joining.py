@@ -99,11 +99,10 @@ def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bo
                 + _advice(len(times), sharp.shape[0], last)
             )
         sharp = sharp.cut(*view, top=top, left=left, first=first, last=last)
-    whites = sorted((fast.full_scale, sharp.full_scale))
-    if whites[0] < whites[1] <= ONE_UNIT * whites[0] and _floats(fast) and _floats(sharp):
+    white = sharp.full_scale
+    if fast.full_scale < white <= ONE_UNIT * fast.full_scale and _floats(fast) and _floats(sharp):
         # Both are in one physical unit: one white for both keeps their greys comparable.
-        white = whites[1]
-        fast, sharp = replace(fast, full_scale=white), replace(sharp, full_scale=white)
+        fast = replace(fast, full_scale=white)
     elif fast.full_scale != sharp.full_scale:
         logger.warning(
             "%s: white is %g for the fast camera and %g for the sharp one: correct both with flat "
