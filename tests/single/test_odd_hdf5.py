@@ -54,13 +54,6 @@ def same(path, frames=FRAMES, **options):
 # Cases of others, through the real command
 
 
-def cases(name: str) -> Path:
-    path = ROOT.parent / "shared" / "cases" / name
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    return path
-
-
 @pytest.mark.parametrize(
     ("file", "frames"),
     [
@@ -76,7 +69,7 @@ def cases(name: str) -> Path:
         ("hdf5-flat-constant/whitedead.h5", [1000] * 4),
     ],
 )
-def test_cases_that_are_read(file, frames, hpc_xvr, tmp_path):
+def test_cases_that_are_read(file, frames, cases, hpc_xvr, tmp_path):
     path = cases(file)
     said = hpc_xvr("ingest", path, "--corpus", tmp_path / "c").err
     (video,) = Corpus(tmp_path / "c").videos
@@ -96,13 +89,13 @@ def test_cases_that_are_read(file, frames, hpc_xvr, tmp_path):
         ("hole.h5", ["frame 3"]),
     ],
 )
-def test_cases_of_missing_frames(file, words, hpc_xvr, tmp_path):
+def test_cases_of_missing_frames(file, words, cases, hpc_xvr, tmp_path):
     path = cases("hdf5-virtual-gaps") / file
     said = hpc_xvr("ingest", path, "--corpus", tmp_path / "c", code=2).err
     assert all(word in said for word in words), said
 
 
-def test_case_of_units(hpc_xvr, tmp_path):
+def test_case_of_units(cases, hpc_xvr, tmp_path):
     path = cases("hdf5-units/units.h5")
     hpc_xvr("ingest", path, "--corpus", tmp_path / "c")
     (video,) = Corpus(tmp_path / "c").videos
@@ -327,14 +320,14 @@ def test_other_frames_of_dxchange_are_mentioned(tmp_path, caplog):
         ("ns", "s", 1e-9),
         ("seconds", "s", 1),
         ("m", "s", None),
-        ("min", "s", None),
+        ("min", "s", 60.0),
         ("m", "um", 1e6),
         ("mm", "um", 1e3),
         ("nm", "um", 1e-3),
         ("micron", "um", 1),
         ("um/pixel", "um", 1),
         ("pixel", "um", None),
-        ("inch", "um", None),
+        ("inch", "um", 25_400.0),
         ("furlong", "um", None),
     ],
 )

@@ -20,6 +20,9 @@ _WORDS = {
     **dict.fromkeys(("msec", "millisecond", "milliseconds"), "ms"),
     **dict.fromkeys(("usec", "microsecond", "microseconds"), "us"),
     **dict.fromkeys(("nsec", "nanosecond", "nanoseconds"), "ns"),
+    **dict.fromkeys(("minute", "minutes"), "min"),
+    **dict.fromkeys(("hour", "hours"), "h"),
+    **dict.fromkeys(("inch", "inches"), "in"),
     **dict.fromkeys(("hz", "hertz", "fps", "1/s", "s-1", "s^-1", "1/sec", "1/second"), "Hz"),
     **dict.fromkeys(("frames/s", "frames/sec", "frames/second", "frames per second"), "Hz"),
     **dict.fromkeys(("khz", "kilohertz"), "kHz"),
@@ -32,6 +35,9 @@ _WORDS = {
 }
 
 
+_OTHERS = {("min", "s"): 60.0, ("h", "s"): 3600.0, ("in", "um"): 25_400.0}
+
+
 def factor(unit: str, of: str) -> float | None:
     """What a number in `unit` is multiplied by to be in `of`: s, Hz or um; None: not such a unit.
 
@@ -42,6 +48,8 @@ def factor(unit: str, of: str) -> float | None:
     )
     text = re.sub(r" ?(/|per) ?(pixel|px)$", "", text, flags=re.IGNORECASE)
     text = _WORDS.get(text.lower(), text)
+    if (text, of) in _OTHERS:
+        return _OTHERS[text, of]
     base = {"s": "s", "Hz": "Hz", "um": "m"}[of]
     if not text.endswith(base) or (prefix := text[: -len(base)]) not in _PREFIXES:
         return None
