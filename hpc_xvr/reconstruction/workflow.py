@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -245,17 +246,16 @@ def _agreed(pair: Pair, lr: Stream, keys: KeyFrames, pairing: Pairing) -> Grey:
     if found is None:
         return Grey()
     name = f"{pair.sharp.path} with {pair.fast.path}"
-    told(found, name, (pairing.gap or 1.0))
+    told(found, name, pairing.gap or math.nan)
     return grey_of(found, name) if pairing.match_grey else Grey()
 
 
 def _calibration(pair: Pair, grey: Grey) -> Calibration:
     """Units of what is made from two cameras: greys are the sharp camera's."""
     sharp, fast = pair.sharp, pair.fast
-    white = sharp.full_scale
-    counts = next(sharp.values(0, 1)).dtype.kind != "f"
-    if counts and white == 1.0:  # unless a file states what its counts mean
-        white = float(2**sharp.bit_depth - 1)
+    white, unit = sharp.full_scale, ""
+    if white == 1.0 and not sharp.in_floats():  # and no file states what its counts mean
+        white, unit = float(2**sharp.bit_depth - 1), "counts"
     notes = []
     if grey != Grey():
         notes.append(
@@ -265,7 +265,7 @@ def _calibration(pair: Pair, grey: Grey) -> Calibration:
         fast.frame_rate_hz,
         sharp.pixel_size_um,
         white,
-        unit="counts" if counts and sharp.full_scale == 1.0 else "",
+        unit=unit,
         times_s=fast.times_s,
         notes=tuple(notes),
     )
@@ -281,5 +281,8 @@ def _from_corpus(method: NamedMethod, source: CorpusRecording) -> Material:
     video = Corpus(source.corpus or config.data.corpus)[source.video]
     streams = recording_streams(video, int(gap), config.data, seed=config.run.seed)
     info = video.info
-    calibration = Calibration(info.frame_rate_hz, info.pixel_size_um, info.full_scale)
+    white, unit = info.full_scale, ""
+    if white == 1.0 and info.bit_depth < 16:  # floats are stored with 16
+        white, unit = float(2**info.bit_depth - 1), "counts"
+    calibration = Calibration(info.frame_rate_hz, info.pixel_size_um, white, unit)
     return _material(method, streams, calibration, video.intensity)

@@ -25,9 +25,9 @@ PAIRS = {
 
 
 @pytest.fixture
-def case(tmp_path, monkeypatch, realdata):
+def case(tmp_path, monkeypatch, cases):
     def copied(name: str):
-        shutil.copytree(realdata(f"../cases/{name}"), tmp_path / name)
+        shutil.copytree(cases(name), tmp_path / name)
         monkeypatch.chdir(tmp_path / name)
         return tmp_path / name
 
@@ -76,6 +76,12 @@ def test_lost_fast_frames_leave_the_times_of_the_others_right(case, hpc_xvr):
     hpc_xvr("ingest", "sharp.cine", "--lr", "fast.cine", "--corpus", "c", "--split", "test")
     times = Corpus(folder / "c")["sharp"].info.lr_times
     assert times == pytest.approx([0, 0.25, 0.5, 1.75, 2, 2.25, 2.5, 2.75, 3])
+    hpc_xvr(
+        *("reconstruct", "linear_hr", "--video", "sharp", "--corpus", "c", "--gap", 3),
+        *("--out", "counts.tif"),
+    )
+    info = tifffile.TiffFile(folder / "counts.tif").imagej_metadata["Info"]
+    assert "value of 65535: 4095 counts" in info
     said = hpc_xvr(
         *("reconstruct", "bicubic", "--lr", "fast.cine", "--hr", "sharp.cine", "--out", "o.h5")
     )

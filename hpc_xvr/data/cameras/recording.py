@@ -61,6 +61,11 @@ class Recording:
         """Bytes of all frames as stored values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def in_floats(self) -> bool:
+        """Whether its values are floats, which `full_scale` makes grey levels, and not counts; reads
+        the first frame."""
+        return next(self.values(0, 1)).dtype.kind == "f"
+
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Yield frames start..stop-1 as stored values, (H, W) of `dtype`.
 
@@ -74,12 +79,8 @@ class Recording:
         try:
             for index, frame in enumerate(self.values(start, stop), start):
                 yield cut.to_range(frame, index)
-        except (
-            GeneratorExit
-        ):  # who reads here and there, as `reconstruct`, does not come to the end
+        finally:  # `reconstruct`, which reads here and there, does not come to the end
             cut.tell()
-            raise
-        cut.tell()
 
     def values(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
         """Yield frames start..stop-1 in the file's own unit, (H, W): counts, or finite floats.

@@ -15,8 +15,6 @@ from hpc_xvr.log import logger
 
 CONTRADICTION = 0.02
 """Relative difference between a given gap and that of the frame rates that is worth a warning."""
-
-
 ONE_UNIT = 4.0
 """Ratio of the full scales of floating-point files up to which they are taken to have one unit; a
 larger one would leave the darker camera few grey levels."""
@@ -100,7 +98,8 @@ def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bo
             )
         sharp = sharp.cut(*view, top=top, left=left, first=first, last=last)
     white = sharp.full_scale
-    if fast.full_scale < white <= ONE_UNIT * fast.full_scale and _floats(fast) and _floats(sharp):
+    alike = fast.full_scale < white <= ONE_UNIT * fast.full_scale
+    if alike and fast.in_floats() and sharp.in_floats():
         # Both are in one physical unit: one white for both keeps their greys comparable.
         fast = replace(fast, full_scale=white)
     elif fast.full_scale != sharp.full_scale:
@@ -166,11 +165,6 @@ def _numbers(recording: Recording) -> np.ndarray:
     numbers: np.ndarray = (stamps - stamps[0]) / np.median(np.diff(stamps))
     whole = np.rint(numbers)
     return np.where(np.abs(numbers - whole) < STEADY, whole, numbers)
-
-
-def _floats(recording: Recording) -> bool:
-    """Whether its values are floating-point numbers, which its full scale makes grey levels."""
-    return next(recording.values(0, 1)).dtype.kind == "f"
 
 
 def _together(name: str, times: np.ndarray, frames: int) -> tuple[int, int]:
