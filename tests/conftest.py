@@ -28,6 +28,13 @@ def realdata():
 
 
 @pytest.fixture(scope="session")
+def cases():
+    """cases("tiff-various/f16.tif") -> path of an odd file whose right answer is in the expect.txt
+    beside it, or skip."""
+    return lambda name: _find("HPC_XVR_CASES", "cases", name)
+
+
+@pytest.fixture(scope="session")
 def reference():
     """reference("centre.npz") -> path of vectors of the authors' program: those of tests/data, or
     larger ones kept elsewhere, or skip."""

@@ -19,12 +19,12 @@ from support.camera_files import counts, refused, shimadzu_parts, stack, write_c
 
 
 @pytest.fixture
-def ingested(hpc_xvr, realdata, tmp_path):
+def ingested(hpc_xvr, cases, tmp_path):
     """ingested("cine-various/plain.cine", "--bit-depth", 12) -> what the corpus then holds of the
     case, and what was said."""
 
     def run(case: str | Path, *options):
-        path = realdata(f"../cases/{case}")
+        path = case if isinstance(case, Path) else cases(case)
         corpus = tmp_path / f"corpus{len(list(tmp_path.iterdir()))}"
         said = hpc_xvr("ingest", path, "--corpus", corpus, *options).err
         (video,) = Corpus(corpus).videos
@@ -34,8 +34,8 @@ def ingested(hpc_xvr, realdata, tmp_path):
 
 
 @pytest.fixture
-def truth(realdata):
-    return np.load(realdata("../cases/cine-various/truth.npy"))
+def truth(cases):
+    return np.load(cases("cine-various/truth.npy"))
 
 
 def frames(video) -> np.ndarray:
@@ -103,21 +103,19 @@ def test_values_at_the_upper_end_are_read_with_all_bits(ingested, truth):
         ("photron-various/nocount.mraw", ["no frames"]),
     ],
 )
-def test_films_that_are_refused(hpc_xvr, realdata, tmp_path, case, words):
-    said = hpc_xvr(
-        "ingest", realdata(f"../cases/{case}"), "--corpus", tmp_path / "corpus", code=2
-    ).err
+def test_films_that_are_refused(hpc_xvr, cases, tmp_path, case, words):
+    said = hpc_xvr("ingest", cases(case), "--corpus", tmp_path / "corpus", code=2).err
     assert said.count("\n") == 1
     for word in words:
         assert word in said
 
 
-def test_packed_10_bit_codes_become_linear(ingested, realdata):
+def test_packed_10_bit_codes_become_linear(ingested, cases):
     linear = np.repeat([64, 125, 290, 623, 998, 1872, 3159, 3947], 4)
     video, _ = ingested("cine-p10/p10.cine")
     np.testing.assert_array_equal(frames(video), np.broadcast_to(linear, (4, 16, 32)))
     assert video.info.bit_depth == 12 and "linear 12 bit" in video.info.metadata["encoding"]
-    fields = [f"--{name}={realdata(f'../cases/cine-p10/{name}.cine')}" for name in ("flat", "dark")]
+    fields = [f"--{name}={cases(f'cine-p10/{name}.cine')}" for name in ("flat", "dark")]
     video, _ = ingested("cine-p10/p10.cine", *fields)
     light = frames(video)[0, 0, ::4] / 65535 * video.info.full_scale
     np.testing.assert_allclose(light, (linear[::4] - 64) / (3947 - 64), atol=3e-5)
@@ -156,8 +154,8 @@ def test_unpacking(bits):
     np.testing.assert_array_equal(unpack(packed, bits), values)
 
 
-def test_time_stamps_are_the_times_of_the_frames(realdata):
-    recording = open_camera_file(realdata("../cases/cine-dropped-frames/fast.cine"))
+def test_time_stamps_are_the_times_of_the_frames(cases):
+    recording = open_camera_file(cases("cine-dropped-frames/fast.cine"))
     expected = np.array([0, 10, 20, 70, 80, 90, 100, 110, 120]) * 1e-6
     assert recording.times_s.dtype == np.float64
     np.testing.assert_allclose(recording.times_s, expected, atol=1e-9)
@@ -166,14 +164,14 @@ def test_time_stamps_are_the_times_of_the_frames(realdata):
     np.testing.assert_allclose(later.times_s, [0, 50e-6, 60e-6], atol=1e-9)
     np.testing.assert_allclose(recording.flipped().times_s, expected, atol=1e-9)
     for name in ("zero_times", "backwards"):
-        assert open_camera_file(realdata(f"../cases/cine-various/{name}.cine")).times_s is None
-    every4th = open_camera_file(realdata("../cases/cine-various/every4th.cine"))
+        assert open_camera_file(cases(f"cine-various/{name}.cine")).times_s is None
+    every4th = open_camera_file(cases("cine-various/every4th.cine"))
     np.testing.assert_allclose(every4th.times_s, np.arange(5) * 4e-5, atol=1e-9)
 
 
-def test_a_real_film_whose_last_frame_is_not_of_it(ingested):
+def test_a_real_film_whose_last_frame_is_not_of_it(ingested, realdata):
     """Its stamp is 292 days late and it was exposed a thousand times longer."""
-    video, said = ingested("../realdata/pyidi_showcase/data_small_cine.cine")
+    video, said = ingested(Path(realdata("pyidi_showcase/data_small_cine.cine")))
     assert "time stamps jump after frame 233: 2.52806e+07 s" in said
     assert "frame 234 was exposed for 0.065535 s" in said
     assert video.info.frame_rate_hz == 100

@@ -19,21 +19,9 @@ from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.ingest.run import ingest
 from hpc_xvr.data.ingest.sources import find_recordings
 from support.camera_files import counts, refused, stack
-from support.paths import ROOT
 
-CASES = ROOT.parent / "shared" / "cases"
 GREY = {"photometric": "minisblack"}
 VALUES = counts((4, 12, 8), 12)
-
-
-@pytest.fixture
-def case():
-    def find(name):
-        if not (CASES / name).exists():
-            pytest.skip(f"{name} not found in {CASES}")
-        return CASES / name
-
-    return find
 
 
 @pytest.fixture
@@ -503,56 +491,56 @@ def test_a_frame_in_the_middle_that_cannot_be_decoded(tmp_path):
 # The cases ----------------------------------------------------------------------------------------
 
 
-def test_cases_of_grey_scale(case, ingested):
-    (video,), said = ingested(case("float-hot-pixel/zinger.tif"))
+def test_cases_of_grey_scale(cases, ingested):
+    (video,), said = ingested(cases("float-hot-pixel/zinger.tif"))
     assert "99.9 % of the values lie below 0.002 % of full scale 50000" in said
     for name in ("attenuation.h5", "attenuation.tif"):
-        _, said = ingested(case(f"hdf5-negative-floats/{name}"))
+        _, said = ingested(cases(f"hdf5-negative-floats/{name}"))
         assert re.search(r"51(\.\d)? % of the values lie below 0", said)
-    (video,), _ = ingested(case("tiff-imagej-signed/signed.tif"))
-    np.testing.assert_array_equal(video.frames[:], np.load(case("tiff-imagej-signed/truth.npy")))
-    (video,), _ = ingested(case("tiff-various/f16.tif"))
-    truth = (np.load(case("tiff-various/truth.npy")) / 4000).astype("f2").astype(float)
+    (video,), _ = ingested(cases("tiff-imagej-signed/signed.tif"))
+    np.testing.assert_array_equal(video.frames[:], np.load(cases("tiff-imagej-signed/truth.npy")))
+    (video,), _ = ingested(cases("tiff-various/f16.tif"))
+    truth = (np.load(cases("tiff-various/truth.npy")) / 4000).astype("f2").astype(float)
     np.testing.assert_allclose(video.frames[:], truth / truth.max() * 65535, atol=0.51)
 
 
-def test_cases_of_metadata_and_axes(case, ingested, hpc_xvr, tmp_path):
-    (video,), _ = ingested(case("tiff-imagej-calibrated/calibrated.tif"))
+def test_cases_of_metadata_and_axes(cases, ingested, hpc_xvr, tmp_path):
+    (video,), _ = ingested(cases("tiff-imagej-calibrated/calibrated.tif"))
     assert (video.info.frame_rate_hz, video.info.pixel_size_um) == (
         pytest.approx(5e5),
         pytest.approx(1.9),
     )
     for name in ("two_channels.tif", "two_channels.ome.tif"):
-        path = case(f"tiff-2channel-hyperstack/{name}")
+        path = cases(f"tiff-2channel-hyperstack/{name}")
         said = hpc_xvr("ingest", path, "--corpus", tmp_path / "x", code=2)
         assert "2 channels x 8 times" in said.err and said.err.count("\n") == 1
-    (video,), _ = ingested(case("tiff-shaped-truncated/truncated.tif"))
+    (video,), _ = ingested(cases("tiff-shaped-truncated/truncated.tif"))
     assert video.frames[:][:, 0, 0].tolist() == list(range(0, 100, 10))
 
 
-def test_cases_of_names(case, ingested):
+def test_cases_of_names(cases, ingested):
     for name, greys in (("shot", range(97, 104)), ("pre", range(92, 100))):
-        (video,), _ = ingested(case(f"png-negative-numbers/{name}"))
+        (video,), _ = ingested(cases(f"png-negative-numbers/{name}"))
         assert video.frames[:][:, 0, 0].tolist() == list(greys)
-    videos, said = ingested(case("tiff-various/parts"))
+    videos, said = ingested(cases("tiff-various/parts"))
     assert len({video.split for video in videos}) == 1 and "seems to go on" in said
-    (video,), _ = ingested(case("png-various/nat"))
+    (video,), _ = ingested(cases("png-various/nat"))
     assert video.frames[:][:, 0, 0].tolist() == list(range(12))
 
 
-def test_cases_of_many_kinds(case, ingested, hpc_xvr, tmp_path):
-    truth = np.load(case("tiff-various/truth.npy"))
+def test_cases_of_many_kinds(cases, ingested, hpc_xvr, tmp_path):
+    truth = np.load(cases("tiff-various/truth.npy"))
     names = ["bigend_bigtiff", "deflate", "deflate_pred", "int16"]
     names += ["mask_page", "thumb", "thumb_last", "orient3"]
     for name in names:
-        (video,), _ = ingested(case(f"tiff-various/{name}.tif"))
+        (video,), _ = ingested(cases(f"tiff-various/{name}.tif"))
         np.testing.assert_array_equal(video.frames[:], truth)
-    (video,), _ = ingested(case("tiff-various/rgb.tif"))
+    (video,), _ = ingested(cases("tiff-various/rgb.tif"))
     np.testing.assert_array_equal(video.frames[:], (truth >> 4).astype("u1"))
-    (video,), _ = ingested(case("tiff-various/tiled.tif"))
+    (video,), _ = ingested(cases("tiff-various/tiled.tif"))
     np.testing.assert_array_equal(video.frames[:][:, :16, :24], truth)
     for name in ("int32", "uint32"):
-        (video,), _ = ingested(case(f"tiff-various/{name}.tif"), "--bit-depth", 12)
+        (video,), _ = ingested(cases(f"tiff-various/{name}.tif"), "--bit-depth", 12)
         np.testing.assert_array_equal(video.frames[:], truth)
     refusals = {
         "tiff-various/series.tif": "2 series",
@@ -567,16 +555,16 @@ def test_cases_of_many_kinds(case, ingested, hpc_xvr, tmp_path):
         "png-various/stamp": "201.png",
     }
     for name, word in refusals.items():
-        said = hpc_xvr("ingest", case(name), "--corpus", tmp_path / "x", code=2)
+        said = hpc_xvr("ingest", cases(name), "--corpus", tmp_path / "x", code=2)
         assert word in said.err and said.err.count("\n") == 1
 
 
-def test_the_command_itself(case, tmp_path):
-    command = [sys.executable, "-m", "hpc_xvr", "ingest", case("tiff-various/packed12.tif")]
+def test_the_command_itself(cases, tmp_path):
+    command = [sys.executable, "-m", "hpc_xvr", "ingest", cases("tiff-various/packed12.tif")]
     done = subprocess.run([*command, "--corpus", tmp_path / "c"], capture_output=True, text=True)
     if done.returncode:
         assert done.returncode == 2 and "packed 12 bit" in done.stderr
         assert "damaged" not in done.stderr
     else:
-        truth = np.load(case("tiff-various/truth.npy"))
+        truth = np.load(cases("tiff-various/truth.npy"))
         np.testing.assert_array_equal(Corpus(tmp_path / "c").videos[0].frames[:], truth)

@@ -5,28 +5,17 @@ import os
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
 
 from hpc_xvr.config import Data
 from hpc_xvr.data.corpus import Corpus, staging
 from hpc_xvr.data.corpus.staging import Staging
-from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.samples.loader import training_batches
 from hpc_xvr.data.samples.training import TrainingSamples
 from hpc_xvr.errors import InputError
+from support.runs import a_corpus
 
 stores = pytest.mark.parametrize("store", ["zarr", "hdf5"])
-
-
-def make(path, store="zarr", videos=4):
-    info = {"camera": "c", "bit_depth": 12, "scene": "s", "split": "train", "source": "x"}
-    rng = np.random.default_rng(0)
-    with CorpusWriter(path, store) as writer:
-        for i in range(videos):
-            frames = rng.integers(0, 4096, (9, 32, 40)).astype(np.uint16)
-            writer.add(f"v{i}", frames, frames.shape, frames.dtype, info)
-    return Corpus(path)
 
 
 def stage(corpus, ids, folder, parts=1):
@@ -38,7 +27,7 @@ def stage(corpus, ids, folder, parts=1):
 
 @stores
 def test_copies_are_read_instead_of_the_corpus(tmp_path, store):
-    corpus = make(tmp_path / "c", store)
+    corpus = a_corpus(tmp_path / "c", store)
     expected = {video.id: video.read(3) for video in corpus.videos}
     corpus.read_copies(stage(corpus, ["v0", "v2"], tmp_path / "disk", parts=2))
     for name in ("v0", "v2"):
@@ -62,7 +51,7 @@ def test_copies_are_read_instead_of_the_corpus(tmp_path, store):
 
 @stores
 def test_what_is_there_is_not_copied_again(tmp_path, store, monkeypatch):
-    corpus = make(tmp_path / "c", store)
+    corpus = a_corpus(tmp_path / "c", store)
     folder = stage(corpus, ["v0", "v1", "v2"], tmp_path / "disk")
     copied, real = [], staging.copy_file
     monkeypatch.setattr(
@@ -81,12 +70,12 @@ def test_what_is_there_is_not_copied_again(tmp_path, store, monkeypatch):
     assert set(copied) == {"v0", "v3"}
     assert sorted(p.stem for p in folder.iterdir()) == ["v0", "v1", "v2", "v3"]
     shutil.rmtree(tmp_path / "c")
-    again = make(tmp_path / "c", store)  # another corpus at the same place
+    again = a_corpus(tmp_path / "c", store)  # another corpus at the same place
     assert len(Staging(again, ["v0"], tmp_path / "disk")._missing) == 1
 
 
 def test_space_is_checked_before_anything_is_copied(tmp_path, monkeypatch):
-    corpus = make(tmp_path / "c")
+    corpus = a_corpus(tmp_path / "c")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match=r"data\.stage_dir .* needed .* 2 recordings.* are free"):
@@ -102,7 +91,7 @@ def test_a_disk_that_fills_up_leaves_whole_copies(tmp_path):
     if mounted.returncode:
         pytest.skip("this container may not mount a file system")
     try:
-        corpus = make(tmp_path / "c")
+        corpus = a_corpus(tmp_path / "c")
         todo = Staging(corpus, ["v0", "v1", "v2"], disk)
         (disk / "other").write_bytes(bytes(80_000))  # somebody else was quicker
         with pytest.raises(InputError, match=os.strerror(errno.ENOSPC)):
@@ -116,7 +105,7 @@ def test_a_disk_that_fills_up_leaves_whole_copies(tmp_path):
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
-    corpus = make(tmp_path / "c", videos=1)
+    corpus = a_corpus(tmp_path / "c", videos=1)
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="cannot write"):
         Staging(corpus, ["v0"], tmp_path / "file/disk")

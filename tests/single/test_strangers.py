@@ -40,6 +40,7 @@ from hpc_xvr.factory import weights as weights_files
 from hpc_xvr.factory.weights import FORMAT, open_model, read_weights
 from hpc_xvr.files import private_folder, private_text, write_atomic
 from hpc_xvr.submit.restart import newest_step
+from support.runs import a_corpus
 
 STRANGER = 54321  # a user id that is nobody's
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="playing another user takes root")
@@ -64,16 +65,6 @@ def as_stranger(action):
     os.close(read)
     os.close(write)
     return said
-
-
-def make(path, store="zarr", videos=2):
-    info = {"camera": "c", "bit_depth": 12, "scene": "s", "split": "train", "source": "x"}
-    rng = np.random.default_rng(0)
-    with CorpusWriter(path, store) as writer:
-        for i in range(videos):
-            frames = rng.integers(0, 4096, (9, 32, 40)).astype(np.uint16)
-            writer.add(f"v{i}", frames, frames.shape, frames.dtype, info)
-    return Corpus(path)
 
 
 @pytest.fixture
@@ -110,7 +101,7 @@ def staging_folder(corpus, disk):
 
 
 def test_staging_into_a_planted_link_is_refused(tmp_path, shared, precious):
-    corpus = make(tmp_path / "c")
+    corpus = a_corpus(tmp_path / "c")
     staging_folder(corpus, shared).symlink_to(precious)
     with pytest.raises(InputError, match=r"data\.stage_dir .*: is a link; choose a folder of your"):
         Staging(corpus, ["v0"], shared)
@@ -118,7 +109,7 @@ def test_staging_into_a_planted_link_is_refused(tmp_path, shared, precious):
 
 @as_root
 def test_staging_into_a_folder_that_a_stranger_has_made_is_refused(tmp_path, shared):
-    corpus = make(tmp_path / "c")
+    corpus = a_corpus(tmp_path / "c")
     folder = staging_folder(corpus, shared)
     assert as_stranger(lambda: folder.mkdir()) == "None"
     with pytest.raises(InputError, match=f"belongs to user {STRANGER}"):
@@ -127,7 +118,7 @@ def test_staging_into_a_folder_that_a_stranger_has_made_is_refused(tmp_path, sha
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o722])
 def test_staging_into_a_folder_that_others_may_write_to_is_refused(mode, tmp_path, shared):
-    corpus = make(tmp_path / "c")
+    corpus = a_corpus(tmp_path / "c")
     folder = staging_folder(corpus, shared)
     folder.mkdir()
     folder.chmod(mode)
@@ -136,7 +127,7 @@ def test_staging_into_a_folder_that_others_may_write_to_is_refused(mode, tmp_pat
 
 
 def test_staging_where_every_user_could_exchange_the_folder_is_refused(tmp_path, shared):
-    corpus = make(tmp_path / "c")
+    corpus = a_corpus(tmp_path / "c")
     shared.chmod(0o777)  # not sticky: everybody may rename what is in it
     with pytest.raises(InputError, match="every user could exchange it"):
         Staging(corpus, ["v0"], shared)
@@ -144,7 +135,7 @@ def test_staging_where_every_user_could_exchange_the_folder_is_refused(tmp_path,
 
 @as_root
 def test_staging_in_a_folder_of_a_stranger_is_refused(tmp_path, shared):
-    corpus = make(tmp_path / "c")
+    corpus = a_corpus(tmp_path / "c")
     os.chown(shared, STRANGER, STRANGER)
     with pytest.raises(InputError, match=f"in a folder of user {STRANGER}, who could exchange it"):
         Staging(corpus, ["v0"], shared)
@@ -153,7 +144,7 @@ def test_staging_in_a_folder_of_a_stranger_is_refused(tmp_path, shared):
 @as_root
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
 def test_nobody_else_can_plant_copies_in_the_folder(store, tmp_path, shared):
-    corpus = make(tmp_path / "c", store)
+    corpus = a_corpus(tmp_path / "c", store)
     old = os.umask(0)
     try:
         staging = Staging(corpus, ["v0", "v1"], shared)
@@ -171,7 +162,7 @@ def test_nobody_else_can_plant_copies_in_the_folder(store, tmp_path, shared):
 def test_only_leftovers_of_our_own_pattern_are_swept_and_links_are_not_followed(
     tmp_path, shared, precious
 ):
-    corpus = make(tmp_path / "c")
+    corpus = a_corpus(tmp_path / "c")
     folder = Staging(corpus, ["v0"], shared).folder
     (folder / f".999999999-{'0' * 16}.partial").symlink_to(precious)
     (folder / ".999999999").mkdir()
@@ -182,7 +173,7 @@ def test_only_leftovers_of_our_own_pattern_are_swept_and_links_are_not_followed(
 
 @pytest.mark.parametrize("store", ["zarr", "hdf5"])
 def test_what_does_not_match_the_manifest_is_not_copied(store, tmp_path, shared, caplog):
-    corpus = make(tmp_path / "c", store)
+    corpus = a_corpus(tmp_path / "c", store)
     clip = corpus.original("v0")
     with (clip / "frames/c/0/0/0" if clip.is_dir() else clip).open("r+b") as file:
         file.seek(-5000, os.SEEK_END)
@@ -566,7 +557,7 @@ SHAPES = {
 @pytest.mark.parametrize("case", SHAPES)
 def test_shapes_of_a_corpus_are_believed_no_further_than_its_files_reach(case, tmp_path):
     change, stated = SHAPES[case]
-    corpus = make(tmp_path / "c")
+    corpus = a_corpus(tmp_path / "c")
     changed_json(corpus.original("v0") / "frames/zarr.json", change)
     if stated:
         restate(corpus, stated)
@@ -593,7 +584,7 @@ except InputError as error:
 def test_an_hdf5_clip_does_not_read_other_files_or_what_was_never_stored(tmp_path):
     import h5py
 
-    corpus = make(tmp_path / "c", "hdf5")
+    corpus = a_corpus(tmp_path / "c", "hdf5")
     (tmp_path / "private").write_bytes(bytes(range(256)) * 100)
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["frames"] = np.full((9, 32, 40), 7, np.uint16)
@@ -673,7 +664,7 @@ def test_parts_of_a_corpus_that_are_no_files_are_refused(tmp_path, endless):
     plant, _ = endless
     for name in ("manifest.jsonl", "videos/v0/frames/zarr.json", "videos/v0/frames/c/0/0/0"):
         folder = tmp_path / name.replace("/", "-")
-        corpus = make(folder)
+        corpus = a_corpus(folder)
         (corpus.path / name).unlink()
         path = plant("planted")
         path.rename(corpus.path / name)

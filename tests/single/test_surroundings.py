@@ -24,7 +24,6 @@ from hpc_xvr.text import parse_json, parse_yaml, printable
 from support.paths import ROOT
 from support.scores import row
 
-CASES = Path(os.environ.get("HPC_XVR_CASES", ROOT.parent / "shared" / "cases"))
 ESC = "\x1b[31m"
 
 
@@ -37,10 +36,8 @@ def one_line(error):
 # Configs.
 
 
-def test_a_section_that_occurs_twice_is_refused():
-    case = CASES / "yaml-duplicate-section"
-    if not case.exists():
-        pytest.skip(f"{case} not found: set HPC_XVR_CASES to the folder that holds it")
+def test_a_section_that_occurs_twice_is_refused(cases):
+    case = cases("yaml-duplicate-section")
     with pytest.raises(InputError) as error:
         load(case / "dup.yaml")
     assert (case / "expect.txt").read_text().split(".")[0].removeprefix("One line: ") in one_line(

@@ -1,11 +1,14 @@
-"""Run folders of small models that were never trained."""
+"""Run folders of small models that were never trained, and corpora of noise."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hpc_xvr import checkpoint
 from hpc_xvr.config import dump, load
+from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.factory.build import build_model
 
 SMALL = {
@@ -27,3 +30,14 @@ def a_run(folder: Path, model: dict, seed: int = 0) -> Path:
     state = {"model": weights, "ema": None, "step": 3, "config": config.model_dump(mode="json")}
     checkpoint.save(state, checkpoint.path_of(folder / "checkpoints", 3))
     return folder
+
+
+def a_corpus(path: Path, store: str = "zarr", videos: int = 4) -> Corpus:
+    """Recordings v0, v1, ... of 9 frames of noise, 12 bit, in the training split."""
+    info = {"camera": "c", "bit_depth": 12, "scene": "s", "split": "train", "source": "x"}
+    rng = np.random.default_rng(0)
+    with CorpusWriter(path, store) as writer:
+        for i in range(videos):
+            frames = rng.integers(0, 4096, (9, 32, 40)).astype(np.uint16)
+            writer.add(f"v{i}", frames, frames.shape, frames.dtype, info)
+    return Corpus(path)
