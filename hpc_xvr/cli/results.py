@@ -203,7 +203,7 @@ def evaluate(
     "--out",
     required=True,
     type=File(),
-    help="Result: .tif (16-bit stack) or .h5 (DXchange).",
+    help="Result: .tif (a stack that Fiji opens) or .h5 (DXchange).",
 )
 @click.option(
     "--dtype",

@@ -123,8 +123,8 @@ def told(found: Agreement, name: str, gap: float) -> None:
     """
     if found.turned:
         raise InputError(
-            f"{name}: the fast frames fit the sharp ones only {found.turned}: use --lr-flip-rows "
-            "or a --registration with flip: rows, columns or both"
+            f"{name}: the fast frames fit the sharp ones only {found.turned}: give --lr-flip-rows "
+            "(or leave it out), or a --registration with flip: rows, columns or both"
         )
     if found.correlation < -0.5:
         raise InputError(
