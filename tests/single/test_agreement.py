@@ -191,3 +191,22 @@ def test_a_wrong_start_and_a_wrong_gap_are_told(hpc_xvr, tmp_path):
     assert "check --lr-start" in said
     _, said = reconstruct(hpc_xvr, tmp_path, bin_down(scene, 4), scene[: 31 : GAP + 1])
     assert "--gap of about 5 instead of 4" in said
+
+
+def test_a_shift_and_strangers_are_told(hpc_xvr, tmp_path):
+    scene = moving(17, speed=0, side=128, grain=6)
+    moved = np.roll(scene, (8, -4), (1, 2))
+    _, said = reconstruct(hpc_xvr, tmp_path, bin_down(moved, 4), scene[::GAP])
+    rows, columns = map(float, re.search(r"lies (\S+) rows and (\S+) columns", said).groups())
+    assert (rows, columns) == pytest.approx((2, -1), abs=0.3)
+    strange = np.random.default_rng(5).uniform(0, 1, scene.shape).astype(np.float32)
+    _, said = reconstruct(hpc_xvr, tmp_path, bin_down(strange, 4), scene[::GAP])
+    assert "hardly resemble the sharp ones" in said
+
+
+def test_greys_that_change_from_key_to_key_are_left_alone(hpc_xvr, tmp_path):
+    scene = moving(17, speed=0, side=128, grain=6)
+    gain = np.linspace(0.4, 0.9, len(scene), dtype=np.float32)[:, None, None]
+    _, said = reconstruct(hpc_xvr, tmp_path, gain * bin_down(scene, 4), scene[::GAP])
+    assert "this is not certain" in said
+    assert "brought to" not in said and "matched" not in said

@@ -134,17 +134,17 @@ def told(found: Agreement, name: str, gap: float) -> None:
     off = [(number, lag) for number, lag in found.lags if lag]
     if len(off) > len(found.lags) / 2:
         logger.warning("%s: %s", name, _cause(off, gap))
-    elif found.correlation < 0.5:
-        logger.warning(
-            "%s: the fast frames hardly resemble the sharp ones (correlation %.2f): noise, or do "
-            "the two recordings not belong together? check --gap, --lr-start and --registration",
-            *(name, found.correlation),
-        )
     elif max(map(abs, found.shift)) > 0.5:
         logger.warning(
             "%s: the fast camera's picture lies %+.1f rows and %+.1f columns of fast pixels beside "
             "the sharp one's: check --registration",
             *(name, *found.shift),
+        )
+    elif found.correlation < 0.5:
+        logger.warning(
+            "%s: the fast frames hardly resemble the sharp ones (correlation %.2f): noise, or do "
+            "the two recordings not belong together? check --gap, --lr-start and --registration",
+            *(name, found.correlation),
         )
 
 
