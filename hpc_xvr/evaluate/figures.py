@@ -195,12 +195,24 @@ def _against_gap(
             gaps = sorted(c.gap for c in part)
             _lines(evaluation, axis, {c: c.gap for c in part})
             axis.set_xscale("log")
-            axis.set_xticks(gaps, [f"{g}" for g in gaps])
+            axis.set_xticks(gaps, _with_recordings(evaluation, part))
             axis.minorticks_off()
             axis.set_xlabel("frames from key frame to key frame")
             axis.set_title(noise.label, fontsize=9)
         _legend(figure, axes)
     return figure
+
+
+def _with_recordings(evaluation: Evaluation, part: Sequence[Condition]) -> list[str]:
+    """The gaps in order; with how many recordings have so many frames, where that differs."""
+    having = {
+        s.condition.gap: s.recordings
+        for s in evaluation.summaries
+        if s.scene is None and s.condition in part
+    }
+    if len(set(having.values())) < 2:
+        return [str(gap) for gap in sorted(having)]
+    return [f"{gap}\n({having[gap]} rec.)" for gap in sorted(having)]
 
 
 def _against_flops(evaluation: Evaluation, condition: Condition) -> Figure:

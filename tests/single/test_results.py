@@ -224,6 +224,11 @@ def test_charts_are_drawn_of_what_varies(tmp_path):
     first = noise.axes[0]
     assert [t.get_text() for t in first.get_xticklabels()] == ["$10^{1}$", "$10^{3}$", "none"]
     whole = some(gaps=(4, 8), noises=("none", "10", "1000", "poisson_gaussian:10"), recordings=2)
+    labels = lambda chart: [t.get_text() for t in chart.axes[0].get_xticklabels()]  # noqa: E731
+    assert labels(drawn["psnr-gap.png"]) == ["4", "8"]
+    kept = [r for r in whole.rows if r.condition.gap == 4 or r.recording == "r0"]
+    short = Evaluation(kept, METHODS, {"split": "test"}, "detail")
+    assert labels(figures.charts(short)["psnr-gap.png"]) == ["4\n(2 rec.)", "8\n(1 rec.)"]
     mine = first.lines[2]
     expected = [
         whole.table(Condition("c", 4, NoiseLevel.parse(level)))[2].values["psnr"].mean
