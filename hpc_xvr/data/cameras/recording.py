@@ -62,8 +62,10 @@ class Recording:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def in_floats(self) -> bool:
-        """Whether its values are floats, which `full_scale` makes grey levels, and not counts; reads
-        the first frame."""
+        """Whether its values are floats, which `full_scale` makes grey levels, and not counts.
+
+        Reads the first frame.
+        """
         return next(self.values(0, 1)).dtype.kind == "f"
 
     def frames(self, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
