@@ -23,9 +23,7 @@ import numpy as np
 from scipy.stats import t as student
 
 import compare
-from hpc_xvr.config import Config, load
-from hpc_xvr.factory.build import build_model
-from hpc_xvr.train.task import task_of
+from hpc_xvr.config import load
 from starting import ROOT
 
 CONFIG = ROOT / "configs" / "key_propagation.yaml"
@@ -103,18 +101,13 @@ def train(name: str, seed: int, args: argparse.Namespace, commands: list[str]) -
         corpus = args.work / "corpus-without-layers"
     own += [f"run.seed={seed}", f"run.device={args.device}", f"data.corpus={corpus}"]
     config = load(CONFIG, [*own, f"run.dir={run}"])
-    steps = max(1, round(args.budget * 1e12 / step_flops(config)))
+    steps = max(1, round(args.budget * 1e12 / compare.step_flops(config)))
     own += [f"run.dir={run}", f"train.steps={steps}", f"validation.every={steps}"]
     own += [f"checkpoint.every={steps}"]
     commands.append(
         compare.call(["train", str(CONFIG), *compare.repeated("--set", own), "--resume"], args)
     )
     return run
-
-
-def step_flops(config: Config) -> float:
-    """Of a training step, on average over the gaps."""
-    return task_of(config).flops(build_model(config)) * config.train.global_batch
 
 
 Scores = dict[tuple[str, int], dict[str, float]]

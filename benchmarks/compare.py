@@ -1,8 +1,9 @@
-"""EDVR, EDVR-STF and SWIN-XVR trained on the same corpus, samples and FLOPs, then compared.
+"""Key propagation, SWIN-XVR, EDVR and EDVR-STF trained on one corpus with the same FLOPs, compared.
 
 Each config of configs/compare gets as many steps as its network's stated FLOPs allow within one
 budget (a training step counts three forward passes of each of its samples). The samples of step k
-are the same for all. Then everything is compared with the methods that need no training.
+are the same for all networks that take windows; key propagation takes whole gaps of the same
+recordings, with the same noise. Then everything is compared with the methods that need no training.
 
     python benchmarks/compare.py             # reduced widths, two CPU cores, under 40 minutes
     python benchmarks/compare.py --quick     # the same in about a minute, to see that it runs
@@ -27,10 +28,14 @@ from pathlib import Path
 from filing import RESULTS
 from hpc_xvr.config import Config, load
 from hpc_xvr.factory.build import build_model
+from hpc_xvr.train.task import task_of
 from starting import ROOT, environment
 
 CONFIGS = ROOT / "configs" / "compare"
-MODELS = ("edvr", "edvr_stf", "swin_centre", "swin_sequence", "swin_adaptive", "swin_bayes")
+MODELS = (
+    *("edvr", "edvr_stf", "swin_centre", "swin_sequence", "swin_adaptive", "swin_bayes"),
+    "key_propagation",
+)
 REDUCED = [
     "data.patch=64",
     "data.photons_log10=[2,7]",
@@ -44,12 +49,20 @@ REDUCED = [
     "validation.frames=16",
     "validation.patch=128",
     "checkpoint.every=100",
-    "model.up_features=32",
 ]
 WIDTH = {  # about 200,000 parameters each
-    "edvr": ["model.embed_dim=32", "model.heads=4", "model.depths=[2,4]"],
-    "edvr_stf": ["model.embed_dim=32", "model.heads=4", "model.depths=[2,4]"],
-    "swin": ["model.embed_dim=48", "model.depths=[2,4]", "model.drop_path=0.0"],
+    "edvr": ["model.up_features=32", "model.embed_dim=32", "model.heads=4", "model.depths=[2,4]"],
+    "edvr_stf": [
+        *("model.up_features=32", "model.embed_dim=32", "model.heads=4", "model.depths=[2,4]")
+    ],
+    "swin": [
+        *("model.up_features=32", "model.embed_dim=48", "model.depths=[2,4]", "model.drop_path=0.0")
+    ],
+    "key_propagation": [
+        *("model.embed_dim=64", "model.depths=[2]", "model.heads=2", "model.motions=1"),
+        *("model.motion_features=32", "model.frame_features=16", "model.step_features=8"),
+        *("optim.clip_norm=0.05", "train.global_batch=4"),
+    ],
 }
 SIMULATED = "{videos: 40, size: [48, 128, 128], splits: {train: 0.7, validation: 0.05, test: 0.25}}"
 QUICK = [
@@ -64,6 +77,9 @@ QUICK_WIDTH = {
     "edvr": ["model.embed_dim=8", "model.heads=2", "model.depths=[1,1]"],
     "edvr_stf": ["model.embed_dim=8", "model.heads=2", "model.depths=[1,1]"],
     "swin": ["model.embed_dim=12", "model.depths=[2]", "model.drop_path=0.0"],
+    "key_propagation": [
+        *("model.embed_dim=16", "model.depths=[1]", "model.motion_features=8", "data.gaps=[2,8]")
+    ],
 }
 QUICK_SIMULATED = (
     "{videos: 6, size: [16, 64, 64], splits: {train: 0.5, validation: 0.17, test: 0.33}}"
@@ -121,7 +137,7 @@ def train(name: str, args: argparse.Namespace, corpus: Path, commands: list[str]
     model = build_model(config)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "gflop_a_sample": round(forward(config) / 1e9, 4),
+        "gflop_a_sample": round(sample_flops(config) / 1e9, 4),
         "steps": config.train.steps,
         "samples": config.train.steps * config.train.global_batch,
         "tflop": round(step_flops(config) * config.train.steps / 1e12, 5),
@@ -159,15 +175,14 @@ def settings(name: str, args: argparse.Namespace, corpus: Path) -> tuple[Config,
     return load(CONFIGS / f"{name}.yaml", overrides), overrides
 
 
-def forward(config: Config) -> float:
-    """FLOPs of a training sample's forward pass, as the network states them."""
-    side = config.data.patch // config.data.scale
-    return build_model(config).flops(side, side)
+def sample_flops(config: Config) -> float:
+    """FLOPs of a training sample, forward and backward, as the network states them."""
+    return task_of(config).flops(build_model(config))
 
 
 def step_flops(config: Config) -> float:
-    """Of a training step: the backward pass costs twice the forward pass."""
-    return 3 * forward(config) * config.train.global_batch
+    """Of a training step."""
+    return sample_flops(config) * config.train.global_batch
 
 
 def repeated(option: str, values: Iterable[object]) -> list[str]:
