@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 
 import compare
+from hpc_xvr.data.corpus import Corpus
 from starting import ROOT
 
 SEQUENCES = {
@@ -40,14 +41,8 @@ def main() -> None:
     compare.add_options(parser)
     parser.set_defaults(work=ROOT / "runs" / "real-sequences", ranks=1)
     args = parser.parse_args()
-    corpus, out = args.work / "real-sequences", args.work / "evaluation"
-    for scene, name in SEQUENCES.items():
-        if not (args.data / name).exists():
-            print(f"left out: {name} is not in {args.data}")
-            continue
-        ingest = ["ingest", str(args.data / name), "--corpus", str(corpus), "--split", "test"]
-        one = argparse.Namespace(ranks=1, device=args.device)
-        compare.call([*ingest, "--scene", scene, "--crop"], one)
+    out = args.work / "evaluation"
+    corpus = ingest(args.data, args.work / "real-sequences", args.device)
     wanted = [*args.runs, "--corpus", str(corpus), "--split", "test", "--reference", "bayes"]
     wanted += ["--out", str(out), "--set", f"evaluate.pictures={len(SEQUENCES)}"]
     wanted += compare.repeated("--gap", args.gap) + compare.repeated("--noise", args.noise)
@@ -55,6 +50,22 @@ def main() -> None:
     text = command.replace(f"{args.work}/", "").replace(str(args.data), "FOLDER")
     about = {"command": text, "context": compare.context(args)}
     compare.file_results(out, args.results.resolve() / args.name, about)
+
+
+def ingest(data: Path, corpus: Path, device: str) -> Path:
+    """Ingest the sequences that are there, unless it is done; the corpus."""
+    known = {v.info.scene for v in Corpus(corpus).split("test")} if corpus.exists() else set()
+    for scene, name in SEQUENCES.items():
+        if scene in known:
+            continue
+        if not (data / name).exists():
+            print(f"left out: {name} is not in {data}")
+            continue
+        command = ["ingest", str(data / name), "--corpus", str(corpus), "--split", "test"]
+        compare.call(
+            [*command, "--scene", scene, "--crop"], argparse.Namespace(ranks=1, device=device)
+        )
+    return corpus
 
 
 if __name__ == "__main__":
