@@ -54,6 +54,7 @@ def open_hdf5(
     bit_depth: int | None = None,
     full_scale: float | None = None,
     allow_links: Sequence[Path | str] = (),
+    missing: bool = False,
 ) -> Recording:
     """Open the frames of one recording: the named dataset, /exchange/data, the default data of
     NeXus with its numbered parts in turn, or the only dataset.
@@ -61,6 +62,7 @@ def open_hdf5(
     Axes are put in the order frames, rows, columns, as far as the file says which is which. With
     `own_flat` the white and dark frames of a DXchange file are applied. Links, parts of virtual
     datasets and raw files are followed into the file's own folder and those of `allow_links`.
+    `missing`: frames that are not stored, or not all of them, are left out.
 
     Raises:
         InputError: no such dataset, several to choose from (they are listed), axes in no order we
@@ -71,7 +73,7 @@ def open_hdf5(
     with Files(path, allow_links) as files:
         found = _choose(files, dataset)
         fields = _description(files, found[0].name)
-        stack = _stack(files, found)
+        stack = _stack(files, found, missing=missing)
         if own_flat and found[0].name == DATA:
             white, dark = (_field(files, name, stack) for name in (WHITE, DARK))
             _say_what_is_not_used(files, stack, white is not None)
@@ -98,13 +100,15 @@ class _Stack:
     """Frames to read at once."""
     scale: tuple[float, float] | None = None
     """What the largest stored integer stands for, and that integer, in results of this program."""
+    missing: bool = False
+    """Whether frames may be missing: reading one of those is an error."""
 
     def frames(
         self, allow_links: Sequence[Path | str], start: int, stop: int
     ) -> Iterator[np.ndarray]:
         """Frames start..stop-1, (H, W)."""
         with Files(self.path, allow_links) as files:
-            reader, before = Reader(files), 0
+            reader, before = Reader(files, self.missing), 0
             for place, order, count in self.parts:
                 first, last = max(start - before, 0), min(stop - before, count)
                 before += count
@@ -127,9 +131,11 @@ def _read(
     return np.ascontiguousarray(values.reshape(-1, *values.shape[-2:]))
 
 
-def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) -> _Stack:
-    """The frames of datasets, after a look at whether all is there; `like`: whose axes they have
-    where they do not say."""
+def _stack(
+    files: Files, found: Sequence[_Dataset], like: _Stack | None = None, missing: bool = False
+) -> _Stack:
+    """The frames of datasets, after a look at whether all is there, unless some may be `missing`;
+    `like`: whose axes they have where they do not say."""
     parts: list[tuple[Place, Order, int]] = []
     sizes, types, block = [], [], BLOCK
     for name, place, routes in found:
@@ -148,13 +154,14 @@ def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) 
                 f"{where}: has frames of {per_frame} bytes, and more than {BUDGET} are not read "
                 "at once: cut or bin them"
             )
-        check_stored(files, place, frames or 0)
+        check_stored(files, place, frames or 0, lenient=missing)
         parts.append((place, order, count))
         sizes.append(size)
         types.append(dtype)
         in_turn = frames is None or frames < min(rows, columns)
         chunk = chunks[frames] if chunks and frames is not None else 1
         block = min(block, max(1, min(chunk if in_turn else BLOCK, BLOCK // per_frame)))
+        block = 1 if missing else block  # so that each frame is there or not
         if (size, dtype) != (sizes[0], types[0]):
             raise InputError(
                 f"{where}: has frames of {size[0]} x {size[1]} {dtype}, /{found[0].name} "
@@ -165,7 +172,7 @@ def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) 
     item = files.item(found[0].place)
     white, largest = (_number(item, name) for name in ("full_scale", "stored_full_scale"))
     scale = (white, largest) if white and largest and types[0].kind == "u" else None
-    return _Stack(files.path, tuple(parts), (total, *sizes[0]), types[0], block, scale)
+    return _Stack(files.path, tuple(parts), (total, *sizes[0]), types[0], block, scale, missing)
 
 
 def _recording(
@@ -206,7 +213,8 @@ def _recording(
             return (frame * factor for frame in source(start, stop))
 
         return array_recording(
-            path, stack.shape, native, physical, None, full_scale, **(fields or {})
+            *(path, stack.shape, native, physical, None, full_scale, stack.missing),
+            **(fields or {}),
         )
     plain = native.kind == "f" or (native.kind == "u" and native.itemsize <= 2)
     if plain:
@@ -225,7 +233,7 @@ def _recording(
     else:
         native, chosen = np.dtype(np.float64), floats
     return array_recording(
-        path, stack.shape, native, chosen, bit_depth, full_scale, **(fields or {})
+        path, stack.shape, native, chosen, bit_depth, full_scale, stack.missing, **(fields or {})
     )
 
 

@@ -89,11 +89,12 @@ class _Layout(NamedTuple):
         return frame[::-1] if self.bottom_up else frame
 
 
-def open_cine(path: Path, bit_depth: int | None = None) -> Recording:
+def open_cine(path: Path, bit_depth: int | None = None, missing: bool = False) -> Recording:
     """Open a .cine file.
 
     Args:
         bit_depth: significant bits, instead of those that the header states.
+        missing: frames may lie beyond the end of the file.
 
     Raises:
         InputError: colour or compressed frames, or offsets outside the file.
@@ -105,7 +106,7 @@ def open_cine(path: Path, bit_depth: int | None = None) -> Recording:
         if kind != b"CI":
             raise InputError(f"{path}: does not start with CI: not a Phantom .cine, or damaged")
         bitmap = struct.unpack("<IiiHHIIiiII", _bytes(path, file, off_bitmap, 40))
-        layout = _layout(path, file, count, off_images, compression, bitmap)
+        layout = _layout(path, file, count, off_images, compression, bitmap, missing)
         setup = _setup(path, file, off_setup)
         blocks = _tagged_blocks(path, file, off_setup + setup["length"], off_images, count)
     _check_setup(path, setup, layout)
@@ -159,6 +160,7 @@ def _layout(
     off_images: int,
     compression: int,
     bitmap: tuple[int, ...],
+    missing: bool,
 ) -> _Layout:
     """Sizes and offsets, checked against the file's size."""
     _, width, height, _, bits, packing = bitmap[:6]
@@ -178,7 +180,7 @@ def _layout(
         )
     size = path.stat().st_size
     frame_bytes = rows * width * stored_bits // 8
-    if count * (frame_bytes + 16) + off_images > size:
+    if count * (frame_bytes + 16) + off_images > size and not missing:
         raise InputError(
             f"{path}: has {size} bytes, its header promises {count} frames of "
             f"{rows} x {width} in {stored_bits} bit: the file is incomplete, copy "
@@ -186,20 +188,25 @@ def _layout(
         )
     starts = np.frombuffer(_bytes(path, file, off_images, 8 * count), "<u8")
     outside = np.flatnonzero(starts > size - frame_bytes - 8)
-    if len(outside):
+    if missing:
+        starts = np.minimum(starts, size)  # where nothing can be read
+    elif len(outside):
         raise InputError(
             f"{path}: frame {outside[0]} lies beyond the end of the file: it is "
             "incomplete or damaged, copy it again"
         )
     order = np.argsort(starts, kind="stable")
-    shared = np.flatnonzero(np.diff(starts[order]) < frame_bytes + 8)
+    near = (np.diff(starts[order]) < frame_bytes + 8) & (starts[order][:-1] < size)
+    shared = np.flatnonzero(near)
     if len(shared):
         one, other = sorted(order[shared[0] : shared[0] + 2].tolist())
         raise InputError(
             f"{path}: frames {one} and {other} share bytes of the file: its table of "
             "frames is damaged, copy it again"
         )
-    after = size - int(starts.max()) - frame_bytes - 8
+    inside = starts[starts < size]
+    last = int(inside.max()) if len(inside) else size
+    after = size - last - frame_bytes - 8
     if after >= frame_bytes:
         logger.warning(
             "%s: holds %d more bytes after the %d frames that its header states, enough for %d "
