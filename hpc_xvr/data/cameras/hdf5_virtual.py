@@ -143,9 +143,12 @@ def pieces_of(
             )
         mapped = _mapped(there, source.vspace, source.src_space, shape, part.shape)
         if mapped is None and gone is not None:
-            promised = source.src_space.shape
-            mapped = _mapped(there, source.vspace, source.src_space, shape, promised) or []
-            mapped = [short for piece in mapped for short in _as_far_as(part.shape, piece)]
+            promised = source.src_space.shape or _lengths(source.vspace, shape)
+            fits = len(promised) == len(part.shape)
+            whole = (
+                _mapped(there, source.vspace, source.src_space, shape, promised) if fits else None
+            )
+            mapped = [short for piece in whole or [] for short in _as_far_as(part.shape, piece)]
             gone.append(f"{place}: the part {source.file_name} is too short")
         if mapped is None:
             raise InputError(
@@ -297,6 +300,11 @@ def _selected(
             return None
         selected.append(ranges)
     return selected
+
+
+def _lengths(space: h5py.h5s.SpaceID, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How many indices a selection has along each axis."""
+    return tuple(sum(map(len, ranges)) for ranges in _selected(space, shape, list(shape)) or ())
 
 
 def _ranges(start: int, stride: int, count: int, block: int) -> list[range] | None:
