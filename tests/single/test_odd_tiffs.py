@@ -150,6 +150,43 @@ def test_images_inside_pages(tmp_path, kind):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations_of_png(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    for k, frame in enumerate(VALUES):
+        Image.fromarray(frame).save(tmp_path / f"f{k}.png", exif=exif)
+    theirs = [
+        np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"f{k}.png"))) for k in range(4)
+    ]
+    np.testing.assert_array_equal(stack(open_camera_file(tmp_path)), theirs)
+
+
+def test_an_orientation_behind_the_pixels_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    path = tmp_path / "f.png"
+    Image.fromarray(VALUES[0]).save(path, exif=exif)
+    data = path.read_bytes()
+    at = data.index(b"eXIf") - 4
+    chunk = data[at : at + 12 + int.from_bytes(data[at : at + 4])]
+    path.write_bytes(data.replace(chunk, b"").replace(data[-12:], chunk + data[-12:]))
+    assert Image.open(path).getexif()[274] == 6
+    refused(path, "orientation", "behind the pixels")
+
+
+def test_significant_bits_of_ome(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, VALUES, **GREY, metadata={"axes": "TYX"})
+    text = tifffile.tiffcomment(path)
+    bits = next(word for word in text.split() if word.startswith("SignificantBits"))
+    tifffile.tiffcomment(path, text.replace(bits, 'SignificantBits="12"'))
+    assert open_camera_file(path).bit_depth == 12
+    assert open_camera_file(path, bit_depth=14).bit_depth == 14
+    tifffile.tiffcomment(path, text.replace(bits, 'SignificantBits="8"'))
+    refused(path, "holds the value", "8 bits end at 255")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientations_are_those_of_pillow(tmp_path, orientation):
     path = tmp_path / "a.tif"
     tag = [(274, "H", 1, orientation, True)]

@@ -12,12 +12,14 @@ from PIL import Image
 
 from hpc_xvr.data.cameras.numbering import grouped, pattern
 from hpc_xvr.data.cameras.recording import Recording, array_recording, check_shape, guarded
-from hpc_xvr.data.cameras.tiff import DENSEST, Stack, grey, open_tiff, read_tiff
+from hpc_xvr.data.cameras.tiff import DENSEST, ORIENTED, Stack, grey, open_tiff, read_tiff
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 IMAGE_SUFFIXES = (*TIFF_SUFFIXES, ".png")
+EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
+"""Where a PNG states its orientation."""
 PNG_DTYPES = {"L": "u1", "I;16": "u2", "I;16B": "u2", "I": "u2", "RGB": "u1"}
 ALIKE = 1.5
 """A stack goes on where another ends if the step between them is at most so many times larger than
@@ -211,6 +213,7 @@ def _png_header(path: Path) -> Stack:
         if image.mode not in PNG_DTYPES:
             raise InputError(f"{path}: is a {image.mode} image: convert it to 8 or 16-bit grey")
         shape, native = image.size[::-1], np.dtype(PNG_DTYPES[image.mode])
+        orientation = _orientation(path, image) if EXIF & set(image.info) else 1
     check_shape(path, (1, *shape))
     if shape[0] * shape[1] * native.itemsize > DENSEST * path.stat().st_size:
         raise InputError(
@@ -218,16 +221,29 @@ def _png_header(path: Path) -> Stack:
             f"{path.stat().st_size} bytes can hold: the file is damaged, copy it "
             "again"
         )
-    return Stack(shape, native, 1, 8 * native.itemsize, (0,))
+    shape = shape[::-1] if orientation > 4 else shape
+    return Stack(shape, native, 1, 8 * native.itemsize, (0,), orientation)
 
 
 def _read_png(path: Path) -> np.ndarray:
-    native = _png_header(path).native
+    header = _png_header(path)
     with Image.open(path, formats=["PNG"]) as image:
         image.verify()  # checksums of all chunks, which load() does not look at
     with Image.open(path, formats=["PNG"]) as image:
-        frame = np.asarray(image).astype(native)
-    return grey(str(path), frame) if frame.ndim == 3 else frame
+        frame = np.asarray(image).astype(header.native)
+        if _orientation(path, image) != header.orientation:
+            raise InputError(
+                f"{path}: its orientation (EXIF) is stated behind the pixels: save it again"
+            )
+    return ORIENTED[header.orientation](grey(str(path), frame) if frame.ndim == 3 else frame)
+
+
+def _orientation(path: Path, image: Image.Image) -> int:
+    """How the frame is shown upright, by EXIF or XMP; 1 if it is stored so."""
+    orientation = int(image.getexif().get(274, 1))
+    if orientation not in ORIENTED:
+        raise InputError(f"{path}: has the orientation {orientation} (EXIF): allowed are 1 to 8")
+    return orientation
 
 
 def _size(shape: tuple[int, ...]) -> str:

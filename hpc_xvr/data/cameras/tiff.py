@@ -100,7 +100,7 @@ def open_tiff(path: Path, missing: bool = False) -> Stack:
             )
         fields = {"metadata": _texts(page), **stated.fields}
         orientation = _orientation(path, page, 0) or 1
-        line, bits = stated.line, page.bitspersample
+        line, bits = stated.line, stated.bits or page.bitspersample
     white = None
     if line is not None:
         if native.kind == "u" and line[1] > 0 and line != (-32768, 1):

@@ -28,6 +28,8 @@ class Stated:
     """Sizes and names, without those of size 1."""
     fields: dict[str, Any] = field(default_factory=dict)
     line: tuple[float, float] | None = None
+    bits: int | None = None
+    """Significant ones."""
     others: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -177,6 +179,9 @@ def _of_ome(path: Path, text: str, page: Any) -> Stated:
     names = {uuid.get("FileName", "") for uuid in pixels.iter() if uuid.tag.endswith("}UUID")}
     stated = Stated(_sized((channels, "channels"), (slices, "slices"), (times, "times")))
     stated.others = tuple(sorted(names - {"", path.name})) if len(names) > 1 else ()
+    bits = pixels.get("SignificantBits", "")
+    if bits.isdecimal() and 0 < int(bits) <= page.bitspersample and page.dtype.kind == "u":
+        stated.bits = int(bits)
     interval = _number(pixels.get("TimeIncrement"))
     if interval and (unit := units.factor(pixels.get("TimeIncrementUnit", "s"), "s")):
         stated.fields["frame_rate_hz"] = 1 / (interval * unit)
