@@ -133,7 +133,7 @@ def camera_files(path: Path | str, missing: bool = False) -> tuple[list[Path], s
     if suffix not in (*SUFFIXES, MATLAB):
         raise InputError(f"{path}: unknown kind of file; supported are {FORMATS}")
     if suffix in images.IMAGE_SUFFIXES:
-        alike = [file for file in path.parent.iterdir() if file.suffix == path.suffix]
+        alike = [file for file in path.parent.iterdir() if file.suffix.lower() == suffix]
         group = next(group for group in numbering.grouped(alike) if path in group.files)
         if len(group.files) > 1 and (
             group.parts or images.page_count(*(group.files if missing else [path])) == 1
@@ -144,7 +144,11 @@ def camera_files(path: Path | str, missing: bool = False) -> tuple[list[Path], s
 
 
 def _sequence(path: Path, found: list[Path], missing: bool) -> list[Path]:
-    files = [file for file in found if file.suffix.lower() in images.IMAGE_SUFFIXES]
+    files = [
+        file
+        for file in found
+        if file.suffix.lower() in images.IMAGE_SUFFIXES and not file.name.startswith(".")
+    ]
     groups = numbering.grouped(files)
     if len(groups) != 1:
         raise InputError(

@@ -210,8 +210,16 @@ def _read(path: Path, stack: Stack, start: int, stop: int) -> Iterator[np.ndarra
 
 def _png_header(path: Path) -> Stack:
     with Image.open(path, formats=["PNG"]) as image:
-        if image.mode not in PNG_DTYPES:
-            raise InputError(f"{path}: is a {image.mode} image: convert it to 8 or 16-bit grey")
+        with path.open("rb") as file:
+            bits = file.read(25)[-1]
+        if image.mode not in PNG_DTYPES or (image.mode == "RGB" and bits != 8):
+            raise InputError(
+                f"{path}: is a {image.mode} image of {bits} bit: convert it to 8 or 16-bit grey"
+            )
+        if getattr(image, "n_frames", 1) > 1:
+            raise InputError(
+                f"{path}: is an animation of {image.n_frames} frames: save each as a file"
+            )
         shape, native = image.size[::-1], np.dtype(PNG_DTYPES[image.mode])
         orientation = _orientation(path, image) if EXIF & set(image.info) else 1
     check_shape(path, (1, *shape))
@@ -222,7 +230,7 @@ def _png_header(path: Path) -> Stack:
             "again"
         )
     shape = shape[::-1] if orientation > 4 else shape
-    return Stack(shape, native, 1, 8 * native.itemsize, (0,), orientation)
+    return Stack(shape, native, 1, bits, (0,), orientation)
 
 
 def _read_png(path: Path) -> np.ndarray:
@@ -231,6 +239,8 @@ def _read_png(path: Path) -> np.ndarray:
         image.verify()  # checksums of all chunks, which load() does not look at
     with Image.open(path, formats=["PNG"]) as image:
         frame = np.asarray(image).astype(header.native)
+        if header.bits < 8:  # Pillow stretches them
+            frame //= 255 // (2**header.bits - 1)
         if _orientation(path, image) != header.orientation:
             raise InputError(
                 f"{path}: its orientation (EXIF) is stated behind the pixels: save it again"

@@ -108,10 +108,24 @@ def grouped(files: Iterable[Path]) -> list[Group]:
     alike: dict[object, list[Path]] = defaultdict(list)
     for file in rest:
         if file not in taken:
-            alike[file.parent, file.suffix, tuple(_template(file))].append(file)
+            alike[file.parent, file.suffix.lower(), tuple(_template(file))].append(file)
     for bucket in alike.values():
         found += _by_number(bucket)
     return sorted(found, key=lambda group: min(place[file] for file in group.files))
+
+
+def divided(groups: Sequence[Group]) -> list[list[Group]]:
+    """Sequences whose names differ from each other in numbers only."""
+    alike: dict[object, list[Group]] = defaultdict(list)
+    for group in groups:
+        first = group.files[0]
+        if not group.parts:
+            alike[first.parent, tuple(_template(first))].append(group)
+    return [
+        several
+        for several in alike.values()
+        if len(several) > 1 and any(len(group.files) > 1 for group in several)
+    ]
 
 
 def successive(stacks: Sequence[Path]) -> Iterator[tuple[Path | None, Path]]:

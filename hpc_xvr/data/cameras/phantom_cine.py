@@ -22,6 +22,7 @@ import numpy as np
 
 from hpc_xvr.data.cameras.packing import unpack
 from hpc_xvr.data.cameras.recording import Recording, check_shape, stated_bit_depth
+from hpc_xvr.data.cameras.stamps import frame_times, rate_of
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
@@ -311,34 +312,10 @@ def _bit_depth(
 
 def _times(path: Path, ticks: np.ndarray | None) -> np.ndarray | None:
     """Seconds from the first frame, (T,) float64, or None if the stamps do not say."""
-    if ticks is None or len(ticks) < 2 or (ticks == ticks[0]).all():
+    if ticks is None:
         return None
     steps = np.diff(ticks).astype(np.int64)  # of unsigned ticks: right even where they fall
-    late = np.flatnonzero(steps <= 0)
-    if len(late):
-        k = int(late[0])
-        logger.warning(
-            "%s: time stamps %s after frame %d: they are not used, and all frames are taken as "
-            "equally spaced in time",
-            *(path, "run backwards" if steps[k] < 0 else "stand still", k),
-        )
-        return None
-    typical = _typical(steps)
-    odd = np.flatnonzero(np.abs(steps - typical) > 0.5 * typical)
-    if len(odd):
-        k = int(odd[0])
-        others = f", and at {len(odd) - 1} more places" if len(odd) > 1 else ""
-        logger.warning(
-            "%s: time stamps jump after frame %d: %g s to the next frame instead of %g s%s: "
-            "frames were lost, or the frame rate changed",
-            *(path, k, steps[k] / SECOND, typical / SECOND, others),
-        )
-    return np.concatenate(([0.0], np.cumsum(steps.astype(float)))) / SECOND
-
-
-def _typical(steps: np.ndarray) -> float:
-    """The median, or of an even number of steps the lower one of the two in the middle."""
-    return float(np.quantile(steps, 0.5, method="lower"))
+    return frame_times(path, np.concatenate(([0.0], np.cumsum(steps.astype(float)))) / SECOND)
 
 
 def _record_rate(setup: dict[str, Any]) -> float | None:
@@ -360,20 +337,11 @@ def _rates(
                 "%s: states no frame rate: it is unknown, unless you state it (--frame-rate)", path
             )
         return record, record
-    steps = np.diff(times)
-    typical = _typical(steps)
-    interval = float(steps[np.abs(steps - typical) <= 0.5 * typical].mean())
+    rate = rate_of(path, times, record)
     if record is None:
-        logger.warning("%s: states no frame rate; its time stamps say %g Hz", path, 1 / interval)
-        return 1 / interval, None
-    step = max(1, round(interval * record))
-    if abs(interval * record - step) <= 0.01 * step:
-        return record / step, record
-    logger.warning(
-        "%s: its header states %g frames a second, its time stamps %g: the latter is taken",
-        *(path, record, 1 / interval),
-    )
-    return 1 / interval, record
+        logger.warning("%s: states no frame rate; its time stamps say %g Hz", path, rate)
+        return rate, None
+    return rate, record
 
 
 def _exposure(path: Path, setup: dict[str, Any], ticks: np.ndarray | None) -> float | None:

@@ -119,6 +119,8 @@ def open_photron(path: Path, bit_depth: int | None = None, missing: bool = False
     # A file of fewer bits than the sensor's holds only the upper ones: nothing to shift there.
     shift = bits - depth if side == "higher" and depth < bits else 0
 
+    cut_off: list[bool] = []  # told once
+
     def source(start: int, stop: int) -> Iterator[np.ndarray]:
         size = count * bits // 8
         with pixels.open("rb") as file:
@@ -130,6 +132,13 @@ def open_photron(path: Path, bit_depth: int | None = None, missing: bool = False
                 else:
                     frame = np.frombuffer(data, np.dtype(f"<u{bits // 8}"))
                 frame = frame.reshape(height, width)
+                if shift and not cut_off and (frame & (2**shift - 1)).any():
+                    cut_off.append(True)
+                    logger.warning(
+                        "%s: has values in the lower %d of %d bits, where %s says there are none "
+                        "(EffectiveBit Depth %d, Side Higher): they are cut off",
+                        *(pixels, shift, bits, header_path.name, depth),
+                    )
                 yield frame >> shift if shift else frame
 
     return Recording(

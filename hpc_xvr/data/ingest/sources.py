@@ -89,6 +89,7 @@ def _recordings(files: list[Path], dataset: str | None, missing: bool) -> Iterat
     others = [file for file in files if file.suffix.lower() not in images.IMAGE_SUFFIXES]
     yield from (Source((file,), dataset) for file in others if file not in headers)
     stacks: list[Path] = []
+    sequences: list[numbering.Group] = []
     for group in numbering.grouped(pictures):
         first = min(group.files)
         with guarded(str(first)):
@@ -96,7 +97,15 @@ def _recordings(files: list[Path], dataset: str | None, missing: bool) -> Iterat
         if several and not group.parts:
             stacks += group.files
         else:
+            sequences.append(group)
             yield Source(tuple(group.in_order(missing)), dataset)
+    for divided in numbering.divided(sequences):
+        logger.warning(
+            "%s: its images become %d recordings, as they differ in more than one number (%s, %s, "
+            "...): if they are one, number them through",
+            *(divided[0].files[0].parent, len(divided)),
+            *(group.files[0].name for group in divided[:2]),
+        )
     first_part: dict[Path, str] = {}
     for before, file in numbering.successive(stacks):
         if before is not None and images.goes_on(before, file):
