@@ -35,6 +35,8 @@ from hpc_xvr.reconstruction.writers import (
 )
 
 MOVIE_FPS = 8
+SATURATED = 0.005
+"""Share of pixels at the largest count that is told."""
 
 
 @dataclass(frozen=True)
@@ -180,10 +182,25 @@ def _material(
     """The input of a reconstruction; networks that carry key frames refuse those that show
     nothing."""
     lr, keys = streams
-    if method.lr_frames == WHOLE_GAP:
-        read = keys.__getitem__
-        keys = KeyFrames(list(keys), keys.shape, lambda t: _with_a_picture(read(t), t))
-    return Material(lr, keys, calibration, truth)
+    told: set[str] = set()
+
+    def checked(frame: np.ndarray, name: str) -> np.ndarray:
+        if frame.min() == frame.max() and name not in told:
+            told.add(name)
+            logger.warning(
+                "%s: all its pixels are %g of full scale: was it lost, or not exposed?",
+                *(name, frame.flat[0]),
+            )
+        return frame
+
+    def key(t: int) -> np.ndarray:
+        frame = keys[t]
+        if method.lr_frames == WHOLE_GAP:
+            return _with_a_picture(frame, t)
+        return checked(frame, f"the key frame at frame {t}")
+
+    fast = Stream(lr.shape, lambda t: checked(lr[t], f"frame {t} of the fast camera"))
+    return Material(fast, KeyFrames(list(keys), keys.shape, key), calibration, truth)
 
 
 def _with_a_picture(frame: np.ndarray, t: int) -> np.ndarray:
@@ -266,9 +283,26 @@ def from_recordings(
         scale = max(1, round(ratio))
     pair = joined(sharp, fast, pairing, scale, crop)
     lr, keys = streams_of_pair(pair, scale)
+    _say_if_saturated(pair, lr, keys)
     grey = _agreed(pair, lr, keys, pairing)
     matched = Stream(lr.shape, lambda t: grey.matched(lr[t]))
     return _material(method, (matched, keys), _calibration(pair, grey))
+
+
+def _say_if_saturated(pair: Pair, lr: Stream, keys: KeyFrames) -> None:
+    """Warn of counts that are the largest possible in more than a few pixels of some frames."""
+    times = list(keys)[:: -(-len(keys) // 4)]
+    for recording, frames in (
+        (pair.fast, [lr[t] for t in times]),
+        (pair.sharp, [keys[t] for t in times]),
+    ):
+        share = float(np.mean([frame >= 1 for frame in frames]))
+        if share > SATURATED and not recording.in_floats():
+            logger.warning(
+                "%s: %.2g %% of the pixels are %d, the largest count of %d bit: saturated, and "
+                "what is brighter is not known",
+                *(recording.path, 100 * share, 2**recording.bit_depth - 1, recording.bit_depth),
+            )
 
 
 def _agreed(pair: Pair, lr: Stream, keys: KeyFrames, pairing: Pairing) -> Grey:
