@@ -91,6 +91,7 @@ setup(
             "sphinx-design>=0.5",
         ],
         "test": [
+            "hdf5plugin>=4.1",  # HDF5 with bitshuffle is read in a test
             "hypothesis",
             "import-linter>=2",
             "mypy>=1.11",

@@ -58,6 +58,7 @@ def open_recording(
     pixel_size_um: float | None = None,
     camera: str | None = None,
     allow_links: Sequence[str | Path] = (),
+    missing: Literal["skip"] | None = None,
 ) -> Recording:
     """Open the recording of one camera; frames are read when they are needed.
 
@@ -77,6 +78,9 @@ def open_recording(
             on the object.
         allow_links: folders that an HDF5 file may lead into (by links, virtual datasets and raw
             files) beside its own.
+        missing: skip leaves out frames that are missing or cannot be read, with a warning, and
+            keeps the times of the others; all frames are read once for it. Without it such frames
+            are an error.
 
     Raises:
         InputError: the file is missing, damaged or of an unknown format, or an option does not
@@ -93,6 +97,7 @@ def open_recording(
         pixel_size_um=pixel_size_um,
         camera=camera,
         allow_links=tuple(allow_links),
+        missing=missing,
     ).open(source)
 
 

@@ -83,6 +83,13 @@ _READING = (
         {"type": float, "metavar": "UM"},
     ),
     _Option("camera", "camera", "Name of the camera, instead of what the file says.", {}),
+    _Option(
+        "missing",
+        "missing",
+        "Leave out frames that are missing or cannot be read, with a warning; nan: `reconstruct` "
+        "writes NaN in place of those of the fast camera. [default: they are an error]",
+        {"type": click.Choice(["skip", "nan"])},
+    ),
 )
 
 

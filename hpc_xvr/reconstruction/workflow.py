@@ -14,6 +14,7 @@ import torch
 
 from hpc_xvr.config import Config
 from hpc_xvr.data.cameras import Recording
+from hpc_xvr.data.cameras.recording import LEFT_OUT
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.pairing.agreement import Grey, compare, grey_of, told
 from hpc_xvr.data.pairing.joining import Pair, Pairing, joined
@@ -34,6 +35,8 @@ from hpc_xvr.reconstruction.writers import (
 )
 
 MOVIE_FPS = 8
+SATURATED = 0.005
+"""Share of pixels at the largest count that is told."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class Material:
     calibration: Calibration
     truth: Callable[[int], np.ndarray] | None = None
     """Time -> true frame (H, W) in [0, 1], if it is known."""
+    places: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """Place of each frame of `lr` in a result that has a frame of NaN where one is missing; None:
+    it has none."""
 
 
 def reconstruct_run(
@@ -114,6 +120,9 @@ def reconstruct_run(
         method = refine(method, material)
     first, last = min(keys), max(keys)
     count = last - first + 1
+    places = material.places
+    if places is not None and dtype != "float32":
+        raise InputError("--lr-missing nan: integers have no NaN; give --dtype float32 too")
     name = f"{what} at step {method.step}" if method.step else method.title
     logger.info("%s: frames %d to %d of %dx%d pixels", name, first, last, *keys.shape)
     frames = frames_of(method, material, device)
@@ -126,13 +135,27 @@ def reconstruct_run(
                 shown.append((material.lr[t], frame, *([truth(t)] if truth else [])))
             yield frame
 
-    write_sequence(out, results(), count, material.calibration, first, dtype)
+    written: Iterator[np.ndarray] = results()
+    if places is not None:
+        written = _with_gaps(written, places[first : last + 1])
+        first, count = int(places[first]), int(places[last] - places[first]) + 1
+    write_sequence(out, written, count, material.calibration, first, dtype)
     logger.info("written: %s (%d frames)", out, count)
     if movie:
         labels = ["fast camera", "reconstruction", *(["truth"] if truth else [])]
         write_movie(movie, shown, MOVIE_FPS, labels)
         logger.info("written: %s", movie)
     return out
+
+
+def _with_gaps(frames: Iterator[np.ndarray], places: np.ndarray) -> Iterator[np.ndarray]:
+    """The frames, and frames of NaN at the places that none of them has."""
+    before = int(places[0]) - 1
+    for place, frame in zip(places.tolist(), frames, strict=True):
+        for _ in range(place - before - 1):
+            yield np.full_like(frame, np.nan)
+        yield frame
+        before = place
 
 
 def frames_of(
@@ -159,10 +182,25 @@ def _material(
     """The input of a reconstruction; networks that carry key frames refuse those that show
     nothing."""
     lr, keys = streams
-    if method.lr_frames == WHOLE_GAP:
-        read = keys.__getitem__
-        keys = KeyFrames(list(keys), keys.shape, lambda t: _with_a_picture(read(t), t))
-    return Material(lr, keys, calibration, truth)
+    told: set[str] = set()
+
+    def checked(frame: np.ndarray, name: str) -> np.ndarray:
+        if frame.min() == frame.max() and name not in told:
+            told.add(name)
+            logger.warning(
+                "%s: all its pixels are %g of full scale: was it lost, or not exposed?",
+                *(name, frame.flat[0]),
+            )
+        return frame
+
+    def key(t: int) -> np.ndarray:
+        frame = keys[t]
+        if method.lr_frames == WHOLE_GAP:
+            return _with_a_picture(frame, t)
+        return checked(frame, f"the key frame at frame {t}")
+
+    fast = Stream(lr.shape, lambda t: checked(lr[t], f"frame {t} of the fast camera"))
+    return Material(fast, KeyFrames(list(keys), keys.shape, key), calibration, truth)
 
 
 def _with_a_picture(frame: np.ndarray, t: int) -> np.ndarray:
@@ -199,7 +237,17 @@ def material_of(method: NamedMethod, source: Source) -> Material:
         return _from_corpus(method, source)
     sharp = source.hr_camera.open(source.hr)
     fast = source.lr_camera.on_scale_of(source.hr_camera).open(source.lr)
-    return from_recordings(method, fast, sharp, source.pairing, source.crop)
+    material = from_recordings(method, fast, sharp, source.pairing, source.crop)
+    if source.lr_camera.missing != "nan" or fast.numbers is None:
+        return material
+    places = np.rint(fast.numbers).astype(int)
+    if (np.diff(places) < 1).any():
+        raise InputError(
+            f"{fast.path}: its time stamps are too uneven for frames of NaN at the missing ones: "
+            "give --lr-missing skip"
+        )
+    calibration = replace(material.calibration, times_s=None)  # equally spaced again
+    return replace(material, places=places, calibration=calibration)
 
 
 def from_recordings(
@@ -235,9 +283,26 @@ def from_recordings(
         scale = max(1, round(ratio))
     pair = joined(sharp, fast, pairing, scale, crop)
     lr, keys = streams_of_pair(pair, scale)
+    _say_if_saturated(pair, lr, keys)
     grey = _agreed(pair, lr, keys, pairing)
     matched = Stream(lr.shape, lambda t: grey.matched(lr[t]))
     return _material(method, (matched, keys), _calibration(pair, grey))
+
+
+def _say_if_saturated(pair: Pair, lr: Stream, keys: KeyFrames) -> None:
+    """Warn of counts that are the largest possible in more than a few pixels of some frames."""
+    times = list(keys)[:: -(-len(keys) // 4)]
+    for recording, frames in (
+        (pair.fast, [lr[t] for t in times]),
+        (pair.sharp, [keys[t] for t in times]),
+    ):
+        share = float(np.mean([frame >= 1 for frame in frames]))
+        if share > SATURATED and not recording.in_floats():
+            logger.warning(
+                "%s: %.2g %% of the pixels are %d, the largest count of %d bit: saturated, and "
+                "what is brighter is not known",
+                *(recording.path, 100 * share, 2**recording.bit_depth - 1, recording.bit_depth),
+            )
 
 
 def _agreed(pair: Pair, lr: Stream, keys: KeyFrames, pairing: Pairing) -> Grey:
@@ -257,6 +322,8 @@ def _calibration(pair: Pair, grey: Grey) -> Calibration:
     if white == 1.0 and not sharp.in_floats():  # and no file states what its counts mean
         white, unit = float(2**sharp.bit_depth - 1), "counts"
     notes = []
+    if left_out := fast.metadata.get(LEFT_OUT):
+        notes.append(f"missing frames of the fast camera: {left_out}")
     if grey != Grey():
         notes.append(
             f"grey of the fast camera matched: fast = {grey.gain:.6g} x sharp {grey.offset:+.6g}"

@@ -79,7 +79,8 @@ def write_sequence(
 
     Raises:
         InputError: unknown suffix, missing folder, full disk, a frame of another size or with
-            values that are not finite, or a number of frames other than `count`.
+            values that are not finite (but floats may have frames that are all NaN, where one is
+            missing), or a number of frames other than `count`.
     """
     path = Path(path)
     check_sequence(path)
@@ -124,7 +125,8 @@ def _stored(
                 f"{path}: frame {i} is {frame.shape}, the first one {shape[1:]}; all "
                 "frames must have one size"
             )
-        if not np.isfinite(frame).all():
+        missing = kind.kind == "f" and np.isnan(frame).all()
+        if not np.isfinite(frame).all() and not missing:
             raise InputError(f"{path}: frame {i} holds values that are not finite")
         if kind.kind == "f":
             yield (frame * full_scale).astype(kind)

@@ -210,3 +210,41 @@ def test_greys_that_change_from_key_to_key_are_left_alone(hpc_xvr, tmp_path):
     _, said = reconstruct(hpc_xvr, tmp_path, gain * bin_down(scene, 4), scene[::GAP])
     assert "this is not certain" in said
     assert "brought to" not in said and "matched" not in said
+
+
+def test_greys_that_are_far_apart_but_not_certain_are_refused(hpc_xvr, tmp_path):
+    scene = moving(17, speed=0)
+    noise = np.random.default_rng(1).normal(0, 0.2, (17, 16, 16)).astype(np.float32)
+    fast = as_counts(np.clip(bin_down(scene, 4) + noise, 0, 1), 65535)
+    keys = as_counts(scene[::GAP], 4095)
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, keys, code=2)
+    assert "differ by a factor of about 1" in said and "--hr-bit-depth" in said
+    reconstruct(hpc_xvr, tmp_path, fast, keys, "--match-grey", "off")
+
+
+def test_dead_pixels_do_not_make_greys_uncertain(hpc_xvr, tmp_path):
+    scene = moving(17, speed=0)
+    fast = bin_down(scene, 4) / 4
+    fast[:, :, 5] = 0
+    keys = as_counts(scene[::GAP], 65535)
+    _, said = reconstruct(hpc_xvr, tmp_path, as_counts(fast, 65535), keys)
+    assert "fast = 0.25 x sharp" in said and "brought to" in said
+
+
+def test_frames_without_a_picture_are_told(hpc_xvr, tmp_path):
+    scene = moving(17)
+    fast, keys = bin_down(scene, 4), scene[::GAP].copy()
+    fast[6], keys[2] = 0, 0.5
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, keys)
+    assert "frame 6 of the fast camera: all its pixels are 0 of full scale" in said
+    assert "the key frame at frame 8: all its pixels are 0.5" in said
+
+
+def test_saturated_cameras_are_told(hpc_xvr, tmp_path):
+    scene = moving(17)
+    fast = as_counts(bin_down(scene, 4), 65535)
+    keys = as_counts(np.minimum(2 * scene[::GAP], 1), 65535)
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, keys)
+    assert re.search(r"sharp.tif: \S+ % of the pixels are 65535.*saturated", said)
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, as_counts(scene[::GAP], 65535))
+    assert "largest count" not in said

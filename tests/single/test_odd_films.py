@@ -316,3 +316,13 @@ def test_datasets_of_flat_and_dark_fields(hpc_xvr, tmp_path):
     for given in ([], ["--flat", f"{fields}::/a/flat"]):
         said = hpc_xvr("ingest", path, "--corpus", tmp_path / "c", *given, *named[:2], code=2).err
         assert "--flat-dataset /a/flat is given" in said
+
+
+def test_lower_bits_that_the_header_denies_are_told(tmp_path, caplog):
+    frames = counts((2, 6, 8))
+    path = write_photron(tmp_path, frames << 4, 16, **{"EffectiveBit Side": "Higher"})
+    np.testing.assert_array_equal(stack(open_camera_file(path)), frames)
+    assert not caplog.text
+    path = write_photron(tmp_path, frames << 3, 16, **{"EffectiveBit Side": "Higher"})
+    np.testing.assert_array_equal(stack(open_camera_file(path)), frames >> 1)
+    assert "values in the lower 4 of 16 bits" in caplog.text

@@ -686,3 +686,72 @@ def test_memory_for_many_frames_in_few_bytes(tmp_path):
     )
     frames, kilobytes = map(int, done.stdout.split())
     assert frames == 128 and kilobytes < 600_000
+
+
+# Values and times that the file states beside the numbers
+
+
+def nexus(path, **fields) -> Path:
+    """A NeXus file; fields of its NXdata."""
+    with h5py.File(path, "w") as file:
+        group = file.create_group("entry/data")
+        file["entry"].attrs["NX_class"], group.attrs["NX_class"] = "NXentry", "NXdata"
+        group.attrs.update(signal="data", axes=["time", "y", "x"])
+        group["data"] = FRAMES
+        for name, value in fields.items():
+            group[name] = value
+    return path
+
+
+def values(path, **options) -> np.ndarray:
+    return np.stack(list(open_camera_file(path, **options).values()))
+
+
+def test_scale_and_offset_of_the_numbers(tmp_path):
+    path = write(tmp_path / "netcdf.h5", scale_factor=0.5, add_offset=-100.0)
+    recording = open_camera_file(path)
+    np.testing.assert_allclose(values(path), FRAMES * 0.5 - 100)
+    assert recording.full_scale == 65535 / 2 - 100
+    np.testing.assert_array_equal(stack(open_camera_file(path, bit_depth=12)), FRAMES)
+    nexus(tmp_path / "n.h5", data_scaling_factor=2.0, offset=10)
+    np.testing.assert_allclose(values(tmp_path / "n.h5"), 10 + 2.0 * FRAMES)
+    refused(write(tmp_path / "0.h5", scale_factor=0.0), "scale 0", "--bit-depth")
+
+
+@pytest.mark.parametrize("kind", ["nexus", "exchange", "scale"])
+def test_time_axes(tmp_path, kind, caplog):
+    path, times = tmp_path / "a.h5", np.array([5.0, 6, 7, 9, 10, 11])
+    if kind == "nexus":
+        nexus(path, time=times)
+        name = "entry/data/time"
+    elif kind == "exchange":
+        write(path, "exchange/data")
+        write(path, name := "exchange/time", times)
+    else:
+        write(write(path), name := "time", times)
+        with h5py.File(path, "a") as file:
+            file["time"].make_scale("time")
+            file["frames"].dims[0].attach_scale(file["time"])
+    same(path)
+    assert kind == "exchange" or "has no unit" in caplog.text
+    with h5py.File(path, "a") as file:
+        file[name].attrs["units"] = "ms"
+    recording = open_camera_file(path)
+    assert recording.times_s == pytest.approx((times - 5) / 1000)
+    assert recording.frame_rate_hz == pytest.approx(1000)
+    assert "time stamps jump after frame 2" in caplog.text
+    assert recording.taken().tolist() == [0, 1, 2, 4, 5, 6]
+    with h5py.File(path, "a") as file:
+        file[name][3] = 6
+    assert open_camera_file(path).times_s is None
+    assert "run backwards after frame 2" in caplog.text
+
+
+def test_chunks_that_contradict_the_order_of_axes(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("frames", data=np.moveaxis(FRAMES, 0, -1), chunks=(16, 24, 1))
+    refused(path, "in chunks of 16 x 24 x 1", "attribute axes")
+    with h5py.File(path, "a") as file:
+        file["frames"].attrs["axes"] = "y:x:time"
+    same(path)

@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+import zlib
 
 import h5py
 import numpy as np
@@ -147,6 +148,98 @@ def test_images_inside_pages(tmp_path, kind):
         np.testing.assert_array_equal(stack(open_camera_file(path)), VALUES)
     else:
         refused(path, "page 0", "SubIFD")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations_of_png(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    for k, frame in enumerate(VALUES):
+        Image.fromarray(frame).save(tmp_path / f"f{k}.png", exif=exif)
+    theirs = [
+        np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"f{k}.png"))) for k in range(4)
+    ]
+    np.testing.assert_array_equal(stack(open_camera_file(tmp_path)), theirs)
+
+
+def test_an_orientation_behind_the_pixels_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    path = tmp_path / "f.png"
+    Image.fromarray(VALUES[0]).save(path, exif=exif)
+    data = path.read_bytes()
+    at = data.index(b"eXIf") - 4
+    chunk = data[at : at + 12 + int.from_bytes(data[at : at + 4])]
+    path.write_bytes(data.replace(chunk, b"").replace(data[-12:], chunk + data[-12:]))
+    assert Image.open(path).getexif()[274] == 6
+    refused(path, "orientation", "behind the pixels")
+
+
+@pytest.mark.parametrize("unit", ["s", "ms"])
+def test_times_of_ome_planes(tmp_path, caplog, unit):
+    path, ratio = tmp_path / "a.ome.tif", {"s": 1, "ms": 1e-3}[unit]
+    plane = {"DeltaT": [1.0, 2, 3, 5], "DeltaTUnit": [unit] * 4, "ExposureTime": [0.5] * 4}
+    tifffile.imwrite(path, VALUES, **GREY, metadata={"axes": "TYX", "Plane": plane})
+    recording = open_camera_file(path)
+    assert recording.times_s == pytest.approx(np.array([0, 1, 2, 4]) * ratio)
+    assert recording.frame_rate_hz == pytest.approx(1 / ratio)
+    assert recording.exposure_s == 0.5
+    assert "time stamps jump after frame 2" in caplog.text
+
+
+def png_of(path, frame, depth: int, colour: int):
+    """A PNG of numbers that are packed already."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        crc = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+    head = struct.pack(">IIBBBBB", 12, len(frame), depth, colour, 0, 0, 0)
+    rows = b"".join(b"\0" + row.tobytes() for row in frame)
+    parts = chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+def test_numbers_that_pillow_would_change(tmp_path):
+    frame = counts((8, 12), 12)
+    colours = np.repeat(frame[..., None], 3, -1).astype(">u2")
+    refused(png_of(tmp_path / "rgb.png", colours, 16, 2), "RGB image of 16 bit")
+    small = counts((8, 12), 4)
+    packed = (small[:, ::2] << 4 | small[:, 1::2]).astype(np.uint8)
+    recording = open_camera_file(png_of(tmp_path / "four.png", packed, 4, 0))
+    assert recording.bit_depth == 4
+    np.testing.assert_array_equal(stack(recording), small[None])
+
+
+def test_animations_are_refused(tmp_path):
+    first, *others = (Image.fromarray((frame % 256).astype(np.uint8)) for frame in VALUES)
+    first.save(tmp_path / "a.png", save_all=True, append_images=others)
+    refused(tmp_path / "a.png", "animation of 4 frames")
+
+
+def test_suffixes_and_hidden_files(tmp_path):
+    for k, name in enumerate(("f0.TIF", "f1.tif", "f2.TIF", "._f0.TIF")):
+        tifffile.imwrite(tmp_path / name, VALUES[k], **GREY)
+    np.testing.assert_array_equal(stack(open_camera_file(tmp_path)), VALUES[:3])
+
+
+def test_names_that_differ_in_two_numbers_are_told(tmp_path, hpc_xvr):
+    (tmp_path / "in").mkdir()
+    for k, name in enumerate(("c_10-58.tif", "c_10-59.tif", "c_11-00.tif", "other_1.tif")):
+        tifffile.imwrite(tmp_path / "in" / name, VALUES[k], **GREY)
+    said = hpc_xvr("ingest", tmp_path / "in", "--corpus", tmp_path / "c").err
+    assert "become 2 recordings" in " ".join(said.split())
+
+
+def test_significant_bits_of_ome(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, VALUES, **GREY, metadata={"axes": "TYX", "SignificantBits": 12})
+    text = tifffile.tiffcomment(path)
+    assert open_camera_file(path).bit_depth == 12
+    assert open_camera_file(path, bit_depth=14).bit_depth == 14
+    tifffile.tiffcomment(path, text.replace('Bits="12"', 'Bits="8"'))
+    refused(path, "holds the value", "8 bits end at 255")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -33,6 +33,7 @@ def open_camera_file(
     bit_depth: int | None = None,
     full_scale: float | None = None,
     allow_links: Sequence[Path | str] = (),
+    missing: bool = False,
 ) -> Recording:
     """Open a camera file, a folder or glob of numbered images, or the first image of a sequence.
 
@@ -43,13 +44,15 @@ def open_camera_file(
         full_scale: physical value of the largest stored value, for floating-point files and
             transmissions.
         allow_links: folders that an HDF5 file may lead into, beside its own.
+        missing: leave out frames that are missing or cannot be read, for which all are read once;
+            without it they are an error.
 
     Raises:
         InputError: the file is missing, damaged or of an unknown format, or an option does not
             apply to its format.
     """
     with guarded(str(path)):
-        files, inner = camera_files(path)
+        files, inner = camera_files(path, missing)
         if inner and dataset and inner.strip("/") != dataset.strip("/"):
             raise InputError(f"{path}: names a dataset other than {dataset}: give only one")
         return open_files(
@@ -59,6 +62,7 @@ def open_camera_file(
             bit_depth=bit_depth,
             full_scale=full_scale,
             allow_links=allow_links,
+            missing=missing,
         )
 
 
@@ -70,6 +74,7 @@ def open_files(
     bit_depth: int | None = None,
     full_scale: float | None = None,
     allow_links: Sequence[Path | str] = (),
+    missing: bool = False,
 ) -> Recording:
     """Open the file, or the numbered files, of one recording; arguments as `open_camera_file`."""
     first = files[0]
@@ -82,11 +87,13 @@ def open_files(
                 f"{first}: is not an HDF5 file, so it has no dataset {dataset}: leave it out"
             )
         if suffix in (*HDF5, MATLAB):
-            return hdf5.open_hdf5(first, dataset, own_flat, bit_depth, full_scale, allow_links)
+            return hdf5.open_hdf5(
+                first, dataset, own_flat, bit_depth, full_scale, allow_links, missing
+            )
         if suffix in images.IMAGE_SUFFIXES:
             if len(files) > 1:
-                return images.open_sequence(files, bit_depth, full_scale)
-            return images.open_stack(first, bit_depth, full_scale)
+                return images.open_sequence(files, bit_depth, full_scale, missing)
+            return images.open_stack(first, bit_depth, full_scale, missing)
         if suffix not in SUFFIXES:
             raise InputError(f"{first}: unknown kind of file; supported are {FORMATS}")
         if full_scale is not None:
@@ -95,14 +102,19 @@ def open_files(
                 "transmissions only"
             )
         if suffix == ".cine":
-            return phantom_cine.open_cine(first, bit_depth)
-        if suffix == ".dat":
-            return shimadzu.open_shimadzu(first, bit_depth)
-        return photron.open_photron(first, bit_depth)
+            found = phantom_cine.open_cine(first, bit_depth, missing)
+        elif suffix == ".dat":
+            found = shimadzu.open_shimadzu(first, bit_depth, missing)
+        else:
+            found = photron.open_photron(first, bit_depth, missing)
+        return found.without_missing() if missing else found
 
 
-def camera_files(path: Path | str) -> tuple[list[Path], str | None]:
+def camera_files(path: Path | str, missing: bool = False) -> tuple[list[Path], str | None]:
     """Files of one recording, and the dataset named after `::`.
+
+    Args:
+        missing: numbers of frames may be missing.
 
     Raises:
         InputError: no such file, an unknown suffix, or a folder that is not one numbered sequence.
@@ -110,31 +122,37 @@ def camera_files(path: Path | str) -> tuple[list[Path], str | None]:
     name, _, inner = str(path).partition("::")
     path = Path(name)
     if path.is_dir():
-        return _sequence(path, sorted(path.iterdir())), None
+        return _sequence(path, sorted(path.iterdir()), missing), None
     if not path.exists():
         matches = [Path(match) for match in sorted(glob.glob(name))]  # noqa: PTH207 - any root
         if not matches:
             raise InputError(f"{path}: no such file or folder")
-        return (_sequence(path, matches), None) if len(matches) > 1 else (matches, None)
+        return (_sequence(path, matches, missing), None) if len(matches) > 1 else (matches, None)
     check_regular(path)
     suffix = path.suffix.lower()
     if suffix not in (*SUFFIXES, MATLAB):
         raise InputError(f"{path}: unknown kind of file; supported are {FORMATS}")
     if suffix in images.IMAGE_SUFFIXES:
-        alike = [file for file in path.parent.iterdir() if file.suffix == path.suffix]
+        alike = [file for file in path.parent.iterdir() if file.suffix.lower() == suffix]
         group = next(group for group in numbering.grouped(alike) if path in group.files)
-        if len(group.files) > 1 and (group.parts or images.page_count(path) == 1):
-            ordered = group.in_order()
+        if len(group.files) > 1 and (
+            group.parts or images.page_count(*(group.files if missing else [path])) == 1
+        ):
+            ordered = group.in_order(missing)
             return (ordered if ordered[0] == path else [path]), None
     return [path], inner or None
 
 
-def _sequence(path: Path, found: list[Path]) -> list[Path]:
-    files = [file for file in found if file.suffix.lower() in images.IMAGE_SUFFIXES]
+def _sequence(path: Path, found: list[Path], missing: bool) -> list[Path]:
+    files = [
+        file
+        for file in found
+        if file.suffix.lower() in images.IMAGE_SUFFIXES and not file.name.startswith(".")
+    ]
     groups = numbering.grouped(files)
     if len(groups) != 1:
         raise InputError(
             f"{path}: holds {len(groups)} sequences of numbered .tif or .png files: "
             "give one file or a folder with one sequence"
         )
-    return groups[0].in_order()
+    return groups[0].in_order(missing)

@@ -18,15 +18,17 @@ import numpy as np
 
 from hpc_xvr.data.cameras import units
 from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
-from hpc_xvr.data.cameras.hdf5_axes import Order, axis_order, text
+from hpc_xvr.data.cameras.hdf5_axes import Order, axis_order, names_in, text
 from hpc_xvr.data.cameras.hdf5_links import BLOCK, Files, Found, Place
 from hpc_xvr.data.cameras.hdf5_stored import BUDGET, check_stored
 from hpc_xvr.data.cameras.hdf5_virtual import Reader
 from hpc_xvr.data.cameras.recording import Recording, array_recording, check_shape
+from hpc_xvr.data.cameras.stamps import frame_times, rate_of
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
 DATA, WHITE, DARK = "exchange/data", "exchange/data_white", "exchange/data_dark"
+TIME = "exchange/time"
 DETECTOR = "measurement/instrument/detector"
 RESOLUTION = "measurement/instrument/detection_system/objective/resolution"
 NUMBERED = re.compile(r"data_?(\d{2,})")
@@ -54,6 +56,7 @@ def open_hdf5(
     bit_depth: int | None = None,
     full_scale: float | None = None,
     allow_links: Sequence[Path | str] = (),
+    missing: bool = False,
 ) -> Recording:
     """Open the frames of one recording: the named dataset, /exchange/data, the default data of
     NeXus with its numbered parts in turn, or the only dataset.
@@ -61,6 +64,7 @@ def open_hdf5(
     Axes are put in the order frames, rows, columns, as far as the file says which is which. With
     `own_flat` the white and dark frames of a DXchange file are applied. Links, parts of virtual
     datasets and raw files are followed into the file's own folder and those of `allow_links`.
+    `missing`: frames that are not stored, or not all of them, are left out.
 
     Raises:
         InputError: no such dataset, several to choose from (they are listed), axes in no order we
@@ -71,7 +75,12 @@ def open_hdf5(
     with Files(path, allow_links) as files:
         found = _choose(files, dataset)
         fields = _description(files, found[0].name)
-        stack = _stack(files, found)
+        stack = _stack(files, found, missing=missing)
+        stamps = _stamps(files, found[0], stack)
+        times = None if stamps is None else frame_times(path, stamps)
+        if times is not None:
+            rate = rate_of(path, times, fields.get("frame_rate_hz"))
+            fields = {**fields, "times_s": times, "frame_rate_hz": rate}
         if own_flat and found[0].name == DATA:
             white, dark = (_field(files, name, stack) for name in (WHITE, DARK))
             _say_what_is_not_used(files, stack, white is not None)
@@ -96,15 +105,19 @@ class _Stack:
     dtype: np.dtype[Any]
     block: int
     """Frames to read at once."""
-    scale: tuple[float, float] | None = None
-    """What the largest stored integer stands for, and that integer, in results of this program."""
+    line: tuple[float, float] | None = None
+    """Offset and slope from stored numbers to values, where the file states them."""
+    white: float | None = None
+    """Value of the largest number that can be stored, where `line` makes floats of integers."""
+    missing: bool = False
+    """Whether frames may be missing: reading one of those is an error."""
 
     def frames(
         self, allow_links: Sequence[Path | str], start: int, stop: int
     ) -> Iterator[np.ndarray]:
         """Frames start..stop-1, (H, W)."""
         with Files(self.path, allow_links) as files:
-            reader, before = Reader(files), 0
+            reader, before = Reader(files, self.missing), 0
             for place, order, count in self.parts:
                 first, last = max(start - before, 0), min(stop - before, count)
                 before += count
@@ -127,9 +140,11 @@ def _read(
     return np.ascontiguousarray(values.reshape(-1, *values.shape[-2:]))
 
 
-def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) -> _Stack:
-    """The frames of datasets, after a look at whether all is there; `like`: whose axes they have
-    where they do not say."""
+def _stack(
+    files: Files, found: Sequence[_Dataset], like: _Stack | None = None, missing: bool = False
+) -> _Stack:
+    """The frames of datasets, after a look at whether all is there, unless some may be `missing`;
+    `like`: whose axes they have where they do not say."""
     parts: list[tuple[Place, Order, int]] = []
     sizes, types, block = [], [], BLOCK
     for name, place, routes in found:
@@ -148,13 +163,14 @@ def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) 
                 f"{where}: has frames of {per_frame} bytes, and more than {BUDGET} are not read "
                 "at once: cut or bin them"
             )
-        check_stored(files, place, frames or 0)
+        check_stored(files, place, frames or 0, lenient=missing)
         parts.append((place, order, count))
         sizes.append(size)
         types.append(dtype)
         in_turn = frames is None or frames < min(rows, columns)
         chunk = chunks[frames] if chunks and frames is not None else 1
         block = min(block, max(1, min(chunk if in_turn else BLOCK, BLOCK // per_frame)))
+        block = 1 if missing else block  # so that each frame is there or not
         if (size, dtype) != (sizes[0], types[0]):
             raise InputError(
                 f"{where}: has frames of {size[0]} x {size[1]} {dtype}, /{found[0].name} "
@@ -162,10 +178,9 @@ def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) 
                 "--dataset"
             )
     total = sum(count for _, _, count in parts)
-    item = files.item(found[0].place)
-    white, largest = (_number(item, name) for name in ("full_scale", "stored_full_scale"))
-    scale = (white, largest) if white and largest and types[0].kind == "u" else None
-    return _Stack(files.path, tuple(parts), (total, *sizes[0]), types[0], block, scale)
+    line, white = _line(files, found[0]) or (None, None)
+    shape = (total, *sizes[0])
+    return _Stack(files.path, tuple(parts), shape, types[0], block, line, white, missing)
 
 
 def _recording(
@@ -196,17 +211,16 @@ def _recording(
                 )
             yield frame
 
-    if stack.scale is not None and bit_depth is None:
-        # Of results of this program: stored integers, and what their largest stands for.
-        white, largest = stack.scale
-        native, full_scale = np.dtype(np.float64), full_scale or white
-        factor = white / largest
+    if stack.line is not None and bit_depth is None:
+        native, full_scale = np.dtype(np.float64), full_scale or stack.white
+        offset, slope = stack.line
 
         def physical(start: int, stop: int) -> Iterator[np.ndarray]:
-            return (frame * factor for frame in source(start, stop))
+            return (offset + slope * frame.astype(np.float64) for frame in source(start, stop))
 
         return array_recording(
-            path, stack.shape, native, physical, None, full_scale, **(fields or {})
+            *(path, stack.shape, native, physical, None, full_scale, stack.missing),
+            **(fields or {}),
         )
     plain = native.kind == "f" or (native.kind == "u" and native.itemsize <= 2)
     if plain:
@@ -225,8 +239,83 @@ def _recording(
     else:
         native, chosen = np.dtype(np.float64), floats
     return array_recording(
-        path, stack.shape, native, chosen, bit_depth, full_scale, **(fields or {})
+        path, stack.shape, native, chosen, bit_depth, full_scale, stack.missing, **(fields or {})
     )
+
+
+def _line(files: Files, found: _Dataset) -> tuple[tuple[float, float], float | None] | None:
+    """Offset and slope from stored numbers to values, and the value of the largest number: of
+    results of this program, by the attributes of netCDF, or by fields of NeXus.
+
+    Raises:
+        InputError: the slope is 0 or no number.
+    """
+    item = files.item(found.place)
+    white, largest = (_number(item, name) for name in ("full_scale", "stored_full_scale"))
+    counts = item.dtype.kind == "u" and item.dtype.itemsize <= 2
+    if white and largest and counts:
+        return (0.0, white / largest), white
+    slope, offset = (item.attrs.get(name) for name in ("scale_factor", "add_offset"))
+    for group, name in found.routes:
+        if text(files.item(group).attrs.get("NX_class")) == "NXdata":
+            for prefix in (f"{name}_", ""):
+                slope = _single(files, group, f"{prefix}scaling_factor") if slope is None else slope
+                offset = _single(files, group, f"{prefix}offset") if offset is None else offset
+    if slope is None and offset is None:
+        return None
+    line = _first(0.0 if offset is None else offset), _first(1.0 if slope is None else slope)
+    if not (math.isfinite(line[0]) and 0 < abs(line[1]) < math.inf):
+        raise InputError(
+            f"{files.path}, dataset /{found.name}: states the offset {line[0]:g} and the scale "
+            f"{line[1]:g} of its numbers: correct them, or give --bit-depth to read them as counts"
+        )
+    if line == (0.0, 1.0):
+        return None
+    logger.info("%s: values are %g + %g x stored number, as it states", files.path, *line)
+    top = np.iinfo(item.dtype).max if counts and line[1] > 0 else None
+    return line, None if top is None else line[0] + line[1] * top
+
+
+def _single(files: Files, group: Place, name: str) -> Any:
+    """A single number in a group; None if there is none."""
+    place = files.locate(name, group)
+    item = None if place is None else files.item(place)
+    if not isinstance(item, h5py.Dataset) or item.size != 1 or item.is_virtual:
+        return None
+    return item[()] if item.dtype.kind in "iuf" else None
+
+
+def _first(value: Any) -> float:
+    return float(np.asarray(value).reshape(-1)[0])
+
+
+def _stamps(files: Files, found: _Dataset, stack: _Stack) -> np.ndarray | None:
+    """Time of each frame in seconds, if the file has a time axis: a scale of HDF5, an axis of
+    NeXus, or the times that results of this program have."""
+    axis = stack.parts[0][1][0]
+    dataset = files.item(found.place)
+    if axis is None or len(stack.parts) > 1:
+        return None
+    candidates = list(dataset.dims[axis].values())
+    for group, _ in found.routes:
+        names = names_in(files.item(group).attrs.get("axes"))
+        place = files.locate(names[axis], group) if len(names) == dataset.ndim else None
+        candidates += [files.item(place)] if place is not None else []
+    place = files.locate(TIME) if found.name == DATA else None
+    candidates += [files.item(place)] if place is not None else []
+    for item in candidates:
+        if not isinstance(item, h5py.Dataset) or item.shape != (stack.shape[0],):
+            continue
+        unit, name = text(item.attrs.get("units")), str(item.name).rpartition("/")[2]
+        factor = units.factor(unit, "s")
+        if factor is None and not unit and name.lower() in ("t", "time", "times", "timestamps"):
+            logger.warning(
+                "%s: its time axis %s has no unit (attribute units) and is not used",
+                *(files.path, item.name),
+            )
+        if factor is not None and item.dtype.kind in "iuf" and not item.is_virtual:
+            return np.asarray(item[()], np.float64) * factor
+    return None
 
 
 def _choose(files: Files, name: str | None) -> list[_Dataset]:

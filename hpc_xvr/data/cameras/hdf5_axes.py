@@ -65,7 +65,15 @@ def axis_order(
             f"{where}: is {_size(shape)}, a colour picture: convert it to grey frames, as "
             "(H, W) or (frames, H, W)"
         )
-    return otherwise if otherwise else _in_turn(_kept(where, shape))
+    if otherwise:
+        return otherwise
+    chunks = dataset.chunks
+    if len(shape) == 3 and chunks and chunks[:2] == shape[:2] and chunks[2] == 1 < shape[2]:
+        raise InputError(
+            f"{where}: is {_size(shape)}, in chunks of {_size(chunks)} as if the last axis counted "
+            "frames, but does not name its axes: give it the attribute axes, such as y:x:time"
+        )
+    return _in_turn(_kept(where, shape))
 
 
 def _order_of(where: str, shape: tuple[int, ...], names: list[str]) -> Order:
@@ -177,16 +185,16 @@ def _stated_names(
 ) -> list[str] | None:
     """Names of the axes: of DXchange and old NeXus at the dataset, of NeXus at its group, of
     ilastik, and HDF5's own labels and scales of dimensions."""
-    names = _names_in(dataset.attrs.get("axes"))
+    names = names_in(dataset.attrs.get("axes"))
     if names:
         return names
     for place, name in routes:
         group = files.item(place)
         signals = [
             text(group.attrs.get("signal")),
-            *_names_in(group.attrs.get("auxiliary_signals")),
+            *names_in(group.attrs.get("auxiliary_signals")),
         ]
-        names = _names_in(group.attrs.get("axes"))
+        names = names_in(group.attrs.get("axes"))
         if names and (signals == [""] or name in signals):
             return names
     tags = text(dataset.attrs.get("axistags"))
@@ -202,7 +210,7 @@ def _label(dimension: Any) -> str:
     return str(dimension[0].name or "").rpartition("/")[2]
 
 
-def _names_in(value: Any) -> list[str]:
+def names_in(value: Any) -> list[str]:
     """An attribute of strings, or one string of names between colons or commas."""
     if isinstance(value, np.ndarray) and value.size > 1:
         return [text(item) for item in value.reshape(-1)]

@@ -39,6 +39,10 @@ class Place(NamedTuple):
         return f"{self.path}, dataset /{self.name}"
 
 
+class NotAllowed(InputError):
+    """A file leads to another that lies outside the folders which are allowed."""
+
+
 class Found(NamedTuple):
     """A name as the user would write it, and where it leads: a place, or why nowhere."""
 
@@ -152,7 +156,7 @@ class Files:
         found = next((place for place in places if place.is_file()), None)
         real = (found or places[0]).resolve()
         if not any(real.is_relative_to(folder) for folder in self._allowed):
-            raise InputError(
+            raise NotAllowed(
                 f"{holder}: {what} leads to {real}, outside the file's folder, and was not read: "
                 f"if you trust the file, pass --allow-links {real.parent}"
             )
@@ -161,6 +165,30 @@ class Files:
                 f"{holder}: {what} leads to {name}, which is missing: put it beside the file"
             )
         return found
+
+    def raw_bytes(self, place: Place, dataset: h5py.Dataset) -> tuple[int, str]:
+        """How many bytes of a dataset's raw files are there (pieces of files without structure, one
+        after the other), and what is wrong with the rest.
+
+        Raises:
+            InputError: a raw file is missing or not allowed.
+        """
+        have = 0
+        for name, offset, size in dataset.external:
+            raw = self.beside(place.path, name, f"the raw file of dataset /{place.name}")
+            left = dataset.nbytes - have
+            wanted = min(left, size) if size != h5py.h5f.UNLIMITED else left
+            there = max(0, min(wanted, raw.stat().st_size - offset))
+            have += there
+            if there < wanted:
+                return have, (
+                    f"its raw file {raw} has {there} of {wanted} bytes: the recording is "
+                    "incomplete, copy that file again"
+                )
+        return (
+            have,
+            f"its raw files have {have} of {dataset.nbytes} bytes: the recording is incomplete",
+        )
 
     def datasets(self, start: Place | None = None, prefix: str = "") -> Iterator[Found]:
         """All datasets under a group, and all links that lead nowhere, in the order of names."""

@@ -39,13 +39,18 @@ _FILTERS = {
 
 
 def check_stored(
-    files: Files, place: Place, frame_axis: int = 0, within: tuple[tuple[str, str], ...] = ()
+    files: Files,
+    place: Place,
+    frame_axis: int = 0,
+    within: tuple[tuple[str, str], ...] = (),
+    lenient: bool = False,
 ) -> None:
     """Refuse a dataset of which something is missing, damaged or not allowed.
 
     Args:
         frame_axis: the axis that is called frame in messages.
         within: the virtual datasets that it is part of.
+        lenient: what is missing is no error here, but where it is read (see `hdf5_virtual.Reader`).
 
     Raises:
         InputError: the message names the part or the frame.
@@ -56,15 +61,17 @@ def check_stored(
         own = (str(place.path.resolve()), place.name)
         if own in within:  # HDF5 crashes on it
             raise InputError(f"{place}: is made of itself: the file is damaged, copy it again")
-        parts = dict.fromkeys(piece.place for piece in pieces_of(files, place, frame_axis))
+        parts = dict.fromkeys(
+            piece.place for piece in pieces_of(files, place, frame_axis, [] if lenient else None)
+        )
         for part in parts:
-            check_stored(files, part, frame_axis, (*within, own))
+            check_stored(files, part, frame_axis, (*within, own), lenient)
         return
     _check_filters(place, dataset)
     if dataset.external is not None:
-        _check_raw_files(files, place, dataset)
+        _check_raw_files(files, place, dataset, lenient)
     elif dataset.chunks:
-        _check_chunks(place, dataset, frame_axis)
+        _check_chunks(place, dataset, frame_axis, lenient)
     elif (stored := dataset.id.get_storage_size()) < dataset.nbytes:
         raise InputError(
             f"{place}: stores {stored} of {dataset.nbytes} bytes: the recording is incomplete"
@@ -87,7 +94,7 @@ def _check_filters(place: Place, dataset: h5py.Dataset) -> None:
             )
 
 
-def _check_chunks(place: Place, dataset: h5py.Dataset, frame_axis: int) -> None:
+def _check_chunks(place: Place, dataset: h5py.Dataset, frame_axis: int, lenient: bool) -> None:
     chunk = dataset.dtype.itemsize * math.prod(dataset.chunks)
     if chunk > BUDGET:
         raise InputError(
@@ -96,15 +103,15 @@ def _check_chunks(place: Place, dataset: h5py.Dataset, frame_axis: int) -> None:
         )
     counts = [math.ceil(n / c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)]
     wanted, written = math.prod(counts), dataset.id.get_num_chunks()
-    if written < wanted:
+    if written < wanted and not lenient:
         raise InputError(
             f"{place}: only {written} of {wanted} chunks were written"
             f"{_first_missing(dataset, counts, frame_axis)}: the recording is incomplete"
         )
     stored = dataset.id.get_storage_size()
-    if dataset.compression in (None, "gzip") and wanted * chunk > DEFLATE_LIMIT * stored:
+    if dataset.compression in (None, "gzip") and written * chunk > DEFLATE_LIMIT * stored:
         raise InputError(
-            f"{place}: states {wanted * chunk} bytes but stores {stored}: the file is damaged, "
+            f"{place}: states {written * chunk} bytes but stores {stored}: the file is damaged, "
             "copy it again"
         )
 
@@ -129,27 +136,13 @@ def _first_missing(dataset: h5py.Dataset, counts: list[int], axis: int) -> str:
     return f", not all of {frames_named(first * size, min(stop * size, dataset.shape[axis]))}"
 
 
-def _check_raw_files(files: Files, place: Place, dataset: h5py.Dataset) -> None:
+def _check_raw_files(files: Files, place: Place, dataset: h5py.Dataset, lenient: bool) -> None:
     """External storage: pieces of files without structure, one after the other."""
     if os.environ.get(PREFIX):
         raise InputError(
             f"{place}: lies in raw files; the environment variable {PREFIX} leads elsewhere: "
             "unset it"
         )
-    have = 0
-    for name, offset, size in dataset.external:
-        raw = files.beside(place.path, name, f"the raw file of dataset /{place.name}")
-        left = dataset.nbytes - have
-        wanted = min(left, size) if size != h5py.h5f.UNLIMITED else left
-        there = max(0, min(wanted, raw.stat().st_size - offset))
-        if there < wanted:
-            raise InputError(
-                f"{place}: its raw file {raw} has {there} of {wanted} bytes: the recording is "
-                "incomplete, copy that file again"
-            )
-        have += there
-    if have < dataset.nbytes:
-        raise InputError(
-            f"{place}: its raw files have {have} of {dataset.nbytes} bytes: the recording is "
-            "incomplete"
-        )
+    have, problem = files.raw_bytes(place, dataset)
+    if have < dataset.nbytes and not lenient:
+        raise InputError(f"{place}: {problem}")

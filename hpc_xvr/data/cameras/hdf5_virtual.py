@@ -13,7 +13,8 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from hpc_xvr.data.cameras.hdf5_links import Files, Place
+from hpc_xvr.data.cameras.hdf5_links import Files, NotAllowed, Place
+from hpc_xvr.data.cameras.recording import guarded
 from hpc_xvr.errors import InputError
 
 MOST_PIECES = 2**20
@@ -36,10 +37,14 @@ class Piece(NamedTuple):
 
 
 class Reader:
-    """Reads boxes of datasets, of virtual ones from their parts."""
+    """Reads boxes of datasets, of virtual ones from their parts.
 
-    def __init__(self, files: Files) -> None:
+    `lenient`: the datasets may have gaps, and it is an error only if a box has one.
+    """
+
+    def __init__(self, files: Files, lenient: bool = False) -> None:
         self._files = files
+        self._gone: list[str] | None = [] if lenient else None
         self._pieces: dict[Place, tuple[list[Piece], np.ndarray, np.ndarray]] = {}
 
     def read(self, place: Place, box: Box) -> np.ndarray:
@@ -51,21 +56,29 @@ class Reader:
         self._files.close_some()
         dataset = self._files.item(place)
         if not dataset.is_virtual:
+            if self._gone is not None:
+                _check_written(self._files, place, dataset, box)
             return np.asarray(dataset[tuple(slice(r.start, r.stop) for r in box)])
         values = np.empty([len(r) for r in box], dataset.dtype)
         if place not in self._pieces:
-            pieces = pieces_of(self._files, place)
+            pieces = pieces_of(self._files, place, gone=self._gone)
             first = np.array([[r[0] for r in piece.own] for piece in pieces])
             last = np.array([[r[-1] for r in piece.own] for piece in pieces])
             self._pieces[place] = pieces, first, last
         pieces, first, last = self._pieces[place]
         starts, stops = np.array([r.start for r in box]), np.array([r.stop for r in box])
-        for k in np.flatnonzero(((first < stops) & (last >= starts)).all(1)):
-            self._copy(pieces[k], box, values)
+        there = np.zeros(values.shape, bool) if self._gone is not None else None
+        for k in np.flatnonzero(((first < stops) & (last >= starts)).all(1)) if pieces else ():
+            self._copy(pieces[k], box, values, there)
+        if there is not None and not there.all():
+            why = self._gone[0] if self._gone else f"{place}: no part is mapped to it"
+            raise InputError(
+                f"{np.count_nonzero(~there)} of {there.size} values are missing ({why})"
+            )
         return values
 
-    def _copy(self, piece: Piece, box: Box, values: np.ndarray) -> None:
-        """What a piece has of a box into the values of the box."""
+    def _copy(self, piece: Piece, box: Box, values: np.ndarray, there: np.ndarray | None) -> None:
+        """What a piece has of a box into the values of the box; marks it as `there`."""
         cuts = [_within(own, r) for own, r in zip(piece.own, box, strict=True)]
         own = [r[cut] for r, cut in zip(piece.own, cuts, strict=True)]
         if not all(len(r) for r in own):
@@ -76,12 +89,13 @@ class Reader:
         ]
         whole = self.read(piece.place, tuple(range(r[0], r[-1] + 1) for r in theirs))
         part = whole[tuple(slice(None, None, r.step) for r in theirs)]
-        values[
-            tuple(
-                slice(r[0] - b.start, r[-1] + 1 - b.start, r.step)
-                for r, b in zip(own, box, strict=True)
-            )
-        ] = part.reshape([len(r) for r in own])
+        inside = tuple(
+            slice(r[0] - b.start, r[-1] + 1 - b.start, r.step)
+            for r, b in zip(own, box, strict=True)
+        )
+        values[inside] = part.reshape([len(r) for r in own])
+        if there is not None:
+            there[inside] = True
 
 
 def _within(own: range, box: range) -> slice:
@@ -90,11 +104,14 @@ def _within(own: range, box: range) -> slice:
     return slice(max(0, low), max(0, min(len(own), high)))
 
 
-def pieces_of(files: Files, place: Place, frame_axis: int = 0) -> list[Piece]:
+def pieces_of(
+    files: Files, place: Place, frame_axis: int = 0, gone: list[str] | None = None
+) -> list[Piece]:
     """The pieces that a virtual dataset consists of; they cover all of it.
 
     Args:
         frame_axis: the axis that is called frame in messages.
+        gone: gets what is wrong with parts that are missing or too short, which then are no error.
 
     Raises:
         InputError: a part is missing, outside the folders that are allowed, too small, or of
@@ -109,41 +126,99 @@ def pieces_of(files: Files, place: Place, frame_axis: int = 0) -> list[Piece]:
                 f"{place}: its parts are named by the pattern {source.file_name}, which is not "
                 "supported: read the parts one by one"
             )
-        path = place.path
-        if source.file_name != ".":
-            what = f"the part {source.file_name} of dataset /{place.name}"
-            path = files.beside(place.path, source.file_name, what)
-        there = files.locate(source.dset_name, Place(path))
-        part = None if there is None else files.item(there)
-        if there is None or not isinstance(part, h5py.Dataset):
-            raise InputError(
-                f"{place}: {_frames_of(source.vspace, shape, frame_axis)} should come from "
-                f"{source.file_name}, which has no dataset {source.dset_name}: the recording is "
-                "incomplete"
-            )
+        which = _frames_of(source.vspace, shape, frame_axis)
+        try:
+            there, part = _part(files, place, source, which)
+        except NotAllowed:
+            raise
+        except InputError as error:
+            if gone is None:
+                raise
+            gone.append(str(error))
+            continue
         if not np.can_cast(part.dtype, dtype, "safe"):
             raise InputError(
                 f"{place}: holds {dtype}, its part {source.file_name} {part.dtype}, which does not "
                 "fit into it: read the parts one by one"
             )
         mapped = _mapped(there, source.vspace, source.src_space, shape, part.shape)
+        if mapped is None and gone is not None:
+            promised = source.src_space.shape or _lengths(source.vspace, shape)
+            fits = len(promised) == len(part.shape)
+            whole = (
+                _mapped(there, source.vspace, source.src_space, shape, promised) if fits else None
+            )
+            mapped = [short for piece in whole or [] for short in _as_far_as(part.shape, piece)]
+            gone.append(f"{place}: the part {source.file_name} is too short")
         if mapped is None:
             raise InputError(
-                f"{place}: {_frames_of(source.vspace, shape, frame_axis)} should come from "
-                f"{source.file_name}, whose dataset {source.dset_name} has the size "
-                f"{' x '.join(map(str, part.shape))}, which does not fit: the recording is "
-                "incomplete"
+                f"{place}: {which} should come from {source.file_name}, whose "
+                f"dataset {source.dset_name} has the size {' x '.join(map(str, part.shape))}, "
+                "which does not fit: the recording is incomplete"
             )
         pieces += mapped
         if len(pieces) > MOST_PIECES:
             raise InputError(f"{place}: is made of too many pieces: read its parts one by one")
-    hole = _hole(place, shape, pieces)
+    hole = None if gone is not None else _hole(place, shape, pieces)
     if hole is not None:
         raise InputError(
             f"{place}: nothing is stored for frame {hole[frame_axis]}, as no part is mapped to "
             f"{list(hole)}: the recording is incomplete"
         )
     return pieces
+
+
+def _part(
+    files: Files, place: Place, source: h5py.VDSmap, which: str
+) -> tuple[Place, h5py.Dataset]:
+    """The dataset that some frames of a virtual dataset come from.
+
+    Raises:
+        InputError: it is missing, cannot be opened, or lies where reading is not allowed.
+    """
+    path = place.path
+    if source.file_name != ".":
+        what = f"the part {source.file_name} of dataset /{place.name}"
+        path = files.beside(place.path, source.file_name, what)
+    with guarded(str(path)):
+        there = files.locate(source.dset_name, Place(path))
+        part = None if there is None else files.item(there)
+    if there is None or not isinstance(part, h5py.Dataset):
+        raise InputError(
+            f"{place}: {which} should come from {source.file_name}, which has no dataset "
+            f"{source.dset_name}: the recording is incomplete"
+        )
+    return there, part
+
+
+def _as_far_as(shape: tuple[int, ...], piece: Piece) -> list[Piece]:
+    """What is left of a piece of a dataset that is smaller than it should be."""
+    own, theirs = list(piece.own), list(piece.theirs)
+    for k, (r, n) in enumerate(zip(piece.theirs, shape, strict=True)):
+        there = r[: _within(r, range(n)).stop]
+        if not there:
+            return []
+        theirs[k] = there
+        if (axis := piece.axes[k]) is not None:
+            own[axis] = own[axis][: len(there)]
+    return [Piece(piece.place, tuple(own), tuple(theirs), piece.axes)]
+
+
+def _check_written(files: Files, place: Place, dataset: h5py.Dataset, box: Box) -> None:
+    """Refuse a box of which something was never stored."""
+    if dataset.chunks:
+        chunks = (
+            range(r.start // c, -(-r.stop // c)) for r, c in zip(box, dataset.chunks, strict=True)
+        )
+        for index in itertools.product(*chunks):
+            at = tuple(k * c for k, c in zip(index, dataset.chunks, strict=True))
+            if dataset.id.get_chunk_info_by_coord(at).byte_offset is None:
+                raise InputError(f"{place}: the chunk at {list(at)} was never written")
+    elif dataset.external is not None:
+        last = int(np.ravel_multi_index([r.stop - 1 for r in box], dataset.shape))
+        have, problem = files.raw_bytes(place, dataset)
+        if (last + 1) * dataset.dtype.itemsize > have:
+            raise InputError(f"{place}: {problem}")
 
 
 def _mapped(
@@ -225,6 +300,11 @@ def _selected(
             return None
         selected.append(ranges)
     return selected
+
+
+def _lengths(space: h5py.h5s.SpaceID, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How many indices a selection has along each axis."""
+    return tuple(sum(map(len, ranges)) for ranges in _selected(space, shape, list(shape)) or ())
 
 
 def _ranges(start: int, stride: int, count: int, block: int) -> list[range] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -9,14 +10,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from hpc_xvr.data.cameras.numbering import pattern
+from hpc_xvr.data.cameras.numbering import grouped, pattern
 from hpc_xvr.data.cameras.recording import Recording, array_recording, check_shape, guarded
-from hpc_xvr.data.cameras.tiff import DENSEST, Stack, grey, open_tiff, read_tiff
+from hpc_xvr.data.cameras.tiff import DENSEST, ORIENTED, Stack, grey, open_tiff, read_tiff
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 IMAGE_SUFFIXES = (*TIFF_SUFFIXES, ".png")
+EXIF = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
+"""Where a PNG states its orientation."""
 PNG_DTYPES = {"L": "u1", "I;16": "u2", "I;16B": "u2", "I": "u2", "RGB": "u1"}
 ALIKE = 1.5
 """A stack goes on where another ends if the step between them is at most so many times larger than
@@ -24,37 +27,50 @@ the step before."""
 
 
 def open_stack(
-    path: Path, bit_depth: int | None = None, full_scale: float | None = None
+    path: Path,
+    bit_depth: int | None = None,
+    full_scale: float | None = None,
+    missing: bool = False,
 ) -> Recording:
     """Open a multi-page TIFF, an ImageJ stack or a single image as one recording.
+
+    `missing`: frames that cannot be read, and those behind the place where the file was cut off,
+    are left out.
 
     Raises:
         InputError: an axis other than time, colour, pages cut off, another number type, a damaged
             file.
     """
-    stack = _header(path)
+    stack = _header(path, missing)
     if stack.others and stack.count != stack.total:
         raise InputError(
             f"{path}: holds {stack.count} of the {stack.total} frames of a recording, the others "
             f"are in {', '.join(stack.others[:3])}: put them beside it, name it .part1 and those "
             ".part2 and so on, and give the first"
         )
-    return _recording(path, [path], [stack], bit_depth, full_scale)
+    return _recording(path, [path], [stack], bit_depth, full_scale, missing)
 
 
 def open_sequence(
-    files: Sequence[Path], bit_depth: int | None = None, full_scale: float | None = None
+    files: Sequence[Path],
+    bit_depth: int | None = None,
+    full_scale: float | None = None,
+    missing: bool = False,
 ) -> Recording:
     """Open numbered files, in the given order, as one recording: single frames, or the parts of a
     stack that was split.
+
+    `missing`: single frames whose number is missing, or which cannot be read, are left out.
 
     Raises:
         InputError: as open_stack; a single frame that differs from the first is named when it is
             read.
     """
-    first = _header(files[0])
+    first = _usual_header(files) if missing else _header(files[0])
     if first.count == 1 and not first.others:
-        return _recording(_together(files), files, [first] * len(files), bit_depth, full_scale)
+        path, stacks = _together(files), [first] * len(files)
+        places = _places(files) if missing else None
+        return _recording(path, files, stacks, bit_depth, full_scale, missing, places)
     stacks = [first]
     for file in files[1:]:
         with guarded(str(file)):
@@ -66,12 +82,12 @@ def open_sequence(
             f"{files[0]}: its recording has {first.total} frames, the {len(files)} files of it "
             f"hold {total}: some are missing, or not complete"
         )
-    return _recording(_together(files), files, stacks, bit_depth, full_scale)
+    return _recording(_together(files), files, stacks, bit_depth, full_scale, missing)
 
 
-def page_count(path: Path) -> int:
-    """Frames of one image file."""
-    return _header(path).count
+def page_count(*files: Path) -> int:
+    """Frames of one image file; of several what most of them have."""
+    return _usual_header(files).count
 
 
 def goes_on(before: Path, file: Path) -> bool:
@@ -95,6 +111,8 @@ def _recording(
     stacks: Sequence[Stack],
     bit_depth: int | None,
     full_scale: float | None,
+    missing: bool,
+    places: np.ndarray | None = None,
 ) -> Recording:
     """The frames of files whose headers are known; of single frames each file's is read again."""
     first = stacks[0]
@@ -124,7 +142,38 @@ def _recording(
     if full_scale is None and bit_depth is None and first.white is not None and first.white > 0:
         full_scale = first.white
     shape = (ends[-1], *first.shape)
-    return array_recording(path, shape, first.native, source, bit_depth, full_scale, **first.fields)
+    return array_recording(
+        *(path, shape, first.native, source, bit_depth, full_scale, missing),
+        numbers=places,
+        **first.fields,
+    )
+
+
+def _usual_header(files: Sequence[Path]) -> Stack:
+    """What most of some files have; those that cannot be read do not count.
+
+    Raises:
+        InputError: none can be read.
+    """
+    found: dict[object, list[Stack]] = defaultdict(list)
+    problems = []
+    for file in files:
+        try:
+            with guarded(str(file)):
+                stack = _header(file)
+                found[stack.count, stack.shape, stack.native].append(stack)
+        except InputError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    return max(found.values(), key=len)[0]
+
+
+def _places(files: Sequence[Path]) -> np.ndarray | None:
+    """The place of each file's frame in the recording; None if no number is missing."""
+    groups = grouped(files)
+    places = groups[0].places() if len(groups) == 1 else list(range(len(files)))
+    return None if places[-1] == len(files) - 1 else np.array(places, float)
 
 
 def _together(files: Sequence[Path]) -> Path:
@@ -145,8 +194,8 @@ def _check_alike(file: Path, stack: Stack, model: Path, first: Stack, frames: in
         )
 
 
-def _header(path: Path) -> Stack:
-    return _png_header(path) if path.suffix.lower() == ".png" else open_tiff(path)
+def _header(path: Path, missing: bool = False) -> Stack:
+    return _png_header(path) if path.suffix.lower() == ".png" else open_tiff(path, missing)
 
 
 def _read(path: Path, stack: Stack, start: int, stop: int) -> Iterator[np.ndarray]:
@@ -161,9 +210,18 @@ def _read(path: Path, stack: Stack, start: int, stop: int) -> Iterator[np.ndarra
 
 def _png_header(path: Path) -> Stack:
     with Image.open(path, formats=["PNG"]) as image:
-        if image.mode not in PNG_DTYPES:
-            raise InputError(f"{path}: is a {image.mode} image: convert it to 8 or 16-bit grey")
+        with path.open("rb") as file:
+            bits = file.read(25)[-1]
+        if image.mode not in PNG_DTYPES or (image.mode == "RGB" and bits != 8):
+            raise InputError(
+                f"{path}: is a {image.mode} image of {bits} bit: convert it to 8 or 16-bit grey"
+            )
+        if getattr(image, "n_frames", 1) > 1:
+            raise InputError(
+                f"{path}: is an animation of {image.n_frames} frames: save each as a file"
+            )
         shape, native = image.size[::-1], np.dtype(PNG_DTYPES[image.mode])
+        orientation = _orientation(path, image) if EXIF & set(image.info) else 1
     check_shape(path, (1, *shape))
     if shape[0] * shape[1] * native.itemsize > DENSEST * path.stat().st_size:
         raise InputError(
@@ -171,16 +229,31 @@ def _png_header(path: Path) -> Stack:
             f"{path.stat().st_size} bytes can hold: the file is damaged, copy it "
             "again"
         )
-    return Stack(shape, native, 1, 8 * native.itemsize, (0,))
+    shape = shape[::-1] if orientation > 4 else shape
+    return Stack(shape, native, 1, bits, (0,), orientation)
 
 
 def _read_png(path: Path) -> np.ndarray:
-    native = _png_header(path).native
+    header = _png_header(path)
     with Image.open(path, formats=["PNG"]) as image:
         image.verify()  # checksums of all chunks, which load() does not look at
     with Image.open(path, formats=["PNG"]) as image:
-        frame = np.asarray(image).astype(native)
-    return grey(str(path), frame) if frame.ndim == 3 else frame
+        frame = np.asarray(image).astype(header.native)
+        if header.bits < 8:  # Pillow stretches them
+            frame //= 255 // (2**header.bits - 1)
+        if _orientation(path, image) != header.orientation:
+            raise InputError(
+                f"{path}: its orientation (EXIF) is stated behind the pixels: save it again"
+            )
+    return ORIENTED[header.orientation](grey(str(path), frame) if frame.ndim == 3 else frame)
+
+
+def _orientation(path: Path, image: Image.Image) -> int:
+    """How the frame is shown upright, by EXIF or XMP; 1 if it is stored so."""
+    orientation = int(image.getexif().get(274, 1))
+    if orientation not in ORIENTED:
+        raise InputError(f"{path}: has the orientation {orientation} (EXIF): allowed are 1 to 8")
+    return orientation
 
 
 def _size(shape: tuple[int, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,8 +31,9 @@ class Group:
     doubtful_minus: bool = False
     """All numbers are negative, but the minus may be a mere separator."""
 
-    def in_order(self) -> list[Path]:
-        """The files sorted by their numbers, which must rise in equal steps.
+    def in_order(self, missing: bool = False) -> list[Path]:
+        """The files sorted by their numbers, which must rise in equal steps, unless frames may be
+        `missing`.
 
         Raises:
             InputError: a number is missing, or occurs twice (frame_1 and frame_01).
@@ -50,7 +52,7 @@ class Group:
                 raise InputError(
                     f"{file}: number {number} occurs twice in its sequence: remove one"
                 )
-            if smallest and number - before != smallest:
+            if number - before != smallest and (self.parts or not missing):
                 raise InputError(
                     f"{file}: follows number {before} where others step by {smallest}: a "
                     f"{'part' if self.parts else 'frame'} is missing, restore it or move what is "
@@ -65,6 +67,13 @@ class Group:
                 re.sub(r"-(?=\d+\D*$)", "_", ordered[-1][1].name),
             )
         return [file for _, file in ordered]
+
+    def places(self) -> list[int]:
+        """The place of each file's frame in the recording: 0, 1, 3 where the third is missing; in
+        the order of `in_order(missing=True)`."""
+        numbers = sorted(self.numbers)
+        step = math.gcd(*(number - numbers[0] for number in numbers)) or 1
+        return [(number - numbers[0]) // step for number in numbers]
 
 
 def pattern(files: Sequence[Path]) -> tuple[str, str]:
@@ -99,10 +108,24 @@ def grouped(files: Iterable[Path]) -> list[Group]:
     alike: dict[object, list[Path]] = defaultdict(list)
     for file in rest:
         if file not in taken:
-            alike[file.parent, file.suffix, tuple(_template(file))].append(file)
+            alike[file.parent, file.suffix.lower(), tuple(_template(file))].append(file)
     for bucket in alike.values():
         found += _by_number(bucket)
     return sorted(found, key=lambda group: min(place[file] for file in group.files))
+
+
+def divided(groups: Sequence[Group]) -> list[list[Group]]:
+    """Sequences whose names differ from each other in numbers only."""
+    alike: dict[object, list[Group]] = defaultdict(list)
+    for group in groups:
+        first = group.files[0]
+        if not group.parts:
+            alike[first.parent, tuple(_template(first))].append(group)
+    return [
+        several
+        for several in alike.values()
+        if len(several) > 1 and any(len(group.files) > 1 for group in several)
+    ]
 
 
 def successive(stacks: Sequence[Path]) -> Iterator[tuple[Path | None, Path]]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from hpc_xvr.data.cameras.packing import unpack
 from hpc_xvr.data.cameras.recording import Recording, check_shape, stated_bit_depth
+from hpc_xvr.data.cameras.stamps import frame_times, rate_of
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
@@ -89,11 +90,12 @@ class _Layout(NamedTuple):
         return frame[::-1] if self.bottom_up else frame
 
 
-def open_cine(path: Path, bit_depth: int | None = None) -> Recording:
+def open_cine(path: Path, bit_depth: int | None = None, missing: bool = False) -> Recording:
     """Open a .cine file.
 
     Args:
         bit_depth: significant bits, instead of those that the header states.
+        missing: frames may lie beyond the end of the file.
 
     Raises:
         InputError: colour or compressed frames, or offsets outside the file.
@@ -105,7 +107,7 @@ def open_cine(path: Path, bit_depth: int | None = None) -> Recording:
         if kind != b"CI":
             raise InputError(f"{path}: does not start with CI: not a Phantom .cine, or damaged")
         bitmap = struct.unpack("<IiiHHIIiiII", _bytes(path, file, off_bitmap, 40))
-        layout = _layout(path, file, count, off_images, compression, bitmap)
+        layout = _layout(path, file, count, off_images, compression, bitmap, missing)
         setup = _setup(path, file, off_setup)
         blocks = _tagged_blocks(path, file, off_setup + setup["length"], off_images, count)
     _check_setup(path, setup, layout)
@@ -159,6 +161,7 @@ def _layout(
     off_images: int,
     compression: int,
     bitmap: tuple[int, ...],
+    missing: bool,
 ) -> _Layout:
     """Sizes and offsets, checked against the file's size."""
     _, width, height, _, bits, packing = bitmap[:6]
@@ -178,7 +181,7 @@ def _layout(
         )
     size = path.stat().st_size
     frame_bytes = rows * width * stored_bits // 8
-    if count * (frame_bytes + 16) + off_images > size:
+    if count * (frame_bytes + 16) + off_images > size and not missing:
         raise InputError(
             f"{path}: has {size} bytes, its header promises {count} frames of "
             f"{rows} x {width} in {stored_bits} bit: the file is incomplete, copy "
@@ -186,20 +189,25 @@ def _layout(
         )
     starts = np.frombuffer(_bytes(path, file, off_images, 8 * count), "<u8")
     outside = np.flatnonzero(starts > size - frame_bytes - 8)
-    if len(outside):
+    if missing:
+        starts = np.minimum(starts, size)  # where nothing can be read
+    elif len(outside):
         raise InputError(
             f"{path}: frame {outside[0]} lies beyond the end of the file: it is "
             "incomplete or damaged, copy it again"
         )
     order = np.argsort(starts, kind="stable")
-    shared = np.flatnonzero(np.diff(starts[order]) < frame_bytes + 8)
+    near = (np.diff(starts[order]) < frame_bytes + 8) & (starts[order][:-1] < size)
+    shared = np.flatnonzero(near)
     if len(shared):
         one, other = sorted(order[shared[0] : shared[0] + 2].tolist())
         raise InputError(
             f"{path}: frames {one} and {other} share bytes of the file: its table of "
             "frames is damaged, copy it again"
         )
-    after = size - int(starts.max()) - frame_bytes - 8
+    inside = starts[starts < size]
+    last = int(inside.max()) if len(inside) else size
+    after = size - last - frame_bytes - 8
     if after >= frame_bytes:
         logger.warning(
             "%s: holds %d more bytes after the %d frames that its header states, enough for %d "
@@ -304,34 +312,10 @@ def _bit_depth(
 
 def _times(path: Path, ticks: np.ndarray | None) -> np.ndarray | None:
     """Seconds from the first frame, (T,) float64, or None if the stamps do not say."""
-    if ticks is None or len(ticks) < 2 or (ticks == ticks[0]).all():
+    if ticks is None:
         return None
     steps = np.diff(ticks).astype(np.int64)  # of unsigned ticks: right even where they fall
-    late = np.flatnonzero(steps <= 0)
-    if len(late):
-        k = int(late[0])
-        logger.warning(
-            "%s: time stamps %s after frame %d: they are not used, and all frames are taken as "
-            "equally spaced in time",
-            *(path, "run backwards" if steps[k] < 0 else "stand still", k),
-        )
-        return None
-    typical = _typical(steps)
-    odd = np.flatnonzero(np.abs(steps - typical) > 0.5 * typical)
-    if len(odd):
-        k = int(odd[0])
-        others = f", and at {len(odd) - 1} more places" if len(odd) > 1 else ""
-        logger.warning(
-            "%s: time stamps jump after frame %d: %g s to the next frame instead of %g s%s: "
-            "frames were lost, or the frame rate changed",
-            *(path, k, steps[k] / SECOND, typical / SECOND, others),
-        )
-    return np.concatenate(([0.0], np.cumsum(steps.astype(float)))) / SECOND
-
-
-def _typical(steps: np.ndarray) -> float:
-    """The median, or of an even number of steps the lower one of the two in the middle."""
-    return float(np.quantile(steps, 0.5, method="lower"))
+    return frame_times(path, np.concatenate(([0.0], np.cumsum(steps.astype(float)))) / SECOND)
 
 
 def _record_rate(setup: dict[str, Any]) -> float | None:
@@ -353,20 +337,11 @@ def _rates(
                 "%s: states no frame rate: it is unknown, unless you state it (--frame-rate)", path
             )
         return record, record
-    steps = np.diff(times)
-    typical = _typical(steps)
-    interval = float(steps[np.abs(steps - typical) <= 0.5 * typical].mean())
+    rate = rate_of(path, times, record)
     if record is None:
-        logger.warning("%s: states no frame rate; its time stamps say %g Hz", path, 1 / interval)
-        return 1 / interval, None
-    step = max(1, round(interval * record))
-    if abs(interval * record - step) <= 0.01 * step:
-        return record / step, record
-    logger.warning(
-        "%s: its header states %g frames a second, its time stamps %g: the latter is taken",
-        *(path, record, 1 / interval),
-    )
-    return 1 / interval, record
+        logger.warning("%s: states no frame rate; its time stamps say %g Hz", path, rate)
+        return rate, None
+    return rate, record
 
 
 def _exposure(path: Path, setup: dict[str, Any], ticks: np.ndarray | None) -> float | None:

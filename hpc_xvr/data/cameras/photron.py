@@ -63,11 +63,12 @@ KEPT = (
 )
 
 
-def open_photron(path: Path, bit_depth: int | None = None) -> Recording:
+def open_photron(path: Path, bit_depth: int | None = None, missing: bool = False) -> Recording:
     """Open a recording by its .cih, .cihx or .mraw file.
 
     Args:
         bit_depth: significant bits, instead of those that the header states.
+        missing: the pixel file may be shorter than the header says.
 
     Raises:
         InputError: header or pixel file is missing, the header lacks a key or contradicts itself,
@@ -111,12 +112,14 @@ def open_photron(path: Path, bit_depth: int | None = None) -> Recording:
             f"{header_path}: {height} x {width} pixels of packed 12 bit do not "
             "fill whole bytes: the header is damaged, copy it again"
         )
-    _check_size(header_path, pixels, shape, bits)
+    _check_size(header_path, pixels, shape, bits, missing)
 
     rate = _rate(header_path, header)
     step = max(1, _integer(header_path, header, "Save Step", 1))
     # A file of fewer bits than the sensor's holds only the upper ones: nothing to shift there.
     shift = bits - depth if side == "higher" and depth < bits else 0
+
+    cut_off: list[bool] = []  # told once
 
     def source(start: int, stop: int) -> Iterator[np.ndarray]:
         size = count * bits // 8
@@ -129,6 +132,13 @@ def open_photron(path: Path, bit_depth: int | None = None) -> Recording:
                 else:
                     frame = np.frombuffer(data, np.dtype(f"<u{bits // 8}"))
                 frame = frame.reshape(height, width)
+                if shift and not cut_off and (frame & (2**shift - 1)).any():
+                    cut_off.append(True)
+                    logger.warning(
+                        "%s: has values in the lower %d of %d bits, where %s says there are none "
+                        "(EffectiveBit Depth %d, Side Higher): they are cut off",
+                        *(pixels, shift, bits, header_path.name, depth),
+                    )
                 yield frame >> shift if shift else frame
 
     return Recording(
@@ -144,7 +154,9 @@ def open_photron(path: Path, bit_depth: int | None = None) -> Recording:
     )
 
 
-def _check_size(header: Path, pixels: Path, shape: tuple[int, int, int], bits: int) -> None:
+def _check_size(
+    header: Path, pixels: Path, shape: tuple[int, int, int], bits: int, missing: bool
+) -> None:
     """Compare the size of the pixel file with what its header promises.
 
     Raises:
@@ -160,7 +172,8 @@ def _check_size(header: Path, pixels: Path, shape: tuple[int, int, int], bits: i
                 "Total Frame if that is what is wrong"
             )
     promised = frames * height * width * bits // 8
-    check_bytes(pixels, promised, frames)
+    if not missing:
+        check_bytes(pixels, promised, frames)
     if size > promised:
         logger.warning(
             "%s: has %d bytes, its header promises %d frames in %d: what follows, enough for %.3g "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,10 @@ SAMPLE = 2**20
 """Values of which it is seen whether the largest one of a file is an outlier."""
 DOUBTFUL = 0.1
 """An outlier if 99.9 % of the values lie below this share of it."""
+STEADY = 0.1
+"""Share of a frame interval by which a time stamp may lie aside and still count as steady."""
+LEFT_OUT = "frames_left_out"
+"""Key of the metadata that names the frames which are missing."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Recording:
     full_scale: float = 1.0
     metadata: dict[str, str | int | float] = field(default_factory=dict)
     times_s: np.ndarray | None = field(default=None, repr=False, compare=False)
+    numbers: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """When each frame was taken, in frame intervals from the camera's first one, where frames that
+    are missing were left out (see `without_missing`)."""
     scale_doubt: str = field(default="", repr=False, compare=False)
     """Warned of where values are stored on `full_scale`."""
     told: set[str] = field(default_factory=set, repr=False, compare=False)
@@ -126,16 +133,70 @@ class Recording:
         """The same recording with its rows from bottom to top."""
         return self.changed(lambda frame: frame[::-1])
 
+    def taken(self) -> np.ndarray:
+        """When each frame was taken, in frame intervals from the first one: 0, 1, 2, 5 where two
+        were lost after the third, as the time stamps say."""
+        stamps, frames = self.times_s, self.shape[0]
+        if self.numbers is not None:
+            return self.numbers
+        if stamps is None or frames < 2:
+            return np.arange(frames, dtype=float)
+        numbers: np.ndarray = (stamps - stamps[0]) / np.median(np.diff(stamps))
+        whole = np.rint(numbers)
+        return np.where(np.abs(numbers - whole) < STEADY, whole, numbers)
+
+    def without_missing(self) -> Recording:
+        """The same recording without the frames that cannot be read, of which it warns.
+
+        `numbers` and `times_s` keep the times of the others. Reads all frames.
+
+        Raises:
+            InputError: none can be read.
+        """
+        bad: dict[int, InputError] = {}
+        at = 0
+        while at < len(self):
+            try:
+                for _ in self.values(at):
+                    at += 1
+            except InputError as error:
+                bad[at] = error
+                at += 1
+        if len(bad) == len(self):
+            raise bad[0]
+        if not bad and self.numbers is None:
+            return self
+        kept = np.array([k for k in range(len(self)) if k not in bad])
+        place = np.arange(len(self)) if self.numbers is None else self.numbers.astype(int)
+        left_out = ", ".join(spans(sorted({*range(place[-1] + 1)} - {*place[kept].tolist()})))
+        reason = f": {next(iter(bad.values()))}" if bad else ""
+        logger.warning("%s: frames %s are missing and left out%s", self.path, left_out, reason)
+
+        def source(start: int, stop: int) -> Iterator[np.ndarray]:
+            for run in runs(kept[start:stop]):
+                yield from self.values(run.start, run.stop)
+
+        times = self.times_s
+        return replace(
+            self,
+            shape=(len(kept), *self.shape[1:]),
+            source=source,
+            numbers=self.taken()[kept],
+            times_s=None if times is None else times[kept] - times[kept[0]],
+            metadata={**self.metadata, LEFT_OUT: left_out},
+        )
+
     def cut(
         self, height: int, width: int, top: int = 0, left: int = 0, first: int = 0, last: int = -1
     ) -> Recording:
         """Frames `first` to `last` (-1: the last one), cut to `height` rows from `top` and `width`
         columns from `left`."""
         frames = (self.shape[0] if last < 0 else last + 1) - first
-        times = self.times_s
+        times, numbers = self.times_s, self.numbers
         return replace(
             self,
             shape=(frames, height, width),
+            numbers=None if numbers is None else numbers[first : first + frames],
             times_s=None if times is None else times[first : first + frames] - times[first],
             source=lambda start, stop: (
                 frame[top : top + height, left : left + width]
@@ -218,6 +279,7 @@ def array_recording(
     source: FrameSource,
     bit_depth: int | None,
     full_scale: float | None,
+    missing: bool = False,
     **fields: Any,
 ) -> Recording:
     """Make a recording of frames whose file states only their number type (TIFF, PNG, HDF5).
@@ -225,7 +287,7 @@ def array_recording(
     Unsigned integers of 8 and 16 bit, and signed ones, keep their values, wider ones with a bit
     depth up to 16. Floats, and wider integers with a full scale, are scaled to 16 bit by it, floats
     otherwise by their largest value, for which the whole file is read once. What is below 0 becomes
-    0, with a warning.
+    0, with a warning. `missing`: frames that cannot be read are left out.
 
     Raises:
         InputError: numbers of another type, a bit depth that does not fit it, or floats that are
@@ -233,6 +295,11 @@ def array_recording(
     """
     check_shape(path, shape)
     native = np.dtype(native)
+    if missing:
+        there = Recording(path, shape, native, 16, source, **fields).without_missing()
+        shape, source = there.shape, there.source
+        kept = ("numbers", "times_s", "metadata")
+        fields = {**fields, **{name: getattr(there, name) for name in kept}}
     if native.kind == "f":
         if bit_depth is not None:
             raise InputError(
@@ -297,6 +364,25 @@ def _largest(floats: Recording) -> tuple[float, str]:
         f"{largest:g}, the largest one (in frame {where}), and are stored as almost black: give "
         "--full-scale"
     )
+
+
+def runs(numbers: Iterable[int]) -> list[range]:
+    """Rising numbers as ranges without a gap."""
+    found: list[range] = []
+    for number in map(int, numbers):
+        if found and found[-1].stop == number:
+            found[-1] = range(found[-1].start, number + 1)
+        else:
+            found.append(range(number, number + 1))
+    return found
+
+
+def spans(numbers: Iterable[int]) -> list[str]:
+    """Rising numbers for messages: 3, 7 to 9."""
+    return [
+        f"{run.start} to {run.stop - 1}" if len(run) > 1 else str(run.start)
+        for run in runs(numbers)
+    ]
 
 
 @contextmanager

@@ -31,8 +31,8 @@ NEXT_TAG = re.compile(rb"(.)\1[\x00-\x1f]\1", re.DOTALL)
 UNITS = {"": 1e-9, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
-def open_shimadzu(path: Path, bit_depth: int | None = None) -> Recording:
-    """Open a .dat file; rows come in the file's order.
+def open_shimadzu(path: Path, bit_depth: int | None = None, missing: bool = False) -> Recording:
+    """Open a .dat file; rows come in the file's order. `missing`: it may end before its last frame.
 
     Raises:
         InputError: no image section, a frame count that contradicts it, too few bytes, or a bit
@@ -45,7 +45,7 @@ def open_shimadzu(path: Path, bit_depth: int | None = None) -> Recording:
     if path.stat().st_size == 0:
         raise InputError(f"{path}: is empty: copy it again")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        begin, samples = _image_section(path, data)
+        begin, samples = _image_section(path, data, missing)
         header = data[: min(begin, 2**20)] + data[begin + 2 * samples :][: 2**20]
     frames = samples // (HEIGHT * WIDTH)
     shape = (frames, HEIGHT, WIDTH)
@@ -86,12 +86,12 @@ def open_shimadzu(path: Path, bit_depth: int | None = None) -> Recording:
     )
 
 
-def _image_section(path: Path, data: mmap.mmap) -> tuple[int, int]:
+def _image_section(path: Path, data: mmap.mmap, missing: bool) -> tuple[int, int]:
     """Offset and sample count of the image data: the first tag whose count makes sense.
 
     The four bytes of the tag may turn up elsewhere by chance.
     """
-    longest = at = -1
+    longest = at = cut_off = -1
     while (at := data.find(IMAGES, at + 1)) >= 0:
         begin = at + PAYLOAD
         if begin > len(data):
@@ -101,7 +101,10 @@ def _image_section(path: Path, data: mmap.mmap) -> tuple[int, int]:
             continue
         if begin + 2 * samples <= len(data):
             return begin, samples
-        longest = max(longest, samples)
+        if samples > longest:
+            longest, cut_off = samples, begin
+    if longest > 0 and missing:
+        return cut_off, longest
     if longest > 0:
         raise InputError(
             f"{path}: has {len(data)} bytes, its header promises "

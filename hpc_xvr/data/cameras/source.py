@@ -21,6 +21,8 @@ class Source:
     files: tuple[Path, ...]
     dataset: str | None = None
     lr: Source | None = None
+    frames: tuple[int, int] | None = None
+    """The first and the last one that are used, where some between are missing; None: all."""
     goes_on: str | None = None
     """Name of the stack that seems to be an earlier part of this one: they share a split."""
 
@@ -71,4 +73,6 @@ class Source:
         parts: list[Any] = [self.state, {**options, "dataset": self.dataset}]
         if self.lr is not None:
             parts.append([self.lr.state, self.lr.dataset])
+        if self.frames is not None:
+            parts.append(self.frames)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -67,14 +67,15 @@ class Stack:
     """Warnings."""
 
 
-def open_tiff(path: Path) -> Stack:
-    """Find the frames: the pages of one series with no axis but time.
+def open_tiff(path: Path, missing: bool = False) -> Stack:
+    """Find the frames: the pages of one series with no axis but time. `missing`: the file may end
+    before all of them.
 
     Raises:
         InputError: several channels, slices or series (they are named), colour, pages that are cut
             off, a damaged file.
     """
-    directories = tiff_pages.directories(path)
+    directories = tiff_pages.directories(path, missing)
     pages = tuple(k for k, directory in enumerate(directories) if not directory.extra)
     if not pages:
         raise InputError(
@@ -91,7 +92,7 @@ def open_tiff(path: Path) -> Stack:
         count = len(pages)
         behind = len(directories) == 1 and stated.count > 1 and not stated.others
         if behind:
-            _check_behind(path, tif, page, stated.count)
+            _check_behind(path, tif, page, stated.count, missing)
             count = stated.count
         elif stated.count not in (1, count) and not stated.others:
             stated.notes.append(
@@ -99,7 +100,7 @@ def open_tiff(path: Path) -> Stack:
             )
         fields = {"metadata": _texts(page), **stated.fields}
         orientation = _orientation(path, page, 0) or 1
-        line, bits = stated.line, page.bitspersample
+        line, bits = stated.line, stated.bits or page.bitspersample
     white = None
     if line is not None:
         if native.kind == "u" and line[1] > 0 and line != (-32768, 1):
@@ -199,11 +200,11 @@ def _behind(tif: tifffile.TiffFile, index: int) -> np.ndarray:
     return native
 
 
-def _check_behind(path: Path, tif: tifffile.TiffFile, page: Any, count: int) -> None:
+def _check_behind(path: Path, tif: tifffile.TiffFile, page: Any, count: int, missing: bool) -> None:
     needed = page.dataoffsets[0] + count * page.nbytes
     if page.compression != 1 or not page.is_contiguous or page.bitspersample % 8:
         raise InputError(f"{path}: states {count} frames, but has one page: the file is incomplete")
-    if needed > tif.filehandle.size:
+    if needed > tif.filehandle.size and not missing:
         raise InputError(
             f"{path}: has {tif.filehandle.size} bytes, its header promises {count} frames in "
             f"{needed}: the file is incomplete, copy it again"

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import tifffile
 
 from hpc_xvr.data.cameras import units
+from hpc_xvr.data.cameras.stamps import frame_times, rate_of
 from hpc_xvr.data.cameras.tiff_pages import Directory
 from hpc_xvr.errors import InputError
 
@@ -28,6 +30,8 @@ class Stated:
     """Sizes and names, without those of size 1."""
     fields: dict[str, Any] = field(default_factory=dict)
     line: tuple[float, float] | None = None
+    bits: int | None = None
+    """Significant ones."""
     others: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
 
@@ -177,9 +181,13 @@ def _of_ome(path: Path, text: str, page: Any) -> Stated:
     names = {uuid.get("FileName", "") for uuid in pixels.iter() if uuid.tag.endswith("}UUID")}
     stated = Stated(_sized((channels, "channels"), (slices, "slices"), (times, "times")))
     stated.others = tuple(sorted(names - {"", path.name})) if len(names) > 1 else ()
+    bits = pixels.get("SignificantBits", "")
+    if bits.isdecimal() and 0 < int(bits) <= page.bitspersample and page.dtype.kind == "u":
+        stated.bits = int(bits)
     interval = _number(pixels.get("TimeIncrement"))
     if interval and (unit := units.factor(pixels.get("TimeIncrementUnit", "s"), "s")):
         stated.fields["frame_rate_hz"] = 1 / (interval * unit)
+    _add_planes(path, pixels.findall("{*}Plane"), stated)
     wide, high = (_number(pixels.get(f"PhysicalSize{axis}")) for axis in "XY")
     factor = units.factor(pixels.get("PhysicalSizeXUnit", "um"), "um")
     if wide and factor:
@@ -189,6 +197,24 @@ def _of_ome(path: Path, text: str, page: Any) -> Stated:
         else:
             stated.fields["pixel_size_um"] = wide * factor
     return stated
+
+
+def _add_planes(path: Path, planes: Sequence[ElementTree.Element], stated: Stated) -> None:
+    """When the frames were taken and how long they were exposed, where each states it."""
+    if not planes or len(planes) != stated.count or stated.others:
+        return
+    planes = sorted(planes, key=lambda plane: int(plane.get("TheT", "0")))
+    for name in ("DeltaT", "ExposureTime"):
+        unit = units.factor(planes[0].get(f"{name}Unit", "s"), "s")
+        values = np.array([plane.get(name, "nan") for plane in planes], float)
+        if unit is None or not np.isfinite(values).all():
+            continue
+        if name == "ExposureTime" and values[0] > 0:
+            stated.fields["exposure_s"] = float(values[0] * unit)
+        elif name == "DeltaT" and (times := frame_times(path, values * unit)) is not None:
+            stated.fields["times_s"] = times
+            rate = stated.fields.get("frame_rate_hz")
+            stated.fields["frame_rate_hz"] = rate_of(path, times, rate)
 
 
 def _sized(*axes: tuple[int, str]) -> list[tuple[int, str]]:

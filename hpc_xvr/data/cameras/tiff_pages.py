@@ -14,6 +14,7 @@ from typing import BinaryIO
 import tifffile
 
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
 
 LONGEST = 2**20
 """Bytes of a page's description that are looked at."""
@@ -32,8 +33,9 @@ class Directory:
     axes: str | None
 
 
-def directories(path: Path) -> list[Directory]:
-    """The pages of a TIFF file.
+def directories(path: Path, missing: bool = False) -> list[Directory]:
+    """The pages of a TIFF file; those before the place where their chain breaks, if some may be
+    `missing`.
 
     Raises:
         InputError: it is no TIFF, the chain of its pages breaks, or a page has another image in it.
@@ -50,9 +52,15 @@ def directories(path: Path) -> list[Directory]:
         found: list[Directory] = []
         seen: set[int] = set()
         while at:
-            tags, following = chain.tags(at, len(found))
-            if at in seen:
-                raise chain.broken(len(found))
+            try:
+                tags, following = chain.tags(at, len(found))
+                if at in seen:
+                    raise chain.broken(len(found))
+            except InputError as error:
+                if not (missing and found):
+                    raise
+                logger.warning("%s; those are read", error)
+                break
             seen.add(at)
             found.append(chain.directory(tags, len(found)))
             at = following

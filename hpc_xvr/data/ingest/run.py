@@ -91,9 +91,10 @@ def ingest(
                 scene,
             )
             treatment.check()
-            found = find_recordings(paths, treatment.camera.dataset)
-            sources = _paired(found, lr, treatment.lr_camera.dataset)
+            found = find_recordings(paths, treatment.camera.dataset, bool(treatment.camera.missing))
+            sources = _paired(found, lr, treatment.lr_camera)
             treatment = treatment.prepared()
+            sources = [part for source in sources for part in treatment.unbroken(source)]
             writer = stack.enter_context(CorpusWriter(corpus, store=store))
             schedule = Schedule(writer, sources, treatment, split, skip_bad)
             return _Task(schedule.new, schedule.nbytes, writer.path, writer.store, treatment)
@@ -128,7 +129,7 @@ class _Task(NamedTuple):
     treatment: Treatment
 
 
-def _paired(sources: list[Source], lr: Sequence[Path | str], dataset: str | None) -> list[Source]:
+def _paired(sources: list[Source], lr: Sequence[Path | str], camera: CameraReading) -> list[Source]:
     """The recordings with their second camera's files."""
     if not lr:
         return sources
@@ -141,8 +142,8 @@ def _paired(sources: list[Source], lr: Sequence[Path | str], dataset: str | None
     pairs = []
     for source, path in zip(sources, lr, strict=True):
         with guarded(str(path)):
-            files, inner = camera_files(path)
-        pairs.append(replace(source, lr=Source(tuple(files), inner or dataset)))
+            files, inner = camera_files(path, bool(camera.missing))
+        pairs.append(replace(source, lr=Source(tuple(files), inner or camera.dataset)))
     return pairs
 
 

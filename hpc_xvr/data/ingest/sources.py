@@ -15,12 +15,14 @@ from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
 
-def find_recordings(paths: Sequence[Path | str], dataset: str | None = None) -> list[Source]:
+def find_recordings(
+    paths: Sequence[Path | str], dataset: str | None = None, missing: bool = False
+) -> list[Source]:
     """The recordings that files, globs and folders stand for, each once.
 
     Single images among several paths (a glob the shell has expanded) form one recording for each
     sequence of numbers, after all others. A folder is searched with all it holds, a corpus in it
-    left out.
+    left out. `missing`: numbers of single images may be missing.
 
     Raises:
         InputError: nothing there, an unknown kind of file, a folder without recordings.
@@ -39,7 +41,7 @@ def find_recordings(paths: Sequence[Path | str], dataset: str | None = None) -> 
                 inside = _inside(folder)
                 if not inside:
                     raise InputError(f"{folder}: holds no recordings; readable are {FORMATS}")
-                found += _recordings(inside, dataset)
+                found += _recordings(inside, dataset, missing)
             elif (
                 len(paths) > 1
                 and folder.suffix.lower() in images.IMAGE_SUFFIXES
@@ -47,11 +49,11 @@ def find_recordings(paths: Sequence[Path | str], dataset: str | None = None) -> 
             ):
                 loose.append(folder)
             else:
-                of_one, inner = camera_files(path)
+                of_one, inner = camera_files(path, missing)
                 found.append(Source(tuple(of_one), inner or dataset))
-    for source in _recordings(list(dict.fromkeys(loose)), dataset):
+    for source in _recordings(list(dict.fromkeys(loose)), dataset, missing):
         if len(source.files) == 1:
-            source = replace(source, files=tuple(camera_files(source.files[0])[0]))
+            source = replace(source, files=tuple(camera_files(source.files[0], missing)[0]))
         found.append(source)
     return list(dict.fromkeys(_by_pixels(source) for source in found))
 
@@ -75,7 +77,7 @@ def _inside(folder: Path) -> list[Path]:
     )
 
 
-def _recordings(files: list[Path], dataset: str | None) -> Iterator[Source]:
+def _recordings(files: list[Path], dataset: str | None, missing: bool) -> Iterator[Source]:
     """Files in recordings: numbered single images together, and the parts of a stack that was
     split, a .mraw with its header, others alone.
 
@@ -87,14 +89,23 @@ def _recordings(files: list[Path], dataset: str | None) -> Iterator[Source]:
     others = [file for file in files if file.suffix.lower() not in images.IMAGE_SUFFIXES]
     yield from (Source((file,), dataset) for file in others if file not in headers)
     stacks: list[Path] = []
+    sequences: list[numbering.Group] = []
     for group in numbering.grouped(pictures):
         first = min(group.files)
         with guarded(str(first)):
-            several = images.page_count(first) > 1
+            several = images.page_count(*(group.files if missing else [first])) > 1
         if several and not group.parts:
             stacks += group.files
         else:
-            yield Source(tuple(group.in_order()), dataset)
+            sequences.append(group)
+            yield Source(tuple(group.in_order(missing)), dataset)
+    for divided in numbering.divided(sequences):
+        logger.warning(
+            "%s: its images become %d recordings, as they differ in more than one number (%s, %s, "
+            "...): if they are one, number them through",
+            *(divided[0].files[0].parent, len(divided)),
+            *(group.files[0].name for group in divided[:2]),
+        )
     first_part: dict[Path, str] = {}
     for before, file in numbering.successive(stacks):
         if before is not None and images.goes_on(before, file):

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from hpc_xvr.data.cameras import Recording
+from hpc_xvr.data.cameras.recording import runs
 from hpc_xvr.data.cameras.source import Source
 from hpc_xvr.data.pairing.joining import Pairing, joined
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
 
 LARGEST_STREAM = 2**32
 """Bytes of a second camera's stream: it is held in memory."""
@@ -38,6 +42,8 @@ class Treatment:
         """Raise InputError for values that are out of range."""
         self.camera.check()
         self.lr_camera.check()
+        if "nan" in (self.camera.missing, self.lr_camera.missing):
+            raise InputError("--missing nan: a corpus holds no NaN; give --missing skip")
         if self.multiple_of < 1:
             raise InputError(f"multiple_of {self.multiple_of}: must be a whole number from 1")
 
@@ -63,9 +69,33 @@ class Treatment:
             "full_scale": camera.full_scale,
             "crop": self.multiple_of if self.crop else 0,
         }
+        if camera.missing:
+            options["missing"] = camera.missing
         if source.lr is not None:
             options["lr"] = repr((self.pairing, sorted(self.lr_camera.described().items())))
         return source.fingerprint(options)
+
+    def unbroken(self, source: Source) -> list[Source]:
+        """The runs of frames of a recording between those that are missing, as sources of their
+        own: no sample reaches across a gap."""
+        if not self.camera.missing:
+            return [source]
+        try:
+            numbers = self.camera.open_files(source.files, source.dataset).numbers
+        except InputError:
+            return [source]  # it will be told where it is read
+        if numbers is None:
+            return [source]
+        found, at = [], 0
+        for run in runs(np.rint(numbers).astype(int)):
+            found.append(replace(source, frames=(at, at + len(run) - 1)))
+            at += len(run)
+        if len(found) > 1:
+            logger.warning(
+                "%s: becomes %d recordings, of the frames between those that are missing",
+                *(source.path, len(found)),
+            )
+        return found
 
     def open(self, source: Source) -> tuple[Recording, Recording | None, dict[str, Any]]:
         """Sharp and fast frames as they are stored, and VideoInfo's fields about them.
@@ -74,12 +104,17 @@ class Treatment:
             InputError: a file cannot be read, or does not fit the other one or the options.
         """
         recording = self.camera.open_files(source.files, source.dataset)
+        if source.frames is not None:
+            first, last = source.frames
+            recording = recording.cut(*recording.shape[1:], first=first, last=last)
         fast, second = None, {}
         if source.lr is None:
             recording = _fitted(recording, self.multiple_of, self.crop)
         else:
             fast = self.lr_camera.open_files(source.lr.files, source.lr.dataset)
             pair = joined(recording, fast, self.pairing, self.multiple_of, self.crop)
+            if source.frames is not None:
+                pair = pair.without_far_frames()
             recording, fast, second = pair.sharp, pair.fast, pair.info()
             if fast.nbytes > LARGEST_STREAM:
                 raise InputError(

@@ -23,6 +23,9 @@ REACH = 8
 """Fast frames before and after a key frame that it is compared with."""
 ALIKE = 0.9
 """Correlation above which gain and offset are certain enough to be taken out."""
+RELATED, TOO_FAR = 0.3, 3.0
+"""Correlation above which two cameras show the same, and gain beyond which its flicker is all that
+would be seen."""
 BETTER = 2.0
 """What another place or time must leave less of, as a ratio of variances, to be told."""
 CONTRAST = 0.005
@@ -152,6 +155,9 @@ def grey_of(found: Agreement, name: str) -> Grey:
     """The gain and offset to take out: where they differ from one scale, and are certain.
 
     Warns where they are taken out, and where they seem to differ but nothing is certain.
+
+    Raises:
+        InputError: they differ so much that frames would flicker, but nothing is certain.
     """
     gain, offset = found.grey.gain, found.grey.offset
     aside = abs((gain - 1) * found.level + offset)
@@ -159,6 +165,13 @@ def grey_of(found: Agreement, name: str) -> Grey:
         return Grey()  # blur changes contrast, but not the mean
     relation = f"fast = {gain:.4g} x sharp {offset:+.4f} (shares of their full scales)"
     if found.correlation < ALIKE or found.spread > 0.1 or gain <= 0:
+        if found.correlation > RELATED and not 1 / TOO_FAR < gain < TOO_FAR:
+            raise InputError(
+                f"{name}: the cameras' grey scales differ by a factor of about {gain:.3g}, but not "
+                f"certainly enough (correlation {found.correlation:.2f}, gains differ by "
+                f"{100 * found.spread:.0f} %) to match them: state --lr-bit-depth, --hr-bit-depth "
+                "or full scales, or give --match-grey off to go on without"
+            )
         if 0.8 < gain < 1.25 and abs(offset) < 0.05:
             return Grey()  # noise and motion do as much
         logger.warning(
@@ -210,14 +223,20 @@ def _fit(low: np.ndarray, frame: np.ndarray) -> tuple[float, float, float, float
     )
     if abs(down) > low.shape[0] // 4 or abs(right) > low.shape[1] // 4:
         down, right, moved, keep = 0, 0, low, (slice(1, -1), slice(1, -1))
-    correlation = _correlation(low, frame)
     ones = np.ones(low.shape)
     inner = slice(1, -1), slice(1, -1)
-    (gain, offset), plain = min(
-        (_least_squares([a[inner], ones[inner]], frame[inner]) for a in _blurred(low)),
+    (gain, offset), plain, kept, seen = min(
+        (
+            (*_least_squares([a[inner], ones[inner]], frame[inner]), a[inner].ravel())
+            for a in _blurred(low)
+        ),
         key=lambda fit: fit[1],
     )
-    shifted, moving = min(
+    # Dead pixels and zingers make two pictures of the same no less alike.
+    correlation = max(
+        _correlation(low, frame), _correlation(seen[kept], frame[inner].ravel()[kept])
+    )
+    shifted, moving, _ = min(
         (
             _least_squares([part[keep] for part in (a, ones, *np.gradient(a))], frame[keep])
             for a in _blurred(moved)
@@ -239,9 +258,11 @@ def _blurred(low: np.ndarray) -> Iterator[np.ndarray]:
         yield gaussian_filter(low, sigma, mode="nearest")
 
 
-def _least_squares(parts: Sequence[np.ndarray], frame: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights of `parts` (h, w) whose sum is nearest to `frame`, and the variance that is left;
-    pixels far aside (dead ones, zingers) do not count."""
+def _least_squares(
+    parts: Sequence[np.ndarray], frame: np.ndarray
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Weights of `parts` (h, w) whose sum is nearest to `frame`, the variance that is left, and
+    which pixels counted: those far aside (dead ones, zingers) do not."""
     columns, values = np.stack([part.ravel() for part in parts], 1), frame.ravel()
     kept = np.ones(values.size, bool)
     for _ in range(4):
@@ -249,7 +270,7 @@ def _least_squares(parts: Sequence[np.ndarray], frame: np.ndarray) -> tuple[np.n
         aside = np.abs(columns @ weights - values)
         limit = 6 * float(np.median(aside)) + 1e-6
         kept = aside <= limit
-    return weights, float(np.mean(np.minimum(aside, limit) ** 2))
+    return weights, float(np.mean(np.minimum(aside, limit) ** 2)), kept
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -18,8 +18,6 @@ CONTRADICTION = 0.02
 ONE_UNIT = 4.0
 """Ratio of the full scales of floating-point files up to which they are taken to have one unit; a
 larger one would leave the darker camera few grey levels."""
-STEADY = 0.1
-"""Share of a frame interval by which a time stamp may lie aside and still count as steady."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,12 @@ class Pair:
     registration: Registration | None
     origin: dict[str, Any]
     """What the cameras saw before the frames were cut and resampled."""
+
+    def without_far_frames(self) -> Pair:
+        """The same without fast frames of a sharp interval and more before or after."""
+        near = np.flatnonzero(np.abs(self.times - (last := len(self.sharp) - 1) / 2) < last / 2 + 1)
+        fast = self.fast.cut(*self.fast.shape[1:], first=int(near[0]), last=int(near[-1]))
+        return replace(self, fast=fast, times=self.times[near])
 
     def info(self) -> dict[str, Any]:
         """VideoInfo's fields for the second camera."""
@@ -145,8 +149,8 @@ def _times(name: str, sharp: Recording, fast: Recording, how: Pairing) -> np.nda
             "%s: the gap is given as %g, but the frame rates (%g and %g Hz) say %g: one is wrong",
             *(name, gap, quick, slow, quick / slow),
         )
-    instants = how.start + _numbers(fast) / gap
-    taken = _numbers(sharp)  # lost sharp frames: from their instants back to the frames there are
+    instants = how.start + fast.taken() / gap
+    taken = sharp.taken()  # lost sharp frames: from their instants back to the frames there are
     if len(taken) < 2:
         return instants
     number: np.ndarray = np.interp(instants, taken, np.arange(len(taken)))
@@ -154,17 +158,6 @@ def _times(name: str, sharp: Recording, fast: Recording, how: Pairing) -> np.nda
     number[before] = instants[before] - taken[0]
     number[after] = len(taken) - 1 + instants[after] - taken[-1]
     return number
-
-
-def _numbers(recording: Recording) -> np.ndarray:
-    """When each frame was taken, in frame intervals from the first one: 0, 1, 2, 5 where two were
-    lost after the third, as the time stamps say."""
-    stamps, frames = recording.times_s, recording.shape[0]
-    if stamps is None or frames < 2:
-        return np.arange(frames, dtype=float)
-    numbers: np.ndarray = (stamps - stamps[0]) / np.median(np.diff(stamps))
-    whole = np.rint(numbers)
-    return np.where(np.abs(numbers - whole) < STEADY, whole, numbers)
 
 
 def _together(name: str, times: np.ndarray, frames: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from hpc_xvr.data.cameras.arrays import ArrayLike, open_array
 from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
 from hpc_xvr.data.cameras.recording import guarded
 from hpc_xvr.errors import InputError
+
+Missing = Literal["skip", "nan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,9 @@ class CameraReading:
         frame_rate_hz, pixel_size_um, camera: replace what the files say.
         allow_links: folders that HDF5 files may lead into (by links, virtual datasets and raw
             files) beside their own.
+        missing: what becomes of frames that are missing or cannot be read: None: an error; skip:
+            they are left out, and the others keep their times; nan: the same and, of a fast
+            camera, `reconstruct` writes frames of NaN in their place.
     """
 
     dataset: str | None = None
@@ -51,6 +56,7 @@ class CameraReading:
     pixel_size_um: float | None = None
     camera: str | None = None
     allow_links: tuple[Path | str, ...] = ()
+    missing: Missing | None = None
 
     def check(self) -> None:
         """Raise InputError for values out of range, or a dark field without a flat one."""
@@ -61,6 +67,10 @@ class CameraReading:
         ):
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{what} {value}: must be a number above 0")
+        if self.missing not in (None, *get_args(Missing)):
+            raise InputError(
+                f"missing {self.missing}: must be one of {', '.join(get_args(Missing))}"
+            )
         if self.dark is not None and self.flat is None:
             raise InputError(f"dark field {self.dark}: needs a flat field as well: give one")
 
@@ -97,7 +107,7 @@ class CameraReading:
             )
         path = source
         with guarded(str(path)):
-            files, inner = camera_files(path)
+            files, inner = camera_files(path, bool(self.missing))
             if inner and self.dataset and inner.strip("/") != self.dataset.strip("/"):
                 raise InputError(
                     f"{path}: names a dataset other than {self.dataset}: give only one"
@@ -116,6 +126,7 @@ class CameraReading:
                 bit_depth=self.bit_depth,
                 full_scale=None if corrects else self.full_scale,
                 allow_links=self.allow_links,
+                missing=bool(self.missing),
             )
         )
 
@@ -133,7 +144,11 @@ class CameraReading:
         times, rate = recording.times_s, recording.frame_rate_hz
         if times is not None and rate and self.frame_rate_hz:  # lost frames stay lost
             stated["times_s"] = times * (rate / self.frame_rate_hz)
-        return replace(recording, **stated)
+        recording = replace(recording, **stated)
+        if recording.times_s is None and recording.numbers is not None and recording.frame_rate_hz:
+            since = recording.numbers - recording.numbers[0]
+            return replace(recording, times_s=since / recording.frame_rate_hz)
+        return recording
 
     def on_scale_of(self, other: CameraReading) -> CameraReading:
         """The same with the full scale of another camera if this one has a flat field but no full
