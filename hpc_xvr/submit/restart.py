@@ -35,6 +35,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 UNFINISHED = 75  # what `hpc-xvr train` returns, too, when it has stopped with a checkpoint
+FAILED = 1
 BAD_INPUT = 2
 PASSING = 74  # what it returns after trouble of the moment
 PATIENCE = 5  # launches in a row that may come no further
@@ -161,9 +162,10 @@ class Launch:
     def passing(self) -> bool:
         """May another launch succeed where this one came no further?
 
-        So it is if a rank was killed (mpirun then returns more than 128, or 0).
+        Not if the program itself has failed, or was asked to stop. Where a rank was killed, mpirun
+        may return anything: 137, 0, or the number of an MPI error.
         """
-        return self.lost > 0 or self.code in (0, PASSING) or self.code > 128
+        return self.lost > 0 or self.code not in (FAILED, BAD_INPUT, UNFINISHED)
 
 
 def end(chain: Chain, steps: int, launch: Launch, until_done: bool = False) -> list[str]:

@@ -131,7 +131,7 @@ def test_launches_of_a_job_are_limited_and_the_rest_is_for_the_queue(job):
 
 def test_the_last_minutes_of_a_job_are_for_the_next_one(job):
     (job.run / "left").write_text("100\n")
-    code, log = job("1 137", "9 0 9")
+    code, _log = job("1 137", "9 0 9")
     assert code == 75 and len(calls(job)) == 1
     (job.run / "left").write_text("1000\n")
     code, _log = job("1 137", "9 0 9")

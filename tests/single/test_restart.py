@@ -139,8 +139,8 @@ def test_another_launch_in_a_job_is_no_start_of_its_own(chain):
 
 
 LEFT = "say ended by SIGTERM: whoever sent it decides whether this job starts again"
-FAILED = "not done, exit code 1, and no checkpoint since step 4: not started again"
-WARNED = FAILED.replace("code 1,", "code 75,")
+FAILURE = "not done, exit code 1, and no checkpoint since step 4: not started again"
+WARNED = FAILURE.replace("code 1,", "code 75,")
 BAD = "bad input, see above; the same job would only fail again"
 NEXT = "say the next job of the chain goes on"
 SUBMIT = "say submit it with --resume to go on"
@@ -152,7 +152,7 @@ SUBMIT = "say submit it with --resume to go on"
         (9, {"code": 137}, {"done": 9}, ["say done at step 9", "cancel 8", "exit 0"], ""),
         (9, {"code": 2}, {"done": 9}, ["say done at step 9", "cancel 8", "exit 0"], ""),
         (8, {"code": 2}, {"done": 8}, [f"say {BAD}", "cancel 8", "exit 2"], BAD),
-        (4, {"code": 1}, {}, [f"say {FAILED}", "cancel 8", "exit 1"], FAILED),
+        (4, {"code": 1}, {}, [f"say {FAILURE}", "cancel 8", "exit 1"], FAILURE),
         (4, {"code": 75, "asked": "USR1"}, {}, [f"say {WARNED}", "cancel 8", "exit 1"], WARNED),
         (4, {"code": 143, "asked": "TERM"}, {}, [LEFT, "exit 75"], ""),
         (0, {"code": 143, "asked": "TERM"}, {}, [LEFT, "exit 74"], ""),
@@ -174,6 +174,7 @@ SUBMIT = "say submit it with --resume to go on"
         # What may pass, though it came no further; the pause doubles.
         (4, {"code": 74}, {}, ["relaunch 60"], ""),
         (4, {"code": 0}, {}, ["relaunch 60"], ""),
+        (4, {"code": 14}, {}, ["relaunch 60"], ""),  # an MPI error
         (4, {"code": 1, "lost": 1}, {}, ["relaunch 60"], ""),
         (4, {"code": 74, "unit": 10}, {"starts": started(4, 4, 4)}, ["relaunch 40"], ""),
         (4, {"code": 74}, {"starts": started(4, 4, 3, 4)}, ["relaunch 60"], ""),

@@ -192,6 +192,9 @@ xvr_shield() {
     else
         export PRTE_MCA_prte_launch_agent="${shield[*]} prted"
         export OMPI_MCA_orte_launch_agent="${shield[*]} orted" # Open MPI 4
+        # ssh, by which it reaches other nodes where it knows no better way, hears it as well.
+        [[ ${PRTE_MCA_plm_ssh_agent:=ssh} = *[:\"]* ]] ||
+            export PRTE_MCA_plm_ssh_agent="${shield[*]} ${PRTE_MCA_plm_ssh_agent#"${shield[*]} "}"
     fi
 }
 
@@ -266,8 +269,8 @@ xvr_train() {
         fi
         xvr_launch
         case $asked$code in
-            0 | 2 | 75 | USR1* | TERM*) ;;
-            *) xvr_look_around ;;
+            2 | 75 | USR1* | TERM*) ;;
+            *) [ -e "$run/done.json" ] || xvr_look_around ;; # mpirun may return 0 after a loss, too
         esac
         xvr_end
         xvr_pause "$relaunch"

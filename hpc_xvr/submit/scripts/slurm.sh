@@ -11,9 +11,12 @@ xvr_again() {
 }
 xvr_cancel() { scancel "$@"; }
 
-# Slurm itself needs minutes to see that a node is gone: so each one is asked to do something.
+# Slurm itself needs minutes to see that a node is gone: so each one is asked to do something. Until
+# then a step of that node does not end, and new ones shall not wait for what it holds.
+export SLURM_OVERLAP=1
 xvr_answering() {
     local names
+    squeue -h -s -j "$SLURM_JOB_ID" -o %i | grep -E '\.[0-9]+$' | xargs -r scancel -Q
     names=$(scontrol show hostnames "$SLURM_JOB_NODELIST") || return
     grep -Fxf <(
         xargs -P 32 -I{} sh -c "timeout 30 srun --overlap --mpi=none --nodes=1 --ntasks=1 \
