@@ -186,7 +186,8 @@ def _slurm(job: Job) -> list[str]:
         out.append(f"--account={job.account}")
     if job.run:
         out.append(f"--signal=B:USR1@{job.reserve}")
-    return [*out, f"--output={log}", "--open-mode=append", "--requeue"]
+    # A node that is lost does not end the job: it goes on with the others.
+    return [*out, f"--output={log}", "--open-mode=append", "--requeue", "--no-kill"]
 
 
 def _pbs(job: Job) -> list[str]:

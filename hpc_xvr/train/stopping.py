@@ -35,6 +35,7 @@ class Stopping:
         for number in STOP_SIGNALS:
             self._before.setdefault(number, signal.getsignal(number))
             signal.signal(number, self._raise_flag)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # see submit/shield.py
 
     def unlisten(self) -> None:
         """Give the signals back."""

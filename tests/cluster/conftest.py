@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of two nodes; skipped, with the reason, where none answers."""
+"""Jobs on a real Slurm of two nodes; skipped, with the reason, where none answers. And on PBS."""
 
 import os
 import shutil
@@ -12,10 +12,10 @@ from support.slurm_runs import Run, about
 
 def pytest_collection_modifyitems(items):
     ours = [item for item in items if item.path.parent == Path(__file__).parent]
-    problem = no_slurm() if ours else None
+    problem = no_slurm() if any(item.path.stem == "test_slurm" for item in ours) else None
     for item in ours:
         item.add_marker(pytest.mark.cluster)
-        if problem:
+        if problem and item.path.stem == "test_slurm":
             item.add_marker(pytest.mark.skip(reason=problem))
 
 

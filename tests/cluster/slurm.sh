@@ -60,7 +60,8 @@ SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=0
 ReturnToService=2
 OverTimeLimit=0
-KillWait=5
+KillWait=30
+SlurmdTimeout=30
 MinJobAge=3600
 JobRequeue=1
 MailProg=/bin/true

@@ -15,7 +15,7 @@ import tifffile
 from hpc_xvr.checkpoint import list_checkpoints, load
 from hpc_xvr.data.corpus import Corpus
 from support.paths import PULSE, ROOT
-from support.slurm_runs import FOREVER, about, ranks_of, wait_for
+from support.slurm_runs import FOREVER, about, lose_node, ranks_of, state_of, wait_for
 
 
 def test_two_nodes_run_to_the_end_and_the_dry_run_is_the_script(whole):
@@ -91,27 +91,70 @@ def test_the_time_limit_is_never_reached_and_the_next_job_of_the_chain_goes_on(r
     wait_for("the second job", lambda: started in run.log)
 
 
-def test_a_cancelled_job_leaves_no_rank_behind_and_can_be_resumed(run):
-    job = run.submit(
-        "--chain", "until-done", overrides=[*FOREVER, "checkpoint.every=2", "checkpoint.keep=2"]
-    )
+def test_a_cancelled_job_loses_no_step_and_leaves_no_rank_behind(run):
+    """scancel: SIGTERM to all processes on all nodes, and 30 s later SIGKILL (KillWait)."""
+    job = run.submit("--chain", "until-done", overrides=FOREVER)
     run.reaches(4)
     subprocess.run(["scancel", job], check=True)
     run.ends(job, "CANCELLED")
     wait_for("the ranks' end", lambda: not ranks_of(run.folder))
-    step, path = list_checkpoints(run.folder / "checkpoints")[0]
-    assert load(path)["step"] == step >= 2
+    assert "TERM: asking the ranks for a checkpoint" in run.log
+    ((step, path),) = list_checkpoints(run.folder / "checkpoints")
+    assert load(path)["step"] == step == run.metrics()[-1]["step"]
+    assert f"checkpoint of step {step}" in run.log
 
 
-def test_a_rank_that_dies_ends_the_job_and_is_not_tried_for_ever(run):
-    job = run.submit("--chain", "until-done", overrides=FOREVER)
-    run.reaches(1)
-    pid = next(pid for pid, rank in ranks_of(run.folder).items() if rank == 1)
+def kill_rank(run, number):
+    pid = next(pid for pid, rank in ranks_of(run.folder).items() if rank == number)
     os.kill(pid, signal.SIGKILL)
-    said = run.ends(job, "FAILED")
-    assert said["Restarts"] == "0"
-    assert "no checkpoint since step 0: not started again" in run.log
+
+
+def test_a_rank_that_dies_is_started_again_in_the_same_job(run):
+    job = run.submit("--chain", "until-done", overrides=[*FOREVER, "checkpoint.every=2"])
+    run.reaches(4)
+    kill_rank(run, 1)
+    wait_for("another launch", lambda: "launch 2 of start 1, 2 node(s), from step" in run.log)
+    step = int(re.search(r"launch 2 of .* from step (\d+)", run.log)[1])
+    assert step >= 2
+    run.reaches(step + 20)
+    assert about(job)["Restarts"] == "0"
+
+
+def test_a_rank_that_dies_at_once_is_not_tried_for_ever(run):
+    job = run.submit(
+        "--chain", "until-done", "--env", "XVR_MAX_LAUNCHES=0", "--env", "XVR_PAUSE=1",
+        overrides=FOREVER,
+    )  # fmt: skip
+    for start in range(1, 6):
+        wait_for("a start", lambda n=start: f"start {n}, 2 node(s), from step 0" in run.log)
+        wait_for(
+            "its steps",
+            lambda n=start: run.log.count("steps an epoch") == n and ranks_of(run.folder),
+        )
+        kill_rank(run, 1)
+    run.ends(job, "FAILED")
+    assert "5 launches in a row came no further than 0" in run.log
     wait_for("the other rank's end", lambda: not ranks_of(run.folder))
+
+
+def test_a_node_that_is_lost_costs_its_ranks_and_not_the_job(run):
+    """The global batch stays; Slurm sees it 30 s later (SlurmdTimeout) and spares the job, too."""
+    job = run.submit("--chain", "until-done", overrides=[*FOREVER, "checkpoint.every=2"])
+    run.reaches(4)
+    lose_node("node2")
+    try:
+        wait_for("another launch", lambda: "launch 2 of start 1, 1 node(s), from step" in run.log)
+        assert "1 of 2 node(s) do not answer; these do: node1" in run.log
+        wait_for("Slurm's notice", lambda: state_of("node2") in ("down", "down*"))
+        assert about(job)["JobState"] == "RUNNING"
+        run.reaches(run.metrics()[-1]["step"] + 4)
+        assert "= 1 rank(s) x 1 micro-batch(es) x 4 sample(s)" in run.log
+        steps = [r["step"] for r in run.metrics()]
+        assert steps == list(range(1, len(steps) + 1))
+    finally:
+        run.cancel()
+        subprocess.run(["slurmd", "-N", "node2"], check=True)
+        wait_for("the node's return", lambda: state_of("node2") == "idle")
 
 
 def test_two_nodes_simulate_a_corpus_and_read_camera_files_together(tmp_path):

@@ -27,6 +27,10 @@ export SCRIPT=$$
 xvr_job=7 xvr_nodes=2 xvr_default_site={site}
 xvr_again() {{ echo AGAIN; exit 75; }}
 xvr_cancel() {{ echo "CANCEL $*"; }}
+xvr_hosts=""
+xvr_answering() {{ [ ! -e {run}/answering ] || cat {run}/answering; }}
+xvr_only() {{ hosts="ONLY=$*"; hosts=${{hosts// /,}}; }}
+xvr_left() {{ [ ! -e {run}/left ] || cat {run}/left; }}
 set -uo pipefail
 source {scripts}/job.sh
 xvr_main --run {run} --name t --venv {venv} --steps 9 "$@"
@@ -42,7 +46,9 @@ def job(tmp_path):
         (tmp_path / "venv/bin" / name).write_text(text)
         (tmp_path / "venv/bin" / name).chmod(0o755)
     site = tmp_path / "here.env"
-    site.write_text("XVR_RANKS_PER_NODE=1\nXVR_LAUNCH='{binding}'\nXVR_BIND=core\nAN='a value'\n")
+    site.write_text(
+        "XVR_RANKS_PER_NODE=1\nXVR_LAUNCH='{binding}'\nXVR_BIND=core\nAN='a value'\nXVR_PAUSE=0\n"
+    )
     site.write_text(site.read_text().replace("{binding}", ""))
     run = tmp_path / "run"
     run.mkdir()
@@ -59,7 +65,7 @@ def job(tmp_path):
         )
         return done.returncode, done.stdout + done.stderr
 
-    start.run = run
+    start.run, start.site = run, site
     return start
 
 
@@ -70,11 +76,13 @@ def test_the_done_marker_decides_and_not_the_exit_code(job):
 
 def test_exit_code_0_without_the_marker_is_not_done(job):
     """mpirun may return 0 although its ranks were killed."""
+    (job.run / "left").write_text("100\n")
     _code, log = job("4 0", options=["--until-done"])
     assert "AGAIN" in log and "not done, exit code 0, checkpoint of step 4" in log
 
 
 def test_a_marker_of_fewer_steps_than_asked_for_is_an_old_one(job):
+    (job.run / "left").write_text("100\n")
     code, log = job("8 1 8")
     assert code == 75 and "done at" not in log
 
@@ -84,31 +92,123 @@ def test_bad_input_is_not_started_again(job):
     assert code == 2 and "AGAIN" not in log and "bad input" in log
 
 
+def calls(job):
+    return (job.run / "calls").read_text().splitlines()
+
+
 def test_a_failure_is_started_again_only_after_a_new_checkpoint(job):
-    plays = ["3 1", "5 75", "5 1"]
-    code, log = job(*plays, options=["--until-done"])
-    assert "AGAIN" in log
-    assert "--resume" not in (job.run / "calls").read_text()
-    code, log = job(options=["--until-done"])
-    assert "AGAIN" in log and "start 2" in log and "from step 3" in log
-    assert "--resume" in (job.run / "calls").read_text().splitlines()[1]
+    code, log = job("3 1", "5 75", "5 1", options=["--until-done"])
+    assert "AGAIN" in log and code == 75
+    assert "starting again on the same nodes in 0 s" in log
+    assert "launch 2 of start 1, 2 node(s), from step 3" in log
+    assert ["--resume" in call for call in calls(job)] == [False, True]
     code, log = job(options=["--until-done"])
     assert code == 1 and "AGAIN" not in log
+    assert "start 2, 2 node(s), from step 5" in log
     assert "exit code 1, and no checkpoint since step 5: not started again" in log
     code, log = job(options=["--until-done"])  # what is left of a chain
     assert code == 1 and "an earlier job of this chain was stopped: not done" in log
-    assert len((job.run / "calls").read_text().splitlines()) == 3
+    assert len(calls(job)) == 3
 
 
-def test_jobs_that_vanish_are_started_three_times_at_one_step(job):
+@pytest.mark.parametrize("code", [137, 74, 0])
+def test_what_may_pass_is_tried_again_in_the_same_job_and_not_for_ever(code, job):
+    """A rank that was killed, a full disk, and mpirun's 0 where its ranks were killed."""
+    ended, log = job(f"0 {code}", f"4 {code}", *[f"0 {code}"] * 9, options=["--until-done"])
+    assert ended == 1 and "AGAIN" not in log
+    assert "no checkpoint yet" in log
+    assert "5 launches in a row came no further than 4" in log
+    assert len(calls(job)) == 7
+    lines = (job.run / "jobs/t.starts").read_text().splitlines()
+    assert [line.split(" job ")[0] for line in lines[:2]] == ["start 1", "launch 2 of start 1"]
+
+
+def test_launches_of_a_job_are_limited_and_the_rest_is_for_the_queue(job):
+    plays = [f"{n} 137" for n in range(1, 9)]
+    _code, log = job(*plays, options=["--until-done", "--env", "XVR_MAX_LAUNCHES=2"])
+    assert "AGAIN" in log and len(calls(job)) == 3
+
+
+def test_the_last_minutes_of_a_job_are_for_the_next_one(job):
+    (job.run / "left").write_text("100\n")
+    code, _log = job("1 137", "9 0 9")
+    assert code == 75 and len(calls(job)) == 1
+    (job.run / "left").write_text("1000\n")
+    code, _log = job("1 137", "9 0 9")
+    assert code == 0
+
+
+def test_trouble_without_a_checkpoint_has_a_code_of_its_own(job):
+    (job.run / "left").write_text("100\n")
+    code, _log = job("0 74")
+    assert code == 74 and "stopped" not in (job.run / "jobs/t.starts").read_text()
+
+
+def test_a_lost_node_leaves_the_ranks_that_can_share_the_global_batch(job):
+    """Three nodes of two ranks for a batch of 8: two of them answer, and take two ranks each."""
+    (job.run / "config.yaml").write_text("train:\n  global_batch: 8\n  micro_batch: 2\n")
+    (job.run / "answering").write_text("a\nc\n")
+    launch = "env RANKS={ranks} EACH={per_node} {hosts}"
+    options = ["--nodes", "3", "--ranks-per-node", "2", "--env", f"XVR_LAUNCH={launch}"]
+    code, log = job("3 1", "9 0 9", options=options)
+    assert code == 0
+    assert "1 of 3 node(s) do not answer; these do: a c" in log
+    assert "RANKS=6 EACH=2 " in log and r"RANKS=4 EACH=2 ONLY=a\,c " in log
+    assert "launch 2 of start 1, 2 node(s), from step 3" in log
+
+
+def test_a_second_node_is_missed_only_if_it_was_used(job):
+    (job.run / "config.yaml").write_text("train:\n  global_batch: 4\n")
+    (job.run / "answering").write_text("a\nb\nc\n")  # of which 2 can share 4 samples
+    options = ["--nodes", "4", "--env", "XVR_LAUNCH=env RANKS={ranks} {hosts}"]
+    code, log = job("3 1", "4 1", "9 0 9", options=options)
+    assert code == 0 and log.count("do not answer") == 1 and log.count(r"ONLY=a\,b ") == 2
+
+
+def test_a_site_that_cannot_keep_ranks_to_nodes_leaves_it_to_the_queue(job):
+    (job.run / "answering").write_text("a\n")
+    _code, log = job("3 1", "9 0 9", options=["--until-done"])
+    assert "has no {hosts}, which would keep the ranks to them" in log
+    assert "AGAIN" in log and len(calls(job)) == 1
+
+
+TERM = """#!/usr/bin/env bash
+# A launcher that TERM would end, but USR1 makes its rank save: as mpirun does.
+run=""
+for a in "$@"; do case $a in run.dir=*) run=${a#run.dir=};; esac; done
+saved=$run/checkpoints/step-000000005.pt
+trap 'sleep 1; mkdir -p "${saved%/*}"; touch "$saved"; exit 75' USR1
+kill -TERM 0 # all processes of this session, as PBS does
+for _ in $(seq 100); do sleep 0.1; done
+"""
+
+
+def test_sigterm_to_all_processes_of_the_job_loses_nothing(job, tmp_path):
+    (tmp_path / "venv/bin/launcher").write_text(TERM)
+    (tmp_path / "venv/bin/launcher").chmod(0o755)
+    (job.site).write_text(job.site.read_text().replace("XVR_LAUNCH=''", "XVR_LAUNCH=launcher"))
+    text = SCRIPT.format(scripts=SCRIPTS, site=job.site, run=job.run, venv=tmp_path / "venv")
+    done = subprocess.run(  # in a session of its own: what is signalled must not be the tests
+        ["setsid", "-w", "bash", "-c", text, "job", "--until-done", "train", "c.yaml"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode == 75, log
+    assert "TERM: asking the ranks for a checkpoint" in log and "checkpoint of step 5" in log
+    assert "whoever sent it decides" in log and "AGAIN" not in log
+
+
+def test_jobs_that_vanish_are_started_five_times_at_one_step(job):
     (job.run / "jobs").mkdir()
     starts = job.run / "jobs/t.starts"
-    starts.write_text("start 1 job 5 2026-01-01 00:00:00 at step 0\n" * 2)
+    starts.write_text("start 1 job 5 2026-01-01 00:00:00 at step 0\n" * 4)
     code, log = job("9 0 9")
     assert code == 0
-    starts.write_text("start 1 job 5 2026-01-01 00:00:00 at step 9\n" * 3)
+    starts.write_text("start 1 job 5 2026-01-01 00:00:00 at step 9\n" * 5)
     code, log = job()
-    assert code == 1 and "3 starts in a row came no further than step 9" in log
+    assert code == 1 and "5 launches in a row came no further than step 9" in log
 
 
 def test_starts_are_limited(job):
@@ -204,7 +304,7 @@ def test_without_a_decision_the_job_ends_and_is_not_started_again(what, started,
     text = WITHOUT.format(what=what, instead="echo no disk >&2; exit 1", python=sys.executable)
     (tmp_path / "venv/bin/python").write_text(text)
     code, log = job("4 75", options=["--until-done"])
-    assert code == 1 and "AGAIN" not in log
+    assert code == 74 and "AGAIN" not in log
     assert "no disk" in log and f"python -m hpc_xvr.{what.split()[0]} failed, see above" in log
     assert (job.run / "calls").exists() is started
 

@@ -1,10 +1,13 @@
 """A training run sent to Slurm, and looking at what becomes of it."""
 
+import contextlib
 import json
 import re
 import subprocess
 import time
 from pathlib import Path
+
+import psutil
 
 from support.paths import PULSE
 
@@ -104,3 +107,30 @@ def ranks_of(folder):
         if f"run.dir={folder}" in line and rank is not None:
             found[int(path.name)] = int(rank)
     return found
+
+
+def state_of(node):
+    """What Slurm says of a node: idle, mix, alloc, down*, ..."""
+    done = subprocess.run(["sinfo", "-h", "-n", node, "-o", "%t"], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def lose_node(name):
+    """End a node's daemon and everything that runs there, at once."""
+    daemon = int(Path(f"/tmp/hpc_xvr-slurm/run/{name}.pid").read_text())
+    doomed = {process.pid: process for process in psutil.Process(daemon).children(recursive=True)}
+    for process in psutil.process_iter(["name", "environ"]):  # a step's daemon is nobody's child
+        mine = (process.info["environ"] or {}).get("SLURMD_NODENAME") == name
+        if mine or (process.info["name"] == "slurmstepd" and _step_of(process, name)):
+            doomed[process.pid] = process
+    psutil.Process(daemon).kill()
+    for process in doomed.values():
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _step_of(process, name):
+    return any(
+        (child.environ() if child.is_running() else {}).get("SLURMD_NODENAME") == name
+        for child in process.children(recursive=True)
+    )

@@ -3,6 +3,10 @@
 # which job this is and how the scheduler starts it again:
 #
 #   xvr_job, xvr_nodes, xvr_default_site, xvr_again(), xvr_cancel ID...
+#   xvr_answering()    the job's nodes that answer, one a line
+#   xvr_hosts          what {hosts} in a site's XVR_LAUNCH becomes
+#   xvr_only NODE...   sets `hosts`, the same that keeps the ranks to these nodes
+#   xvr_left()         seconds until the job's time is up, or nothing
 #
 # xvr_main [options] COMMAND [arguments]
 #
@@ -21,10 +25,12 @@
 #   --until-done       start again until the run is done
 #   --log              write to FOLDER/NAME.log (for schedulers that do not append)
 #
-# Whether a training run is done, and whether its job starts again, is decided in ../restart.py.
+# Whether a training run is done, and whether its job starts again, in this allocation or through the
+# queue, is decided in ../restart.py.
 
 xvr_scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-xvr_sites=$(dirname "$xvr_scripts")/sites
+xvr_submit=$(dirname "$xvr_scripts")
+xvr_sites=$xvr_submit/sites
 
 xvr_say() { echo "== $(date '+%F %T.%3N') $*"; }
 
@@ -40,7 +46,7 @@ xvr_decide() { # begin | warned | end, and options
         trap '' USR1 TERM # it is over in a moment, and its answer is needed
         python -m hpc_xvr.submit.restart "$@" \
             --run "$run" --folder "$folder" --name "$name" --job "$xvr_job"
-    ) || xvr_stop 1 "no decision: python -m hpc_xvr.submit.restart failed, see above"
+    ) || xvr_stop 74 "no decision: python -m hpc_xvr.submit.restart failed, see above"
     mapfile -t actions <<<"$answer"
     for action in "${actions[@]}"; do
         rest=${action#* }
@@ -49,6 +55,8 @@ xvr_decide() { # begin | warned | end, and options
             "before "*) before=$rest ;;
             "add "*) line+=("$rest") ;;
             "cancel "*) read -r -a jobs <<<"$rest" && xvr_cancel "${jobs[@]}" ;;
+            "pause "*) xvr_pause "$rest" ;;
+            "relaunch "*) relaunch=$rest ;;
             again) xvr_again || xvr_say "could not be started again; submit it with --resume to go on" ;;
             "exit "*) exit "$rest" ;;
         esac
@@ -123,6 +131,9 @@ xvr_site() {
     fi
     [ -x "$venv/bin/hpc-xvr" ] ||
         xvr_stop 2 "no environment in $venv; make it on a login node: bash jobs/setup.sh"
+    "$venv/bin/python" -c '' ||
+        xvr_stop 74 "$venv is there, but its python, $(readlink "$venv/bin/python"), cannot be run on" \
+            "$(hostname): is its file system mounted here, and the module loaded that it came with?"
     PATH=$venv/bin:$PATH
     if [ "$(id -u)" = 0 ]; then # containers run as root, which mpirun refuses unless told
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
@@ -131,16 +142,15 @@ xvr_site() {
 
 # The launcher's line, one rank per GPU. Variables travel on it: not every launcher hands its own on.
 xvr_line() {
-    local ranks per_node cores binding hosts="" key launcher
+    local ranks per_node cores binding key launcher
     per_node=${ranks_per_node:-$XVR_RANKS_PER_NODE}
     read -r ranks per_node < <(
         python -m hpc_xvr.submit.ranks "$xvr_nodes" "$per_node" "${arguments[@]}"
-    ) || xvr_stop 1 "python -m hpc_xvr.submit.ranks failed, see above"
+    ) || xvr_stop 74 "python -m hpc_xvr.submit.ranks failed, see above"
     cores=$(lscpu -p=CORE,SOCKET 2>/dev/null | grep -v '^#' | sort -u | wc -l)
     cores=${XVR_CORES_PER_RANK:-$((cores > per_node ? cores / per_node : 1))}
     binding="--map-by ppr:$per_node:node:PE=$cores --bind-to core"
     [ "${XVR_BIND:-core}" = core ] || binding="--map-by ppr:$per_node:node --bind-to none"
-    [ ! -f "${PBS_NODEFILE:-}" ] || hosts="--hostfile $PBS_NODEFILE"
     line=$XVR_LAUNCH
     [[ ${arguments[0]} != *.py ]] || line=${line/"-n {ranks}"/}
     for key in ranks per_node cores binding hosts; do
@@ -155,6 +165,7 @@ xvr_line() {
     launcher=${line[0]}
     line[0]=$(command -v "$launcher") ||
         xvr_stop 2 "no $launcher on PATH, which $site names; load the module that has it"
+    [ -z "$training" ] || xvr_shield
     line+=("PATH=$PATH" ${LD_LIBRARY_PATH:+"LD_LIBRARY_PATH=$LD_LIBRARY_PATH"})
     for key in "${keys[@]}"; do
         case $key in
@@ -170,48 +181,131 @@ xvr_line() {
     [ -z "$training" ] || line+=(--set "run.dir=$run")
 }
 
+# SIGTERM shall not end the launcher, nor its daemons on other nodes, before the ranks have saved.
+xvr_shield() {
+    local python shield
+    python=$(command -v python)
+    shield=("$python" -I -S "$xvr_submit/shield.py")
+    line=("${shield[@]}" "${line[@]}")
+    if [[ $python$xvr_submit = *[[:space:]]* ]]; then
+        xvr_say "$python or $xvr_submit has a blank in it: SIGTERM ends ranks on other nodes unsaved"
+    else
+        export PRTE_MCA_prte_launch_agent="${shield[*]} prted"
+        export OMPI_MCA_orte_launch_agent="${shield[*]} orted" # Open MPI 4
+        # ssh, by which it reaches other nodes where it knows no better way, hears it as well.
+        [[ ${PRTE_MCA_plm_ssh_agent:=ssh} = *[:\"]* ]] ||
+            export PRTE_MCA_plm_ssh_agent="${shield[*]} ${PRTE_MCA_plm_ssh_agent#"${shield[*]} "}"
+    fi
+}
+
 # Start the launcher and wait for it. A warning goes on to it, and it hands it on to every rank.
 xvr_launch() {
-    [ -z "$asked" ] || xvr_decide warned
     xvr_say "$(printf '%q ' "${line[@]}")"
     "${line[@]}" &
-    pid=$!
+    pid=$! since=$SECONDS
     while :; do
         signalled="" code=0
         wait "$pid" || code=$?
         [ -n "$signalled" ] || break
     done
+    pid=""
 }
 
 xvr_warn() {
     xvr_say "$1: asking the ranks for a checkpoint"
     [ "$asked" = TERM ] || asked=$1
-    [ -z "$pid" ] || kill -USR1 "$pid" 2>/dev/null
+    [ -n "$pid" ] || return 0
+    if [ $((SECONDS - since)) -ge 3 ]; then
+        kill -USR1 "$pid" 2>/dev/null
+    else # it may not listen yet, and would be killed
+        (sleep 3 && kill -USR1 "$pid") >/dev/null 2>&1 &
+    fi
+}
+
+# Sleep until a signal comes.
+xvr_pause() { # SECONDS
+    sleep "$1" >/dev/null 2>&1 &
+    wait $! || kill $! 2>/dev/null
+}
+
+# Which of the job's nodes are left for another launch? Sets lost, xvr_nodes, ranks_per_node, hosts.
+xvr_look_around() {
+    local names here=0 count
+    mapfile -t names < <(xvr_answering)
+    [ "${#names[@]}" -gt 0 ] || return 0 # nobody can tell
+    here=${#names[@]}
+    [ "${#used[@]}" = 0 ] || here=$(printf '%s\n' "${names[@]}" | grep -cFxf <(printf '%s\n' "${used[@]}"))
+    [ "$here" -lt "$xvr_nodes" ] || return 0
+    lost=$((xvr_nodes - here))
+    xvr_say "$lost of $xvr_nodes node(s) do not answer; these do: ${names[*]}"
+    if [[ $XVR_LAUNCH != *"{hosts}"* ]]; then
+        xvr_say "XVR_LAUNCH in $site has no {hosts}, which would keep the ranks to them"
+        most=0
+        return
+    fi
+    read -r count ranks_per_node < <(
+        python -m hpc_xvr.submit.ranks --run "$run" "${#names[@]}" \
+            "${ranks_per_node:-$XVR_RANKS_PER_NODE}" "${arguments[@]}"
+    ) || xvr_stop 74 "python -m hpc_xvr.submit.ranks failed, see above"
+    xvr_nodes=$count
+    used=("${names[@]:0:count}")
+    xvr_only "${used[@]}"
+}
+
+xvr_listen() {
+    trap 'signalled=1; xvr_warn USR1' USR1
+    trap 'signalled=1; xvr_warn TERM' TERM
+}
+
+# Launch until the run is done, or what is left is for another job; `end` exits in these cases.
+xvr_train() {
+    while :; do
+        xvr_line
+        xvr_decide begin --nodes "$xvr_nodes" --limit "${XVR_MAX_STARTS:-100}" \
+            --launches "$launches" ${clock:+--clock "$((clock - SECONDS))"}
+        if [ -n "$asked" ]; then
+            [ "$launches" -gt 0 ] || xvr_decide warned --asked "$asked"
+            xvr_end
+        fi
+        xvr_launch
+        case $asked$code in
+            2 | 75 | USR1* | TERM*) ;;
+            *) [ -e "$run/done.json" ] || xvr_look_around ;; # mpirun may return 0 after a loss, too
+        esac
+        xvr_end
+        xvr_pause "$relaunch"
+        [ -z "$asked" ] || xvr_end # as a warning came in the meantime
+        launches=$((launches + 1)) lost=0
+    done
+}
+
+xvr_end() {
+    local left=""
+    [ -z "$clock" ] || left=$((clock - SECONDS))
+    left=${left:-$(xvr_left)}
+    trap 'asked=${asked:-USR1}' USR1
+    trap - TERM # a job that is cancelled now does not start again
+    xvr_decide end --steps "$steps" --before "$before" --code "$code" --asked "$asked" \
+        --lost "$lost" --launches "$launches" --most "${most:-${XVR_MAX_LAUNCHES:-10}}" \
+        --unit "${XVR_PAUSE:-60}" ${left:+--left "$left"} ${until_done:+--until-done}
+    xvr_listen
 }
 
 xvr_main() {
-    local pid="" asked="" signalled="" before=""
+    local pid="" since=0 asked="" signalled="" before="" relaunch="" launches=0 lost=0 most="" hosts="" used=() code=0
     xvr_options "$@"
     if [ -n "$training" ]; then
-        trap 'signalled=1; xvr_warn USR1' USR1
-        trap 'signalled=1; xvr_warn TERM' TERM
+        xvr_listen
     else
         trap 'signalled=1; xvr_say "USR1: the time is nearly up, and there is nothing to save"' USR1
     fi
-    mkdir -p "$folder" || exit 2
+    mkdir -p "$folder" || exit 74
     [ -z "$log" ] || exec >>"$folder/$name.log" 2>&1
     xvr_site
+    hosts=$xvr_hosts
+    [ -z "$training" ] || xvr_train
     xvr_line
-    if [ -z "$training" ]; then
-        xvr_launch
-        xvr_say "${arguments[0]} ended with exit code $code"
-        exit "$code"
-    fi
-    xvr_decide begin --nodes "$xvr_nodes" --limit "${XVR_MAX_STARTS:-100}" \
-        ${clock:+--clock "$((clock - SECONDS))"}
     xvr_launch
-    trap '' USR1
-    trap - TERM # a job that is cancelled now does not start again
-    xvr_decide end --steps "$steps" --before "$before" --code "$code" --asked "$asked" \
-        ${until_done:+--until-done}
+    xvr_say "${arguments[0]} ended with exit code $code"
+    exit "$code"
 }
