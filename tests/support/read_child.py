@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import resource
 import sys
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -21,10 +22,14 @@ from hpc_xvr.errors import InputError
 ROOM = 2**28
 """Bytes that reading may take on top of what the libraries take by themselves."""
 
+SECONDS = 5
+"""Of the processor, for a small file."""
+
 
 def read(path: Path) -> str:
     """readable with a digest of each recording, refused, or what must not happen."""
     digests = []
+    begin = time.process_time()
     try:
         for source in find_recordings([path]):
             recording, _, _ = Treatment(crop=True).open(source)
@@ -40,9 +45,13 @@ def read(path: Path) -> str:
             if isinstance(cause, (MemoryError, RecursionError)):
                 return f"{type(cause).__name__}: {cause}"
             cause = cause.__cause__ or cause.__context__
+        if (seconds := time.process_time() - begin) > SECONDS:
+            return f"took {seconds:.1f} s"
         return "refused" if "\n" not in str(error) else f"several lines: {error}"
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
+    if (seconds := time.process_time() - begin) > SECONDS:
+        return f"took {seconds:.1f} s"
     return " ".join(["readable", *digests])
 
 

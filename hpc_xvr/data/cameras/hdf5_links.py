@@ -7,8 +7,6 @@ external storage to any file on the disk, without a word. Here every step is loo
 from __future__ import annotations
 
 import mmap
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import NamedTuple
 
 import h5py
 
+from hpc_xvr.data.cameras.hdf5_scout import check_survivable
 from hpc_xvr.data.cameras.recording import guarded
 from hpc_xvr.errors import InputError
 
@@ -247,33 +246,14 @@ def _parts(name: str) -> list[str]:
 def _check_survivable(path: Path, size: int, changed: int) -> None:
     """Refuse a file that crashes the HDF5 library, which some damaged virtual datasets do.
 
-    Another process opens all that is in the file first. As that takes a fifth of a second, it is
-    done only where the file has a global heap, which holds the parts of virtual datasets.
+    They have a global heap, which holds their parts; files without one are not looked at, as
+    starting another process takes a fifth of a second.
 
     Raises:
-        InputError: the process was killed by a signal.
+        InputError: the library does not survive it.
     """
-    if not _has_global_heap(path, size):
-        return
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", _LOOK_AT_ALL, str(path)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
-    if done.returncode < 0:
-        raise InputError(
-            f"{path}: the HDF5 library crashes when it opens what is in this file: it is damaged, "
-            "copy or export it again"
-        )
-
-
-_LOOK_AT_ALL = """
-import sys, h5py
-with h5py.File(sys.argv[1], "r", locking=False) as file:
-    file.visititems(lambda name, item: None)
-"""
+    if _has_global_heap(path, size):
+        check_survivable(path, size)
 
 
 def _has_global_heap(path: Path, size: int) -> bool:
