@@ -176,6 +176,10 @@ class Data(Section):
     """Flips and 90-degree rotations."""
     workers: NotNegative = 0
     """Processes per rank that prepare samples ahead of time (0: the rank prepares its own)."""
+    on_device: bool = False
+    """Keep all train recordings in the memory of the rank's device and make the samples there: for
+    corpora that fit, and GPUs that would wait for their host. Noise is drawn by the device: other
+    numbers than the host's, as random."""
     damaged: Literal["stop", "drop"] = "stop"
     """When a recording's data do not match their checksum. stop: end the run. drop: warn, and
     replace samples that cannot be read by others, the same ones on any number of ranks."""
@@ -189,6 +193,15 @@ class Data(Section):
             raise ValueError(f"lr_frames must be odd, it is {self.lr_frames}")
         if self.patch % self.scale:
             raise ValueError(f"patch {self.patch} must be a multiple of scale {self.scale}")
+        if self.on_device:
+            for key, value in (
+                ("lr_source", "recorded"),
+                ("noise", "fixed_pattern"),
+                ("hr_noise", "fixed_pattern"),
+                ("damaged", "drop"),
+            ):
+                if getattr(self, key) == value:
+                    raise ValueError(f"on_device makes no samples with {key} {value}")
         if self.gaps[0] > self.gaps[1]:
             raise ValueError(f"gaps must be shortest, longest; got {list(self.gaps)}")
         for name, largest in (("photons_log10", 12), ("hr_photons_log10", 12), ("read_noise", 1)):

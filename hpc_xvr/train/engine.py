@@ -14,6 +14,7 @@ from hpc_xvr.config import Config
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.corpus.staging import Staging
 from hpc_xvr.data.samples.loader import training_batches
+from hpc_xvr.data.samples.on_device import batches_on_device
 from hpc_xvr.data.samples.slots import slots_of_rank
 from hpc_xvr.distributed.comm import Comm, host
 from hpc_xvr.factory.build import build_model
@@ -194,17 +195,12 @@ class Trainer:
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of all steps that are left."""
-        comm = self.comm
-        loader = training_batches(
-            self.samples,
-            comm.rank,
-            comm.size,
-            self.progress.step,
-            self.progress.steps,
-            self.share.micro,
-            pin_memory=comm.device.type == "cuda",
-        )
-        return iter(loader)
+        comm, progress = self.comm, self.progress
+        share = (comm.rank, comm.size, progress.step, progress.steps, self.share.micro)
+        if self.cfg.data.on_device:
+            return comm.together(lambda: batches_on_device(self.samples, comm.device, *share))
+        pinned = comm.device.type == "cuda"
+        return iter(training_batches(self.samples, *share, pin_memory=pinned))
 
     # What happens once in a while.
 

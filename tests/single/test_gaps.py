@@ -7,8 +7,9 @@ import torch
 from hpc_xvr.config import Data
 from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.degrade import bin_down, shifted
-from hpc_xvr.data.samples.gaps import GapSamples, Misfit, regreyed, seen_apart
+from hpc_xvr.data.samples.gaps import GapSamples, seen_apart
 from hpc_xvr.data.samples.loader import training_batches
+from hpc_xvr.data.samples.sample import Greys, Misfit
 from hpc_xvr.errors import InputError
 
 INFO = {"camera": "test", "bit_depth": 12, "scene": "marks", "split": "train", "source": "test"}
@@ -96,7 +97,7 @@ def test_greys_change_within_the_scale_and_keep_the_scene():
     frames = rng.uniform(0.2, 0.6, (5, 8, 8)).astype(np.float32)
     changed = 0
     for _ in range(60):
-        other = regreyed(frames, rng)
+        other = Greys.draw(rng).apply(frames)
         assert other.dtype == np.float32 and other.min() >= 0 and other.max() <= 1
         order = np.argsort(frames, None), np.argsort(other, None)
         assert (order[0] == order[1]).all() or (order[0] == order[1][::-1]).all()

@@ -8,31 +8,20 @@ all frames between. T - 1 is the gap; it is the same for all samples of a step. 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from hpc_xvr import config
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.degrade import bin_down, shifted
-from hpc_xvr.data.samples.sample import Noise, Sample, as_tensor
-from hpc_xvr.data.samples.training import TrainingSamples
+from hpc_xvr.data.samples.sample import Greys, Misfit, Noise, Sample, Times, as_tensor
+from hpc_xvr.data.samples.training import Recipe, TrainingSamples
 from hpc_xvr.errors import InputError
 
 # Tag of the random stream of gaps, which belong to steps: [seed, step, _GAP].
 _GAP = 4
 _SPED_UP = 0.35  # share of samples that skip frames
 _MISFITTING = 0.2  # share of samples whose cameras do not quite fit
-_MIRRORED_GREY, _OTHER_CONTRAST, _OTHER_GAMMA = 0.25, 0.5, 0.2
-
-
-class Misfit(NamedTuple):
-    """How the fast camera's frames differ from the binned sharp ones in a real pair."""
-
-    shift: tuple[float, float] = (0.0, 0.0)
-    """Rows and columns, in sharp pixels."""
-    gain: float = 1.0
-    offset: float = 0.0
 
 
 class GapSamples(TrainingSamples):
@@ -69,23 +58,30 @@ class GapSamples(TrainingSamples):
     def _read(self, step: int, slot: int, number: int, t: int) -> Sample:
         data, video = self.data, self.videos[number]
         rng = np.random.default_rng([self.seed, step, slot])
-        times = self._draw_frames(self.gap(step), t, video.shape[0], rng)
-        crop = self._draw_crop(video.shape[1:], rng)
-        lr_noise, hr_noise = (self._draw_noise(c, number, crop, rng) for c in self._cameras())
-        noise = Noise(lr_noise, hr_noise)
-        sharp = crop.turned(video.intensity(times, crop.y, crop.x))  # T, H, W
+        _, times, crop, noise, greys, misfit = self._draw(number, t, step, rng)
+        sharp = crop.turned(video.intensity(times.lr, crop.y, crop.x))  # T, H, W
         if data.lr_source == "recorded":
             coarse = crop.coarse(data.scale)
-            lr = coarse.turned(video.lr_intensity(video.nearest_lr(times), coarse.y, coarse.x))
+            lr = coarse.turned(video.lr_intensity(video.nearest_lr(times.lr), coarse.y, coarse.x))
         else:
-            if data.regrey:
-                sharp = regreyed(sharp, rng)
-            lr = noise.lr.apply(seen_apart(sharp, data.scale, self._draw_misfit(rng)), rng)
+            sharp = greys.apply(sharp)
+            lr = noise.lr.apply(seen_apart(sharp, data.scale, misfit), rng)
         return {
             "lr": as_tensor(lr),
             "hr": as_tensor(noise.hr.apply(sharp[[0, -1]], rng)),
             "target": as_tensor(sharp[1:-1]),
         }
+
+    def _draw(self, number: int, t: int, step: int, rng: np.random.Generator) -> Recipe:
+        shape = self.videos[number].shape
+        frames = self._draw_frames(self.gap(step), t, shape[0], rng)
+        crop = self._draw_crop(shape[1:], rng)
+        noise = Noise(*(self._draw_noise(c, number, crop, rng) for c in self._cameras()))
+        recipe = Recipe(number, Times(t, frames, (frames[0], frames[-1])), crop, noise)
+        if self.data.lr_source == "recorded":
+            return recipe
+        greys = Greys.draw(rng) if self.data.regrey else Greys()
+        return recipe._replace(greys=greys, misfit=self._draw_misfit(rng))
 
     def _draw_frames(self, gap: int, t: int, frames: int, rng: np.random.Generator) -> list[int]:
         """A gap around frame t: of every frame, or faster of every second or third one; forwards
@@ -114,20 +110,3 @@ def seen_apart(sharp: np.ndarray, scale: int, misfit: Misfit) -> np.ndarray:
     """What a fast camera sees that is not quite aligned and calibrated: (T, H, W) -> (T, h, w)."""
     lr = bin_down(shifted(sharp, *misfit.shift), scale)
     return np.clip(lr * np.float32(misfit.gain) + np.float32(misfit.offset), 0, 1)
-
-
-def regreyed(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The same scene in other greys, still within [0, 1]: negative, of other contrast and
-    brightness, on a bent scale; each with its own probability."""
-    if rng.random() < _MIRRORED_GREY:
-        frames = 1 - frames
-    if rng.random() < _OTHER_CONTRAST:
-        low, high = float(frames.min()), float(frames.max())
-        contrast = min(2.0 ** rng.uniform(-1.5, 0.7), 1 / max(high - low, 1e-3))
-        middle = float(frames.mean())
-        frames = (frames - middle) * np.float32(contrast) + np.float32(rng.uniform(0.25, 0.75))
-        frames = frames - np.float32(max(float(frames.max()) - 1, 0.0))
-        frames = frames - np.float32(min(float(frames.min()), 0.0))
-    if rng.random() < _OTHER_GAMMA:
-        frames = np.clip(frames, 0, 1) ** np.float32(2.0 ** rng.uniform(-0.7, 0.7))
-    return np.clip(frames, 0, 1).astype(np.float32, copy=False)

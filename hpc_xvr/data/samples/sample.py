@@ -22,6 +22,7 @@ Sample = dict[str, Tensor]
 OutputFrames = Literal["centre", "sequence"]
 _WHOLE = slice(None)
 CLEAN = CameraNoise()
+_MIRRORED_GREY, _OTHER_CONTRAST, _OTHER_GAMMA = 0.25, 0.5, 0.2
 
 
 class Times(NamedTuple):
@@ -60,6 +61,54 @@ class Noise(NamedTuple):
 
     lr: CameraNoise = CLEAN
     hr: CameraNoise = CLEAN
+
+
+class Misfit(NamedTuple):
+    """How the fast camera's frames differ from the binned sharp ones in a real pair."""
+
+    shift: tuple[float, float] = (0.0, 0.0)
+    """Rows and columns, in sharp pixels."""
+    gain: float = 1.0
+    offset: float = 0.0
+
+
+class Greys(NamedTuple):
+    """The same scene in other greys, still within [0, 1]."""
+
+    negative: bool = False
+    contrast: tuple[float, float] | None = None
+    """Factor on the distance to the mean grey (less where the scene would not fit) and the new
+    mean."""
+    gamma: float | None = None
+    """Exponent of a bent scale."""
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Greys:
+        """Each change with its own probability."""
+        negative = rng.random() < _MIRRORED_GREY
+        contrast = gamma = None
+        if rng.random() < _OTHER_CONTRAST:
+            contrast = 2.0 ** rng.uniform(-1.5, 0.7), rng.uniform(0.25, 0.75)
+        if rng.random() < _OTHER_GAMMA:
+            gamma = 2.0 ** rng.uniform(-0.7, 0.7)
+        return cls(bool(negative), contrast, gamma)
+
+    def apply(self, frames: np.ndarray) -> np.ndarray:
+        """(T, H, W) float32 in [0, 1] -> the same."""
+        if self == Greys():
+            return frames
+        if self.negative:
+            frames = 1 - frames
+        if self.contrast:
+            low, high = float(frames.min()), float(frames.max())
+            contrast = min(self.contrast[0], 1 / max(high - low, 1e-3))
+            middle = float(frames.mean())
+            frames = (frames - middle) * np.float32(contrast) + np.float32(self.contrast[1])
+            frames = frames - np.float32(max(float(frames.max()) - 1, 0.0))
+            frames = frames - np.float32(min(float(frames.min()), 0.0))
+        if self.gamma:
+            frames = np.clip(frames, 0, 1) ** np.float32(self.gamma)
+        return np.clip(frames, 0, 1).astype(np.float32, copy=False)
 
 
 def window_sample(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,8 @@ from hpc_xvr.data.degrade import CameraNoise, fixed_pattern
 from hpc_xvr.data.samples.sample import (
     CLEAN,
     Crop,
+    Greys,
+    Misfit,
     Noise,
     OutputFrames,
     Sample,
@@ -76,10 +78,7 @@ class TrainingSamples(Dataset[Sample]):
 
     def __getitem__(self, index: tuple[int, int]) -> Sample:
         step, slot = index
-        for attempt in range(_ATTEMPTS):
-            number, t = self.slots.pick(step, slot, attempt)
-            if not self._fits(step, number):
-                continue
+        for number, t in self._candidates(step, slot):
             try:
                 return self._read(step, slot, number, t)
             except DamagedVideo as error:
@@ -88,7 +87,24 @@ class TrainingSamples(Dataset[Sample]):
                 if self.videos[number].id not in self._damaged:
                     self._damaged.add(self.videos[number].id)
                     logger.warning("%s; other samples take the place of those lost", error)
-        raise InputError(
+        raise self._none_found()
+
+    def draw(self, step: int, slot: int) -> Recipe:
+        """What the sample of a slot shows, before any of its pixels is read."""
+        found = next(self._candidates(step, slot), None)
+        if found is None:
+            raise self._none_found()
+        return self._draw(*found, step, np.random.default_rng([self.seed, step, slot]))
+
+    def _candidates(self, step: int, slot: int) -> Iterator[tuple[int, int]]:
+        """(index of the video, frame) of a slot, and of what may take its place."""
+        for attempt in range(_ATTEMPTS):
+            number, t = self.slots.pick(step, slot, attempt)
+            if self._fits(step, number):
+                yield number, t
+
+    def _none_found(self) -> InputError:
+        return InputError(
             f"corpus {self.path}: none of {_ATTEMPTS} samples could be read in place of a damaged "
             "one; check the corpus with hpc-xvr inspect --verify"
         )
@@ -102,12 +118,25 @@ class TrainingSamples(Dataset[Sample]):
         return True
 
     def _read(self, step: int, slot: int, number: int, t: int) -> Sample:
-        video = self.videos[number]
         rng = np.random.default_rng([self.seed, step, slot])
-        times = self._draw_times(t, video.shape[0], rng)
-        crop = self._draw_crop(video.shape[1:], rng)
+        recipe = self._draw(number, t, step, rng)
+        return build_sample(
+            self.videos[number],
+            self.data,
+            self.output,
+            recipe.times,
+            recipe.crop,
+            recipe.noise,
+            rng,
+        )
+
+    def _draw(self, number: int, t: int, step: int, rng: np.random.Generator) -> Recipe:
+        """Frames, part and noise of a sample around frame t of a video."""
+        shape = self.videos[number].shape
+        times = self._draw_times(t, shape[0], rng)
+        crop = self._draw_crop(shape[1:], rng)
         lr, hr = (self._draw_noise(camera, number, crop, rng) for camera in self._cameras())
-        return build_sample(video, self.data, self.output, times, crop, Noise(lr, hr), rng)
+        return Recipe(number, times, crop, Noise(lr, hr))
 
     def _draw_times(self, t: int, frames: int, rng: np.random.Generator) -> Times:
         """Interval of the LR frames around t, and the key frames before and after."""
@@ -155,6 +184,18 @@ class TrainingSamples(Dataset[Sample]):
         gain = _pattern((height, width), self.data.pattern, (self.seed, number, camera.scale))
         part = crop.coarse(camera.scale)
         return CameraNoise(photons, read_noise, part.turned(gain[None, part.y, part.x])[0])
+
+
+class Recipe(NamedTuple):
+    """Everything random about a sample but the noise itself."""
+
+    video: int
+    """Its index."""
+    times: Times
+    crop: Crop
+    noise: Noise
+    greys: Greys = Greys()
+    misfit: Misfit = Misfit()
 
 
 class _Camera(NamedTuple):
