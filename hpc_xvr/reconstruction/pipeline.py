@@ -81,7 +81,7 @@ def common(a: range, b: range) -> range:
     return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
-PIECE = 64
+PIECE = 32
 """Frames of a piece of work, about: a longer gap is split, unless a method needs all of it."""
 
 
@@ -118,10 +118,12 @@ def pieces(
     for inside, keys, between in chain([before], gaps, [after]):
         if not common(inside, frames):
             continue
-        step = len(inside) if lr_frames == WHOLE_GAP else -(-PIECE // n_out) * n_out
-        starts = [inside.start, *range(between[0] + 1 + step, inside.stop, step)]
-        starts = [start for start in starts if start >= inside.start]
-        for start, stop in pairwise([*dict.fromkeys(starts), inside.stop]):
+        starts = [inside.start]
+        if lr_frames != WHOLE_GAP:  # windows lie side by side from the frame after a key frame on
+            step = -(-PIECE // n_out) * n_out
+            later = range(between[0] + 1 + step, inside.stop, step)
+            starts += [start for start in later if start > inside.start]
+        for start, stop in pairwise([*starts, inside.stop]):
             if part := common(range(start, stop), frames):
                 yield Piece(part, keys, between)
 

@@ -42,7 +42,7 @@ class Outcome:
     """What became of a shot."""
 
     name: str
-    status: Literal["made", "made before", "bad"]
+    status: Literal["made", "there", "bad"]
     out: Path
     problem: str = ""
 
@@ -283,7 +283,7 @@ def reconstruct_all(
             place = place_of(out, shot.name)
             try:
                 new = make(shot, place, among, ledger)
-                outcomes.append(Outcome(shot.name, "made" if new else "made before", place))
+                outcomes.append(Outcome(shot.name, "made" if new else "there", place))
             except InputError as error:
                 if not skip_bad or error.exit_code != InputError.exit_code:
                     ledger.stop()

@@ -114,10 +114,14 @@ class Spool:
             about.write_text(json.dumps(facts, indent=1))
 
     def finished(self, pieces: Sequence[Piece], ranks: Ranks) -> set[Piece]:
-        """Those that an earlier run has finished; each rank checks a share of them."""
-        mine = {
-            piece for piece in pieces[ranks.rank :: ranks.size] if self._load(piece) is not None
-        }
+        """Those that an earlier run has finished; each rank checks a share of them, and deletes
+        what is not intact."""
+        mine = set()
+        for piece in pieces[ranks.rank :: ranks.size]:
+            if self._load(piece) is not None:
+                mine.add(piece)
+            else:
+                remove(self._path(piece))
         return set().union(*ranks.gather(mine))
 
     def save(self, piece: Piece, frames: Sequence[np.ndarray]) -> None:
@@ -129,14 +133,17 @@ class Spool:
         path = self._path(piece)
         stored = np.stack([_stored(frame, self.kind) for frame in frames])
         data = stored.data.cast("B")
+        beside = path.with_name(f".{path.name}")
         with self._os_errors():
-            beside = path.with_name(f".{path.name}")
-            with beside.open("wb", buffering=0) as file:
-                for part in (b"%08x\n" % zlib.crc32(data), data):
-                    rest = memoryview(part)
-                    while rest:  # without a buffer, a full disk takes a part
-                        rest = rest[file.write(rest) :]
-            beside.replace(path)
+            try:
+                with beside.open("wb", buffering=0) as file:
+                    for part in (b"%08x\n" % zlib.crc32(data), data):
+                        rest = memoryview(part)
+                        while rest:  # without a buffer, a full disk takes a part
+                            rest = rest[file.write(rest) :]
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
 
     def frames(
         self, pieces: Sequence[Piece], over: threading.Event | None = None

@@ -88,10 +88,7 @@ def _recordings(files: list[Path], dataset: str | None) -> Iterator[Source]:
     yield from (Source((file,), dataset) for file in others if file not in headers)
     stacks: list[Path] = []
     for group in numbering.grouped(pictures):
-        first = min(group.files)
-        with guarded(str(first)):
-            several = images.page_count(first) > 1
-        if several and not group.parts:
+        if _are_stacks(sorted(group.files)) and not group.parts:
             stacks += group.files
         else:
             yield Source(tuple(group.in_order()), dataset)
@@ -106,6 +103,24 @@ def _recordings(files: list[Path], dataset: str | None) -> Iterator[Source]:
                 before.name,
             )
         yield Source((file,), dataset, goes_on=first_part.get(file))
+
+
+def _are_stacks(files: list[Path]) -> bool:
+    """Does the first of these images that can be read hold more than one frame?
+
+    Raises:
+        InputError: none of several can be read. One alone is refused when it is opened.
+    """
+    problem: InputError | None = None
+    for file in files:
+        try:
+            with guarded(str(file)):
+                return images.page_count(file) > 1
+        except InputError as error:
+            problem = problem or error
+    if problem and len(files) > 1:
+        raise problem
+    return False
 
 
 def _by_pixels(source: Source) -> Source:
