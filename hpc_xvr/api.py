@@ -19,7 +19,13 @@ from hpc_xvr.data.registration import Registration
 from hpc_xvr.distributed.comm import device_of
 from hpc_xvr.distributed.launch import discover
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
-from hpc_xvr.reconstruction.workflow import check_gaps, frames_of, from_recordings
+from hpc_xvr.reconstruction.workflow import (
+    Wanted,
+    check_gaps,
+    chosen_frames,
+    frames_of,
+    from_recordings,
+)
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,8 @@ def reconstruct(
     match_grey: bool = True,
     crop: bool = False,
     force: bool = False,
+    frames: tuple[int | None, int | None] = (None, None),
+    beyond: bool = False,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Reconstruct sharp frames at the fast camera's rate, from the first key frame to the last.
 
@@ -162,6 +170,8 @@ def reconstruct(
             offset between the two are certain.
         crop: cut the sharp frames to what the fast camera saw and to multiples of the scale.
         force: go on where key frames lie further apart than the model was trained for.
+        frames: first one and the one after the last; only gaps that hold some of them are computed.
+        beyond: also the frames before the first and after the last key frame, from that one alone.
 
     Yields:
         (t, frame) in order of time, as they are made: t is the index of the frame in `fast`; the
@@ -180,8 +190,9 @@ def reconstruct(
         Pairing(gap, start, registration, match_grey),
         crop,
     )
-    check_gaps(model.method, list(material.keys), force)
-    return frames_of(model.method, material, model.device)
+    chosen = chosen_frames(material, Wanted(frames, beyond), "reconstruct")
+    check_gaps(model.method, list(material.keys), force, chosen)
+    return frames_of(model.method, material, model.device, chosen)
 
 
 def _recording(source: Recording | ArrayLike) -> Recording:

@@ -126,11 +126,13 @@ class Pace:
         self._told = done
         self.spoken()
         left = ""
-        if self._total and done > self._begun:
-            seconds = (now - self._start) * (self._total - done) / (done - self._begun)
-            left = f" ({100 * done / self._total:.0f} %), about {duration(seconds)} left"
-        total = "" if self._total is None else f" of {self._total:.0f}"
         unit = f" {self._unit}" if self._unit else ""
+        if self._total and done > self._begun:
+            rate = (done - self._begun) / (now - self._start)
+            seconds = (self._total - done) / rate
+            left = f" ({100 * done / self._total:.0f} %), about {duration(seconds)} left"
+            left += f" at {rate:.3g}{unit}/s" if unit and rate >= 0.1 else ""
+        total = "" if self._total is None else f" of {self._total:.0f}"
         logger.info("%s: %.0f%s%s%s", self._what, done, total, unit, left)
 
     def spoken(self) -> None:
@@ -157,19 +159,22 @@ def progress_bar(
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit, markup=False),
+        *([TextColumn("{task.fields[rate]}", markup=False)] if unit else []),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     pace = Pace(description, total, unit, done)
-    so_far = done
+    so_far, begun = done, time.monotonic()
     with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
-        task = bar.add_task(printable(description), total=total, completed=int(done))
+        task = bar.add_task(printable(description), total=total, completed=int(done), rate="")
 
         def advance(n: float = 1) -> None:
             nonlocal so_far
             so_far += n
             bar.advance(task, n)
+            rate = (so_far - done) / max(time.monotonic() - begun, 1e-6)
+            bar.update(task, rate=f"{rate:.3g} {unit}/s")
             if not show:
                 pace.at(so_far)
 

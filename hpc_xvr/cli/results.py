@@ -27,9 +27,13 @@ from hpc_xvr.errors import InputError
 from hpc_xvr.log import say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hpc_xvr.config import Config
+    from hpc_xvr.data.ranks import Ranks
+    from hpc_xvr.distributed.comm import Comm
     from hpc_xvr.reconstruction.methods import NamedMethod
-    from hpc_xvr.reconstruction.workflow import Material
+    from hpc_xvr.reconstruction.workflow import CameraFiles, Material, Wanted
 
 TWO_CAMERAS = ("--lr", "FAST", "--hr", "SHARP", "--gap", "GAP", "--out", "MOVIE.tif")
 """Options of `reconstruct`, to be filled in."""
@@ -195,15 +199,37 @@ def evaluate(
     hpc-xvr reconstruct runs/quickstart --video sim-0001-spray --out spray.tif
     hpc-xvr reconstruct runs/mine --lr fast.dat --hr sharp.cihx --gap 8 \\
         --registration cameras.yaml --crop --out m.tif --movie m.gif
+    mpirun -n 4 hpc-xvr reconstruct builtin --lr fast/ --hr sharp/ --gap 20 \\
+        --out results/ --skip-bad
 """,
 )
 @a_method
 @source_options
 @click.option(
+    "--pairs",
+    type=File(),
+    metavar="TABLE",
+    help="Many shots: .csv or .yaml with lr and hr (paths) for each, and name, gap, start, "
+    "registration where they differ.",
+)
+@click.option(
     "--out",
     required=True,
     type=File(),
-    help="Result: .tif (a stack that Fiji opens) or .h5 (DXchange).",
+    help="Result: .tif (a stack that Fiji opens) or .h5 (DXchange). Of many shots: a folder, or a "
+    "pattern such as results/{name}.h5.",
+)
+@click.option(
+    "--frames",
+    metavar="A:B",
+    help="Frames of the fast camera from A up to, not including, B; only gaps that hold some of "
+    "them are computed. [default: from the first key frame to the last]",
+)
+@click.option(
+    "--beyond",
+    is_flag=True,
+    help="Also make the frames before the first and after the last key frame, each from that one "
+    "alone; the result says which.",
 )
 @click.option(
     "--dtype",
@@ -229,16 +255,22 @@ def evaluate(
     is_flag=True,
     help="Go on where key frames lie further apart than the weights were trained for.",
 )
+@click.option("--skip-bad", is_flag=True, help="Of many shots, skip those that cannot be used.")
 @which_checkpoint
 @device_of_run
+@engine_option
 def reconstruct(
     what: Path,
     device: str | None,
+    engine: str | None,
     out: Path,
+    frames: str | None,
+    beyond: bool,
     dtype: Literal["uint16", "float32"],
     movie: Path | None,
     force: bool,
     to_recording: bool,
+    skip_bad: bool,
     which: Literal["newest", "best"],
     **options: Any,
 ) -> None:
@@ -247,42 +279,148 @@ def reconstruct(
     WHAT makes the frames: builtin (the weights that come with the package; builtin:NAME for others
     of them), a run folder, a file made by `hpc-xvr export`, weights of the authors' program, or a
     method without learning (bicubic, nearest_hr, linear_hr, detail, adaptive, bayes). The input is
-    two camera files (--lr and --hr) or a recording of a corpus (--video).
+    two camera files (--lr and --hr), two folders of them or a table (--pairs), or a recording of a
+    corpus (--video): with its own fast stream or, if it has none or a --gap is given, as the
+    cameras would have seen it.
 
     Give each camera the options that `hpc-xvr ingest` was given for its training data. Without
     --registration, the upper left corners of both cameras' frames must coincide, and a fast pixel
     must be `data.scale` sharp ones wide.
+
+    Ranks share the gaps, or many shots. An interrupted call continues when it is repeated; until
+    the result is complete, what is finished lies in a hidden folder beside it.
     """
-    from hpc_xvr.distributed.launch import discover
+    from hpc_xvr.config import Dist
+    from hpc_xvr.reconstruction.workflow import CameraFiles, Wanted, reconstruct_run
     from hpc_xvr.reconstruction.writers import check_movie, check_sequence
 
-    if discover().size > 1:
-        raise InputError("reconstruct runs in one process; start it without mpirun")
-    check_sequence(out)
-    if movie:
-        check_movie(movie)
+    wanted = Wanted(_span(frames), beyond, dtype, force)
+    pairs = options.pop("pairs")
+    if pairs is not None and (options["lr"] or options["hr"] or options["video"]):
+        raise InputError("--pairs names the files of both cameras: leave --lr, --hr, --video out")
+    if pairs is not None:
+        options |= {"lr": pairs, "hr": pairs}  # to be replaced by those of the table
     source = take_source(options)
-    from hpc_xvr.reconstruction.baselines import BASELINES
-    from hpc_xvr.reconstruction.workflow import reconstruct_run
+    several = isinstance(source, CameraFiles) and (pairs is not None or _several(source, out))
+    if not several:
+        check_sequence(out)
+        if movie:
+            check_movie(movie)
+    patient = Dist(timeout_s=7 * 86400)  # ranks may have very different shots
+    comm = connect(engine or "auto", device or configured_device(what), patient)
+    refine = _adapted if to_recording else None
+    if several:
+        assert isinstance(source, CameraFiles)
+        _reconstruct_several(what, which, source, pairs, comm, out, movie, wanted, refine, skip_bad)
+        if comm.is_root:
+            then("evaluate", what, "--corpus", "CORPUS", "--out", "RESULTS")
+    else:
+        reconstruct_run(
+            what,
+            comm.device,
+            source,
+            out=out,
+            movie=movie,
+            which=which,
+            wanted=wanted,
+            refine=refine,
+            ranks=comm,
+        )
+        if comm.is_root:
+            _then_after(what, out, movie)
+    comm.close()
+    comm.leave(0)
 
-    comm = connect("serial", device or configured_device(what))
-    reconstruct_run(
-        what,
-        comm.device,
-        source,
-        out=out,
-        movie=movie,
-        which=which,
-        force=force,
-        dtype=dtype,
-        refine=_adapted if to_recording else None,
-    )
+
+def _then_after(what: Path, out: Path, movie: Path | None) -> None:
+    from hpc_xvr.reconstruction.baselines import BASELINES
+
     if str(what) in BASELINES:
         then("reconstruct", "builtin", *typed(["out"]), "--out", _beside(out, "builtin"))
     elif movie is None:
         then("reconstruct", what, *typed(), "--movie", out.with_suffix(".webp"))
     else:
         then("evaluate", what, "--corpus", "CORPUS", "--out", "RESULTS")
+
+
+def _span(text: str | None) -> tuple[int | None, int | None]:
+    """A:B, either may be left out."""
+    if text is None:
+        return None, None
+    start, colon, stop = text.partition(":")
+    if not colon or not all(part.isdecimal() or not part for part in (start, stop)):
+        raise InputError(
+            f"--frames {text}: give A:B, the first frame and the one after the last (numbers of "
+            "the fast camera's frames, the first is 0)"
+        )
+    return (int(start) if start else None), (int(stop) if stop else None)
+
+
+def _several(source: CameraFiles, out: Path) -> bool:
+    """Are there many shots? Then `out` is a folder or a pattern."""
+    from hpc_xvr.reconstruction.recordings import NAME, holds_several
+
+    pattern = NAME in str(out) or out.is_dir()
+    if not holds_several(source):
+        return pattern and source.lr.is_dir() and source.hr.is_dir()
+    if not pattern and out.suffix:
+        raise InputError(
+            f"--out {out}: {source.lr} and {source.hr} hold several recordings; give a folder, or "
+            "a pattern such as results/{name}" + out.suffix
+        )
+    return True
+
+
+def _reconstruct_several(
+    what: Path,
+    which: Literal["newest", "best"],
+    source: CameraFiles,
+    pairs: Path | None,
+    comm: Comm,
+    out: Path,
+    movie: Path | None,
+    wanted: Wanted,
+    refine: Callable[[NamedMethod, Material], NamedMethod] | None,
+    skip_bad: bool,
+) -> None:
+    from hpc_xvr.config import Config
+    from hpc_xvr.factory.execution import use_threads
+    from hpc_xvr.log import print_table
+    from hpc_xvr.reconstruction import recordings
+    from hpc_xvr.reconstruction.methods import open_method
+    from hpc_xvr.reconstruction.workflow import reconstruct_with
+
+    if movie and recordings.NAME not in str(movie):
+        raise InputError(
+            f"--movie {movie}: of many shots, give a pattern such as movies/{{name}}.webp"
+        )
+    shots = comm.on_root(
+        lambda: (
+            recordings.read_pairs(pairs, source) if pairs else recordings.matched(source, skip_bad)
+        )
+    )
+    method = comm.together(lambda: open_method(what, comm.device, which))
+    use_threads((method.config or Config()).run.threads)
+
+    def make(shot: recordings.Shot, place: Path, ranks: Ranks, ledger: recordings.Ledger) -> bool:
+        return reconstruct_with(
+            method,
+            comm.device,
+            shot.source,
+            out=place,
+            movie=recordings.place_of(movie, shot.name) if movie else None,
+            wanted=wanted,
+            refine=refine,
+            ranks=ranks,
+            ledger=ledger,
+        )
+
+    outcomes = recordings.reconstruct_all(shots, make, out, skip_bad, comm)
+    print_table(
+        f"Reconstructed: {len(outcomes)} recordings",
+        ["recording", "result", "file"],
+        [[o.name, f"bad: {o.problem}" if o.problem else o.status, o.out] for o in outcomes],
+    )
 
 
 def _beside(path: Path, mark: str) -> Path:

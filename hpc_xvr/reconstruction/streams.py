@@ -154,25 +154,49 @@ def streams_of_pair(pair: Pair, scale: int) -> tuple[Stream, KeyFrames]:
             f"{sharp.path}: has {sharp.shape[0]} frame that the fast camera covers, at least 2 key "
             "frames are needed (one before and one after the frames that are reconstructed)"
         )
-    number = _beside(pair)
-    nearest = list(number)
+    number = _beside(
+        f"{sharp.path} with {fast.path}", pair.times, sharp.shape[0], ": check --gap and --lr-start"
+    )
     read = _InTurn(sharp)
-    keys = KeyFrames(nearest, (height, width), lambda t: read(number[t]))
+    keys = KeyFrames(list(number), (height, width), lambda t: read(number[t]))
     return Stream(fast.shape, _InTurn(fast)), keys
 
 
-def _beside(pair: Pair) -> dict[int, int]:
+def streams_of_recording(video: Video, scale: int) -> tuple[Stream, KeyFrames]:
+    """The same of a recording of a corpus that holds its fast camera's own stream.
+
+    Raises:
+        InputError: it holds none or one of another scale, or there are fewer than two key frames.
+    """
+    shape = video.require_lr(scale)
+    name = f"recording {video.id}"
+    times = np.asarray(video.info.lr_times or [], float)
+    if len(times) != shape[0]:
+        raise InputError(
+            f"{name}: has {shape[0]} fast frames and {len(times)} times for them; ingest it again"
+        )
+    hint = ": look at how it was ingested"
+    number = _beside(name, times, video.shape[0], hint)
+    keys = KeyFrames(list(number), video.shape[1:], lambda t: video.intensity(number[t]))
+    return Stream(shape, video.lr_intensity), keys
+
+
+def _beside(name: str, times: np.ndarray, frames: int, hint: str) -> dict[int, int]:
     """Fast frame -> the sharp frame of its instant. Sharp frames at whose instant the fast camera
-    lost its frames are left out, with a warning.
+    lost its frames are left out, with a warning, as are those before or after all fast frames.
+
+    Args:
+        name: of the two recordings, for messages.
+        times: of each fast frame, in sharp frames from the first one.
+        frames: how many sharp ones there are.
+        hint: what to check where something does not fit.
 
     Raises:
         InputError: two sharp frames share a fast one, or less than two are left.
     """
-    name = f"{pair.sharp.path} with {pair.fast.path}"
-    frames = pair.sharp.shape[0]
-    nearest = [int(np.abs(pair.times - k).argmin()) for k in range(frames)]
-    interval = float(np.median(np.diff(pair.times)))
-    aside = np.abs(pair.times[nearest] - np.arange(frames)) / interval
+    nearest = [int(np.abs(times - k).argmin()) for k in range(frames)]
+    interval = float(np.median(np.diff(times))) if len(times) > 1 else 1.0
+    aside = np.abs(times[nearest] - np.arange(frames)) / interval
     there = [k for k in range(frames) if aside[k] <= 0.5 + 1e-6]
     if len({nearest[k] for k in there}) < len(there):
         raise InputError(
@@ -188,33 +212,18 @@ def _beside(pair: Pair) -> dict[int, int]:
     if len(there) < 2:
         raise InputError(
             f"{name}: the fast camera has a frame at the instant of {len(there)} sharp frame, at "
-            "least 2 key frames are needed: check --gap and --lr-start"
+            f"least 2 key frames are needed{hint}"
         )
-    _report_times(pair, [nearest[k] for k in there], aside[there], there)
-    return {nearest[k]: k for k in there}
-
-
-def _report_times(
-    pair: Pair, nearest: Sequence[int], aside: np.ndarray, there: Sequence[int]
-) -> None:
-    """Log which fast frames are left out, and warn of sharp frames between two fast ones."""
-    name, last = pair.fast.path, pair.fast.shape[0] - 1
-    for first, stop, where in (
-        (0, nearest[0] - 1, "before the first"),
-        (nearest[-1] + 1, last, "after the last"),
-    ):
-        if first <= stop:
-            logger.info(
-                "%s: frames %d to %d come %s key frame and are left out", name, first, stop, where
-            )
-    if aside.max() > BESIDE:
+    beside = aside[there]
+    if beside.max() > BESIDE:
+        worst = int(beside.argmax())
         logger.warning(
             "%s: key frame %d lies %.2f fast frames beside the nearest one (frame %d), %d others "
-            "more than %g: check --gap and --lr-start",
-            pair.sharp.path,
-            *(there[worst := int(aside.argmax())], aside.max(), nearest[worst]),
-            *(np.count_nonzero(aside > BESIDE) - 1, BESIDE),
+            "more than %g%s",
+            *(name, there[worst], beside.max(), nearest[there[worst]]),
+            *(np.count_nonzero(beside > BESIDE) - 1, BESIDE, hint),
         )
+    return {nearest[k]: k for k in there}
 
 
 class _InTurn:

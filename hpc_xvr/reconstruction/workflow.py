@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
+import copy
+import glob
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from hpc_xvr.config import Config
-from hpc_xvr.data.cameras import Recording
+from hpc_xvr.data.cameras import Recording, camera_files
 from hpc_xvr.data.cameras.recording import LEFT_OUT
-from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.corpus import Corpus, Video
+from hpc_xvr.data.corpus.layout import VideoInfo
 from hpc_xvr.data.pairing.agreement import Grey, compare, grey_of, told
 from hpc_xvr.data.pairing.joining import Pair, Pairing, joined
 from hpc_xvr.data.pairing.reading import CameraReading
-from hpc_xvr.errors import InputError
+from hpc_xvr.data.ranks import ONE_RANK, Ranks
+from hpc_xvr.errors import BAD_INPUT, InputError, PassingError
 from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.factory.weights import Which
-from hpc_xvr.log import logger, track
-from hpc_xvr.reconstruction.methods import NamedMethod, open_method
-from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, reconstruct
-from hpc_xvr.reconstruction.streams import KeyFrames, Stream, recording_streams, streams_of_pair
+from hpc_xvr.log import logger, progress_bar
+from hpc_xvr.reconstruction.methods import NamedMethod, model_entry, open_method
+from hpc_xvr.reconstruction.overlap import Behind, Beside, Stopped, ahead
+from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, Piece, Reconstruction, common
+from hpc_xvr.reconstruction.spool import Spool
+from hpc_xvr.reconstruction.streams import (
+    KeyFrames,
+    Stream,
+    recording_streams,
+    streams_of_pair,
+    streams_of_recording,
+)
 from hpc_xvr.reconstruction.writers import (
     Calibration,
     check_movie,
@@ -33,10 +51,14 @@ from hpc_xvr.reconstruction.writers import (
     write_movie,
     write_sequence,
 )
+from hpc_xvr.version import __version__
 
 MOVIE_FPS = 8
 SATURATED = 0.005
 """Share of pixels at the largest count that is told."""
+MOVIE_FRAMES = 60
+_AHEAD = 1
+"""Passes of a method whose frames are read before they are needed."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +75,14 @@ class CameraFiles:
 
 @dataclass(frozen=True)
 class CorpusRecording:
-    """A recording of a corpus, degraded to what the two cameras would have seen or, with
-    `data.lr_source: recorded`, with the fast camera's own stream."""
+    """A recording of a corpus: with its fast camera's own stream or, if it has none or a gap is
+    stated, degraded to what two cameras would have seen."""
 
     corpus: Path | None
     """None: the corpus that the model was trained on."""
     video: str
     gap: float | None = None
-    """Frames from key frame to key frame; None: as the model was trained."""
+    """Frames from key frame to key frame; None: its own, or as the model was trained."""
 
 
 Source = CameraFiles | CorpusRecording
@@ -80,6 +102,36 @@ class Material:
     it has none."""
 
 
+class Finished(Protocol):
+    """Knows which results of a call are there already."""
+
+    def finished(self, out: Path, facts: Mapping[str, str]) -> bool:
+        """Was `out` made from the same, and is it still as it was?"""
+        ...
+
+    def note(self, out: Path, facts: Mapping[str, str]) -> None:
+        """`out` is finished."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which frames are made of a recording, and how.
+
+    Args:
+        frames: first one and the one after the last, numbers of fast frames; None: the first there
+            is, and the end.
+        beyond: also frames before the first and after the last key frame, from that one alone.
+        dtype: of the numbers in the file, see `write_sequence`.
+        force: go on where key frames lie further apart than the weights were trained for.
+    """
+
+    frames: tuple[int | None, int | None] = (None, None)
+    beyond: bool = False
+    dtype: Literal["uint16", "float32"] = "uint16"
+    force: bool = False
+
+
 def reconstruct_run(
     what: Path | str,
     device: torch.device,
@@ -88,19 +140,19 @@ def reconstruct_run(
     out: Path,
     movie: Path | None = None,
     which: Which = "newest",
-    force: bool = False,
-    dtype: Literal["uint16", "float32"] = "uint16",
+    wanted: Wanted = Wanted(),
     refine: Callable[[NamedMethod, Material], NamedMethod] | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> Path:
-    """Reconstruct every frame from the first key frame to the last and write `out`.
+    """Reconstruct every frame from the first key frame to the last and write `out`. All ranks call
+    it alike and share the gaps.
 
     Camera files must be read as they were for training. `movie` shows low resolution and result
-    side by side, and the truth if it is known.
+    side by side, and the truth if it is known. Finished gaps are kept beside `out` (see `spool`)
+    until it is complete: the same call goes on where a killed one was.
 
     Args:
         what: see `open_method`.
-        force: go on where key frames lie further apart than the weights were trained for.
-        dtype: of the numbers in `out`, see `write_sequence`.
         refine: makes of the method one that suits the recording better.
 
     Raises:
@@ -108,44 +160,149 @@ def reconstruct_run(
             cannot be written.
     """
     method = open_method(what, device, which)
-    config = method.config or Config()
-    use_threads(config.run.threads)
-    material = material_of(method, source)
-    keys, truth = material.keys, material.truth
-    check_gaps(method, list(keys), force)
-    check_sequence(out)  # before minutes of work
-    if movie:
-        check_movie(movie)
-    if refine:
-        method = refine(method, material)
-    first, last = min(keys), max(keys)
-    count = last - first + 1
-    places = material.places
-    if places is not None and dtype != "float32":
-        raise InputError("--lr-missing nan: integers have no NaN; give --dtype float32 too")
-    name = f"{what} at step {method.step}" if method.step else method.title
-    logger.info("%s: frames %d to %d of %dx%d pixels", name, first, last, *keys.shape)
-    frames = frames_of(method, material, device)
-    shown: list[tuple[np.ndarray, ...]] = []
-
-    def results() -> Iterator[np.ndarray]:
-        stride = -(-count // 60)
-        for t, frame in track(frames, "reconstructing", count, "frames"):
-            if movie and (t - first) % stride == 0:
-                shown.append((material.lr[t], frame, *([truth(t)] if truth else [])))
-            yield frame
-
-    written: Iterator[np.ndarray] = results()
-    if places is not None:
-        written = _with_gaps(written, places[first : last + 1])
-        first, count = int(places[first]), int(places[last] - places[first]) + 1
-    write_sequence(out, written, count, material.calibration, first, dtype)
-    logger.info("written: %s (%d frames)", out, count)
-    if movie:
-        labels = ["fast camera", "reconstruction", *(["truth"] if truth else [])]
-        write_movie(movie, shown, MOVIE_FPS, labels)
-        logger.info("written: %s", movie)
+    use_threads((method.config or Config()).run.threads)
+    reconstruct_with(
+        method, device, source, out=out, movie=movie, wanted=wanted, refine=refine, ranks=ranks
+    )
     return out
+
+
+def reconstruct_with(
+    method: NamedMethod,
+    device: torch.device,
+    source: Source,
+    *,
+    out: Path,
+    movie: Path | None = None,
+    wanted: Wanted = Wanted(),
+    refine: Callable[[NamedMethod, Material], NamedMethod] | None = None,
+    ranks: Ranks = ONE_RANK,
+    ledger: Finished | None = None,
+) -> bool:
+    """The same with a method that is open.
+
+    Returns False if the result was there already, as `ledger` says.
+    """
+
+    def look() -> tuple[Material, range]:
+        material = material_of(method, source)
+        frames = chosen_frames(material, wanted, str(out))
+        check_gaps(method, list(material.keys), wanted.force, frames)
+        check_sequence(out)  # before minutes of work
+        if movie:
+            check_movie(movie)
+        if material.places is not None and wanted.dtype != "float32":
+            raise InputError("--lr-missing nan: integers have no NaN; give --dtype float32 too")
+        return material, frames
+
+    material, frames = ranks.together(look)
+    keys = material.keys
+    facts = {
+        "method": method.fingerprint,
+        "adaptation": "yes" if refine else "no",
+        "sources": facts_of(source),
+        "pictures": _glance(material),
+        "frames": f"{frames.start}:{frames.stop}",
+        "numbers": wanted.dtype,
+        "device": device.type,
+        "version": __version__,
+    }
+    if ledger and ranks.on_root(lambda: ledger.finished(out, facts)):
+        return False
+    kind = "uint16" if wanted.dtype == "uint16" else "float32"
+    spool = Spool(out, facts, keys.shape, kind, ranks)
+    keep = True
+    try:
+        if refine:
+            method = _refined(refine, method, material, spool, ranks)
+        name = f"{method.name} at step {method.step}" if method.step else method.title
+        if ranks.rank == 0:
+            _say_frames(name, frames, material)
+        calibration = _noted(material, frames)
+        ranks.together(
+            lambda: _make(method, material, device, frames, spool, out, wanted, calibration, ranks)
+        )
+        if movie and ranks.rank == 0:
+            _show(movie, method, material, frames, spool)
+        if ledger and ranks.rank == 0:
+            ledger.note(out, facts)
+        keep = False
+    except PassingError:
+        raise
+    except InputError as error:
+        keep = error.exit_code != BAD_INPUT
+        raise
+    finally:
+        spool.close(keep)
+    return True
+
+
+def _make(
+    method: NamedMethod,
+    material: Material,
+    device: torch.device,
+    frames: range,
+    spool: Spool,
+    out: Path,
+    wanted: Wanted,
+    calibration: Calibration,
+    ranks: Ranks,
+) -> None:
+    """Make what is missing, this rank's share of it, and on rank 0 write the file meanwhile."""
+    work = work_of(method, material, device, frames)
+    pieces = work.pieces()
+    finished = spool.finished(pieces, ranks)
+    missing = [piece for piece in pieces if piece not in finished]
+    behind = len(frames) - sum(len(piece.frames) for piece in missing)
+    if ranks.rank == 0:
+        if behind:
+            logger.info("%s: %d of %d frames were finished before", out, behind, len(frames))
+        _check_room(spool, len(frames), len(frames) - behind)
+
+    def write(over: threading.Event) -> None:
+        with progress_bar("reconstructing", len(frames), "frames", behind) as advance:
+
+            def results() -> Iterator[np.ndarray]:
+                for piece in pieces:
+                    yield from spool.frames([piece], over)
+                    if piece not in finished:
+                        advance(len(piece.frames))
+
+            written, first, count = results(), frames.start, len(frames)
+            if material.places is not None:
+                places = material.places[frames.start : frames.stop]
+                written = _with_gaps(written, places)
+                first, count = int(places[0]), int(places[-1] - places[0]) + 1
+            write_sequence(out, written, count, calibration, first, wanted.dtype)
+
+    mine = missing[ranks.rank :: ranks.size]
+    writing = Beside(write) if ranks.rank == 0 else None
+    begun = time.perf_counter()
+    try:
+        with (
+            writing or nullcontext(),
+            ahead(work.load(mine), _AHEAD) as loads,
+            _saving(spool) as saving,
+        ):
+            made = work.run(loads)
+            for piece in mine:
+                results = [frame for _, frame in islice(made, len(piece.frames))]
+                saving.give((piece, results))
+                if writing:
+                    writing.check()
+                if spool.failed():
+                    raise Stopped
+    except Stopped:
+        return  # the rank that failed says why
+    except BaseException:
+        spool.fail()
+        raise
+    if ranks.rank == 0:
+        seconds = time.perf_counter() - begun
+        logger.info(
+            "written: %s (%d frames, %.3g frames/s)",
+            *(out, len(frames), (len(frames) - behind) / seconds),
+        )
 
 
 def _with_gaps(frames: Iterator[np.ndarray], places: np.ndarray) -> Iterator[np.ndarray]:
@@ -158,11 +315,28 @@ def _with_gaps(frames: Iterator[np.ndarray], places: np.ndarray) -> Iterator[np.
         before = place
 
 
-def frames_of(
-    method: NamedMethod, material: Material, device: torch.device | str
-) -> Iterator[tuple[int, np.ndarray]]:
-    """All frames from the first key frame to the last, see `reconstruct`."""
-    return reconstruct(
+def _saving(spool: Spool) -> Behind[tuple[Piece, list[np.ndarray]]]:
+    return Behind(lambda done: spool.save(*done))
+
+
+def _check_room(spool: Spool, count: int, missing: int) -> None:
+    """Refuse a disk that cannot hold the result and, until it is complete, its pieces."""
+    needed = spool.bytes_of(count + missing)
+    free = shutil.disk_usage(spool.folder).free
+    if needed > free:
+        raise PassingError(
+            f"{spool.out}: needs {needed / 1e9:.2f} GB while it is made (the file, and as much for "
+            f"finished frames), {spool.out.parent} has {free / 1e9:.2f} GB left; choose another "
+            "disk, or make it in parts with --frames"
+        )
+
+
+def work_of(
+    method: NamedMethod, material: Material, device: torch.device | str, frames: range | None = None
+) -> Reconstruction:
+    """How a method makes frames of a recording; default: all from the first key frame to the
+    last."""
+    return Reconstruction(
         method.method,
         material.lr,
         material.keys,
@@ -170,7 +344,173 @@ def frames_of(
         n_out=method.n_out,
         device=device,
         precision=method.precision,
+        frames=frames,
     )
+
+
+def frames_of(
+    method: NamedMethod,
+    material: Material,
+    device: torch.device | str,
+    frames: range | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """All frames from the first key frame to the last, or these, see `reconstruct`."""
+    work = work_of(method, material, device, frames)
+    return work.run(work.load(work.pieces()))
+
+
+def chosen_frames(material: Material, wanted: Wanted, name: str) -> range:
+    """The frames that are made.
+
+    Raises:
+        InputError: there are none, or some lie where they cannot be made.
+    """
+    first, last = min(material.keys), max(material.keys)
+    there = range(len(material.lr)) if wanted.beyond else range(first, last + 1)
+    start, stop = wanted.frames
+    start = there.start if start is None else start
+    stop = there.stop if stop is None else stop
+    if not there.start <= start < stop <= there.stop:
+        more = "" if wanted.beyond else _beyond(material)
+        raise InputError(
+            f"{name}: frames {start}:{stop} are asked for (the second one is the end, not made); "
+            f"frames {there.start}:{there.stop} of the fast camera can be made{more}"
+        )
+    return range(start, stop)
+
+
+def _beyond(material: Material) -> str:
+    first, last, length = min(material.keys), max(material.keys), len(material.lr)
+    if first == 0 and last == length - 1:
+        return ""
+    return (
+        f", as key frames are there from {first} to {last}; with --beyond 0:{length}, those "
+        "outside from one key frame alone"
+    )
+
+
+def one_sided(material: Material, frames: range) -> list[range]:
+    """Those of the frames that lie beyond the first or the last key frame."""
+    first, last = min(material.keys), max(material.keys)
+    sides = common(frames, range(first)), common(frames, range(last + 1, len(material.lr)))
+    return [side for side in sides if side]
+
+
+def _noted(material: Material, frames: range) -> Calibration:
+    """Units of the result, and which of its frames are worth less."""
+    notes = [
+        f"frames {side.start} to {side.stop - 1} are one-sided: they lie beyond the outermost key "
+        "frame and are made from that one alone"
+        for side in one_sided(material, frames)
+    ]
+    calibration = material.calibration
+    return replace(calibration, notes=(*calibration.notes, *notes)) if notes else calibration
+
+
+def _say_frames(name: str, frames: range, material: Material) -> None:
+    size = material.keys.shape
+    logger.info("%s: frames %d to %d of %dx%d pixels", name, frames[0], frames[-1], *size)
+    for side in one_sided(material, frames):
+        logger.warning(
+            "frames %d to %d lie beyond the outermost key frame: they are made from that one "
+            "alone, look at them with care",
+            *(side[0], side[-1]),
+        )
+    first, last = min(material.keys), max(material.keys)
+    if frames == range(first, last + 1):
+        for side in one_sided(material, range(len(material.lr))):
+            logger.info(
+                "frames %d to %d lie beyond the outermost key frame and are left out; --beyond "
+                "makes them, too",
+                *(side[0], side[-1]),
+            )
+
+
+def _glance(material: Material) -> str:
+    """A checksum of some pictures: the files may be as they were, but not what they lead to."""
+    digest = hashlib.sha256()
+    times = sorted(material.keys)
+    for t in (times[0], times[len(times) // 2], times[-1]):
+        for frame in (material.keys[t], material.lr[t]):
+            digest.update(np.ascontiguousarray(frame).data)
+    return digest.hexdigest()[:16]
+
+
+def facts_of(source: Source) -> str:
+    """A checksum of which files and options a reconstruction comes from: their names, sizes and
+    times of change, not their contents."""
+    if isinstance(source, CorpusRecording):
+        facts: list[Any] = [str(source.corpus), source.video, source.gap]
+    else:
+        cameras = source.lr_camera, source.hr_camera
+        facts = [repr(source.pairing), source.crop, *(c.described() for c in cameras)]
+        for path in (source.lr, source.hr, *(f for c in cameras for f in (c.flat, c.dark) if f)):
+            for file in camera_files(path)[0]:
+                for one in (file, *_beside_header(file)):
+                    found = one.stat()
+                    facts.append([str(one.resolve()), found.st_size, found.st_mtime_ns])
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def _beside_header(file: Path) -> list[Path]:
+    """A Photron recording is a header and its pixels."""
+    kinds = (".mraw", ".cih", ".cihx")
+    if file.suffix.lower() not in kinds:
+        return []
+    around = file.parent.glob(f"{glob.escape(file.stem)}.*")
+    return sorted(other for other in around if other.suffix.lower() in kinds)
+
+
+def _refined(
+    refine: Callable[[NamedMethod, Material], NamedMethod],
+    method: NamedMethod,
+    material: Material,
+    spool: Spool,
+    ranks: Ranks,
+) -> NamedMethod:
+    """The refined method; its weights stay with the finished pieces, as another time others might
+    come out."""
+    file = spool.folder / "weights.pt"
+
+    def make() -> None:
+        if file.exists():
+            logger.info("%s: the weights of the unfinished run are used", spool.out)
+            return
+        refined = refine(method, material).network
+        assert refined is not None
+        beside = file.with_name(f".{file.name}")
+        torch.save(refined.state_dict(), beside)
+        beside.replace(file)
+
+    ranks.on_root(make)
+    network = copy.deepcopy(method.network)
+    assert network is not None
+    network.load_state_dict(torch.load(file, weights_only=True))
+    refined = model_entry(method.name, network.eval(), method.precision)
+    return replace(refined, config=method.config, step=method.step)
+
+
+def _show(
+    movie: Path, method: NamedMethod, material: Material, frames: range, spool: Spool
+) -> None:
+    """The movie of the result, each panel of at most `MOVIE_FRAMES` frames."""
+    truth = material.truth
+    stride = -(-len(frames) // MOVIE_FRAMES)
+    pieces = work_of(method, material, "cpu", frames).pieces()
+
+    def panels() -> Iterator[tuple[np.ndarray, ...]]:
+        for piece in pieces:
+            some = [t for t in piece.frames if (t - frames.start) % stride == 0]
+            if not some:
+                continue
+            made = list(spool.frames([piece]))
+            for t in some:
+                frame = made[t - piece.frames.start]
+                yield (material.lr[t], frame, *([truth(t)] if truth else []))
+
+    labels = ["fast camera", "reconstruction", *(["truth"] if truth else [])]
+    write_movie(movie, panels(), MOVIE_FPS, labels)
+    logger.info("written: %s", movie)
 
 
 def _material(
@@ -212,13 +552,34 @@ def _with_a_picture(frame: np.ndarray, t: int) -> np.ndarray:
     return frame
 
 
-def check_gaps(method: NamedMethod, times: Sequence[int], force: bool = False) -> None:
+def check_gaps(
+    method: NamedMethod,
+    times: Sequence[int],
+    force: bool = False,
+    frames: range | None = None,
+) -> None:
     """Refuse key frames that lie further apart than a method was trained for; `force`: warn.
+
+    Args:
+        frames: only those that these frames are made from. Beyond the outermost key frame a gap is
+            twice as long as what is beyond, see `pipeline.Piece`.
 
     Raises:
         InputError: says how far, and how far it may be.
     """
-    widest = max((b - a for a, b in pairwise(sorted(times))), default=0)
+    times = sorted(times)
+    if frames is not None and method.longest_gap is not None:
+        sides = max(times[0] - frames.start, frames.stop - 1 - times[-1])
+        if 2 * sides > method.longest_gap:
+            problem = (
+                f"{method.name}: frames are asked for up to {sides} beyond the outermost key "
+                f"frame, with these weights {method.longest_gap // 2} can be made"
+            )
+            if not force:
+                raise InputError(f"{problem}; choose them with --frames, or try with --force")
+            logger.warning("%s: look at the result with care", problem)
+    gaps = [b - a for a, b in pairwise(times) if frames is None or common(range(a + 1, b), frames)]
+    widest = max(gaps, default=0)
     if method.longest_gap is None or widest <= method.longest_gap:
         return
     problem = (
@@ -321,35 +682,69 @@ def _calibration(pair: Pair, grey: Grey) -> Calibration:
     white, unit = sharp.full_scale, ""
     if white == 1.0 and not sharp.in_floats():  # and no file states what its counts mean
         white, unit = float(2**sharp.bit_depth - 1), "counts"
-    notes = []
-    if left_out := fast.metadata.get(LEFT_OUT):
-        notes.append(f"missing frames of the fast camera: {left_out}")
-    if grey != Grey():
-        notes.append(
-            f"grey of the fast camera matched: fast = {grey.gain:.6g} x sharp {grey.offset:+.6g}"
-        )
+    left_out = fast.metadata.get(LEFT_OUT)
+    missing = (f"missing frames of the fast camera: {left_out}",) if left_out else ()
     return Calibration(
         fast.frame_rate_hz,
         sharp.pixel_size_um,
         white,
         unit=unit,
         times_s=fast.times_s,
-        notes=tuple(notes),
+        notes=(*missing, *_grey_notes(grey)),
     )
 
 
 def _from_corpus(method: NamedMethod, source: CorpusRecording) -> Material:
+    """A recording of a corpus: with its fast camera's own stream, where it has one and no gap is
+    stated, else as the cameras would have seen it."""
     config = method.config or Config()
+    video = Corpus(source.corpus or config.data.corpus)[source.video]
+    if source.gap is None and video.lr_shape is not None:
+        return _from_own_stream(method, video)
     gap = source.gap or config.data.hr_gap
     if gap != int(gap):
         raise InputError(
             f"gap {gap:g}: must be a whole number of frames for a recording of a corpus"
         )
-    video = Corpus(source.corpus or config.data.corpus)[source.video]
     streams = recording_streams(video, int(gap), config.data, seed=config.run.seed)
     info = video.info
-    white, unit = info.full_scale, ""
-    if white == 1.0 and info.bit_depth < 16:  # floats are stored with 16
-        white, unit = float(2**info.bit_depth - 1), "counts"
-    calibration = Calibration(info.frame_rate_hz, info.pixel_size_um, white, unit)
+    calibration = Calibration(info.frame_rate_hz, info.pixel_size_um, *_white(info))
     return _material(method, streams, calibration, video.intensity)
+
+
+def _from_own_stream(method: NamedMethod, video: Video) -> Material:
+    """All fast frames of a recording that two cameras took, at the fast camera's times."""
+    assert video.lr_shape is not None
+    scale = method.config.data.scale if method.config else round(video.shape[1] / video.lr_shape[1])
+    lr, keys = streams_of_recording(video, scale)
+    name = f"recording {video.id}"
+    logger.info("%s: %d frames of its own fast camera, %d key frames", name, len(lr), len(keys))
+    info = video.info
+    steps = np.diff(info.lr_times or [])
+    interval = float(np.median(steps)) if len(steps) else math.nan
+    found, grey = compare(lr, keys), Grey()
+    if found is not None:
+        told(found, name, 1 / interval)
+        grey = grey_of(found, name)
+    rate, times = info.metadata.get("lr_frame_rate_hz"), None
+    if info.frame_rate_hz:
+        rate = rate or info.frame_rate_hz / interval
+        times = (np.asarray(info.lr_times) - (info.lr_times or [0])[0]) / info.frame_rate_hz
+    white, unit = _white(info)
+    calibration = Calibration(
+        rate, info.pixel_size_um, white, unit, times_s=times, notes=_grey_notes(grey)
+    )
+    return _material(method, (Stream(lr.shape, lambda t: grey.matched(lr[t])), keys), calibration)
+
+
+def _white(info: VideoInfo) -> tuple[float, str]:
+    """Value of white, and its unit."""
+    if info.full_scale == 1.0 and info.bit_depth < 16:  # floats are stored with 16
+        return float(2**info.bit_depth - 1), "counts"
+    return info.full_scale, ""
+
+
+def _grey_notes(grey: Grey) -> tuple[str, ...]:
+    if grey == Grey():
+        return ()
+    return (f"grey of the fast camera matched: fast = {grey.gain:.6g} x sharp {grey.offset:+.6g}",)

@@ -294,9 +294,7 @@ def test_streams_from_two_recordings(caplog):
     caplog.set_level("INFO", "hpc_xvr")
     lr, keys = streams(of_fast, of_sharp, Pairing(5))
     assert list(keys) == [0, 5, 10] and len(lr) == 12
-    assert caplog.messages == [
-        "fast: frames 11 to 11 come after the last key frame and are left out"
-    ]
+    assert not caplog.messages
     for k in range(3):
         np.testing.assert_allclose(keys[5 * k], sharp[k] / 255, atol=1e-6)
     for t in (7, 8, 11, 3, 0, 9):

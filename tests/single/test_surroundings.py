@@ -209,7 +209,7 @@ def test_a_log_tells_progress_each_minute_or_each_twentieth(monkeypatch, caplog)
             advance()
     lines = [record.getMessage() for record in caplog.records]
     assert 14 <= len(lines) <= 16  # 5 % take 25 s
-    assert lines[0] == "making: 250 of 1000 things (25 %), about 6:15 left"
+    assert lines[0] == "making: 250 of 1000 things (25 %), about 6:15 left at 2 things/s"
     caplog.clear()
     with log.progress_bar("slow", 10, "things") as advance:
         for _ in range(3):

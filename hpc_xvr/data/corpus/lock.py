@@ -1,4 +1,4 @@
-"""One writer of a corpus at a time."""
+"""One writer of a corpus, or of another result, at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from hpc_xvr.errors import InputError
 class WriterLock:
     """A file with the writer's host and process; the kernel's lock on it ends with the process."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, what: str | None = None) -> None:
+        """`what`: is being written, for messages; None: the corpus that the file is in.
+
+        Raises:
+            InputError: another process writes it.
+        """
         self._path = path
         while True:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
@@ -34,7 +39,7 @@ class WriterLock:
             os.close(self._file)
             name = " on ".join(reversed(holder[:2])) or "unknown"
             raise InputError(
-                f"corpus {path.parent}: is being written by process {name}; wait for "
+                f"{what or f'corpus {path.parent}'}: is being written by process {name}; wait for "
                 f"it, or delete {path} if it no longer runs"
             )
         os.ftruncate(self._file, 0)

@@ -91,10 +91,7 @@ def _recordings(files: list[Path], dataset: str | None, missing: bool) -> Iterat
     stacks: list[Path] = []
     sequences: list[numbering.Group] = []
     for group in numbering.grouped(pictures):
-        first = min(group.files)
-        with guarded(str(first)):
-            several = images.page_count(*(group.files if missing else [first])) > 1
-        if several and not group.parts:
+        if _are_stacks(sorted(group.files), missing) and not group.parts:
             stacks += group.files
         else:
             sequences.append(group)
@@ -117,6 +114,28 @@ def _recordings(files: list[Path], dataset: str | None, missing: bool) -> Iterat
                 before.name,
             )
         yield Source((file,), dataset, goes_on=first_part.get(file))
+
+
+def _are_stacks(files: list[Path], missing: bool) -> bool:
+    """Does the first of these images that can be read hold more than one frame, or, where some
+    may be `missing`, do most of them?
+
+    Raises:
+        InputError: none of several can be read. One alone is refused when it is opened.
+    """
+    if missing:
+        with guarded(str(files[0])):
+            return images.page_count(*files) > 1
+    problem: InputError | None = None
+    for file in files:
+        try:
+            with guarded(str(file)):
+                return images.page_count(file) > 1
+        except InputError as error:
+            problem = problem or error
+    if problem and len(files) > 1:
+        raise problem
+    return False
 
 
 def _by_pixels(source: Source) -> Source:

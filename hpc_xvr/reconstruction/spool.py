@@ -1,0 +1,234 @@
+"""Finished pieces of a result on disk, so that a run that was killed goes on where it was, and
+ranks can hand their shares to the one that writes the file.
+
+Beside OUT there is a folder `.OUT.unfinished` while it is made:
+
+    about.json               what the frames depend on: method, weights, sources, settings
+    writer.lock              one run at a time writes OUT
+    000000040-000000060      frames 40 to 59: a checksum, then their pixels
+    failed-0001              why rank 1 gave up
+
+It can only be read and written by its owner. A piece has its name when it is complete; its checksum
+says whether it still is after a crash of the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import threading
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hpc_xvr.data.corpus.lock import WriterLock
+from hpc_xvr.data.ranks import Ranks
+from hpc_xvr.errors import InputError, PassingError, explain_os_error, os_problem
+from hpc_xvr.files import private_folder, remove
+from hpc_xvr.log import logger
+from hpc_xvr.reconstruction.overlap import Stopped
+from hpc_xvr.reconstruction.pipeline import Piece
+from hpc_xvr.text import parse_json
+
+FULL = 65535
+_POLL = 0.005, 0.2
+"""Seconds between two looks for a piece: at first, and at most."""
+_LOCK = "writer.lock"
+
+
+class Spool:
+    """The finished pieces of the result `out`; all ranks open it together.
+
+    Args:
+        out: the file that is made.
+        facts: name -> value of everything that the frames depend on. Pieces of a run with other
+            ones are deleted, and the log says which fact has changed.
+        shape: of a frame.
+        kind: of its numbers: uint16 for shares of 65535, as a result of that type holds them, or
+            float32.
+        ranks: who work on it.
+
+    Raises:
+        InputError: another run writes this result, or the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        facts: Mapping[str, str],
+        shape: tuple[int, int],
+        kind: str,
+        ranks: Ranks,
+    ) -> None:
+        self.out, self.shape, self.kind = out, shape, np.dtype(kind)
+        self._rank, self._lock = ranks.rank, None
+
+        def prepare() -> str:
+            folder = self._private()
+            self._lock = WriterLock(folder / _LOCK, str(out))
+            try:
+                self._begin(folder, dict(facts))
+            except BaseException:
+                self._lock.release()
+                raise
+            return str(folder)
+
+        self.folder = Path(ranks.on_root(prepare))
+
+    def _private(self) -> Path:
+        folder = self.out.with_name(f".{self.out.name}.unfinished")
+        try:
+            private_folder(folder)
+        except InputError as error:
+            if not os.access(self.out.parent, os.W_OK | os.X_OK):
+                raise
+            logger.warning("%s; what is finished is lost if this run is killed", error)
+            folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=self.out.parent))
+        return folder
+
+    def _begin(self, folder: Path, facts: dict[str, str]) -> None:
+        """Keep the pieces of the same command, delete all else; sweep what killed writers left."""
+        about = folder / "about.json"
+        found: dict[str, str] | None = None
+        with contextlib.suppress(OSError, ValueError):
+            found = parse_json(about.read_text())
+        left = [path for path in folder.iterdir() if path.name != _LOCK]
+        if left and found != facts:
+            known = found if isinstance(found, dict) else {}
+            changed = [name for name in facts if known.get(name) != facts[name]]
+            logger.info(
+                "%s: begun anew, an unfinished run had other %s", self.out, ", ".join(changed)
+            )
+            for path in left:
+                remove(path)
+        for path in folder.glob("failed-*"):
+            remove(path)
+        sweep(self.out)
+        with self._os_errors():
+            about.write_text(json.dumps(facts, indent=1))
+
+    def finished(self, pieces: Sequence[Piece], ranks: Ranks) -> set[Piece]:
+        """Those that an earlier run has finished; each rank checks a share of them, and deletes
+        what is not intact."""
+        mine = set()
+        for piece in pieces[ranks.rank :: ranks.size]:
+            if self._load(piece) is not None:
+                mine.add(piece)
+            else:
+                remove(self._path(piece))
+        return set().union(*ranks.gather(mine))
+
+    def save(self, piece: Piece, frames: Sequence[np.ndarray]) -> None:
+        """Keep the frames of a piece, (H, W) in [0, 1].
+
+        Raises:
+            InputError: the disk refuses.
+        """
+        path = self._path(piece)
+        stored = np.stack([_stored(frame, self.kind) for frame in frames])
+        data = stored.data.cast("B")
+        beside = path.with_name(f".{path.name}")
+        with self._os_errors():
+            try:
+                with beside.open("wb", buffering=0) as file:
+                    for part in (b"%08x\n" % zlib.crc32(data), data):
+                        rest = memoryview(part)
+                        while rest:  # without a buffer, a full disk takes a part
+                            rest = rest[file.write(rest) :]
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
+
+    def frames(
+        self, pieces: Sequence[Piece], over: threading.Event | None = None
+    ) -> Iterator[np.ndarray]:
+        """The frames of these pieces in order, (H, W) float32 in [0, 1], waiting for each piece.
+
+        Raises:
+            Stopped: `over` is set.
+            InputError: a piece does not match its checksum any more.
+        """
+        for piece in pieces:
+            path, pause = self._path(piece), _POLL[0]
+            while not path.exists():
+                if over is None or over.wait(pause):
+                    raise Stopped
+                pause = min(2 * pause, _POLL[1])
+            stored = self._load(piece)
+            if stored is None:
+                raise PassingError(
+                    f"{path}: has changed since it was written; is the disk in order? repeat the "
+                    "command, which makes it again"
+                )
+            for frame in stored:
+                yield frame / np.float32(FULL) if self.kind.kind == "u" else frame
+
+    def _load(self, piece: Piece) -> np.ndarray | None:
+        """Its frames; None if they are not there or not intact."""
+        shape = (len(piece.frames), *self.shape)
+        try:
+            with self._path(piece).open("rb") as file:
+                checksum = file.readline(16)
+                stored = np.fromfile(file, self.kind)
+        except OSError:
+            return None
+        if stored.size != np.prod(shape):
+            return None
+        if checksum != b"%08x\n" % zlib.crc32(stored.data):
+            return None
+        return stored.reshape(shape)
+
+    def _path(self, piece: Piece) -> Path:
+        return self.folder / f"{piece.frames.start:09d}-{piece.frames.stop:09d}"
+
+    def bytes_of(self, frames: int) -> int:
+        """What so many frames take here."""
+        return int(frames * self.shape[0] * self.shape[1] * self.kind.itemsize)
+
+    def fail(self) -> None:
+        """Tell the other ranks that this one has given up."""
+        with contextlib.suppress(OSError):
+            (self.folder / f"failed-{self._rank:04d}").touch()
+
+    def failed(self) -> bool:
+        """Has any rank given up?"""
+        return any(self.folder.glob("failed-*"))
+
+    def close(self, keep: bool) -> None:
+        """Leave; without `keep` the pieces are deleted. The rank that opened it for all does."""
+        if self._lock is None:
+            return
+        if not keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.release()
+        self._lock = None
+
+    @contextlib.contextmanager
+    def _os_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise os_problem(f"cannot write {self.out}: {explain_os_error(error)}", error) from None
+
+
+def sweep(out: Path) -> None:
+    """Delete what killed writers of `out` left beside it: files of `files.replacing`."""
+    name = re.compile(rf"\.{re.escape(out.stem)}\.[0-9a-f]{{16}}\.partial{re.escape(out.suffix)}")
+    for path in out.parent.iterdir():
+        if name.fullmatch(path.name):
+            with contextlib.suppress(OSError):
+                if path.lstat().st_uid == os.geteuid():
+                    remove(path)
+
+
+def _stored(frame: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """As `write_sequence` rounds it, so that it makes no difference to come by here."""
+    if kind.kind == "f":
+        return frame.astype(kind)
+    return np.rint(np.clip(frame, 0, 1) * FULL).astype(kind)
