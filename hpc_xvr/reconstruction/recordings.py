@@ -15,6 +15,7 @@ from typing import Any, Literal
 from hpc_xvr.data.cameras.source import Source as Files
 from hpc_xvr.data.corpus.layout import ID
 from hpc_xvr.data.ingest.sources import find_recordings
+from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.ranks import ONE_RANK, Ranks
 from hpc_xvr.data.registration import read_registration
 from hpc_xvr.errors import InputError
@@ -49,9 +50,13 @@ class Outcome:
 
 def holds_several(source: CameraFiles) -> bool:
     """Are both cameras' paths folders, and does one hold more than one recording?"""
-    if not (source.lr.is_dir() and source.hr.is_dir()):
+    cameras = (source.lr, source.lr_camera), (source.hr, source.hr_camera)
+    if not all(folder.is_dir() for folder, _ in cameras):
         return False
-    return any(len(find_recordings([folder])) > 1 for folder in (source.lr, source.hr))
+    return any(
+        len(find_recordings([folder], missing=bool(camera.missing))) > 1
+        for folder, camera in cameras
+    )
 
 
 def matched(source: CameraFiles, skip_bad: bool = False) -> list[Shot]:
@@ -62,7 +67,7 @@ def matched(source: CameraFiles, skip_bad: bool = False) -> list[Shot]:
         InputError: recordings without a partner (with `skip_bad` a warning), or two of one name.
     """
     fast, sharp = (
-        _by_name(folder, camera.dataset)
+        _by_name(folder, camera)
         for folder, camera in ((source.lr, source.lr_camera), (source.hr, source.hr_camera))
     )
     if all(_one_a_folder(found) for found in (fast, sharp)):
@@ -87,9 +92,9 @@ def matched(source: CameraFiles, skip_bad: bool = False) -> list[Shot]:
     )
 
 
-def _by_name(folder: Path, dataset: str | None) -> dict[str, Files]:
+def _by_name(folder: Path, camera: CameraReading) -> dict[str, Files]:
     found: dict[str, Files] = {}
-    for files in find_recordings([folder], dataset):
+    for files in find_recordings([folder], camera.dataset, bool(camera.missing)):
         name = (files.files[0].parent.relative_to(folder) / files.stem).as_posix()
         if name in found:
             raise InputError(

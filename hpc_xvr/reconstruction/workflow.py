@@ -444,8 +444,11 @@ def facts_of(source: Source) -> str:
     else:
         cameras = source.lr_camera, source.hr_camera
         facts = [repr(source.pairing), source.crop, *(c.described() for c in cameras)]
-        for path in (source.lr, source.hr, *(f for c in cameras for f in (c.flat, c.dark) if f)):
-            for file in camera_files(path)[0]:
+        recordings: list[tuple[Path | str, CameraReading]]
+        recordings = [(source.lr, cameras[0]), (source.hr, cameras[1])]
+        recordings += [(f, c) for c in cameras for f in (c.flat, c.dark) if f]
+        for path, camera in recordings:
+            for file in camera_files(path, bool(camera.missing))[0]:
                 for one in (file, *_beside_header(file)):
                     found = one.stat()
                     facts.append([str(one.resolve()), found.st_size, found.st_mtime_ns])

@@ -300,7 +300,7 @@ def pair(tmp_path):
 
 def test_reconstruct_leaves_out_missing_frames(pair, tmp_path, hpc_xvr):
     said = hpc_xvr(*pair, tmp_path / "o.h5", code=2).err
-    assert "s_4.png: follows number 2" in said
+    assert "f_007.png: follows number 4" in said
     asked = ("--lr-missing", "skip", "--hr-missing", "skip")
     said = " ".join(hpc_xvr(*pair, tmp_path / "o.h5", *asked).err.split())
     assert "frames 5 to 6, 8 are missing" in said and "frames 3 are missing" in said
