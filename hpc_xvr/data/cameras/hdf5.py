@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from hpc_xvr.data.cameras import units
+from hpc_xvr.data.cameras import results, units
 from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
 from hpc_xvr.data.cameras.hdf5_axes import Order, axis_order, text
 from hpc_xvr.data.cameras.hdf5_links import BLOCK, Files, Found, Place
@@ -72,7 +72,7 @@ def open_hdf5(
         found = _choose(files, dataset)
         fields = _description(files, found[0].name)
         stack = _stack(files, found)
-        if own_flat and found[0].name == DATA:
+        if own_flat and found[0].name == DATA and not is_result(files.item(found[0].place)):
             white, dark = (_field(files, name, stack) for name in (WHITE, DARK))
             _say_what_is_not_used(files, stack, white is not None)
             if white is not None:
@@ -96,8 +96,10 @@ class _Stack:
     dtype: np.dtype[Any]
     block: int
     """Frames to read at once."""
-    scale: tuple[float, float] | None = None
-    """What the largest stored integer stands for, and that integer, in results of this program."""
+    white: float | None = None
+    """In results of this program: the physical value of full scale, ..."""
+    top: int | None = None
+    """... and the integer that stands for it; None: the values are physical."""
 
     def frames(
         self, allow_links: Sequence[Path | str], start: int, stop: int
@@ -164,8 +166,10 @@ def _stack(files: Files, found: Sequence[_Dataset], like: _Stack | None = None) 
     total = sum(count for _, _, count in parts)
     item = files.item(found[0].place)
     white, largest = (_number(item, name) for name in ("full_scale", "stored_full_scale"))
-    scale = (white, largest) if white and largest and types[0].kind == "u" else None
-    return _Stack(files.path, tuple(parts), (total, *sizes[0]), types[0], block, scale)
+    top = int(largest) if white and largest and types[0].kind == "u" else None
+    if top is None and (types[0].kind != "f" or not is_result(item)):
+        white = None
+    return _Stack(files.path, tuple(parts), (total, *sizes[0]), types[0], block, white, top)
 
 
 def _recording(
@@ -196,11 +200,17 @@ def _recording(
                 )
             yield frame
 
-    if stack.scale is not None and bit_depth is None:
-        # Of results of this program: stored integers, and what their largest stands for.
-        white, largest = stack.scale
-        native, full_scale = np.dtype(np.float64), full_scale or white
-        factor = white / largest
+    if stack.white is not None and native.kind == "f":
+        full_scale = full_scale or stack.white
+    elif stack.white is not None and stack.top is not None and bit_depth is None:
+        # Stored integers, and what one of them stands for; counts stand for themselves.
+        said = results.Frames(stack.shape, native.name, stack.white, stack.top)
+        if said.counts_bits:
+            return array_recording(
+                path, stack.shape, native, source, said.counts_bits, full_scale, **(fields or {})
+            )
+        native, full_scale = np.dtype(np.float64), full_scale or stack.white
+        factor = stack.white / stack.top
 
         def physical(start: int, stop: int) -> Iterator[np.ndarray]:
             return (frame * factor for frame in source(start, stop))
@@ -494,10 +504,33 @@ def _description(files: Files, name: str) -> dict[str, Any]:
     for field in ("frame_rate_hz", "pixel_size_um"):  # as `reconstruct` writes them
         if item is not None and field not in fields and (value := _number(item, field)):
             fields[field] = value
+    if item is not None and is_result(item):
+        times = _times(files, f"{name.rpartition('/')[0]}/time", item.shape[0])
+        if times is not None:
+            fields["times_s"] = times - times[0]
+        if unit := text(item.attrs.get("units")):
+            fields["metadata"] = {"unit": unit}
     period = fields.pop("frame_time_s", None)
     if period is not None and 1 / period < float("inf"):
         fields.setdefault("frame_rate_hz", 1 / period)
     return fields
+
+
+def is_result(item: h5py.Dataset) -> bool:
+    """Whether a dataset of frames was written by this program."""
+    return text(item.attrs.get("program")) == results.PROGRAM
+
+
+def _times(files: Files, name: str, count: int) -> np.ndarray | None:
+    """Time stamps in s beside the frames of a result, if they are one a frame, and rise."""
+    place = files.locate(name)
+    item = None if place is None else files.item(place)
+    if not isinstance(item, h5py.Dataset) or item.shape != (count,) or item.dtype.kind != "f":
+        return None
+    if text(item.attrs.get("origin")) != results.STAMPS or item.is_virtual or item.external:
+        return None
+    times = np.asarray(item[()], np.float64)
+    return times if np.isfinite(times).all() and (np.diff(times) > 0).all() else None
 
 
 def _number(item: h5py.Dataset, attribute: str) -> float | None:

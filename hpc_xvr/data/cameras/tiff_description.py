@@ -30,6 +30,8 @@ class Stated:
     line: tuple[float, float] | None = None
     others: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    text: str = ""
+    """What the file holds beside, in which results of this program say what they are."""
 
     @property
     def count(self) -> int:
@@ -110,6 +112,7 @@ def _of_imagej(path: Path, said: dict[str, Any], page: Any) -> Stated:
     if channels == page.samplesperpixel:
         channels = 1
     stated = Stated(_sized((channels, "channels"), (slices, "slices"), (times, "times")))
+    stated.text = str(said.get("Info", ""))
     if not stated.axes:
         stated.axes = _sized((whole("images"), "times"))
     elif len(stated.axes) == 1 and stated.axes[0][1] != "times":
@@ -176,6 +179,7 @@ def _of_ome(path: Path, text: str, page: Any) -> Stated:
         channels = 1
     names = {uuid.get("FileName", "") for uuid in pixels.iter() if uuid.tag.endswith("}UUID")}
     stated = Stated(_sized((channels, "channels"), (slices, "slices"), (times, "times")))
+    stated.text = images[0].findtext("{*}Description", "")
     stated.others = tuple(sorted(names - {"", path.name})) if len(names) > 1 else ()
     interval = _number(pixels.get("TimeIncrement"))
     if interval and (unit := units.factor(pixels.get("TimeIncrementUnit", "s"), "s")):
