@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hpc_xvr.config import Config
     from hpc_xvr.reconstruction.methods import NamedMethod
     from hpc_xvr.reconstruction.workflow import Material
+    from hpc_xvr.reconstruction.writers import Dtype
 
 TWO_CAMERAS = ("--lr", "FAST", "--hr", "SHARP", "--gap", "GAP", "--out", "MOVIE.tif")
 """Options of `reconstruct`, to be filled in."""
@@ -203,20 +205,28 @@ def evaluate(
     "--out",
     required=True,
     type=File(),
-    help="Result: .tif (a stack that Fiji opens) or .h5 (DXchange).",
+    help="Result: .tif (a stack that Fiji opens), .h5 (DXchange), .nxs (NeXus), .zarr (OME-Zarr), "
+    "or no suffix for a folder of PNG. OUT.json beside it says what made it.",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["uint16", "float32"]),
+    type=click.Choice(["uint16", "float32", "original"]),
     default="uint16",
     show_default=True,
     help="uint16: 0 to 65535, and what 65535 means; float32: physical values (transmission, "
-    "counts).",
+    "counts); original: counts and bits of the sharp camera.",
 )
 @click.option(
     "--movie",
     type=File(),
-    help="Side-by-side animation (.gif, .webp) or strip (.png).",
+    help="Movie to look at (.mp4, .gif, .webp) or strip (.png), with scale bar and time.",
+)
+@click.option(
+    "--movie-shows",
+    type=click.Choice(["side-by-side", "result"]),
+    default="side-by-side",
+    show_default=True,
+    help="The fast camera beside the result (and the truth if it is known), or the result alone.",
 )
 @click.option(
     "--adapt",
@@ -235,8 +245,9 @@ def reconstruct(
     what: Path,
     device: str | None,
     out: Path,
-    dtype: Literal["uint16", "float32"],
+    dtype: Dtype,
     movie: Path | None,
+    movie_shows: str,
     force: bool,
     to_recording: bool,
     which: Literal["newest", "best"],
@@ -258,11 +269,12 @@ def reconstruct(
 
     if discover().size > 1:
         raise InputError("reconstruct runs in one process; start it without mpirun")
-    check_sequence(out)
+    check_sequence(out, dtype)
     if movie:
         check_movie(movie)
     source = take_source(options)
     from hpc_xvr.reconstruction.baselines import BASELINES
+    from hpc_xvr.reconstruction.provenance import command_line
     from hpc_xvr.reconstruction.workflow import reconstruct_run
 
     comm = connect("serial", device or configured_device(what))
@@ -276,6 +288,8 @@ def reconstruct(
         force=force,
         dtype=dtype,
         refine=_adapted if to_recording else None,
+        alone=movie_shows == "result",
+        command=command_line(["hpc-xvr", *sys.argv[1:]]),
     )
     if str(what) in BASELINES:
         then("reconstruct", "builtin", *typed(["out"]), "--out", _beside(out, "builtin"))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +25,21 @@ from hpc_xvr.factory.weights import Which
 from hpc_xvr.log import logger, track
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
 from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, reconstruct
+from hpc_xvr.reconstruction.provenance import method_facts, sources_of
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream, recording_streams, streams_of_pair
 from hpc_xvr.reconstruction.writers import (
     Calibration,
+    Dtype,
+    Movie,
+    Provenance,
     check_movie,
     check_sequence,
-    write_movie,
+    open_movie,
     write_sequence,
 )
 
-MOVIE_FPS = 8
+MOVIE_FPS = {".mp4": 24.0}
+"""Frames a second of the movie; of others 8."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,10 @@ def reconstruct_run(
     movie: Path | None = None,
     which: Which = "newest",
     force: bool = False,
-    dtype: Literal["uint16", "float32"] = "uint16",
+    dtype: Dtype = "uint16",
     refine: Callable[[NamedMethod, Material], NamedMethod] | None = None,
+    alone: bool = False,
+    command: str = "",
 ) -> Path:
     """Reconstruct every frame from the first key frame to the last and write `out`.
 
@@ -96,6 +104,8 @@ def reconstruct_run(
         force: go on where key frames lie further apart than the weights were trained for.
         dtype: of the numbers in `out`, see `write_sequence`.
         refine: makes of the method one that suits the recording better.
+        alone: the movie shows the result only.
+        command: the command line, stored with the result.
 
     Raises:
         InputError: there is no such method, files cannot be read or do not fit, or the result
@@ -107,7 +117,7 @@ def reconstruct_run(
     material = material_of(method, source)
     keys, truth = material.keys, material.truth
     check_gaps(method, list(keys), force)
-    check_sequence(out)  # before minutes of work
+    check_sequence(out, dtype)  # before minutes of work
     if movie:
         check_movie(movie)
     if refine:
@@ -117,22 +127,77 @@ def reconstruct_run(
     name = f"{what} at step {method.step}" if method.step else method.title
     logger.info("%s: frames %d to %d of %dx%d pixels", name, first, last, *keys.shape)
     frames = frames_of(method, material, device)
-    shown: list[tuple[np.ndarray, ...]] = []
+    about = provenance_of(method, source, command, dtype=dtype, force=force)
+    about.extra["key_frames"] = sorted(keys)
+    labels = ["fast camera", "reconstruction", *(["truth"] if truth else [])]
 
-    def results() -> Iterator[np.ndarray]:
-        stride = -(-count // 60)
+    def results(film: Movie | None) -> Iterator[np.ndarray]:
         for t, frame in track(frames, "reconstructing", count, "frames"):
-            if movie and (t - first) % stride == 0:
-                shown.append((material.lr[t], frame, *([truth(t)] if truth else [])))
+            if film is not None and alone:
+                film.add([frame], t)
+            elif film is not None:
+                rest = [truth(t)] if truth and film.wanted else []
+                film.add([material.lr[t], frame, *rest] if film.wanted else None, t)
             yield frame
 
-    write_sequence(out, results(), count, material.calibration, first, dtype)
+    with _movie(movie, labels[1:2] if alone else labels, material.calibration, command) as film:
+        write_sequence(out, results(film), count, material.calibration, first, dtype, about)
     logger.info("written: %s (%d frames)", out, count)
     if movie:
-        labels = ["fast camera", "reconstruction", *(["truth"] if truth else [])]
-        write_movie(movie, shown, MOVIE_FPS, labels)
         logger.info("written: %s", movie)
     return out
+
+
+def _movie(
+    path: Path | None, labels: Sequence[str], calibration: Calibration, comment: str
+) -> AbstractContextManager[Movie | None]:
+    if path is None:
+        return nullcontext()
+    fps = MOVIE_FPS.get(path.suffix.lower(), 8.0)
+    return open_movie(path, fps, labels, calibration=calibration, comment=comment)
+
+
+def provenance_of(
+    method: NamedMethod, source: Source, command: str = "", **settings: Any
+) -> Provenance:
+    """What is stored with a result: what made it, of what. Checksums are computed meanwhile.
+
+    Raises:
+        InputError: a source cannot be read.
+    """
+    about = Provenance(command, method_facts(method), dict(settings))
+    if isinstance(source, CorpusRecording):
+        config = method.config or Config()
+        corpus = source.corpus or config.data.corpus
+        info = Corpus(corpus)[source.video].info
+        about.sources = [
+            {
+                "role": "recording of a corpus",
+                "path": str(corpus),
+                "recording": source.video,
+                "camera_file": info.source,
+                "sha256": info.sha256,
+            }
+        ]
+        about.settings["gap"] = source.gap or config.data.hr_gap
+        registration = info.registration
+    else:
+        cameras = {"lr": (source.lr, source.lr_camera), "hr": (source.hr, source.hr_camera)}
+        files: dict[str, Path | str | None] = {}
+        for role, (path, reading) in cameras.items():
+            files |= {role: path, f"{role} flat": reading.flat, f"{role} dark": reading.dark}
+            about.settings[role] = reading.described()
+        about.sources = sources_of(files)
+        pairing = source.pairing
+        registration = pairing.registration
+        about.settings |= {
+            "gap": pairing.gap,
+            "start": pairing.start,
+            "match_grey": pairing.match_grey,
+            "crop": source.crop,
+        }
+    about.registration = registration.model_dump(mode="json") if registration else None
+    return about
 
 
 def frames_of(
@@ -253,8 +318,9 @@ def _agreed(pair: Pair, lr: Stream, keys: KeyFrames, pairing: Pairing) -> Grey:
 def _calibration(pair: Pair, grey: Grey) -> Calibration:
     """Units of what is made from two cameras: greys are the sharp camera's."""
     sharp, fast = pair.sharp, pair.fast
-    white, unit = sharp.full_scale, ""
-    if white == 1.0 and not sharp.in_floats():  # and no file states what its counts mean
+    white, unit = sharp.full_scale, str(sharp.metadata.get("unit", ""))
+    floats = sharp.in_floats()
+    if white == 1.0 and not floats:  # and no file states what its counts mean
         white, unit = float(2**sharp.bit_depth - 1), "counts"
     notes = []
     if grey != Grey():
@@ -268,6 +334,7 @@ def _calibration(pair: Pair, grey: Grey) -> Calibration:
         unit=unit,
         times_s=fast.times_s,
         notes=tuple(notes),
+        bit_depth=None if floats else sharp.bit_depth,
     )
 
 
@@ -284,5 +351,7 @@ def _from_corpus(method: NamedMethod, source: CorpusRecording) -> Material:
     white, unit = info.full_scale, ""
     if white == 1.0 and info.bit_depth < 16:  # floats are stored with 16
         white, unit = float(2**info.bit_depth - 1), "counts"
-    calibration = Calibration(info.frame_rate_hz, info.pixel_size_um, white, unit)
+    calibration = Calibration(
+        info.frame_rate_hz, info.pixel_size_um, white, unit, bit_depth=info.bit_depth
+    )
     return _material(method, streams, calibration, video.intensity)

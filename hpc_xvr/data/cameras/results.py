@@ -140,9 +140,10 @@ def merged(native: dict[str, Any], said: Frames, where: str) -> dict[str, Any]:
 
 
 def document(frames: Frames, about: dict[str, Any]) -> str:
-    """The text: `about` (plain values) and the frames."""
+    """The text: `about` (plain values) and the frames, a line each."""
     content = {"program": PROGRAM, **about, "frames": frames.described()}
-    return json.dumps(content, indent=1, allow_nan=False)
+    lines = (f'"{key}": {json.dumps(value, allow_nan=False)}' for key, value in content.items())
+    return "{{\n {}\n}}".format(",\n ".join(lines))
 
 
 def _frames(said: dict[str, Any]) -> Frames:

@@ -4,7 +4,7 @@ A file or folder appears under its name only when it is complete.
 """
 
 from hpc_xvr.reconstruction.writers.about import FULL, Calibration, Provenance
-from hpc_xvr.reconstruction.writers.film import check_movie, open_movie, write_movie
+from hpc_xvr.reconstruction.writers.film import Movie, check_movie, open_movie, write_movie
 from hpc_xvr.reconstruction.writers.sequence import (
     SEQUENCE_FORMATS,
     Dtype,
@@ -17,6 +17,7 @@ __all__ = [
     "SEQUENCE_FORMATS",
     "Calibration",
     "Dtype",
+    "Movie",
     "Provenance",
     "check_movie",
     "check_sequence",

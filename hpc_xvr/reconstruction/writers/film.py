@@ -7,6 +7,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ class Movie:
     ) -> Image.Image:
         """The panels of a frame with their labels, the scale bar in the last one."""
         height, width = panels[0].shape
-        font = ImageFont.load_default(size=13)
+        font = _font()
         stacked = _stacked(height, width)
         columns, rows = (1, len(panels)) if stacked else (len(panels), 1)
         sheet = Image.new(
@@ -324,6 +325,14 @@ def _one_size(panels: Sequence[np.ndarray], room: int) -> tuple[list[np.ndarray]
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         out.append(np.asarray(image.resize(size, Image.Resampling.BICUBIC)))
     return out, size[0] / width
+
+
+@cache
+def _font() -> Any:
+    """Matplotlib's: Pillow's own has no µ."""
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 12)
 
 
 def _stacked(height: int, width: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import h5py
 import numpy as np
 
 from hpc_xvr.data.cameras import results
+from hpc_xvr.data.corpus.stores.hdf5 import DeferredErrorsFile
 from hpc_xvr.reconstruction.writers.about import Film
 from hpc_xvr.text import printable
 
@@ -19,7 +22,7 @@ def write(path: Path, film: Film) -> None:
     """Write /exchange/data and what says of it: times, units, rate and pixel size, flat and dark
     constants with which transmissions come out, angles that are not known."""
     calibration, (count, *size) = film.calibration, film.shape
-    with h5py.File(path, "w") as file:
+    with new_file(path) as (file, check):
         file["implements"] = IMPLEMENTS
         file["exchange/title"] = printable(film.path.name)
         data = frames_dataset(file, "exchange/data", film)
@@ -49,7 +52,18 @@ def write(path: Path, film: Film) -> None:
             _quantity(objective, "resolution", calibration.pixel_size_um, "um")
         for frame_number, frame in enumerate(film.frames):
             data[frame_number] = frame
+            check()
         store_about(file.create_group("provenance"), film)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """A file to be written, and what raises OSError when the disk has refused something."""
+    disk = DeferredErrorsFile(path, "w")
+    with contextlib.closing(disk):
+        with h5py.File(disk, "w") as file:
+            yield file, disk.check
+        disk.check()
 
 
 def frames_dataset(file: h5py.Group, name: str, film: Film) -> h5py.Dataset:

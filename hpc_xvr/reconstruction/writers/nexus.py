@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 from hpc_xvr.reconstruction.writers.about import Film
-from hpc_xvr.reconstruction.writers.hdf5 import frames_dataset, store_about, store_times
+from hpc_xvr.reconstruction.writers.hdf5 import frames_dataset, new_file, store_about, store_times
 from hpc_xvr.text import printable
 from hpc_xvr.version import __version__
 
@@ -20,7 +20,7 @@ def write(path: Path, film: Film) -> None:
     projections, and their angle is not a number, as it is not known.
     """
     calibration, (count, height, width) = film.calibration, film.shape
-    with h5py.File(path, "w") as file:
+    with new_file(path) as (file, check):
         file.attrs.update({"NX_class": "NXroot", "default": "entry", "creator": "hpc_xvr"})
         entry = _group(file, "entry", "NXentry")
         entry.attrs.update({"default": "data", "version": 2.1})  # of nxtomo's paths
@@ -67,6 +67,7 @@ def write(path: Path, film: Film) -> None:
             data["data_scaling_factor"].attrs["long_name"] = "data times this is physical"
         for number, frame in enumerate(film.frames):
             frames[number] = frame
+            check()
         process = _group(entry, "reconstruction", "NXprocess")
         process["program"], process["version"] = "hpc_xvr", __version__
         note = _group(process, "note", "NXnote")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,26 @@ from hpc_xvr.reconstruction.writers.about import Film
 from hpc_xvr.text import printable
 
 VERSION = "0.5"
+_CODE = re.compile(r"os_error_code='(\d+)'")
 SHARD_BYTES = 2**25
 """Of the frames that are written at once, to one file."""
 
 
 def write(path: Path, film: Film) -> None:
-    """Write the frames to array 0, and what they mean to the group's attributes."""
+    """Write the frames to array 0, and what they mean to the group's attributes.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    try:
+        _write(path, film)
+    except (ValueError, RuntimeError) as error:  # tensorstore's, with the system's in the text
+        if found := _CODE.search(str(error)):
+            raise OSError(code := int(found[1]), os.strerror(code)) from None
+        raise
+
+
+def _write(path: Path, film: Film) -> None:
     count, height, width = film.shape
     per_frame = film.kind.itemsize * height * width
     together = max(1, min(count, SHARD_BYTES // per_frame))

@@ -6,7 +6,9 @@ beyond, and for `.ome.tif`, BigTIFF or TIFF with OME's description, which Bio-Fo
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,21 @@ TIFF_LIMIT = 2**32 - 2**26  # bytes of pixels; a classic TIFF addresses 4 GiB
 
 
 def write(path: Path, film: Film) -> None:
-    """Write the stack; its texts at the end, when all is known."""
+    """Write the stack; its texts at the end, when all is known.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    try:
+        _write(path, film)
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # numpy's, of fewer bytes written than asked for
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+
+
+def _write(path: Path, film: Film) -> None:
     big = film.kind.itemsize * math.prod(film.shape) > TIFF_LIMIT
     if big or film.path.name.lower().endswith((".ome.tif", ".ome.tiff")):
         _write_ome(path, film, big)
