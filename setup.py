@@ -80,6 +80,7 @@ setup(
         "hdf5": ["hdf5plugin>=4.1"],  # HDF5 compressed with bitshuffle, blosc, zfp, lz4, zstd
         "gpu": ["nvidia-ml-py>=12"],  # how busy NVIDIA GPUs are
         "codecs": ["imagecodecs>=2024.1"],  # TIFF of LZW, JPEG 2000, packed 12 bit, ...
+        "movie": ["av>=12"],  # MP4
         "docs": [  # the documents and their notebooks; they are built in the tests
             "ipykernel>=6",
             "myst-nb>=1.1",
@@ -91,10 +92,12 @@ setup(
             "sphinx-design>=0.5",
         ],
         "test": [
+            "av>=12",
             "hdf5plugin>=4.1",  # HDF5 with bitshuffle is read in a test
             "hypothesis",
             "import-linter>=2",
             "mypy>=1.11",
+            'nxtomo>=3; python_version >= "3.11"',  # with silx, reads NeXus of ours
             "pims>=0.7",  # its reading of .cine files is what ours is compared with
             "pyMRAW>=0.32",
             "pytest>=8",

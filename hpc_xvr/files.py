@@ -53,6 +53,54 @@ def replacing(path: Path) -> Iterator[Path]:
         raise os_problem(f"cannot write {path}: {explain_os_error(error)}", error) from None
 
 
+@contextlib.contextmanager
+def replacing_folder(path: Path, ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """The same for a folder: yield a new one beside `path` that becomes it at the end.
+
+    A folder that is there is replaced only if `ours` says that it is an older result and holds
+    nothing else.
+
+    Raises:
+        InputError: as `check_replaceable`, or the disk is full, over quota or read-only.
+    """
+    check_replaceable(path, ours)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
+    older = beside.with_name(f"{beside.name}-older")
+    try:
+        beside.mkdir()
+        try:
+            yield beside
+            sync(beside)
+            check_replaceable(path, ours)
+            if path.is_dir():
+                path.rename(older)
+            try:
+                place(beside, path)
+            except OSError:
+                if older.is_dir():
+                    older.rename(path)
+                raise
+        finally:
+            for folder in (beside, older):
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise os_problem(f"cannot write {path}: {explain_os_error(error)}", error) from None
+
+
+def check_replaceable(path: Path, ours: Callable[[Path], bool]) -> None:
+    """Raise InputError if a folder of results cannot be `path`; see `replacing_folder`."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist; create it first")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        what = _kind(path.lstat().st_mode) if path.is_symlink() else "a file"
+        raise InputError(f"{path}: is {what}, and the result is a folder; choose another name")
+    if path.is_dir() and not ours(path):
+        raise InputError(
+            f"{path}: is a folder that holds other things than an older result; choose another name"
+        )
+    _check_open(path, path.absolute().parent)
+
+
 def write_atomic(path: Path, write: Callable[[Any], Any]) -> None:
     """Call `write(binary file)` on a file that becomes `path` when it is complete.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from hpc_xvr.distributed.comm import Comm
     from hpc_xvr.reconstruction.methods import NamedMethod
     from hpc_xvr.reconstruction.workflow import CameraFiles, Material, Wanted
+    from hpc_xvr.reconstruction.writers import Dtype
 
 TWO_CAMERAS = ("--lr", "FAST", "--hr", "SHARP", "--gap", "GAP", "--out", "MOVIE.tif")
 """Options of `reconstruct`, to be filled in."""
@@ -216,8 +218,9 @@ def evaluate(
     "--out",
     required=True,
     type=File(),
-    help="Result: .tif (a stack that Fiji opens) or .h5 (DXchange). Of many shots: a folder, or a "
-    "pattern such as results/{name}.h5.",
+    help="Result: .tif (a stack that Fiji opens), .h5 (DXchange), .nxs (NeXus), .zarr (OME-Zarr), "
+    "or no suffix for a folder of PNG. OUT.json beside it says what made it. Of many shots: a "
+    "folder, or a pattern such as results/{name}.h5.",
 )
 @click.option(
     "--frames",
@@ -233,16 +236,23 @@ def evaluate(
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["uint16", "float32"]),
+    type=click.Choice(["uint16", "float32", "original"]),
     default="uint16",
     show_default=True,
     help="uint16: 0 to 65535, and what 65535 means; float32: physical values (transmission, "
-    "counts).",
+    "counts); original: counts and bits of the sharp camera.",
 )
 @click.option(
     "--movie",
     type=File(),
-    help="Side-by-side animation (.gif, .webp) or strip (.png).",
+    help="Movie to look at (.mp4, .gif, .webp) or strip (.png), with scale bar and time.",
+)
+@click.option(
+    "--movie-shows",
+    type=click.Choice(["side-by-side", "result"]),
+    default="side-by-side",
+    show_default=True,
+    help="The fast camera beside the result (and the truth if it is known), or the result alone.",
 )
 @click.option(
     "--adapt",
@@ -266,8 +276,9 @@ def reconstruct(
     out: Path,
     frames: str | None,
     beyond: bool,
-    dtype: Literal["uint16", "float32"],
+    dtype: Dtype,
     movie: Path | None,
+    movie_shows: str,
     force: bool,
     to_recording: bool,
     skip_bad: bool,
@@ -291,10 +302,13 @@ def reconstruct(
     the result is complete, what is finished lies in a hidden folder beside it.
     """
     from hpc_xvr.config import Dist
+    from hpc_xvr.reconstruction.provenance import command_line
     from hpc_xvr.reconstruction.workflow import CameraFiles, Wanted, reconstruct_run
     from hpc_xvr.reconstruction.writers import check_movie, check_sequence
 
-    wanted = Wanted(_span(frames), beyond, dtype, force)
+    command = command_line(["hpc-xvr", *sys.argv[1:]])
+    alone = movie_shows == "result"
+    wanted = Wanted(_span(frames), beyond, dtype, force, alone, command)
     pairs = options.pop("pairs")
     if pairs is not None and (options["lr"] or options["hr"] or options["video"]):
         raise InputError("--pairs names the files of both cameras: leave --lr, --hr, --video out")
@@ -303,7 +317,7 @@ def reconstruct(
     source = take_source(options)
     several = isinstance(source, CameraFiles) and (pairs is not None or _several(source, out))
     if not several:
-        check_sequence(out)
+        check_sequence(out, dtype)
         if movie:
             check_movie(movie)
     patient = Dist(timeout_s=7 * 86400)  # ranks may have very different shots

@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from hpc_xvr.log import logger, progress_bar
 from hpc_xvr.reconstruction.methods import NamedMethod, model_entry, open_method
 from hpc_xvr.reconstruction.overlap import Behind, Beside, Stopped, ahead
 from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, Piece, Reconstruction, common
+from hpc_xvr.reconstruction.provenance import method_facts, sources_of
 from hpc_xvr.reconstruction.spool import Spool
 from hpc_xvr.reconstruction.streams import (
     KeyFrames,
@@ -46,17 +47,19 @@ from hpc_xvr.reconstruction.streams import (
 )
 from hpc_xvr.reconstruction.writers import (
     Calibration,
+    Dtype,
+    Provenance,
     check_movie,
     check_sequence,
-    write_movie,
+    open_movie,
     write_sequence,
 )
 from hpc_xvr.version import __version__
 
-MOVIE_FPS = 8
+MOVIE_FPS = {".mp4": 24.0}
+"""Frames a second of the movie; of others 8."""
 SATURATED = 0.005
 """Share of pixels at the largest count that is told."""
-MOVIE_FRAMES = 60
 _AHEAD = 1
 """Passes of a method whose frames are read before they are needed."""
 
@@ -124,12 +127,16 @@ class Wanted:
         beyond: also frames before the first and after the last key frame, from that one alone.
         dtype: of the numbers in the file, see `write_sequence`.
         force: go on where key frames lie further apart than the weights were trained for.
+        alone: the movie shows the result only.
+        command: the command line, stored with the result.
     """
 
     frames: tuple[int | None, int | None] = (None, None)
     beyond: bool = False
-    dtype: Literal["uint16", "float32"] = "uint16"
+    dtype: Dtype = "uint16"
     force: bool = False
+    alone: bool = False
+    command: str = ""
 
 
 def reconstruct_run(
@@ -188,7 +195,7 @@ def reconstruct_with(
         material = material_of(method, source)
         frames = chosen_frames(material, wanted, str(out))
         check_gaps(method, list(material.keys), wanted.force, frames)
-        check_sequence(out)  # before minutes of work
+        check_sequence(out, wanted.dtype)  # before minutes of work
         if movie:
             check_movie(movie)
         if material.places is not None and wanted.dtype != "float32":
@@ -219,11 +226,24 @@ def reconstruct_with(
         if ranks.rank == 0:
             _say_frames(name, frames, material)
         calibration = _noted(material, frames)
-        ranks.together(
-            lambda: _make(method, material, device, frames, spool, out, wanted, calibration, ranks)
-        )
+        about = None
+        if ranks.rank == 0:
+            about = provenance_of(
+                method, source, wanted.command, dtype=wanted.dtype, force=wanted.force
+            )
+            about.extra["key_frames"] = [t for t in keys if t in frames]
+
+        def write(made: Iterator[np.ndarray]) -> None:
+            written, first, count = made, frames.start, len(frames)
+            if material.places is not None:
+                places = material.places[frames.start : frames.stop]
+                written = _with_gaps(written, places)
+                first, count = int(places[0]), int(places[-1] - places[0]) + 1
+            write_sequence(out, written, count, calibration, first, wanted.dtype, about)
+
+        ranks.together(lambda: _make(method, material, device, frames, spool, write, ranks))
         if movie and ranks.rank == 0:
-            _show(movie, method, material, frames, spool)
+            _show(movie, method, material, frames, spool, wanted)
         if ledger and ranks.rank == 0:
             ledger.note(out, facts)
         keep = False
@@ -243,12 +263,10 @@ def _make(
     device: torch.device,
     frames: range,
     spool: Spool,
-    out: Path,
-    wanted: Wanted,
-    calibration: Calibration,
+    write: Callable[[Iterator[np.ndarray]], None],
     ranks: Ranks,
 ) -> None:
-    """Make what is missing, this rank's share of it, and on rank 0 write the file meanwhile."""
+    """Make what is missing, this rank's share of it, and on rank 0 `write` the frames meanwhile."""
     work = work_of(method, material, device, frames)
     pieces = work.pieces()
     finished = spool.finished(pieces, ranks)
@@ -256,10 +274,10 @@ def _make(
     behind = len(frames) - sum(len(piece.frames) for piece in missing)
     if ranks.rank == 0:
         if behind:
-            logger.info("%s: %d of %d frames were finished before", out, behind, len(frames))
+            logger.info("%s: %d of %d frames were finished before", spool.out, behind, len(frames))
         _check_room(spool, len(frames), len(frames) - behind)
 
-    def write(over: threading.Event) -> None:
+    def write_all(over: threading.Event) -> None:
         with progress_bar("reconstructing", len(frames), "frames", behind) as advance:
 
             def results() -> Iterator[np.ndarray]:
@@ -268,15 +286,10 @@ def _make(
                     if piece not in finished:
                         advance(len(piece.frames))
 
-            written, first, count = results(), frames.start, len(frames)
-            if material.places is not None:
-                places = material.places[frames.start : frames.stop]
-                written = _with_gaps(written, places)
-                first, count = int(places[0]), int(places[-1] - places[0]) + 1
-            write_sequence(out, written, count, calibration, first, wanted.dtype)
+            write(results())
 
     mine = missing[ranks.rank :: ranks.size]
-    writing = Beside(write) if ranks.rank == 0 else None
+    writing = Beside(write_all) if ranks.rank == 0 else None
     begun = time.perf_counter()
     try:
         with (
@@ -301,7 +314,7 @@ def _make(
         seconds = time.perf_counter() - begun
         logger.info(
             "written: %s (%d frames, %.3g frames/s)",
-            *(out, len(frames), (len(frames) - behind) / seconds),
+            *(spool.out, len(frames), (len(frames) - behind) / seconds),
         )
 
 
@@ -329,6 +342,52 @@ def _check_room(spool: Spool, count: int, missing: int) -> None:
             f"finished frames), {spool.out.parent} has {free / 1e9:.2f} GB left; choose another "
             "disk, or make it in parts with --frames"
         )
+
+
+def provenance_of(
+    method: NamedMethod, source: Source, command: str = "", **settings: Any
+) -> Provenance:
+    """What is stored with a result: what made it, of what. Checksums are computed meanwhile.
+
+    Raises:
+        InputError: a source cannot be read.
+    """
+    about = Provenance(command, method_facts(method), dict(settings))
+    if isinstance(source, CorpusRecording):
+        config = method.config or Config()
+        corpus = source.corpus or config.data.corpus
+        info = Corpus(corpus)[source.video].info
+        about.sources = [
+            {
+                "role": "recording of a corpus",
+                "path": str(corpus),
+                "recording": source.video,
+                "camera_file": info.source,
+                "sha256": info.sha256,
+            }
+        ]
+        own = source.gap is None and info.lr_times is not None
+        about.settings["gap"] = None if own else source.gap or config.data.hr_gap
+        registration = info.registration
+    else:
+        cameras = {"lr": (source.lr, source.lr_camera), "hr": (source.hr, source.hr_camera)}
+        files: dict[str, Path | str | None] = {}
+        for role, (path, reading) in cameras.items():
+            files |= {role: path, f"{role} flat": reading.flat, f"{role} dark": reading.dark}
+            about.settings[role] = reading.described()
+        about.sources = sources_of(
+            files, {role: bool(reading.missing) for role, (_, reading) in cameras.items()}
+        )
+        pairing = source.pairing
+        registration = pairing.registration
+        about.settings |= {
+            "gap": pairing.gap,
+            "start": pairing.start,
+            "match_grey": pairing.match_grey,
+            "crop": source.crop,
+        }
+    about.registration = registration.model_dump(mode="json") if registration else None
+    return about
 
 
 def work_of(
@@ -494,25 +553,28 @@ def _refined(
 
 
 def _show(
-    movie: Path, method: NamedMethod, material: Material, frames: range, spool: Spool
+    movie: Path,
+    method: NamedMethod,
+    material: Material,
+    frames: range,
+    spool: Spool,
+    wanted: Wanted,
 ) -> None:
-    """The movie of the result, each panel of at most `MOVIE_FRAMES` frames."""
+    """The movie of the result."""
     truth = material.truth
-    stride = -(-len(frames) // MOVIE_FRAMES)
-    pieces = work_of(method, material, "cpu", frames).pieces()
-
-    def panels() -> Iterator[tuple[np.ndarray, ...]]:
-        for piece in pieces:
-            some = [t for t in piece.frames if (t - frames.start) % stride == 0]
-            if not some:
-                continue
-            made = list(spool.frames([piece]))
-            for t in some:
-                frame = made[t - piece.frames.start]
-                yield (material.lr[t], frame, *([truth(t)] if truth else []))
-
     labels = ["fast camera", "reconstruction", *(["truth"] if truth else [])]
-    write_movie(movie, panels(), MOVIE_FPS, labels)
+    labels = labels[1:2] if wanted.alone else labels
+    fps = MOVIE_FPS.get(movie.suffix.lower(), 8.0)
+    about = material.calibration
+    with open_movie(movie, fps, labels, calibration=about, comment=wanted.command) as film:
+        made = spool.frames(work_of(method, material, "cpu", frames).pieces())
+        for t, frame in zip(frames, made, strict=True):
+            if not film.wanted:
+                film.add(None, t)
+            elif wanted.alone:
+                film.add([frame], t)
+            else:
+                film.add([material.lr[t], frame, *([truth(t)] if truth else [])], t)
     logger.info("written: %s", movie)
 
 
@@ -682,8 +744,9 @@ def _agreed(pair: Pair, lr: Stream, keys: KeyFrames, pairing: Pairing) -> Grey:
 def _calibration(pair: Pair, grey: Grey) -> Calibration:
     """Units of what is made from two cameras: greys are the sharp camera's."""
     sharp, fast = pair.sharp, pair.fast
-    white, unit = sharp.full_scale, ""
-    if white == 1.0 and not sharp.in_floats():  # and no file states what its counts mean
+    white, unit = sharp.full_scale, str(sharp.metadata.get("unit", ""))
+    floats = sharp.in_floats()
+    if white == 1.0 and not floats:  # and no file states what its counts mean
         white, unit = float(2**sharp.bit_depth - 1), "counts"
     left_out = fast.metadata.get(LEFT_OUT)
     missing = (f"missing frames of the fast camera: {left_out}",) if left_out else ()
@@ -694,6 +757,7 @@ def _calibration(pair: Pair, grey: Grey) -> Calibration:
         unit=unit,
         times_s=fast.times_s,
         notes=(*missing, *_grey_notes(grey)),
+        bit_depth=None if floats else sharp.bit_depth,
     )
 
 
@@ -711,7 +775,9 @@ def _from_corpus(method: NamedMethod, source: CorpusRecording) -> Material:
         )
     streams = recording_streams(video, int(gap), config.data, seed=config.run.seed)
     info = video.info
-    calibration = Calibration(info.frame_rate_hz, info.pixel_size_um, *_white(info))
+    calibration = Calibration(
+        info.frame_rate_hz, info.pixel_size_um, *_white(info), bit_depth=info.bit_depth
+    )
     return _material(method, streams, calibration, video.intensity)
 
 
@@ -735,7 +801,10 @@ def _from_own_stream(method: NamedMethod, video: Video) -> Material:
         times = (np.asarray(info.lr_times) - (info.lr_times or [0])[0]) / info.frame_rate_hz
     white, unit = _white(info)
     calibration = Calibration(
-        rate, info.pixel_size_um, white, unit, times_s=times, notes=_grey_notes(grey)
+        *(rate, info.pixel_size_um, white, unit),
+        times_s=times,
+        notes=_grey_notes(grey),
+        bit_depth=info.bit_depth,
     )
     return _material(method, (Stream(lr.shape, lambda t: grey.matched(lr[t])), keys), calibration)
 

@@ -129,7 +129,7 @@ def test_two_files_that_do_not_belong_together(refuse, tmp_path, trained_run):
     ("arguments", "words"),
     [
         (["--out", "out.xyz"], [".tif"]),
-        (["--out", "out.tif", "--movie", "out.mp4"], [".gif"]),
+        (["--out", "out.tif", "--movie", "out.avi"], [".gif"]),
         (["--out", "no/such/folder/out.tif"], ["no/such/folder"]),
     ],
 )

@@ -77,6 +77,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def results_in(folder):
+    """Without what says how they were made."""
+    return [name for name in names(folder) if not name.endswith(".json")]
+
+
 def read(path):
     """Frames in the counts of the sharp camera."""
     with tifffile.TiffFile(path) as file:
@@ -402,11 +407,11 @@ def wait_for(condition, seconds=120):
 @pytest.mark.parametrize("suffix", ["tif", "h5"])
 def test_a_killed_run_goes_on_and_the_file_is_the_same_bit_for_bit(tmp_path, suffix, hpc_xvr):
     write_shot(tmp_path, 61)
-    whole, out = tmp_path / "whole" / f"o.{suffix}", tmp_path / "parts" / f"o.{suffix}"
-    whole.parent.mkdir()
+    out = tmp_path / "parts" / f"o.{suffix}"
     out.parent.mkdir()
     call = ["reconstruct", "bayes", *options(tmp_path), "--out"]
-    hpc_xvr(*call, whole)
+    hpc_xvr(*call, out)
+    whole = out.rename(tmp_path / f"whole.{suffix}")
     spool = out.parent / f".o.{suffix}.unfinished"
     for least in (2, 6):
         job = started(*call, out)
@@ -423,7 +428,7 @@ def test_a_killed_run_goes_on_and_the_file_is_the_same_bit_for_bit(tmp_path, suf
     told = re.search(r"(\d+) of 61 frames were finished before", said)
     assert told and int(told[1]) >= 4 * (len(times) - 2), said
     assert digest(out) == digest(whole)
-    assert names(out.parent) == [f"o.{suffix}"]  # nothing of the killed runs stays
+    assert names(out.parent) == [f"o.{suffix}", f"o.{suffix}.json"]
 
 
 def test_frames_of_another_call_are_not_mixed_in(tmp_path, hpc_xvr):
@@ -439,7 +444,7 @@ def test_frames_of_another_call_are_not_mixed_in(tmp_path, hpc_xvr):
     hpc_xvr("reconstruct", "bayes", *options(tmp_path), "--out", tmp_path / "b.tif")
     said = hpc_xvr("reconstruct", "bayes", *options(tmp_path), "--out", out).err
     assert "begun anew, an unfinished run had other method" in said
-    assert digest(out) == digest(tmp_path / "b.tif")
+    assert (tifffile.imread(out) == tifffile.imread(tmp_path / "b.tif")).all()
 
 
 def test_sources_that_have_changed_begin_anew(tmp_path):
@@ -522,7 +527,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_is_finished(small_disk, tmp
     spool.close(keep=False)
     (small_disk / "filler").unlink()
     hpc_xvr(*call)
-    assert names(small_disk) == ["o.tif"]
+    assert results_in(small_disk) == ["o.tif"]
 
 
 def test_memory_does_not_grow_with_the_recording(tmp_path):
@@ -586,7 +591,7 @@ def many(folder, *more):
 def test_many_shots_are_matched_by_name_and_bad_ones_skipped(folders, hpc_xvr):
     out = folders / "results"
     said = hpc_xvr(*many(folders), "--out", out, "--skip-bad")
-    assert names(out) == ["run0.tif", "run2.tif"]
+    assert results_in(out) == ["run0.tif", "run2.tif"]
     assert "run1: skipped: " in said.err and "Reconstructed: 3 recordings" in said.out
     assert said.out.count("made") == 2 and "bad: " in said.out
     for number in (0, 2):
@@ -594,19 +599,19 @@ def test_many_shots_are_matched_by_name_and_bad_ones_skipped(folders, hpc_xvr):
         files = [folders / kind / f"run{number}.tif" for kind in ("fast", "sharp")]
         given = ["--lr", files[0], "--hr", files[1], "--gap", GAP, "--out", one]
         hpc_xvr("reconstruct", "detail", *given)
-        assert digest(one) == digest(out / f"run{number}.tif")
+        assert (tifffile.imread(one) == tifffile.imread(out / f"run{number}.tif")).all()
 
 
 def test_without_skip_bad_the_first_bad_shot_ends_it_and_the_next_call_goes_on(folders, hpc_xvr):
     out = folders / "results"
     said = hpc_xvr(*many(folders), "--out", out / "{name}.h5", code=2).err
     assert "run1.tif" in said
-    assert names(out) == [".recordings.unfinished", "run0.h5"]
+    assert results_in(out) == [".recordings.unfinished", "run0.h5"]
     before = (out / "run0.h5").stat().st_mtime_ns
     write_shot(folders / "shot", 9, seed=1)
     (folders / "shot" / "sharp.tif").rename(folders / "sharp" / "run1.tif")
     said = hpc_xvr(*many(folders), "--out", out / "{name}.h5").out
-    assert names(out) == ["run0.h5", "run1.h5", "run2.h5"]
+    assert results_in(out) == ["run0.h5", "run1.h5", "run2.h5"]
     assert (out / "run0.h5").stat().st_mtime_ns == before and "there" in said
 
 
@@ -653,9 +658,10 @@ def test_a_table_names_pairs_and_what_differs(tmp_path, kind, hpc_xvr):
         table.write_text(json.dumps(rows))
     call = ["reconstruct", "detail", "--pairs", table, "--gap", 4, "--out", tmp_path / "out"]
     hpc_xvr(*call)
-    assert names(tmp_path / "out") == ["first.tif", "second.tif"]
+    assert results_in(tmp_path / "out") == ["first.tif", "second.tif"]
     hpc_xvr("reconstruct", "detail", *options(tmp_path / "s1", 2), "--out", tmp_path / "o.tif")
-    assert digest(tmp_path / "o.tif") == digest(tmp_path / "out" / "second.tif")
+    second = tifffile.imread(tmp_path / "out" / "second.tif")
+    assert (tifffile.imread(tmp_path / "o.tif") == second).all()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,15 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc_xvr.data.cameras import hdf5, images, numbering, phantom_cine, photron, shimadzu
+from hpc_xvr.data.cameras import (
+    hdf5,
+    images,
+    numbering,
+    ome_zarr,
+    phantom_cine,
+    photron,
+    shimadzu,
+)
 from hpc_xvr.data.cameras.recording import Recording, guarded
 from hpc_xvr.errors import InputError
 from hpc_xvr.files import check_regular
@@ -21,7 +29,7 @@ SUFFIXES = (*PHOTRON, ".cine", ".dat", *HDF5, *images.IMAGE_SUFFIXES)
 FORMATS = (
     "Photron .mraw with .cih or .cihx, Phantom .cine, Shimadzu HPV-X2 .dat, HDF5 (DXchange, "
     f"NeXus or any dataset: {' '.join(HDF5)}, MATLAB v7.3: {MATLAB}), "
-    "TIFF stacks, folders of numbered .tif or .png"
+    "TIFF stacks, folders of numbered .tif or .png, OME-Zarr 0.5"
 )
 
 
@@ -80,12 +88,15 @@ def open_files(
     first = files[0]
     suffix = first.suffix.lower()
     with guarded(str(first)):
-        for file in files:
+        zarr = ome_zarr.is_image(first)
+        for file in () if zarr else files:
             check_regular(file)
         if dataset and suffix not in (*HDF5, MATLAB):
             raise InputError(
                 f"{first}: is not an HDF5 file, so it has no dataset {dataset}: leave it out"
             )
+        if zarr:
+            return ome_zarr.open_ome_zarr(first, bit_depth, full_scale)
         if suffix in (*HDF5, MATLAB):
             return hdf5.open_hdf5(
                 first, dataset, own_flat, bit_depth, full_scale, allow_links, missing
@@ -121,6 +132,8 @@ def camera_files(path: Path | str, missing: bool = False) -> tuple[list[Path], s
     """
     name, _, inner = str(path).partition("::")
     path = Path(name)
+    if ome_zarr.is_image(path):
+        return [path], inner or None
     if path.is_dir():
         return _sequence(path, sorted(path.iterdir()), missing), None
     if not path.exists():

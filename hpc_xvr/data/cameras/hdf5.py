@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from hpc_xvr.data.cameras import units
+from hpc_xvr.data.cameras import results, units
 from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
 from hpc_xvr.data.cameras.hdf5_axes import Order, axis_order, names_in, text
 from hpc_xvr.data.cameras.hdf5_links import BLOCK, Files, Found, Place
@@ -76,12 +76,13 @@ def open_hdf5(
         found = _choose(files, dataset)
         fields = _description(files, found[0].name)
         stack = _stack(files, found, missing=missing)
-        stamps = _stamps(files, found[0], stack)
+        ours = is_result(files.item(found[0].place))
+        stamps = None if ours else _stamps(files, found[0], stack)
         times = None if stamps is None else frame_times(path, stamps)
         if times is not None:
             rate = rate_of(path, times, fields.get("frame_rate_hz"))
             fields = {**fields, "times_s": times, "frame_rate_hz": rate}
-        if own_flat and found[0].name == DATA:
+        if own_flat and found[0].name == DATA and not ours:
             white, dark = (_field(files, name, stack) for name in (WHITE, DARK))
             _say_what_is_not_used(files, stack, white is not None)
             if white is not None:
@@ -108,7 +109,10 @@ class _Stack:
     line: tuple[float, float] | None = None
     """Offset and slope from stored numbers to values, where the file states them."""
     white: float | None = None
-    """Value of the largest number that can be stored, where `line` makes floats of integers."""
+    """Value of the largest number that can be stored, where `line` makes floats of integers, and of
+    full scale in results of this program that are floats."""
+    bits: int | None = None
+    """Of a camera's counts in results of this program."""
     missing: bool = False
     """Whether frames may be missing: reading one of those is an error."""
 
@@ -180,7 +184,12 @@ def _stack(
     total = sum(count for _, _, count in parts)
     line, white = _line(files, found[0]) or (None, None)
     shape = (total, *sizes[0])
-    return _Stack(files.path, tuple(parts), shape, types[0], block, line, white, missing)
+    bits = _counts_of_result(files.item(found[0].place))
+    if bits:
+        line, white = None, None
+    elif types[0].kind == "f" and is_result(files.item(found[0].place)):
+        white = _number(files.item(found[0].place), "full_scale")
+    return _Stack(files.path, tuple(parts), shape, types[0], block, line, white, bits, missing)
 
 
 def _recording(
@@ -211,6 +220,13 @@ def _recording(
                 )
             yield frame
 
+    if stack.bits and bit_depth is None:
+        return array_recording(
+            *(path, stack.shape, native, source, stack.bits, full_scale, stack.missing),
+            **(fields or {}),
+        )
+    if stack.white is not None and native.kind == "f" and stack.line is None:
+        full_scale = full_scale or stack.white
     if stack.line is not None and bit_depth is None:
         native, full_scale = np.dtype(np.float64), full_scale or stack.white
         offset, slope = stack.line
@@ -274,6 +290,14 @@ def _line(files: Files, found: _Dataset) -> tuple[tuple[float, float], float | N
     logger.info("%s: values are %g + %g x stored number, as it states", files.path, *line)
     top = np.iinfo(item.dtype).max if counts and line[1] > 0 else None
     return line, None if top is None else line[0] + line[1] * top
+
+
+def _counts_of_result(item: h5py.Dataset) -> int | None:
+    """Bits of a camera's counts that stand for themselves in a result of this program."""
+    white, largest = (_number(item, name) for name in ("full_scale", "stored_full_scale"))
+    if not (white and largest and item.dtype.kind == "u"):
+        return None
+    return results.Frames((1, 1, 1), item.dtype.name, white, int(largest)).counts_bits
 
 
 def _single(files: Files, group: Place, name: str) -> Any:
@@ -583,10 +607,33 @@ def _description(files: Files, name: str) -> dict[str, Any]:
     for field in ("frame_rate_hz", "pixel_size_um"):  # as `reconstruct` writes them
         if item is not None and field not in fields and (value := _number(item, field)):
             fields[field] = value
+    if item is not None and is_result(item):
+        times = _times(files, f"{name.rpartition('/')[0]}/time", item.shape[0])
+        if times is not None:
+            fields["times_s"] = times - times[0]
+        if unit := text(item.attrs.get("units")):
+            fields["metadata"] = {"unit": unit}
     period = fields.pop("frame_time_s", None)
     if period is not None and 1 / period < float("inf"):
         fields.setdefault("frame_rate_hz", 1 / period)
     return fields
+
+
+def is_result(item: h5py.Dataset) -> bool:
+    """Whether a dataset of frames was written by this program."""
+    return text(item.attrs.get("program")) == results.PROGRAM
+
+
+def _times(files: Files, name: str, count: int) -> np.ndarray | None:
+    """Time stamps in s beside the frames of a result, if they are one a frame, and rise."""
+    place = files.locate(name)
+    item = None if place is None else files.item(place)
+    if not isinstance(item, h5py.Dataset) or item.shape != (count,) or item.dtype.kind != "f":
+        return None
+    if text(item.attrs.get("origin")) != results.STAMPS or item.is_virtual or item.external:
+        return None
+    times = np.asarray(item[()], np.float64)
+    return times if np.isfinite(times).all() and (np.diff(times) > 0).all() else None
 
 
 def _number(item: h5py.Dataset, attribute: str) -> float | None:

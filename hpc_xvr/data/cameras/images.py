@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from hpc_xvr.data.cameras import results
 from hpc_xvr.data.cameras.numbering import grouped, pattern
 from hpc_xvr.data.cameras.recording import Recording, array_recording, check_shape, guarded
 from hpc_xvr.data.cameras.tiff import DENSEST, ORIENTED, Stack, grey, open_tiff, read_tiff
@@ -137,15 +138,27 @@ def _recording(
                     frame = next(frames)
                 yield frame
 
+    fields, native, slope = first.fields, first.native, None
+    if len(files) > 1:
+        fields = {name: value for name, value in fields.items() if name != "times_s"}
+    shape = (ends[-1], *first.shape)
+    said = results.stated_by(_text_beside(files), str(path), shape, native)
+    if said is not None:
+        fields = results.merged(fields, said, str(path))
+        if bit_depth is None:
+            bit_depth, slope = said.counts_bits, said.slope
+    if slope is not None:
+        assert said is not None
+        values = array_recording(path, shape, native, source, None, None)
+        scaled = values.changed(lambda frame: frame * slope)
+        white = full_scale or said.full_scale
+        return array_recording(path, shape, np.dtype(float), scaled.source, None, white, **fields)
     if bit_depth is None and first.native.kind == "u" and first.bits < 8 * first.native.itemsize:
         bit_depth = first.bits
     if full_scale is None and bit_depth is None and first.white is not None and first.white > 0:
         full_scale = first.white
-    shape = (ends[-1], *first.shape)
     return array_recording(
-        *(path, shape, first.native, source, bit_depth, full_scale, missing),
-        numbers=places,
-        **first.fields,
+        *(path, shape, native, source, bit_depth, full_scale, missing), numbers=places, **fields
     )
 
 
@@ -174,6 +187,14 @@ def _places(files: Sequence[Path]) -> np.ndarray | None:
     groups = grouped(files)
     places = groups[0].places() if len(groups) == 1 else list(range(len(files)))
     return None if places[-1] == len(files) - 1 else np.array(places, float)
+
+
+def _text_beside(files: Sequence[Path]) -> str:
+    """What a result of this program says beside its images."""
+    beside = files[0].parent / results.ABOUT
+    if files[0].suffix.lower() != ".png" or not beside.is_file():
+        return ""
+    return beside.read_text(encoding="utf-8")
 
 
 def _together(files: Sequence[Path]) -> Path:

@@ -16,7 +16,8 @@ from hpc_xvr.data.cameras.recording import guarded
 
 @dataclass(frozen=True)
 class Source:
-    """The file, or the numbered image files, of one recording; `lr`: those of its second camera."""
+    """The file, the folder of OME-Zarr, or the numbered image files, of one recording; `lr`: those
+    of its second camera."""
 
     files: tuple[Path, ...]
     dataset: str | None = None
@@ -59,9 +60,7 @@ class Source:
     def state(self) -> list[tuple[str, int, int]]:
         """Name, bytes and time of change of each file."""
         with guarded(str(self.files[0])):
-            return [
-                (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.files
-            ]
+            return [_state(file) for file in self.files]
 
     @property
     def nbytes(self) -> int:
@@ -76,3 +75,14 @@ class Source:
         if self.frames is not None:
             parts.append(self.frames)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _state(path: Path) -> tuple[str, int, int]:
+    """Name, bytes and time of change of a file, or of all files in a folder together."""
+    inside = [one for one in path.rglob("*") if one.is_file()] if path.is_dir() else [path]
+    found = [one.stat() for one in inside]
+    return (
+        path.name,
+        sum(one.st_size for one in found),
+        max((one.st_mtime_ns for one in found), default=0),
+    )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from hpc_xvr.data.cameras import tiff_pages
+from hpc_xvr.data.cameras import results, tiff_pages
 from hpc_xvr.data.cameras.recording import check_shape
 from hpc_xvr.data.cameras.tiff_description import check_axes, stated_by
 from hpc_xvr.errors import InputError
@@ -98,13 +98,23 @@ def open_tiff(path: Path, missing: bool = False) -> Stack:
             stated.notes.append(
                 f"its description states {stated.count} frames, it has {count}: those are read"
             )
-        fields = {"metadata": _texts(page), **stated.fields}
+        fields: dict[str, Any] = {"metadata": _texts(page), **stated.fields}
+        of_ome = tif.is_ome
         orientation = _orientation(path, page, 0) or 1
         line, bits = stated.line, stated.bits or page.bitspersample
     white = None
+    said = results.stated_by(stated.text, str(path), (count, *shape), native)
+    if said is not None:  # a result of this program
+        fields = results.merged(fields, said, str(path))
+        bits = said.counts_bits or bits
+        if native.kind == "f":
+            white = said.full_scale
+        elif line is None and said.slope is not None and of_ome:
+            line = (0.0, said.slope)
     if line is not None:
         if native.kind == "u" and line[1] > 0 and line != (-32768, 1):
-            white = line[0] + line[1] * (2**bits - 1)
+            top = said.stored_full_scale if said and said.stored_full_scale else 2**bits - 1
+            white = line[0] + line[1] * top
         native = np.dtype(np.int16 if line == (-32768, 1) else np.float32)
         bits = 8 * native.itemsize
     return Stack(

@@ -34,6 +34,8 @@ class Stated:
     """Significant ones."""
     others: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    text: str = ""
+    """What the file holds beside, in which results of this program say what they are."""
 
     @property
     def count(self) -> int:
@@ -114,6 +116,7 @@ def _of_imagej(path: Path, said: dict[str, Any], page: Any) -> Stated:
     if channels == page.samplesperpixel:
         channels = 1
     stated = Stated(_sized((channels, "channels"), (slices, "slices"), (times, "times")))
+    stated.text = str(said.get("Info", ""))
     if not stated.axes:
         stated.axes = _sized((whole("images"), "times"))
     elif len(stated.axes) == 1 and stated.axes[0][1] != "times":
@@ -180,6 +183,7 @@ def _of_ome(path: Path, text: str, page: Any) -> Stated:
         channels = 1
     names = {uuid.get("FileName", "") for uuid in pixels.iter() if uuid.tag.endswith("}UUID")}
     stated = Stated(_sized((channels, "channels"), (slices, "slices"), (times, "times")))
+    stated.text = images[0].findtext("{*}Description", "")
     stated.others = tuple(sorted(names - {"", path.name})) if len(names) > 1 else ()
     bits = pixels.get("SignificantBits", "")
     if bits.isdecimal() and 0 < int(bits) <= page.bitspersample and page.dtype.kind == "u":

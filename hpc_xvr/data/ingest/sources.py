@@ -7,7 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from hpc_xvr.data.cameras import FORMATS, SUFFIXES, camera_files, images, numbering, photron
+from hpc_xvr.data.cameras import (
+    FORMATS,
+    SUFFIXES,
+    camera_files,
+    images,
+    numbering,
+    ome_zarr,
+    photron,
+)
 from hpc_xvr.data.cameras.recording import guarded
 from hpc_xvr.data.cameras.source import Source
 from hpc_xvr.data.corpus.layout import HEADER
@@ -37,9 +45,13 @@ def find_recordings(
     for path in paths:
         folder = Path(path)
         with guarded(str(path)):
-            if folder.is_dir():
+            if ome_zarr.is_image(folder):
+                found.append(Source((folder,), dataset))
+            elif folder.is_dir():
+                zarrs = [one for one in sorted(folder.rglob("*.zarr")) if _shown(one, folder)]
+                found += [Source((one,), dataset) for one in zarrs if ome_zarr.is_image(one)]
                 inside = _inside(folder)
-                if not inside:
+                if not inside and not zarrs:
                     raise InputError(f"{folder}: holds no recordings; readable are {FORMATS}")
                 found += _recordings(inside, dataset, missing)
             elif (
@@ -72,9 +84,14 @@ def _inside(folder: Path) -> list[Path]:
         for file in folder.rglob("*")
         if file.suffix.lower() in SUFFIXES
         and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and _shown(file, folder)
         and not corpora & set(file.parents)
     )
+
+
+def _shown(path: Path, folder: Path) -> bool:
+    """Whether neither it nor a folder on the way to it is hidden."""
+    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _recordings(files: list[Path], dataset: str | None, missing: bool) -> Iterator[Source]:

@@ -77,7 +77,7 @@ class Hdf5Store:
         with contextlib.suppress(OSError, KeyError), h5py.File(master, "r") as file:
             if set(file["videos"]) == set(ids):
                 return
-        disk = _DeferredErrorsFile(scratch / "corpus.h5", "w")
+        disk = DeferredErrorsFile(scratch / "corpus.h5", "w")
         with contextlib.closing(disk):
             with h5py.File(disk, "w") as file:
                 videos = file.create_group("videos")
@@ -91,7 +91,7 @@ class _Hdf5Clip:
     def __init__(self, path: Path, mode: Literal["w", "r+"] = "w") -> None:
         import h5py
 
-        self._disk = _DeferredErrorsFile(path, mode)
+        self._disk = DeferredErrorsFile(path, mode)
         # This version's metadata blocks carry checksums too.
         self._file = h5py.File(self._disk, mode, libver=("v110", "v110"))
 
@@ -120,7 +120,7 @@ class _Hdf5Clip:
         self._disk.close()
 
 
-class _DeferredErrorsFile:
+class DeferredErrorsFile:
     """What HDF5 writes through. libhdf5 crashes after a write that failed (disk full): here every
     write seems to succeed, and `check` raises the first OSError."""
 

@@ -1,0 +1,27 @@
+"""Write reconstructed frames in the formats people open, and small movies to look at.
+
+A file or folder appears under its name only when it is complete.
+"""
+
+from hpc_xvr.reconstruction.writers.about import FULL, Calibration, Provenance
+from hpc_xvr.reconstruction.writers.film import Movie, check_movie, open_movie, write_movie
+from hpc_xvr.reconstruction.writers.sequence import (
+    SEQUENCE_FORMATS,
+    Dtype,
+    check_sequence,
+    write_sequence,
+)
+
+__all__ = [
+    "FULL",
+    "SEQUENCE_FORMATS",
+    "Calibration",
+    "Dtype",
+    "Movie",
+    "Provenance",
+    "check_movie",
+    "check_sequence",
+    "open_movie",
+    "write_movie",
+    "write_sequence",
+]
