@@ -17,7 +17,7 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageDraw, ImageFont
 
-from hpc_xvr.errors import InputError
+from hpc_xvr.errors import InputError, PassingError
 from hpc_xvr.files import check_folder, replacing
 
 FULL = 65535
@@ -93,7 +93,7 @@ def write_sequence(
         kind = np.dtype(dtype)
         free, needed = shutil.disk_usage(path.parent).free, kind.itemsize * int(np.prod(shape))
         if needed > free:
-            raise InputError(
+            raise PassingError(
                 f"{path}: needs {needed / 1e9:.2f} GB, {path.parent} has "
                 f"{free / 1e9:.2f} GB left; choose another disk"
             )
