@@ -1,13 +1,18 @@
 """A run on two ranks, killed at random moments and started again until it is done.
 
-    python benchmarks/chaos.py                   50 kills, some 10 minutes; files its result
+    python benchmarks/chaos.py                   50 kills, some 20 minutes; files its result
+    python benchmarks/chaos.py --kills 12        each kind once, some 5 minutes on two idle cores
     python benchmarks/chaos.py --quick           as many as fit into 50 s, files nothing
     python benchmarks/chaos.py --seed 7 --json out.json
 
 What is done to it, in random order: SIGKILL of a rank, of mpirun, of all at once, of the rank that
-is writing a checkpoint; the disk is full; the newest checkpoint is cut or one of its bits is
-flipped. At the end its weights must be those of the undisturbed run, bit for bit. Then 200 damaged
-or foreign files take the place of the newest checkpoint, one after the other.
+is writing a checkpoint; the disk is full in the middle of one; the newest checkpoint is cut or one
+of its bits is flipped; the clock jumps by up to a day; the file system is slow. Under the job
+script of hpc_xvr/submit: SIGTERM to all processes with 30 s of grace, after which no step may be
+lost (`steps_lost_max`); SIGKILL of a rank, and a limit of memory, after which the ranks start again
+in the same job (`restarts_in_allocation`). At the end its weights must be those of the undisturbed
+run, bit for bit. Then 200 damaged or foreign files take the place of the newest checkpoint, one
+after the other; a run on two nodes loses one; and 1,000 restarts are decided in simulated time.
 
 As root the run lies on a small tmpfs that is really filled; else its rank 0 may suddenly write no
 more than some kB a file (RLIMIT_FSIZE).
@@ -26,6 +31,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -44,25 +50,32 @@ from filing import file_result, usage
 from hpc_xvr import checkpoint, log
 from hpc_xvr.config import load
 from hpc_xvr.data.simulate.corpus import simulate_corpus
+from hpc_xvr.submit.job import SCRIPTS
 from hpc_xvr.train.meters import describe_machine
+from simulated_restarts import simulate
 
 ROOT = Path(__file__).resolve().parents[1]
 PULSE = ROOT / "configs" / "pulse.yaml"
 EVERY = 4  # steps between two checkpoints
-KINDS = ("rank", "mpirun", "all", "writing", "cut", "flipped", "full disk")
-PLAIN = ("rank", "mpirun", "all", "writing")
+SHIM = ROOT / "benchmarks" / "chaos_shim.c"
+SCRIPTED = ("term", "allocation", "memory")  # what the job script answers
+SHIMMED = ("clock", "slow disk")
+KINDS = ("rank", "mpirun", "all", "writing", "cut", "flipped", "full disk", *SCRIPTED, *SHIMMED)
+PLAIN = ("rank", "mpirun", "all", "writing", "allocation", *SHIMMED)
+GRACE = 30.0  # seconds from SIGTERM to SIGKILL
 PATIENCE = 600.0  # seconds until something that should have happened is a failure
 
 
 class Job:
     """One start of the run under mpirun, and all processes that come of it."""
 
-    def __init__(self, run: Path, corpus: Path, steps: int, log_file: Path) -> None:
+    def __init__(
+        self, run: Path, corpus: Path, steps: int, log_file: Path, shim: Shim | None = None
+    ) -> None:
         self.run, self.log = run, log_file
         self.began = time.time()
         self._mark = f"chaos-{uuid.uuid4().hex}"  # in the environment of every descendant
-        command = ["mpirun", "-n", "2", "--oversubscribe", sys.executable, "-m", "hpc_xvr"]
-        command += ["train", str(PULSE), "--resume"]
+        train = ["train", str(PULSE), "--resume"]
         for text in (
             f"run.dir={run}",
             f"data.corpus={corpus}",
@@ -73,17 +86,21 @@ class Job:
             "validation.every=20",
             "model.drop_path=0.3",
         ):
-            command += ["--set", text]
+            train += ["--set", text]
         self._output = log_file.open("w")
         self.process = subprocess.Popen(
-            command,
+            self._command(train, steps),
             cwd=ROOT,
             stdout=self._output,
             stderr=self._output,
-            env={**os.environ, "HPC_XVR_CHAOS": self._mark},
+            env={**os.environ, "HPC_XVR_CHAOS": self._mark, **(shim.environment if shim else {})},
             start_new_session=True,
         )
         atexit.register(lambda: self.kill(list(self.processes())))  # nothing outlives us
+
+    def _command(self, train: list[str], steps: int) -> list[str]:
+        start = ["mpirun", "-n", "2", "--oversubscribe", sys.executable, "-m", "hpc_xvr"]
+        return [*start, *train]
 
     def text(self) -> str:
         return self.log.read_text(errors="replace")
@@ -135,22 +152,105 @@ class Job:
         return len(left)
 
 
+# A scheduler's part of the job script, for one machine that plays the nodes.
+SCRIPT = """
+set -uo pipefail
+xvr_job=1 xvr_nodes={nodes} xvr_default_site={folder}/site.env xvr_hosts=""
+xvr_again() {{ :; }}
+xvr_cancel() {{ :; }}
+xvr_answering() {{ [ ! -e {folder}/answering ] || cat {folder}/answering; }}
+xvr_only() {{ :; }}
+xvr_left() {{ :; }}
+source {scripts}/job.sh
+xvr_main --run {run} --steps {steps} --folder {folder} --name job --venv {venv} "$@"
+"""
+SITE = """
+XVR_RANKS_PER_NODE={ranks}
+XVR_LAUNCH='mpirun -n {{ranks}} --oversubscribe --bind-to none {{hosts}}'
+XVR_PAUSE=1
+"""
+
+
+class ScriptedJob(Job):
+    """The same, started by the job script of hpc_xvr/submit, on so many nodes."""
+
+    nodes = 1
+
+    def _command(self, train: list[str], steps: int) -> list[str]:
+        self.folder = self.log.with_suffix(".job")
+        self.folder.mkdir()
+        (self.folder / "site.env").write_text(SITE.format(ranks=2 // self.nodes))
+        text = SCRIPT.format(
+            nodes=self.nodes,
+            folder=self.folder,
+            scripts=SCRIPTS,
+            run=self.run,
+            steps=steps,
+            venv=sys.prefix,
+        )
+        return ["bash", "-c", text, "job", *train]
+
+    def trains_again(self) -> bool:
+        """Has the job script started the ranks once more, and do they train?"""
+        return self.text().count("steps an epoch") > 1 and "launch 2 of" in self.text()
+
+    def term(self) -> None:
+        """SIGTERM to all processes, as a scheduler sends it."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGTERM)
+
+
+class TwoNodeJob(ScriptedJob):
+    """One rank on each of two nodes."""
+
+    nodes = 2
+
+    def lose_node(self) -> None:
+        """Nothing answers there any more, and its rank is gone."""
+        (self.folder / "answering").write_text("node1\n")
+        self.kill([self.rank(1)])
+
+
+class Shim:
+    """A library that shifts the clock and slows the disk of a job; None without a C compiler."""
+
+    def __init__(self, folder: Path) -> None:
+        self._control = folder / "control"
+        library = folder / "shim.so"
+        command = ["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(SHIM), "-ldl"]
+        self.built = bool(shutil.which("cc")) and subprocess.run(command).returncode == 0
+        self.set(0, 0)
+        self.environment = {"LD_PRELOAD": str(library), "CHAOS_CONTROL": str(self._control)}
+
+    def set(self, clock: int, delay: float) -> None:
+        """Seconds that the clock is off, and that each access to a file takes longer."""
+        with self._control.open("r+b" if self._control.exists() else "wb") as file:
+            file.write(struct.pack("qq", clock, round(1e6 * delay)))
+
+
 class Chaos:
     """The disturbed run: what was done to it and what came of it."""
 
     def __init__(self, run: Path, corpus: Path, steps: int, logs: Path, rng: random.Random) -> None:
         self.run, self.corpus, self.steps, self.logs, self.rng = run, corpus, steps, logs, rng
         self.kills, self.orphans, self.leftovers, self.tracebacks = 0, 0, 0, 0
-        self.damaged_loaded = 0
+        self.damaged_loaded, self.restarts, self.died, self.overran = 0, 0, 0, 0
+        self.lost: list[int] = []  # steps that are in no checkpoint after a SIGTERM
+        self.shim = Shim(logs)
         self.repeated: dict[str, list[int]] = {kind: [] for kind in KINDS}
         self._numbers = itertools.count()
 
-    def start(self) -> Job:
-        return Job(self.run, self.corpus, self.steps, self.logs / f"{next(self._numbers)}.log")
+    def start(self, kind: str | None = None) -> Job:
+        make = ScriptedJob if kind in SCRIPTED else Job
+        log_file = self.logs / f"{next(self._numbers)}.log"
+        self.shim.set(0, 0)
+        shim = self.shim if kind in SHIMMED else None
+        return make(self.run, self.corpus, self.steps, log_file, shim)
 
     def disturb(self, kind: str) -> bool:
         """Start, do `kind` to it at a random step. False: it was done before."""
-        job = self.start()
+        job = self.start(kind)
         before, resumed = self._follow(job)
         if before is None:
             self.orphans += job.end()
@@ -213,6 +313,12 @@ class Chaos:
         """Kill; returns what has to be done to the files once everything is gone."""
         if kind == "full disk":
             return self._fill(job)
+        if kind == "term":
+            return self._term(job)
+        if kind in SCRIPTED:
+            return self._start_again(job, kind)
+        if kind in SHIMMED:
+            return self._bear(job, kind)
         if kind == "writing":
             checkpoints = self.run / "checkpoints"
             job.wait_until(
@@ -228,13 +334,55 @@ class Chaos:
             job.kill(list(job.processes()))
         return {"cut": self._cut, "flipped": self._flip}.get(kind)
 
+    def _term(self, job: Any) -> None:
+        """SIGTERM, and 30 s later SIGKILL."""
+        job.term()
+        end = time.monotonic() + GRACE
+        while job.process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+        self.overran += job.process.poll() is None
+        job.kill(list(job.processes()))
+        saved = checkpoint.list_checkpoints(self.run / "checkpoints")
+        self.lost.append(reached(self.run) - (saved[0][0] if saved else 0))
+
+    def _start_again(self, job: Any, kind: str) -> None:
+        """A rank is lost: the job script starts all again."""
+        if kind == "memory":
+            for rank in (0, 1):
+                process = job.rank(rank)
+                if process:
+                    used = process.memory_info().vms
+                    resource.prlimit(process.pid, resource.RLIMIT_AS, (used, used))
+        else:
+            job.kill([job.rank(self.rng.randrange(2))])
+        # It may get along with the memory it has.
+        target = reached(self.run) + 10 * EVERY
+        enough = lambda: kind == "memory" and reached(self.run) >= target  # noqa: E731
+        job.wait_until(lambda: job.trains_again() or enough(), "another launch")
+        self.restarts += job.trains_again()
+        job.kill(list(job.processes()))
+
+    def _bear(self, job: Job, kind: str) -> None:
+        """It must go on, whatever the clock says and however slow the disk is."""
+        day = 86400
+        clock = self.rng.choice((-1, 1)) * self.rng.randint(60, day) if kind == "clock" else 0
+        self.shim.set(clock, 0 if kind == "clock" else self.rng.uniform(0.05, 0.3))
+        target = min(reached(self.run) + 2 * EVERY, self.steps)
+        alive = job.wait_until(lambda: reached(self.run) >= target, "steps in spite of it")
+        self.died += not alive and target < self.steps
+        job.kill(list(job.processes()))
+
     def _fill(self, job: Job) -> Any:
-        """No more room for a checkpoint: training must go on for a while, then end by itself."""
+        """No more room for a whole checkpoint: training must go on for a while, then end by itself,
+        or be killed."""
         filler = self.run / "filler"
         if self.run.is_mount():
+            size = max(path.stat().st_size for path in self.run.glob("checkpoints/step-*.pt"))
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
                 while True:
                     file.write(bytes(4096))
+            with contextlib.suppress(OSError):  # the next one breaks off in its middle
+                os.truncate(filler, filler.stat().st_size - self.rng.randrange(size // 8, size))
         else:
             rank = job.rank(0)
             if rank:
@@ -315,7 +463,27 @@ def small_disk(path: Path, megabytes: int) -> Iterator[bool]:
             subprocess.run(["umount", "-l", str(path)], check=False)
 
 
-def measure(kills: int, seconds: float, seed: int, corpus: Path | None) -> dict[str, Any]:
+def lose_a_node(base: Path, corpus: Path) -> dict[str, int]:
+    """A run of its own on two nodes, one of which is lost: it ends on the other one."""
+    run, steps = base / "node", 6 * EVERY
+    job = TwoNodeJob(run, corpus, steps, base / "node.log")
+    job.wait_until(lambda: reached(run) > EVERY, "the first checkpoint")
+    job.lose_node()
+    job.wait_until(job.trains_again, "another launch")
+    match = re.search(r"launch 2 of start 1, 1 node\(s\), from step (\d+)", job.text())
+    lost = [step for step, _ in losses(run)]
+    job.wait_until(lambda: False, "the end on one node")
+    job.end()
+    done = [step for step, _ in losses(run)]
+    return {
+        "node_loss_finished": int(job.process.returncode == 0 and done == [*range(1, steps + 1)]),
+        "node_loss_steps_repeated": max(lost) - int(match[1]) if match and lost else -1,
+    }
+
+
+def measure(
+    kills: int, seconds: float, seed: int, corpus: Path | None, quick: bool = False
+) -> dict[str, Any]:
     """At most `kills`, as many as fit into `seconds`."""
     begin = time.monotonic()
     rng = random.Random(seed)
@@ -325,7 +493,7 @@ def measure(kills: int, seconds: float, seed: int, corpus: Path | None) -> dict[
         if corpus is None:
             corpus = base / "corpus"
             simulate_corpus(load(PULSE).simulate, corpus)
-        steps = EVERY * (kills + 8)  # a kill costs about half of what a start gains
+        steps = EVERY * (2 * kills + 8)  # a kill costs about half of what a start gains
         whole = Job(base / "whole", corpus, steps, base / "whole.log")
         whole.wait_until(lambda: False, "the undisturbed run")
         whole.end()
@@ -338,12 +506,17 @@ def measure(kills: int, seconds: float, seed: int, corpus: Path | None) -> dict[
                 rng.shuffle(kinds)
             if chaos.kills and time.monotonic() - begin > seconds:
                 break
-            if not chaos.disturb(kinds[i % len(kinds)]):
+            kind = kinds[i % len(kinds)]
+            if kind in SHIMMED and not chaos.shim.built:
+                continue
+            if not chaos.disturb(kind):
                 break
         code = chaos.finish()
         runs = [base / "whole", base / "run"]
         a, b = (checkpoint.load(checkpoint.path_of(r / "checkpoints", steps)) for r in runs)
         repeated = chaos.repeated
+        more = {} if quick else lose_a_node(base, corpus)
+        (base / "simulated").mkdir()
         result = {
             "kills": chaos.kills,
             "starts": chaos.kills + 1,
@@ -361,6 +534,12 @@ def measure(kills: int, seconds: float, seed: int, corpus: Path | None) -> dict[
             ),
             "max_steps_repeated_after_full_disk": max(repeated["full disk"], default=0),
             "damaged_loaded": chaos.damaged_loaded,
+            "steps_lost_max": max(chaos.lost, default=0),
+            "restarts_in_allocation": chaos.restarts,
+            "overran_grace": chaos.overran,
+            "died_of_clock_or_slow_disk": chaos.died,
+            **more,
+            **simulate(base / "simulated", 1000, rng),
             "orphans": chaos.orphans,
             "leftovers": chaos.leftovers,
             "tracebacks_at_start": chaos.tracebacks,
@@ -384,13 +563,14 @@ def main(
 ) -> None:
     log.setup()
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
-    result = measure(kills or (3 if quick else 50), 20 if quick else 3600, seed, corpus)
+    result = measure(kills or (3 if quick else 50), 20 if quick else 3600, seed, corpus, quick)
     rows = [(name, str(value)) for name, value in result.items() if "[" not in name]
     log.print_table("killed and started again", ["figure", "value"], rows)
     context = describe_machine(torch.device("cpu")) | {"platform": platform.platform()}
     context["seed"] = seed
     file_result("chaos", result, context, out, quick)
-    if not (result["weights_bitwise_equal"] and result["exit_code"] == 0):
+    sound = result["weights_bitwise_equal"] and not result["steps_lost_max"]
+    if not (sound and result["exit_code"] == 0):
         raise SystemExit(1)
 
 

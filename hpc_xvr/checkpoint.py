@@ -129,6 +129,7 @@ class CheckpointWriter:
         self._spare: dict[tuple[Any, ...], Tensor] = {}  # buffers of the copies, reused
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
+        self.written = 0  # checkpoints on disk
         self.slowest = 0.0  # seconds from asking for a checkpoint to its being on disk
         self.blocked = 0.0  # seconds that the run has waited for copies and for the disk
 
@@ -198,6 +199,7 @@ class CheckpointWriter:
                 arrived.synchronize()
             save(state, path_of(self._folder, step))
             self._problem, self._failures = None, 0
+            self.written += 1
             self.slowest = max(self.slowest, time.perf_counter() - start)
         except BaseException as problem:  # raised in the training thread, by `check`
             self._problem = problem

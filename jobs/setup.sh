@@ -16,6 +16,14 @@ xvr_constraints=${HPC_XVR_CONSTRAINTS:-$xvr_root/jobs/constraints.txt}
 
 xvr_fail() { echo "setup: $*" >&2; return 2; }
 
+# Is there an environment whose python lies where this machine cannot reach it?
+xvr_unreachable() {
+    [ -L "$xvr_venv/bin/python" ] && ! "$xvr_venv/bin/python" -c '' 2>/dev/null || return 1
+    echo "setup: there is an environment in $xvr_venv, but its python," \
+        "$(readlink "$xvr_venv/bin/python") cannot be reached from $(hostname): load the module it" \
+        "came with, or mount its file system; if it is gone for good, delete $xvr_venv" >&2
+}
+
 # The compiler Horovod is built with: it asks for C++14 where torch needs C++20. Little optimisation
 # and no debug information: the work is done by MPI and NCCL, and the build takes a third less time.
 # With the MPI from PyPI no folder of this environment stays in the result: the libraries are looked
@@ -73,8 +81,10 @@ xvr_setup() {
     fi
     HPC_XVR_MPI=${HPC_XVR_MPI:-wheel}
     command -v "$python" >/dev/null || { xvr_fail "no $python; load a Python module, or set PYTHON"; return; }
+    "$python" -c '' || { xvr_fail "$python cannot be run; load a Python module, or set PYTHON"; return; }
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { xvr_fail "$("$python" --version) is too old; 3.10 or later is needed (set PYTHON)"; return; }
+    ! xvr_unreachable || return 74
     wanted=$(cat "$xvr_constraints" "$xvr_root/setup.py" "$xvr_root"/hpc_xvr/model/cpu/* \
         "${BASH_SOURCE[0]}" | cksum)
     wanted="$wanted $xvr_root $HPC_XVR_MPI $xvr_gpu $("$python" --version)"

@@ -12,9 +12,21 @@ from collections.abc import Collection
 import click
 
 from hpc_xvr.cli.common import connected
-from hpc_xvr.errors import CollectiveError, InputError, explain_os_error, os_problem
+from hpc_xvr.errors import (
+    PASSING,
+    CollectiveError,
+    InputError,
+    explain,
+    explain_os_error,
+    os_problem,
+)
 from hpc_xvr.log import complain, logger
 from hpc_xvr.text import printable
+
+NO_MEMORY = (
+    "out of memory: end other programs, take fewer ranks a node, or set train.micro_batch or "
+    "data.workers lower"
+)
 
 
 def then(*words: object, program: str = "hpc-xvr") -> None:
@@ -70,6 +82,8 @@ def run(cli: click.Group) -> None:
         message = f"{error.filename or 'input or output'}: {explain_os_error(error)}"
         _fail(message, os_problem(message, error).exit_code)
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            _fail(f"{NO_MEMORY} ({explain(error)})", PASSING)
         _crash(error)
 
 

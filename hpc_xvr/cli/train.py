@@ -10,6 +10,7 @@ import click
 from hpc_xvr.cli.common import Examples, a_config, connect, settings
 from hpc_xvr.cli.common import engine as engine_option
 from hpc_xvr.cli.ending import then, typed
+from hpc_xvr.errors import PassingError
 from hpc_xvr.log import logger
 
 if TYPE_CHECKING:
@@ -63,6 +64,12 @@ UNFINISHED = 75  # "not done yet, start me again": what job scripts requeue on
     help="Continue from the run folder's newest valid checkpoint; start if there is none.",
 )
 @click.option(
+    "--strict",
+    is_flag=True,
+    help="With --resume: refuse what is only warned of otherwise, such as a corpus that lost or "
+    "gained training recordings.",
+)
+@click.option(
     "--max-time",
     type=Duration(),
     help="Stop with a checkpoint before this process has run this long; a plain number is minutes.",
@@ -77,6 +84,7 @@ def train(
     overrides: tuple[str, ...],
     engine: str | None,
     resume: bool,
+    strict: bool,
     max_time: float | None,
     find_batch: bool,
 ) -> None:
@@ -91,9 +99,10 @@ def train(
     with its share of the cores.
 
     Exit codes: 0 done, 2 bad input, 74 trouble of the moment (a full disk, a lost rank), 75 stopped
-    with a checkpoint, by SIGUSR1, SIGTERM or SIGINT or as --max-time is nearly over (start again
-    with --resume). Under mpirun send SIGUSR1: it reaches every rank. A run that is done has
-    done.json in its folder.
+    with a checkpoint, by SIGUSR1, SIGTERM or SIGINT, as --max-time is nearly over, or by a disk
+    that is full by now (start again with --resume). Under mpirun send SIGUSR1: it reaches every
+    rank, whereas SIGTERM ends mpirun, and the ranks with it; a job of `hpc-xvr submit` shields it.
+    A run that is done has done.json in its folder.
     """
     from hpc_xvr.config import load
     from hpc_xvr.train.stopping import Stopping
@@ -109,7 +118,7 @@ def train(
         measure(cfg, comm)
         then("train", config, *typed(["find_batch"]), "--set", "train.micro_batch=N")
         return
-    done = _train(cfg, comm, resume, stopping)
+    done = _train(cfg, comm, resume, stopping, strict)
     if comm.is_root and done:
         then("evaluate", cfg.run.dir)
     elif comm.is_root:
@@ -118,7 +127,7 @@ def train(
     comm.leave(0 if done else UNFINISHED)
 
 
-def _train(cfg: Config, comm: Comm, resume: bool, stopping: Stopping) -> bool:
+def _train(cfg: Config, comm: Comm, resume: bool, stopping: Stopping, strict: bool) -> bool:
     """Is the run done now?"""
     from hpc_xvr.data.simulate.corpus import simulate_if_missing
     from hpc_xvr.distributed.launch import rank_threads
@@ -135,7 +144,12 @@ def _train(cfg: Config, comm: Comm, resume: bool, stopping: Stopping) -> bool:
     comm.together(lambda: Share.of(cfg.train, comm.rank, comm.size))
     comm.together(lambda: rank_threads(cfg.run.threads))
     comm.on_root(lambda: simulate_if_missing(cfg.simulate, cfg.data.corpus))
-    trainer = Trainer(cfg, comm, resume, stopping)
-    done = trainer.run()
+    trainer = Trainer(cfg, comm, resume, stopping, strict)
+    try:
+        done = trainer.run()
+    except PassingError as error:
+        if trainer.checkpoints.written:  # it has come further: start it again
+            error.exit_code = UNFINISHED
+        raise
     trainer.close()
     return done

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hpc_xvr.config.sections import EXPAND, Config, Evaluate
-from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.errors import InputError, explain_os_error, os_problem
 from hpc_xvr.files import check_regular
 from hpc_xvr.text import first_line, parse_yaml, shortened
 
@@ -104,7 +104,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"config {path}: no such file") from None
     except OSError as error:
-        raise InputError(f"config {path}: cannot be read ({explain_os_error(error)})") from None
+        message = f"config {path}: cannot be read ({explain_os_error(error)})"
+        raise os_problem(message, error) from None
     except UnicodeDecodeError:
         raise InputError(f"config {path}: is not text in UTF-8; save it as such") from None
     except ValueError as error:

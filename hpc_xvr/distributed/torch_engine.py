@@ -22,6 +22,7 @@ from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.distributed.launch import Launch
 from hpc_xvr.distributed.mpi import mpi_version
 from hpc_xvr.distributed.rendezvous import meet
+from hpc_xvr.errors import PassingError, explain
 
 T = TypeVar("T")
 _NET_S = 30  # the watch ends a hanging job first, as it can name the rank
@@ -75,11 +76,14 @@ class TorchComm(Comm):
         if on_gpu:
             record_flight(folder)
         self._folder = folder
-        td.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            **meet(launch, mpi.bcast if mpi else None, _serve, _join),
-            timeout=datetime.timedelta(seconds=dist.timeout_s + _NET_S),
-        )
+        try:
+            td.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                **meet(launch, mpi.bcast if mpi else None, _serve, _join),
+                timeout=datetime.timedelta(seconds=dist.timeout_s + _NET_S),
+            )
+        except td.DistError as error:  # of the network, or of the store there
+            raise PassingError(f"the ranks cannot reach each other: {explain(error)}") from None
         self._flag_tensor = torch.zeros(1)
         self._work: Any = None
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.errors import InputError, explain_os_error, os_problem
 from hpc_xvr.evaluate.rows import Row
 from hpc_xvr.evaluate.scoring import Setting, Unit
 from hpc_xvr.reconstruction.methods import NamedMethod
@@ -66,7 +66,8 @@ class Cells:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise InputError(f"cannot write {self._path}: {explain_os_error(error)}") from None
+            message = f"cannot write {self._path}: {explain_os_error(error)}"
+            raise os_problem(message, error) from None
 
 
 def key_of(unit: Unit, method: NamedMethod, setting: Setting) -> str:

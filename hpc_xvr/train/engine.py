@@ -25,7 +25,14 @@ from hpc_xvr.train.meters import MeanLoss, Stopwatch, environment
 from hpc_xvr.train.optim import learning_rate
 from hpc_xvr.train.progress import Progress
 from hpc_xvr.train.reporting import Reporter
-from hpc_xvr.train.run_folder import lock_run, mark_done, open_run, write_environment
+from hpc_xvr.train.run_folder import (
+    is_intact,
+    lock_run,
+    mark_done,
+    open_run,
+    restore,
+    write_environment,
+)
 from hpc_xvr.train.share import Share
 from hpc_xvr.train.stopping import Stopping
 from hpc_xvr.train.task import Batch, task_of
@@ -42,6 +49,7 @@ class Trainer:
 
     Args:
         resume: continue from the newest valid checkpoint of the run folder, if there is one.
+        strict: not if the training recordings, or settings, are others than they were.
         stopping: what may ask this rank to stop; by default the signals.
 
     Raises:
@@ -49,7 +57,12 @@ class Trainer:
     """
 
     def __init__(
-        self, cfg: Config, comm: Comm, resume: bool = False, stopping: Stopping | None = None
+        self,
+        cfg: Config,
+        comm: Comm,
+        resume: bool = False,
+        stopping: Stopping | None = None,
+        strict: bool = False,
     ) -> None:
         self.cfg, self.comm = cfg, comm
         self.stopping = stopping or Stopping()
@@ -65,21 +78,28 @@ class Trainer:
             comm.on_root(lambda: first_weights(cfg, build_model(cfg)))
 
         self._held = ExitStack()  # the run folder's lock and files
-        state = comm.on_root(lambda: self._open_folder(resume, model))
+        self._recordings = self.samples.summary() if comm.is_root else None
+        state = comm.on_root(lambda: self._open_folder(resume, model, strict))
         self.progress = Progress.of(state, cfg.train.steps)
         parts = self.share.micro_batches
         self.learner = Learner(model, precision, cfg, comm, self.task, parts, state)
         self.checkpoints = self._checkpoint_writer()
         self.clock = Stopwatch(comm.device)
         self.loss = MeanLoss(self.learner.dtype, comm)
-        self.reporter = self._start_report(environment(comm, threads), resume)
+        self._machine = environment(comm, threads)
+        self.reporter = self._start_report(self._machine, resume)
 
-    def _open_folder(self, resume: bool, model: torch.nn.Module) -> dict[str, Any] | None:
+    def _open_folder(
+        self, resume: bool, model: torch.nn.Module, strict: bool
+    ) -> dict[str, Any] | None:
         """Take the run folder; the state to continue from. Rank 0 calls it."""
+        self._lock()
+        return open_run(self.cfg, resume, model, self._recordings, strict)
+
+    def _lock(self) -> None:
         lock = lock_run(self.cfg.run.dir)
         if lock is not None:
             self._held.enter_context(lock)
-        return open_run(self.cfg, resume, model)
 
     def _checkpoint_writer(self) -> checkpoint.CheckpointWriter:
         cfg = self.cfg.checkpoint
@@ -146,13 +166,15 @@ class Trainer:
             progress.step += 1
             self.learner.skipped.check(progress.step)
             self.checkpoints.check()
+            restored = False
             if progress.due(cfg.train.log_every):
+                restored = self._restore_folder()
                 self._log()
             self.reporter.passed(progress.step)
             stop = self._asked_to_stop()
             progress.unvalidated = progress.due(cfg.validation.every)
             improved = progress.unvalidated and not stop and self._validate()
-            if stop or improved or progress.due(cfg.checkpoint.every):
+            if stop or improved or restored or progress.due(cfg.checkpoint.every):
                 self.save()
             if stop:
                 return self._leave()
@@ -229,6 +251,16 @@ class Trainer:
         logger.info("stopped %s, after step %d; --resume continues", why, self.progress.step)
         return False
 
+    def _restore_folder(self) -> bool:
+        """Was the run folder deleted? Rank 0 makes it again."""
+        folder = self.cfg.run.dir
+        if not self.comm.is_root or is_intact(folder):
+            return False
+        restore(self.cfg, self._machine, self.progress.step)
+        self._lock()
+        self.reporter.reopen()
+        return True
+
     def _log(self) -> None:
         """Mean loss of all ranks since the last report, and where the time went."""
         step = self.progress.step
@@ -273,6 +305,7 @@ class Trainer:
                 **self.learner.state(),
                 "config": self.cfg.model_dump(mode="json"),
                 "rng": torch.get_rng_state(),
+                "recordings": self._recordings,
                 "best": progress.best,
                 "unvalidated": progress.unvalidated,
                 "versions": {"torch": str(torch.__version__)},

@@ -118,6 +118,12 @@ class Reporter:
             scores["psnr_detail"],
         )
 
+    def reopen(self) -> None:
+        """The run folder was deleted and made again: go on in new files."""
+        if self._metrics:
+            self._metrics.close()
+            self._metrics = Metrics(self._cfg.run.dir, None)
+
     def close(self) -> None:
         """Flush everything; safe to call twice."""
         if self._metrics:

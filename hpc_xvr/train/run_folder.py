@@ -13,7 +13,7 @@ from torch import nn
 
 from hpc_xvr import checkpoint, config
 from hpc_xvr.config import Config
-from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.errors import InputError, PassingError, explain_os_error, os_problem
 from hpc_xvr.factory.weights import mismatch
 from hpc_xvr.files import remove_leftovers, write_atomic
 from hpc_xvr.log import logger
@@ -69,7 +69,7 @@ def lock_run(folder: Path, patience: float = 60.0) -> IO[str] | None:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
     except OSError as error:
-        raise InputError(f"run folder {folder}: {explain_os_error(error)}") from None
+        raise os_problem(f"run folder {folder}: {explain_os_error(error)}", error) from None
     end, told = time.monotonic() + patience, False
     while True:
         try:
@@ -80,7 +80,7 @@ def lock_run(folder: Path, patience: float = 60.0) -> IO[str] | None:
                 file.close()
                 return None
         if time.monotonic() > end:
-            raise InputError(
+            raise PassingError(
                 f"run folder {folder} is in use by another process; wait for it to end, or choose "
                 "another with --set run.dir=..."
             )
@@ -90,17 +90,27 @@ def lock_run(folder: Path, patience: float = 60.0) -> IO[str] | None:
         time.sleep(0.2)
 
 
-def open_run(cfg: Config, resume: bool, model: nn.Module) -> dict[str, Any] | None:
+def open_run(
+    cfg: Config,
+    resume: bool,
+    model: nn.Module,
+    recordings: dict[str, Any] | None = None,
+    strict: bool = False,
+) -> dict[str, Any] | None:
     """Make the run's folder, or find the state to continue from; rank 0 calls it.
 
-    `model` is the one to be trained: a checkpoint must fit it.
+    Args:
+        model: the one to be trained: a checkpoint must fit it.
+        recordings: what there is to train on (`TrainingSamples.summary`).
+        strict: refuse what is only warned of otherwise: other recordings, other settings.
 
     Returns:
         The newest valid checkpoint, or None for a fresh start.
 
     Raises:
         InputError: the folder is in use and `resume` is not given, it is not writable, or its
-            checkpoint is of another architecture.
+            checkpoint is of another architecture; with `strict` also of other recordings or
+            settings.
     """
     folder = cfg.run.dir
     saved = checkpoint.list_checkpoints(folder / "checkpoints")
@@ -112,14 +122,15 @@ def open_run(cfg: Config, resume: bool, model: nn.Module) -> dict[str, Any] | No
         )
     state = newest_state(folder) if resume else None
     if state is not None:
-        _compare(config.flat(state["config"]), config.flat(cfg.model_dump(mode="json")))
+        _compare(config.flat(state["config"]), config.flat(cfg.model_dump(mode="json")), strict)
         _check_fit(state, model)
+        _compare_recordings(state.get("recordings"), recordings, strict)
     try:
         for part in ("checkpoints", "samples"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / DONE).unlink(missing_ok=True)  # more steps are asked for than were done
     except OSError as error:
-        raise InputError(f"run folder {folder}: {explain_os_error(error)}") from None
+        raise os_problem(f"run folder {folder}: {explain_os_error(error)}", error) from None
     for part in (".", "checkpoints", "samples"):
         remove_leftovers(folder / part)
     text = config.dump(cfg).encode()
@@ -163,7 +174,7 @@ def _check_fit(state: dict[str, Any], model: nn.Module) -> None:
         )
 
 
-def _compare(then: dict[str, Any], now: dict[str, Any]) -> None:
+def _compare(then: dict[str, Any], now: dict[str, Any], strict: bool) -> None:
     changed = [k for k in {**then, **now} if then.get(k) != now.get(k)]
     fixed = [k for k in changed if k.startswith(ARCHITECTURE)]
     if fixed:
@@ -174,9 +185,55 @@ def _compare(then: dict[str, Any], now: dict[str, Any]) -> None:
         )
     for key in changed:
         if not key.startswith(FREE_TO_CHANGE):
-            logger.warning(
-                "config changed since the checkpoint: %s was %s, is %s",
-                key,
-                then.get(key),
-                now.get(key),
-            )
+            was, is_ = then.get(key), now.get(key)
+            _differs(f"config changed since the checkpoint: {key} was {was}, is {is_}", strict)
+
+
+def _compare_recordings(
+    then: dict[str, Any] | None, now: dict[str, Any] | None, strict: bool
+) -> None:
+    """Which sample a step sees follows from all recordings: one more or less changes most."""
+    if not then or not now or then == now:  # older checkpoints do not say
+        return
+    change = now["count"] - then["count"]
+    what = f"{abs(change)} {'more' if change > 0 else 'fewer'}" if change else "as many, but others"
+    _differs(
+        f"the corpus has other training recordings than at the checkpoint: {now['count']} with "
+        f"{now['frames']} frames, it were {then['count']} with {then['frames']} ({what}); the "
+        "samples from here on are not those that the run would have seen",
+        strict,
+    )
+
+
+def _differs(what: str, strict: bool) -> None:
+    if strict:
+        raise InputError(f"cannot resume with --strict: {what}; restore it, or leave out --strict")
+    logger.warning(what)
+
+
+def is_intact(folder: Path) -> bool:
+    """Has nobody deleted the folder of a run, or what is in it, while it is used?"""
+    return all((folder / name).exists() for name in ("config.yaml", "metrics.jsonl"))
+
+
+def restore(cfg: Config, environment: dict[str, Any], step: int) -> None:
+    """Make a run folder again that was deleted in the middle of the run, at `step`.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    folder = cfg.run.dir
+    logger.warning(
+        "run folder %s was deleted, or moved, while the run uses it: it is made again with a "
+        "checkpoint of step %d; what it held before is not in it any more",
+        folder,
+        step,
+    )
+    try:
+        for part in ("checkpoints", "samples", "tensorboard"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise os_problem(f"run folder {folder}: {explain_os_error(error)}", error) from None
+    text = config.dump(cfg).encode()
+    write_atomic(folder / "config.yaml", lambda file: file.write(text))
+    write_environment(folder, environment)

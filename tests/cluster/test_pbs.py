@@ -102,7 +102,7 @@ def test_qdel_loses_no_step(pbs, run):
         said = (pbs.folder / "mom.log").read_text()
         assert pbs.exit_code(job) == 75
         assert int(re.search(r"deleted: SIGTERM to (\d+) processes", said)[1]) >= 4
-        assert f"{job}: SIGKILL" not in said and "SIGKILL to 0 left behind" in said
+        assert f"{job}: SIGKILL" not in said
 
 
 def test_the_walltime_loses_no_step_and_the_next_job_goes_on_from_there(pbs, run):
@@ -129,20 +129,6 @@ def test_a_killed_rank_is_started_again_in_the_same_job(pbs, run):
     wait_for("another launch", lambda: "launch 2 of start 1, 1 node(s), from step" in run.log)
     run.reaches(run.metrics()[-1]["step"] + 4)
     assert pbs.state(run.jobs[0]) == "R"
-
-
-def test_a_node_that_is_lost_costs_its_ranks_and_not_the_job(pbs, run):
-    run = run("--chain", "until-done", overrides=OFTEN, nodes=2)
-    run.reaches(4)
-    pbs.lose_node("pbs2")
-    wait_for("another launch", lambda: "launch 2 of start 1, 1 node(s), from step" in run.log)
-    assert "1 of 2 node(s) do not answer; these do: pbs1" in run.log
-    step = run.metrics()[-1]["step"]
-    run.reaches(step + 4)
-    assert "= 1 rank(s) x 1 micro-batch(es) x 4 sample(s)" in run.log
-    pbs.delete(run.jobs[0])
-    over(pbs, run.jobs[0], run)
-    lost_nothing(run)
 
 
 def test_no_rank_outlives_a_job_script_that_is_killed(pbs, run):

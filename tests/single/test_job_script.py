@@ -325,6 +325,51 @@ def test_a_job_that_is_cancelled_while_the_end_is_decided_does_not_start_again(j
     assert "AGAIN" not in log and code == -15
 
 
+PBS = """
+xvr_script=/none
+set -uo pipefail
+source {scripts}/pbs.sh
+xvr_cancel() {{ echo "CANCEL $*"; }}
+xvr_main --site {site} --run {run} --name t --venv {venv} --steps 9 "$@"
+"""
+
+
+HOSTS = """#!/bin/sh
+[ "$1" = --hostfile ] && echo "hosts: $(sort -u "$2" "$PBS_NODEFILE" | tr '\\n' ' ')"
+shift 2
+exec "$@"
+"""
+
+
+def test_pbs_leaves_out_nodes_on_which_nothing_can_be_started(job, tmp_path):
+    """By pbs_tmrsh; what is left is the launcher's host file, and PBS_NODEFILE."""
+    (tmp_path / "nodes").write_text("n1\nn1\nn3\nn3\nn2\nn2\n")
+    (tmp_path / "venv/bin/pbs_tmrsh").write_text('#!/bin/sh\n[ "$1" = n2 ]\n')
+    (tmp_path / "venv/bin/pbs_tmrsh").chmod(0o755)
+    (job.run / "play").write_text("3 1\n9 0 9\n")
+    text = PBS.format(scripts=SCRIPTS, site=job.site, run=job.run, venv=tmp_path / "venv")
+    (tmp_path / "venv/bin/launcher").write_text(HOSTS)
+    (tmp_path / "venv/bin/launcher").chmod(0o755)
+    options = ["--env", "XVR_LAUNCH=launcher {hosts}", "train", "c.yaml"]
+    done = subprocess.run(
+        ["bash", "-c", text, "job", *options],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PBS_JOBID": "7", "PBS_NODEFILE": str(tmp_path / "nodes")},
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log
+    assert "1 of 3 node(s) do not answer; these do: n1 n2" in log
+    assert [line for line in log.splitlines() if line.startswith("hosts")] == [
+        "hosts: n1 n2 n3 ",
+        "hosts: n1 n2 ",
+    ]
+    left = job.run / "jobs/t.nodes"
+    assert left.read_text() == "n1\nn1\nn2\nn2\n"
+    assert "launch 2 of start 1, 2 node(s), from step 3" in log
+
+
 @pytest.fixture
 def checkout(tmp_path, job):
     """A checkout with an environment in .venv, and the stand-in for training."""

@@ -437,7 +437,7 @@ def test_frames_of_another_call_are_not_mixed_in(tmp_path, hpc_xvr):
     spool = tmp_path / ".o.tif.unfinished"
     job = started("reconstruct", "detail", *options(tmp_path), "--out", out)
     wait_for(lambda: len(pieces_in(spool)) >= 3)
-    said = hpc_xvr("reconstruct", "bayes", *options(tmp_path), "--out", out, code=2).err
+    said = hpc_xvr("reconstruct", "bayes", *options(tmp_path), "--out", out, code=74).err
     assert f"is being written by process {job.pid}" in said
     job.kill()
     job.wait()

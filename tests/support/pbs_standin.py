@@ -8,7 +8,7 @@ it, and ends a job as PBS does, in its order and with its delays:
   seconds later SIGKILL;
 - when the script ends, SIGKILL goes to what it has left behind.
 
-It has two nodes, pbs1 and pbs2, both this machine. `Pbs` is for tests; the commands call `main`.
+It has one node, pbs1, which is this machine. `Pbs` is for tests; the commands call `main`.
 State is in one folder: ID.job (what qsub was told), ID.state (Q, R, F), ID.sessions, mom.log.
 """
 
@@ -23,14 +23,14 @@ from pathlib import Path
 
 import psutil
 
-NODES = ("pbs1", "pbs2")
+NODE = "pbs1"
 COMMANDS = ("qsub", "qstat", "qdel", "pbs_tmrsh")
 FOLDER = "PBS_STANDIN"  # where the state is
 SCRIPT = '#!/bin/sh\nexec {python} {file} {command} "$@"\n'
 
 
 class Pbs:
-    """A PBS of two nodes in `folder`; its commands are in the PATH of `environment`."""
+    """A PBS of one node in `folder`; its commands are in the PATH of `environment`."""
 
     def __init__(self, folder, kill_delay=30):
         self.folder = folder
@@ -64,15 +64,6 @@ class Pbs:
     def delete(self, job):
         subprocess.run(["qdel", job], env=self.environment, check=True)
 
-    def lose_node(self, name):
-        """Everything there ends at once, and nothing more is started there."""
-        (self.folder / f"{name}.down").touch()
-        for path in self.folder.glob("*.sessions"):
-            for line in path.read_text().splitlines():
-                session, node = line.split()
-                if node == name:
-                    signal_sessions([int(session)], signal.SIGKILL)
-
     def close(self):
         """End all jobs at once."""
         for path in self.folder.glob("*.mom"):
@@ -85,7 +76,7 @@ class Pbs:
 
 def sessions(folder, job):
     path = folder / f"{job}.sessions"
-    return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
 
 
 def signal_sessions(numbers, which):
@@ -139,8 +130,7 @@ def mom(folder, number):
     settings = json.loads((folder / "settings").read_text())
     parts = job["select"].split(":")
     ranks = int(next((p.split("=")[1] for p in parts if p.startswith("mpiprocs=")), 1))
-    hosts = [name for name in NODES[: int(parts[0])] for _ in range(ranks)]
-    (folder / f"{number}.nodes").write_text("".join(f"{host}\n" for host in hosts))
+    (folder / f"{number}.nodes").write_text(f"{NODE}\n" * ranks)
     environment = {
         **os.environ,
         "PBS_JOBID": number,
@@ -158,7 +148,7 @@ def mom(folder, number):
         stderr=subprocess.STDOUT,
     )
     with (folder / f"{number}.sessions").open("a") as file:
-        file.write(f"{process.pid} pbs1\n")
+        file.write(f"{process.pid}\n")
     (folder / f"{number}.state").write_text("R")
     say(folder, f"job {number} runs")
     end, killed = time.monotonic() + (settings["walltime"] or job["walltime"]), None
@@ -201,7 +191,7 @@ def qstat(folder, number):
 def pbs_tmrsh(folder, *arguments):
     """Become a task of this job on one of its nodes."""
     host, *command = [word for word in arguments if word != "-x"]
-    if (folder / f"{host}.down").exists():
+    if host != NODE:
         sys.exit(f"pbs_tmrsh: {host}: no route to host")
     if os.getpid() != os.getpgrp():
         os.setsid()
@@ -211,8 +201,7 @@ def pbs_tmrsh(folder, *arguments):
             sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
         os.setsid()
     with (folder / f"{os.environ['PBS_JOBID']}.sessions").open("a") as file:
-        file.write(f"{os.getpid()} {host}\n")
-    os.environ["PBS_STANDIN_NODE"] = host
+        file.write(f"{os.getpid()}\n")
     os.execvp("sh", ["sh", "-c", " ".join(command)])
 
 

@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from hpc_xvr.errors import InputError
+from hpc_xvr.errors import PassingError
 
 
 class WriterLock:
@@ -17,7 +17,7 @@ class WriterLock:
         """`what`: is being written, for messages; None: the corpus that the file is in.
 
         Raises:
-            InputError: another process writes it.
+            PassingError: another process writes it.
         """
         self._path = path
         while True:
@@ -38,7 +38,7 @@ class WriterLock:
         if alone is False or (len(holder) == 2 and self._lives(holder[0], holder[1], alone)):
             os.close(self._file)
             name = " on ".join(reversed(holder[:2])) or "unknown"
-            raise InputError(
+            raise PassingError(
                 f"{what or f'corpus {path.parent}'}: is being written by process {name}; wait for "
                 f"it, or delete {path} if it no longer runs"
             )

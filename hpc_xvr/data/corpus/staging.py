@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hpc_xvr.data.corpus.layout import copy_file
 from hpc_xvr.data.corpus.reader import Corpus
-from hpc_xvr.errors import InputError
+from hpc_xvr.errors import InputError, PassingError
 from hpc_xvr.files import disk_errors, private_folder, remove
 from hpc_xvr.log import logger, progress_bar
 
@@ -56,7 +56,7 @@ class Staging:
             free = shutil.disk_usage(self.folder).free
         need = sum(self._missing.values())
         if need > free:
-            raise InputError(
+            raise PassingError(
                 f"data.stage_dir {folder}: {need / 1e9:.2f} GB are needed there for "
                 f"{len(self._missing)} recordings, {free / 1e9:.2f} GB are free; choose a larger "
                 "disk, use more nodes, or leave data.stage_dir out"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -112,6 +113,19 @@ class TrainingSamples(Dataset[Sample]):
     def videos_read(self, slots: Sequence[int], first_step: int, last_step: int) -> list[str]:
         """Ids of the recordings that some slots read in these steps."""
         return [self.videos[i].id for i in self.slots.videos(slots, first_step, last_step)]
+
+    def summary(self) -> dict[str, int | str]:
+        """What the samples of all steps follow from, besides the config: the recordings' names and
+        lengths in their order. For a checkpoint, to see on resume whether that has changed."""
+        frames = self.videos.frame_counts
+        digest = hashlib.sha256(frames.astype("<i8").tobytes())
+        for video in self.videos:
+            digest.update(f"{video.id}\n".encode())
+        return {
+            "count": len(self.videos),
+            "frames": int(frames.sum()),
+            "sha256": digest.hexdigest(),
+        }
 
     def _fits(self, step: int, number: int) -> bool:
         """Whether a recording is long enough for the samples of a step."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from hpc_xvr.data.cameras import ome_zarr as ome_zarr_reader
 from hpc_xvr.data.cameras.results import PROGRAM
-from hpc_xvr.errors import InputError
+from hpc_xvr.errors import InputError, PassingError
 from hpc_xvr.files import check_folder, check_replaceable, replacing, replacing_folder, write_atomic
 from hpc_xvr.reconstruction.writers import hdf5, images, nexus, ome_zarr, tiff
 from hpc_xvr.reconstruction.writers.about import FULL, UNKNOWN, Calibration, Film, Provenance
@@ -130,7 +130,7 @@ def write_sequence(
         shape = (count, *first.shape)
         free, needed = shutil.disk_usage(path.parent).free, kind.itemsize * int(np.prod(shape))
         if needed > free:
-            raise InputError(
+            raise PassingError(
                 f"{path}: needs {needed / 1e9:.2f} GB, {path.parent} has "
                 f"{free / 1e9:.2f} GB left; choose another disk"
             )

@@ -183,7 +183,7 @@ xvr_line() {
 
 # SIGTERM shall not end the launcher, nor its daemons on other nodes, before the ranks have saved.
 xvr_shield() {
-    local python shield
+    local python shield agent
     python=$(command -v python)
     shield=("$python" -I -S "$xvr_submit/shield.py")
     line=("${shield[@]}" "${line[@]}")
@@ -193,8 +193,9 @@ xvr_shield() {
         export PRTE_MCA_prte_launch_agent="${shield[*]} prted"
         export OMPI_MCA_orte_launch_agent="${shield[*]} orted" # Open MPI 4
         # ssh, by which it reaches other nodes where it knows no better way, hears it as well.
+        agent="${shield[*]} --agent"
         [[ ${PRTE_MCA_plm_ssh_agent:=ssh} = *[:\"]* ]] ||
-            export PRTE_MCA_plm_ssh_agent="${shield[*]} ${PRTE_MCA_plm_ssh_agent#"${shield[*]} "}"
+            export PRTE_MCA_plm_ssh_agent="$agent ${PRTE_MCA_plm_ssh_agent#"$agent "}"
     fi
 }
 
