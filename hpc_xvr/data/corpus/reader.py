@@ -329,13 +329,13 @@ class Corpus:
         streams = [("frames", video.shape)] + ([("lr", video.lr_shape)] if video.lr_shape else [])
         arrays = OpenArrays(STORES[self.store]())
         try:
+            stored = describe_clip(STORES[self.store](), self.path, video.path)["attributes"]
             for name, shape in streams:
                 array = arrays.get(self._manifest, video.id, name)
                 for t in range(shape[0]):
                     digest.update(
                         frame_bytes(array.read([t], slice(0, shape[1]), slice(0, shape[2])))
                     )
-            stored = describe_clip(STORES[self.store](), self.path, video.path)["attributes"]
         except (DamagedData, InputError) as error:
             return str(error)
         if digest.hexdigest() != video.info.sha256:
