@@ -99,6 +99,10 @@ class Site:
         """The scheduler's directives for a job of this size in this queue."""
         texts = self._list("XVR_RESOURCES")
         if queue:
+            if "XVR_QUEUE_DIRECTIVE" not in self.values:
+                raise InputError(
+                    f"{self.path}: a queue needs XVR_QUEUE_DIRECTIVE, which is not set"
+                )
             texts.append(self.values["XVR_QUEUE_DIRECTIVE"])
         filling = {"nodes": nodes, "per_node": per_node, "queue": queue}
         for key, value in filling.items():

@@ -720,8 +720,8 @@ def _greeted(folder: Path, data: bytes) -> None:
         theirs.shutdown(socket.SHUT_WR)
         try:
             enter(ours, b"k" * 32, 1, 2.0)
-        except OSError as error:
-            raise InputError("not rank 0") from error
+        except OSError:
+            return
         raise AssertionError("a stranger was believed")
 
 
