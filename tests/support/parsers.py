@@ -286,7 +286,8 @@ def _index(rng: Random, data: bytes) -> bytes:
     index = np.frombuffer(data[-size - 4 : -4], "<u8").copy()
     for _ in range(rng.choice((0, 1, 1, 2, 5))):
         number = rng.choice((*mutations.WORDS, int(index[0]), len(data), len(data) - 1))
-        index[rng.randrange(len(index))] = number % 2**64
+        place = rng.randrange(len(index))
+        index[place & ~1 if rng.random() < 0.8 else place] = number % 2**64
     text = index.tobytes()
     return data[: -size - 4] + text + value(text).to_bytes(4, "little")
 
