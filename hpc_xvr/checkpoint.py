@@ -263,12 +263,20 @@ def read_tensors(path: Path) -> Any:
     """
     check_regular(path)
     try:
-        with path.open("rb") as file:
+        with _Bounded(io.FileIO(path)) as file:
             return _tensors(f"weights {path}", file, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         raise CorruptCheckpoint(f"weights {path}: no such file") from None
     except OSError as error:
         raise CorruptCheckpoint(f"weights {path}: cannot be read ({error.strerror})") from None
+
+
+class _Bounded(io.BufferedReader):
+    """A file of which nobody takes memory to read more than it has, as a pickle may ask for."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else max(0, min(size, left)))
 
 
 def _tensors(where: str, file: IO[bytes], size: int) -> Any:

@@ -28,10 +28,23 @@ _PASSING = {
 }
 
 
+_LONGEST = 2000  # characters
+
+
 class InputError(ValueError):
-    """Bad input: says what is wrong, where, what is allowed and what to do about it."""
+    """Bad input: says what is wrong, where, what is allowed and what to do about it.
+
+    What it quotes may be anything, so it is brought to one line, and the middle of a long one is
+    left out.
+    """
 
     exit_code = BAD_INPUT
+
+    def __init__(self, message: str) -> None:
+        message = message.replace("\n", " ")
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2 - 5]} ... {message[5 - _LONGEST // 2 :]}"
+        super().__init__(message)
 
 
 class PassingError(InputError):

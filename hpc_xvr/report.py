@@ -86,7 +86,9 @@ def _settings(path: Path) -> dict[str, Any]:
             f"{path}: {first_line(error)}; take it from the run's checkpoint or remove "
             "it to report without settings"
         ) from None
-    return tree if isinstance(tree, dict) else {}
+    if not isinstance(tree, dict):
+        return {}
+    return {str(name): values for name, values in tree.items() if isinstance(values, dict)}
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -104,7 +106,7 @@ def _environment(tree: dict[str, Any]) -> dict[str, str]:
     facts: dict[str, Any] = {}
     for key, value in config.flat(tree).items():
         if key == "earlier":
-            key, value = "earlier starts", len(value)
+            key, value = "earlier starts", len(value) if isinstance(value, list) else 0
         elif isinstance(value, list) and value and all(isinstance(v, dict) for v in value):
             kinds = Counter(
                 tuple(f"{k} {v}" for k, v in entry.items() if k != "host") for entry in value
@@ -136,13 +138,22 @@ def _metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
             entry = parse_json(line)
         except ValueError:
             entry = None
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            lines.append(entry)
+        if isinstance(entry, dict) and _is_number(entry.get("step")):
+            lines.append({"text": "", **{k: v for k, v in entry.items() if _can_be_shown(k, v)}})
         else:
             unreadable += 1
     if unreadable:
         logger.warning("%s: %d lines could not be read", path, unreadable)
     return lines, unreadable
+
+
+def _can_be_shown(key: str, value: Any) -> bool:
+    """Whether it is text where that is expected, and a number elsewhere."""
+    return isinstance(value, str) if key in ("kind", "text") else _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and -1e300 < value < 1e300
 
 
 def _of_kind(lines: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -196,10 +207,11 @@ def _progress(
     train: list[dict[str, Any]], validation: list[dict[str, Any]], settings: dict[str, Any]
 ) -> dict[str, Any]:
     rates = [line["samples_per_s"] for line in train if line.get("samples_per_s")]
+    steps = settings.get("train", {}).get("steps")
     waits = [line["data_wait"] for line in train if line.get("data_wait") is not None]
     return {
         "step": max((line["step"] for line in [*train, *validation]), default=None),
-        "steps": (settings.get("train") or {}).get("steps"),
+        "steps": steps if _is_number(steps) else None,
         "samples_per_s": float(np.median(rates)) if rates else None,
         "data_wait": float(np.median(waits)) if waits else None,
     }

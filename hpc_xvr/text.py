@@ -18,6 +18,8 @@ import yaml
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 _LARGEST = 2**63 - 1
+_DEEPEST = 100  # lists and mappings in each other; a config has 4
+_LARGEST_TREE = 10**7  # values
 _INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, directions of writing, broken characters
 
 
@@ -28,7 +30,9 @@ def parse_yaml(text: str) -> Any:
         ValueError: one line that says what is wrong and where.
     """
     try:
-        return yaml.load(text, _Loader)
+        tree = yaml.load(text, _Loader)
+        _check_size(tree)
+        return tree
     except _Refused as error:
         raise ValueError(str(error)) from None
     except yaml.YAMLError as error:
@@ -63,6 +67,8 @@ class _Loader(yaml.SafeLoader):
             number = int(super().construct_yaml_int(node))
         except ValueError:
             number = _LARGEST + 1  # more digits than Python reads
+        except IndexError:
+            raise _Refused(f"a number has no digits (line {node.start_mark.line + 1})") from None
         if abs(number) > _LARGEST:
             raise _Refused(f"a number is too large (line {node.start_mark.line + 1})")
         return number
@@ -92,9 +98,48 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is not JSON, or is nested too deeply to be any of ours.
     """
     try:
-        return json.loads(text)
+        tree = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    _check_size(tree)
+    return tree
+
+
+def _check_size(tree: Any) -> None:
+    """Refuse plain values that are nested so deeply, or that stand for so many by references to
+    each other, that nobody who walks through them comes to an end.
+
+    Raises:
+        ValueError: they are.
+    """
+    sizes: dict[int, int] = {}  # of what has been looked at, with all that is in it
+    path: list[tuple[Any, list[Any]]] = [(tree, _inside(tree))]
+    above = {id(tree)}
+    while path:
+        node, left = path[-1]
+        if left:
+            inner = left.pop()
+            if id(inner) in above:
+                raise ValueError("refers to itself")
+            if id(inner) not in sizes:
+                if len(path) >= _DEEPEST:
+                    raise ValueError("nested too deeply")
+                path.append((inner, _inside(inner)))
+                above.add(id(inner))
+            continue
+        path.pop()
+        above.discard(id(node))
+        size = len(node) if isinstance(node, (dict, list)) else 1
+        size += sum(sizes[id(inner)] for inner in _inside(node))
+        if size > _LARGEST_TREE:
+            raise ValueError(f"stands for more than {_LARGEST_TREE:,} values by its references")
+        sizes[id(node)] = size
+
+
+def _inside(node: Any) -> list[Any]:
+    """Mappings and lists right in it."""
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return [value for value in values if isinstance(value, (dict, list)) and value]
 
 
 def expanded(path: Path | str) -> Path:

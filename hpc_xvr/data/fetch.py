@@ -24,6 +24,7 @@ from hpc_xvr.data.ingest.sources import find_recordings
 from hpc_xvr.errors import InputError
 from hpc_xvr.files import disk_errors, open_own, write_atomic
 from hpc_xvr.log import logger, progress_bar
+from hpc_xvr.text import first_line, parse_json
 
 PIECE = 1 << 20  # bytes
 ATTEMPTS = 6
@@ -151,11 +152,12 @@ def _length(answer: http.client.HTTPResponse, before: int) -> int | None:
 def _have(part: Path) -> tuple[int, str]:
     """Bytes that have arrived, and the version of the file that they belong to."""
     try:
-        mark = json.loads(_facts(part).read_text())["mark"]
+        mark = parse_json(_facts(part).read_text())["mark"]
         size = part.stat().st_size
     except (OSError, ValueError, KeyError, TypeError):
         return 0, ""
-    return (size, mark) if mark else (0, "")
+    sound = isinstance(mark, str) and mark.isascii() and mark.isprintable()  # as a header is
+    return (size, mark) if mark and sound else (0, "")
 
 
 def _facts(part: Path) -> Path:
@@ -209,9 +211,12 @@ def unpack(archive: Path, folder: Path) -> Path:
                 file.extract(member, beside)
             beside.mkdir(exist_ok=True)
             beside.replace(folder)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # whatever zipfile and what it unpacks with raise
         raise InputError(
-            f"{archive}: is not a complete ZIP archive ({error}); delete it and call again"
+            f"{archive}: is not a complete ZIP archive ({first_line(error)}); delete it and call "
+            "again"
         ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)

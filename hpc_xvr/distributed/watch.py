@@ -50,6 +50,7 @@ from hpc_xvr.distributed.entrance import LOOPBACK, Entrance, connect, listen
 from hpc_xvr.distributed.launch import Launch, discover
 from hpc_xvr.errors import PASSING
 from hpc_xvr.log import logger
+from hpc_xvr.text import printable
 
 if TYPE_CHECKING:
     from hpc_xvr.distributed.comm import Comm
@@ -134,7 +135,7 @@ class Watch:
         self._stopping.set()
         if message:
             advice = "all ranks are ended; --resume goes on from the newest checkpoint"
-            print(f"hpc-xvr: error: {message}; {advice}", file=sys.stderr, flush=True)
+            print(f"hpc-xvr: error: {printable(message)}; {advice}", file=sys.stderr, flush=True)
         self._say(_EXIT)
         self._comm.leave_record()
         threading.Thread(target=self._comm.abort, args=(EXIT_CODE,), daemon=True).start()

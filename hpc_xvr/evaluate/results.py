@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_xvr.errors import InputError
-from hpc_xvr.evaluate.rows import Condition, Row, without_infinities
+from hpc_xvr.evaluate.rows import Condition, Row, check_types, without_infinities
 from hpc_xvr.evaluate.summary import Summary, conditions, summarise
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
@@ -73,7 +73,7 @@ class Evaluation:
 
     def title(self, method: str) -> str:
         """What a method is called."""
-        return next(facts.title for facts in self.methods if facts.name == method)
+        return next((facts.title for facts in self.methods if facts.name == method), method)
 
     def learned(self, method: str) -> bool:
         """Was it trained?"""
@@ -160,8 +160,13 @@ class Evaluation:
         try:
             rows = [Row.from_json(row) for row in tree["rows"]]
             methods = [Facts(**facts) for facts in tree["methods"]]
-            return cls(rows, methods, tree["settings"], tree["reference"]) if rows else None
-        except (KeyError, TypeError, AttributeError, InputError):
+            found = cls(rows, methods, dict(tree["settings"]), tree["reference"])
+            for facts in (found, *methods):
+                check_types(facts)
+            if unknown := {row.method for row in rows} - {facts.name for facts in methods}:
+                raise KeyError(*unknown)
+            return found if rows else None
+        except (KeyError, TypeError, ValueError, AttributeError, InputError):
             raise InputError(
                 f"{path}: was written by another version; evaluate again or remove it"
             ) from None

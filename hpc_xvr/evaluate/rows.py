@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ METRICS = {
 }
 """Field of a row -> what tables call it. Higher is better of those not in LOWER."""
 LOWER = ("aad", "flicker")
+_KINDS: dict[str, Any] = {"str": str, "int": int, "float": (int, float)}
+_LARGEST = 2**63
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Condition:
         Raises:
             KeyError, TypeError, InputError: something else.
         """
-        return cls(tree["corpus"], tree["gap"], NoiseLevel.parse(tree["noise"]))
+        condition = cls(tree["corpus"], tree["gap"], NoiseLevel.parse(tree["noise"]))
+        check_types(condition)
+        return condition
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,20 @@ class Row:
             KeyError, TypeError, InputError: something else.
         """
         values: dict[str, Any] = {k: math.inf if v is None else v for k, v in tree.items()}
-        return cls(**values | {"condition": Condition.from_json(tree["condition"])})
+        row = cls(**values | {"condition": Condition.from_json(tree["condition"])})
+        check_types(row)
+        return row
+
+
+def check_types(facts: Any) -> None:
+    """Raise TypeError if a field of a dataclass, read from a file, is not of its type."""
+    for one in fields(facts):
+        kinds = _KINDS.get(str(one.type))
+        value = getattr(facts, one.name)
+        if kinds and (not isinstance(value, kinds) or value is True or value is False):
+            raise TypeError(f"{one.name} is {value!r}")
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise TypeError(f"{one.name} is out of range")
 
 
 def without_infinities(tree: Any) -> Any:

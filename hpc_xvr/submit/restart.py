@@ -52,7 +52,7 @@ def is_done(run: Path, steps: int) -> bool:
     """Whether the run's marker is there and names its last step, or a later one."""
     try:
         return int(json.loads((run / "done.json").read_text())["step"]) >= steps
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return False
 
 

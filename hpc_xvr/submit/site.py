@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_xvr.errors import InputError
+from hpc_xvr.text import first_line
 
 SITES = Path(__file__).parent / "sites"
 _LINE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
@@ -98,6 +99,10 @@ class Site:
         """The scheduler's directives for a job of this size in this queue."""
         texts = self._list("XVR_RESOURCES")
         if queue:
+            if "XVR_QUEUE_DIRECTIVE" not in self.values:
+                raise InputError(
+                    f"{self.path}: a queue needs XVR_QUEUE_DIRECTIVE, which is not set"
+                )
             texts.append(self.values["XVR_QUEUE_DIRECTIVE"])
         filling = {"nodes": nodes, "per_node": per_node, "queue": queue}
         for key, value in filling.items():
@@ -145,7 +150,11 @@ def read_site(name: str, changes: Sequence[str] = ()) -> Site:
 def _values(path: Path) -> dict[str, str]:
     """KEY -> VALUE, as bash would read the file."""
     values = {}
-    for number, text in enumerate(path.read_text().splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
+    for number, text in enumerate(lines, 1):
         if not text.strip() or text.startswith("#"):
             continue
         match = _LINE.fullmatch(text)

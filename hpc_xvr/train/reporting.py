@@ -143,12 +143,8 @@ class Metrics:
 
         self._path = folder / "metrics.jsonl"
         if resumed_step is not None and self._path.exists():
-            kept = [
-                line
-                for line in self._path.read_text().splitlines(keepends=True)
-                if _step_of(line) <= resumed_step
-            ]
-            write_atomic(self._path, lambda file: file.write("".join(kept).encode()))
+            kept = kept_lines(self._path, resumed_step)
+            write_atomic(self._path, lambda file: file.write(kept))
         self._warned = False
         self._file = self._path.open("a", buffering=1)
         self._board = SummaryWriter(
@@ -194,8 +190,15 @@ def _not_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)  # JSON has no NaN
 
 
-def _step_of(line: str) -> float:
+def kept_lines(path: Path, step: int) -> bytes:
+    """The lines of a metrics.jsonl up to that step, without those that a crash has torn."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    return b"".join(line for line in lines if _step_of(line) <= step)
+
+
+def _step_of(line: bytes) -> float:
     try:
-        return parse_json(line)["step"]
+        step = parse_json(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line torn by a crash
+        step = None
+    return step if isinstance(step, (int, float)) else math.inf

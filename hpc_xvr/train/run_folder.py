@@ -17,6 +17,7 @@ from hpc_xvr.errors import InputError, PassingError, explain_os_error, os_proble
 from hpc_xvr.factory.weights import mismatch
 from hpc_xvr.files import remove_leftovers, write_atomic
 from hpc_xvr.log import logger
+from hpc_xvr.text import parse_json
 
 # What the weights depend on; everything else may change between two parts of a run.
 ARCHITECTURE = ("model.", "data.lr_frames", "data.scale")
@@ -43,7 +44,7 @@ DONE = "done.json"  # there once the last step is saved and validated; job scrip
 def finished(cfg: Config) -> int | None:
     """The last step of a run that is done, None for one that is not; rank 0 calls it."""
     try:
-        step = json.loads((cfg.run.dir / DONE).read_text())["step"]
+        step = parse_json((cfg.run.dir / DONE).read_text())["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return step if isinstance(step, int) and step >= cfg.train.steps else None
@@ -143,9 +144,9 @@ def write_environment(folder: Path, environment: dict[str, Any]) -> None:
     path = folder / "environment.json"
     if path.exists():
         try:
-            before = json.loads(path.read_text())
+            before = parse_json(path.read_text())
             environment["earlier"] = [before, *before.pop("earlier", [])]
-        except ValueError:
+        except (OSError, ValueError, TypeError, AttributeError):
             logger.warning("%s was not readable and is written anew", path)
     text = json.dumps(environment, indent=1).encode()
     write_atomic(path, lambda file: file.write(text))

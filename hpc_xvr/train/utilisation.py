@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
@@ -24,6 +25,7 @@ import torch
 from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
+from hpc_xvr.text import parse_json
 
 SLOWER = 1.15  # a rank whose own work takes this times the median's is named
 HUNGRY = 0.2  # as is one that waits for data for more than this share of its time
@@ -259,10 +261,16 @@ def read(folder: Path) -> list[Row]:
     """All nodes' looks, in order of time; a line that was torn by a crash is left out."""
     rows = []
     for path in folder.glob("utilisation/rank-*.jsonl"):
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().splitlines():
             with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+                row = parse_json(line)
+                if isinstance(row, dict) and all(_is_number(row.get(k)) for k in ("time", "rank")):
+                    rows.append(row)
     return sorted(rows, key=lambda row: (row["time"], row["rank"]))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _mean(values: Any) -> float | None:

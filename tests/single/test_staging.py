@@ -57,8 +57,9 @@ def test_what_is_there_is_not_copied_again(tmp_path, store, monkeypatch):
     monkeypatch.setattr(
         staging,
         "copy_file",
-        lambda a, b: (
-            copied.append(a.relative_to(tmp_path / "c/videos").parts[0].split(".")[0]) or real(a, b)
+        lambda a, *more: (
+            copied.append(a.relative_to(tmp_path / "c/videos").parts[0].split(".")[0])
+            or real(a, *more)
         ),
     )
     stage(corpus, ["v0", "v1", "v2"], tmp_path / "disk")

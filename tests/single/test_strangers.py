@@ -186,6 +186,63 @@ def test_what_does_not_match_the_manifest_is_not_copied(store, tmp_path, shared,
     assert "video v0: does not match the checksums in its manifest" in caplog.text
 
 
+def exchange_a_chunk(shard):
+    """Other values in the first chunk of a shard, and the CRC-32C that belongs to them."""
+    data = bytearray(shard.read_bytes())
+    size = 32 * 40 * 2
+    data[:size] = bytes(size)
+    data[size : size + 4] = google_crc32c.value(bytes(size)).to_bytes(4, "little")
+    shard.write_bytes(data)
+
+
+def with_crcs(corpus):
+    """The corpus as older versions wrote it: CRC-32C of the files in the manifest."""
+    manifest = corpus.path / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for entry in lines:
+        clip = corpus.original(entry["id"])
+        entry["files"] = {
+            name: google_crc32c.value((clip if name == "." else clip / name).read_bytes())
+            for name in entry["files"]
+        }
+    manifest.write_text("".join(json.dumps(e, separators=(",", ":")) + "\n" for e in lines))
+    return Corpus(corpus.path)
+
+
+def test_a_chunk_exchanged_with_its_checksum_is_noticed(tmp_path, shared, caplog):
+    corpus = a_corpus(tmp_path / "c")
+    shard = corpus.original("v0") / "frames/c/0/0/0"
+    before = google_crc32c.value(shard.read_bytes())
+    exchange_a_chunk(shard)
+    assert not Corpus(corpus.path)["v0"].read(0).any(), "nothing seems wrong with it"
+    assert google_crc32c.value(shard.read_bytes()) == before, "nor to the CRC-32C of the file"
+    assert dict(corpus.verify())["v0"]
+    staging = Staging(corpus, ["v0", "v1"], shared)
+    staging.copy(0, 1)
+    assert [path.name for path in staging.folder.iterdir()] == ["v1"]
+    assert "video v0: does not match the checksums in its manifest" in caplog.text
+
+
+@pytest.mark.parametrize("store", ["zarr", "hdf5"])
+def test_older_corpora_are_compared_with_their_own_checksums(store, tmp_path, shared, caplog):
+    corpus = with_crcs(a_corpus(tmp_path / "c", store))
+    assert all(isinstance(one, int) for one in corpus.checksums("v0").values())
+    assert not any(problem for _, problem in corpus.verify())
+    clip = corpus.original("v1")
+    with (clip / "frames/c/0/0/0" if clip.is_dir() else clip).open("r+b") as file:
+        file.write(b"!")
+    staging = Staging(corpus, ["v0", "v1"], shared)
+    staging.copy(0, 1)
+    assert [path.stem for path in staging.folder.iterdir()] == ["v0"]
+    with CorpusWriter(corpus.path, store) as writer:
+        writer.move(["v0"], "test")
+    again = Corpus(corpus.path)
+    assert {type(one) for one in again.checksums("v0").values()} == (
+        {int, str} if store == "zarr" else {str}
+    )
+    assert dict(again.verify())["v0"] is None
+
+
 def test_a_link_where_a_partial_file_is_to_be_is_not_written_through(
     tmp_path, precious, monkeypatch
 ):

@@ -6,16 +6,14 @@ external storage to any file on the disk, without a word. Here every step is loo
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import h5py
 
-from hpc_xvr.data.cameras.hdf5_scout import check_survivable
 from hpc_xvr.data.cameras.recording import guarded
+from hpc_xvr.data.scout import check_survivable
 from hpc_xvr.errors import InputError
 
 BLOCK = 2**26
@@ -227,12 +225,11 @@ class Files:
 
     def _file(self, path: Path) -> h5py.File:
         if path not in self._open:
-            stat = path.stat()
             if path.suffix.lower() == ".mat" and not h5py.is_hdf5(path):
                 raise InputError(
                     f"{path}: is not a MATLAB file of version 7.3: save it again with -v7.3"
                 )
-            _check_survivable(path, stat.st_size, stat.st_mtime_ns)
+            check_survivable(path)
             file = h5py.File(path, "r", locking=False, rdcc_nbytes=BLOCK)
             self._open[path] = file
         return self._open[path]
@@ -240,25 +237,3 @@ class Files:
 
 def _parts(name: str) -> list[str]:
     return [part for part in name.split("/") if part not in ("", ".")]
-
-
-@lru_cache(maxsize=1024)
-def _check_survivable(path: Path, size: int, changed: int) -> None:
-    """Refuse a file that crashes the HDF5 library, which some damaged virtual datasets do.
-
-    They have a global heap, which holds their parts; files without one are not looked at, as
-    starting another process takes a fifth of a second.
-
-    Raises:
-        InputError: the library does not survive it.
-    """
-    if _has_global_heap(path, size):
-        check_survivable(path, size)
-
-
-def _has_global_heap(path: Path, size: int) -> bool:
-    """Whether the mark of one stands in the first or last bytes of a file."""
-    if size == 0:
-        return False
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return data.find(b"GCOL", 0, BLOCK) >= 0 or data.find(b"GCOL", max(0, size - BLOCK)) >= 0

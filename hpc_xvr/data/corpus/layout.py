@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -26,6 +28,8 @@ LARGEST_FRAME = 2**28
 STORES = ("zarr", "hdf5")
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+Checksums: TypeAlias = Mapping[str, int | str]
+"""Of the files of a clip: SHA-256 in hexadecimal digits; in older corpora CRC-32C as a number."""
 
 
 class VideoInfo(BaseModel):
@@ -92,39 +96,63 @@ def read_header(path: Path) -> str:
     return store
 
 
-def checksums(path: Path, without: str | None = None) -> dict[str, int]:
-    """CRC-32C of each file of a clip by its name in the clip's folder ("." is the clip itself).
+def checksums(path: Path, without: str | None = None, like: Checksums | None = None) -> Checksums:
+    """Those of each file of a clip by its name in the clip's folder ("." is the clip itself).
 
-    `without`: name of a file to leave out.
+    Args:
+        without: name of a file to leave out.
+        like: known ones, of whose kinds the new ones are to be.
     """
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     named = {file.relative_to(path).as_posix(): file for file in files}
-    return {name: checksum(file) for name, file in named.items() if name != without}
+    known = like or {}
+    return {name: checksum(f, known.get(name)) for name, f in named.items() if name != without}
 
 
-def checksum(file: Path) -> int:
-    """CRC-32C of a file."""
-    from google_crc32c import extend
-
-    found = 0
-    with file.open("rb") as opened:
+def checksum(file: Path, like: int | str | None = None) -> int | str:
+    """Of a file: its SHA-256, or its CRC-32C where `like` is one."""
+    summing = _Sum(like)
+    with file.open("rb", buffering=0) as opened:
         while data := opened.read(2**20):
-            found = extend(found, data)
-    return found
+            summing.add(data)
+    return summing.value
 
 
-def copy_file(source: Path, target: Path) -> int:
-    """Copy a file to a new one of the same date; the CRC-32C of what was read."""
-    from google_crc32c import extend
-
-    found = 0
+def copy_file(source: Path, target: Path, like: int | str | None = None) -> int | str:
+    """Copy a file to a new one of the same date; the checksum of what was read, as `checksum`."""
+    summing = _Sum(like)
     with source.open("rb", buffering=0) as read, target.open("xb") as written:
         while data := read.read(2**20):
-            found = extend(found, data)
+            summing.add(data)
             written.write(data)
     date = source.stat()
     os.utime(target, ns=(date.st_atime_ns, date.st_mtime_ns))
-    return found
+    return summing.value
+
+
+class _Sum:
+    """A checksum that is being computed.
+
+    Older corpora have the CRC-32C of each file. It finds damage, but that of a
+    shard, in which each chunk is followed by its own CRC-32C, does not depend on what is in the
+    chunks at all: a chunk exchanged together with its CRC leaves it as it was.
+    """
+
+    def __init__(self, like: int | str | None) -> None:
+        self._crc = 0 if isinstance(like, int) else None
+        self._sha = hashlib.sha256()
+
+    def add(self, data: bytes) -> None:
+        if self._crc is None:
+            self._sha.update(data)
+            return
+        from google_crc32c import extend
+
+        self._crc = extend(self._crc, data)
+
+    @property
+    def value(self) -> int | str:
+        return self._sha.hexdigest() if self._crc is None else self._crc
 
 
 def frame_bytes(frame: np.ndarray) -> memoryview:

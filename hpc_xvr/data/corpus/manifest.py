@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hpc_xvr.data.corpus.layout import ID, LARGEST_FRAME, MANIFEST, SPLITS, VideoInfo, checksums
+from hpc_xvr.data.corpus.layout import (
+    ID,
+    LARGEST_FRAME,
+    MANIFEST,
+    SPLITS,
+    Checksums,
+    VideoInfo,
+    checksums,
+)
 from hpc_xvr.errors import InputError, explain
 from hpc_xvr.files import check_regular, disk_errors
 from hpc_xvr.text import parse_json
@@ -176,9 +184,12 @@ class Manifest:
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(number, error) from None
 
-    def files(self, number: int) -> dict[str, int] | None:
+    def files(self, number: int) -> Checksums | None:
         """Checksums of the clip's files (see layout.checksums), where the manifest has them."""
-        return self._entry(number).get("files")
+        files: Checksums | None = self._entry(number).get("files")
+        if files is not None and not isinstance(files, dict):
+            raise self._damaged(number, TypeError("files is no mapping"))
+        return files
 
     def _entry(self, number: int) -> dict[str, Any]:
         """A video's line."""
@@ -265,7 +276,7 @@ def _parsed(texts: list[bytes], offsets: list[int]) -> dict[str, tuple[Any, ...]
         if not text.endswith(b"}}\n"):
             raise ValueError("torn")
         heads.append(head + b"}" if b'"split":' in head else text)
-    entries = parse_json(b"[" + b",".join(heads) + b"]")
+    entries = json.loads(b"[" + b",".join(heads) + b"]")
     return {entry["id"]: (at, *_columns(entry)) for entry, at in zip(entries, offsets, strict=True)}
 
 

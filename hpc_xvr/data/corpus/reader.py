@@ -24,7 +24,7 @@ from typing import Any, overload
 import numpy as np
 
 from hpc_xvr.data.corpus.frames import Frames
-from hpc_xvr.data.corpus.layout import VideoInfo, checksums, frame_bytes, read_header
+from hpc_xvr.data.corpus.layout import Checksums, VideoInfo, checksums, frame_bytes, read_header
 from hpc_xvr.data.corpus.manifest import Manifest, describe_clip
 from hpc_xvr.data.corpus.stores import STORES, Array, DamagedData, Store
 from hpc_xvr.errors import InputError
@@ -301,7 +301,7 @@ class Corpus:
         """Folder or file of a clip in the corpus itself."""
         return self._manifest.clip(id)
 
-    def checksums(self, id: str) -> dict[str, int] | None:
+    def checksums(self, id: str) -> Checksums | None:
         """Those of a clip's files, by their names in it, where the manifest has them (see
         layout.checksums)."""
         return self._manifest.files(self[id]._number)
@@ -329,22 +329,22 @@ class Corpus:
         streams = [("frames", video.shape)] + ([("lr", video.lr_shape)] if video.lr_shape else [])
         arrays = OpenArrays(STORES[self.store]())
         try:
+            stored = describe_clip(STORES[self.store](), self.path, video.path)["attributes"]
             for name, shape in streams:
                 array = arrays.get(self._manifest, video.id, name)
                 for t in range(shape[0]):
                     digest.update(
                         frame_bytes(array.read([t], slice(0, shape[1]), slice(0, shape[2])))
                     )
-            stored = describe_clip(STORES[self.store](), self.path, video.path)["attributes"]
+            # Bytes that no reader looks at: the clip is to be just what was written.
+            known = self._manifest.files(video._number)
+            found = {} if known is None else checksums(video.path, like=known)
         except (DamagedData, InputError) as error:
             return str(error)
         if digest.hexdigest() != video.info.sha256:
             return "the frames do not match the sha256 in the manifest"
         if VideoInfo.model_validate(stored) != video.info:
             return "the attributes stored with the frames differ from the manifest"
-        # Bytes that no reader looks at: the clip is to be just what was written.
-        known = self._manifest.files(video._number)
-        found = {} if known is None else checksums(video.path)
         for name in sorted({*(known or {}), *found}):
             if (known or {}).get(name) != found.get(name):
                 what = video.path if name == "." else video.path / name

@@ -96,7 +96,8 @@ class Staging:
                     partial.mkdir()
                 for name in _files(source):
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                    found[name] = copy_file(source / name, partial / name)
+                    like = (known or {}).get(name)
+                    found[name] = copy_file(source / name, partial / name, like)
                 remove(final)
                 if known is None or found == known:
                     partial.rename(final)

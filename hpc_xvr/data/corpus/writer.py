@@ -248,7 +248,8 @@ class CorpusWriter:
     def _check_attributes(self, entry: dict[str, Any]) -> None:
         """Refuse to give new checksums to a file that is not the one that was written."""
         name, clip = self._format.attributes_file, self._clip(entry["id"])
-        if entry["files"].get(name) != checksum(clip / name):
+        known = entry["files"].get(name)
+        if known != checksum(clip / name, known):
             raise InputError(
                 f"corpus {self.path}, video {entry['id']}: {clip / name} is not the file that was "
                 "written; remove the recording and ingest it again from the camera files"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hpc_xvr.data.corpus.stores.base import DamagedData, ShapeAndType, chunk_side, first_line
+from hpc_xvr.data.scout import check_survivable
 from hpc_xvr.errors import InputError
 from hpc_xvr.files import check_regular, commit
 from hpc_xvr.text import parse_json
@@ -58,12 +59,13 @@ class Hdf5Store:
         import h5py
 
         check_regular(path)
+        check_survivable(path)
         with h5py.File(path, "r") as file:
             attributes = {key: _plain(value) for key, value in file.attrs.items()}
             arrays = {
                 name: (file[name].shape, file[name].dtype.name)
                 for name in ("frames", "lr")
-                if name in file
+                if isinstance(file.get(name, getlink=True), h5py.HardLink)
             }
         for name in ("metadata", "registration"):
             if name in attributes:

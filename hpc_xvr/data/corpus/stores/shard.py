@@ -61,6 +61,8 @@ class Shard:
         self._index = np.frombuffer(index, "<u8", 2 * math.prod(counts)).reshape(*counts, 2)
         if (self._index[..., 1] != self._bytes + CRC).any():
             raise DamagedData("the shard lacks chunks")
+        if (self._index[..., 0] > found.st_size - self._bytes - CRC).any():
+            raise DamagedData("the shard index leads outside of the shard")
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):

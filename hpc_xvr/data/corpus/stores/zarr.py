@@ -18,7 +18,7 @@ from hpc_xvr.text import parse_json
 
 # Room for the shard index of the clips in use: without it every chunk read re-reads the index.
 READ_CACHE_BYTES = 16 << 20
-_LARGEST_CHUNK = 2**30  # pixels; a chunk is decoded as a whole
+_LARGEST_CHUNK = 2**28  # pixels; a chunk is decoded as a whole
 
 
 class ZarrStore:

@@ -7,24 +7,36 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import threading
+from functools import lru_cache
 from pathlib import Path
 
 from hpc_xvr.errors import InputError
 
 _MEMORY = 2**30
 """Bytes that looking at all objects of a file may take."""
-_SECONDS = 4
-"""The same in time of the processor, for a small file."""
-_BYTES_A_SECOND = 2**22
-"""And for a large one; its objects are what takes time, a hundred bytes each at the least."""
+_SECONDS, _MOST_SECONDS = 2, 60
+"""The same in seconds of the processor, for small files and large ones; milliseconds are usual."""
+_BYTES_A_SECOND = 2**20
+"""Between them; objects are what takes time, 100,000 of them ten seconds and tens of megabytes."""
+_ENDS = 2**26
+"""Bytes at the beginning and the end of a file in which its global heap is looked for."""
 
 _SCRIPT = f"""
 import os, resource, sys, h5py
+
+def look(name, item):
+    for key in item.attrs:
+        item.attrs[key]
+    if isinstance(item, h5py.Dataset) and item.size == 1 and item.dtype.kind in "OSV":
+        if not (item.is_virtual or item.external):
+            item[()]
+
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 own = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 for line in sys.stdin.buffer:
@@ -38,7 +50,8 @@ for line in sys.stdin.buffer:
             if hard == resource.RLIM_INFINITY or hard > most:
                 resource.setrlimit(resource.RLIMIT_AS, (most, most))
             with h5py.File(bytes.fromhex(path.decode()), "r", locking=False) as file:
-                file.visititems(lambda name, item: None)
+                look("/", file)
+                file.visititems(look)
             os._exit(0)
         except MemoryError:
             os._exit(2)
@@ -86,14 +99,25 @@ _scout: _Scout | None = None
 _lock = threading.Lock()
 
 
-def check_survivable(path: Path, size: int) -> None:
-    """Refuse a file of `size` bytes that the HDF5 library does not survive.
+def check_survivable(path: Path) -> None:
+    """Refuse an HDF5 file that the library does not survive.
+
+    What it does not survive are damaged virtual datasets and texts. They lie in a global heap, and
+    files without one are not looked at. A file is looked at once, until it changes.
 
     Raises:
         InputError: opening what is in it crashed another process, or never ended.
     """
+    found = path.stat()
+    _check(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _check(path: Path, size: int, changed: int) -> None:
     global _scout
-    seconds = _SECONDS + size // _BYTES_A_SECOND
+    if not _has_global_heap(path, size):
+        return
+    seconds = min(_SECONDS + size // _BYTES_A_SECOND, _MOST_SECONDS)
     path = path.absolute()
     with _lock:
         for _ in range(2):  # it may have been killed since the last file
@@ -119,3 +143,11 @@ def check_survivable(path: Path, size: int) -> None:
         f"{path}: the HDF5 library {how} when it opens what is in this file: it is damaged, copy "
         "or export it again"
     )
+
+
+def _has_global_heap(path: Path, size: int) -> bool:
+    """Whether the mark of one stands in the first or last bytes of a file."""
+    if size == 0:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"GCOL", 0, _ENDS) >= 0 or data.find(b"GCOL", max(0, size - _ENDS)) >= 0
