@@ -96,6 +96,7 @@ setup(
             "hypothesis",
             "import-linter>=2",
             "mypy>=1.11",
+            "playwright>=1.45",  # pages are looked at in a Chromium that is there
             "pims>=0.7",  # its reading of .cine files is what ours is compared with
             "pyMRAW>=0.32",
             "pytest>=8",

@@ -46,6 +46,11 @@ class Result:
     numbers: np.ndarray = field(default_factory=lambda: np.empty(0, int))
     """Number of each frame in the fast recording, (T,) rising; from 0 if nothing says."""
 
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """The files that it was made from, as they were named then."""
+        return _sources(self.about)
+
     def time_of(self, k: int) -> int:
         """Index of a frame in the fast stream, which lacks those that are missing."""
         number = int(self.numbers[k])
@@ -83,8 +88,8 @@ class Result:
     def flagged(self) -> list[int]:
         """Indices of the frames that contradict the measurement."""
         wrong: set[int] = set()
-        for one in _dict(self.trust.get("consistency")).get("contradicts") or []:
-            wrong.add(int(one["frame"] if isinstance(one, dict) else one))
+        for one in _list(_dict(self.trust.get("consistency")).get("contradicts")):
+            wrong.add(_integer(one.get("frame") if isinstance(one, dict) else one, -1))
         stored = self._stored_numbers()
         for name, values in _dict(self.about.get("per_frame")).items():
             if str(name).startswith(("contradict", "flag")) and isinstance(values, list):
@@ -93,9 +98,9 @@ class Result:
 
     def _stored_numbers(self) -> list[int]:
         frames = _dict(self.about.get("frames"))
-        count = (frames.get("shape") or [len(self.numbers)])[0]
-        first = int(frames.get("first_frame") or 0)
-        return list(range(first, first + int(count)))
+        count, *_ = [*_list(frames.get("shape")), len(self.numbers)]
+        first = _integer(frames.get("first_frame"))
+        return list(range(first, first + _integer(count)))
 
 
 def is_result(path: Path) -> bool:
@@ -121,7 +126,8 @@ def open_result(path: Path, sources: bool = True) -> Result:
     trust = _read(path.with_name(f"{path.stem}-trust.json"))
     frames = _dict(about.get("frames"))
     places = np.rint(recording.taken()).astype(int)
-    if frames and frames.get("shape", [None])[0] not in (len(recording), int(places[-1]) + 1):
+    count, *_ = [*_list(frames.get("shape")), None]
+    if frames and count not in (len(recording), int(places[-1]) + 1):
         logger.warning("%s: was changed since %s was written", path, _beside(path).name)
         about, frames = {}, {}
     numbers = (places if recording.numbers is not None else np.arange(len(recording))) + _integer(
@@ -167,7 +173,7 @@ def _material(
     path: Path, about: dict[str, Any], recording: Recording
 ) -> tuple[Material | None, str]:
     """The sources, joined as they were; or why they are not there."""
-    sources = [one for one in about.get("sources") or [] if isinstance(one, dict)]
+    sources = _sources(about)
     if not sources:
         return None, f"{_beside(path).name}, which names the two recordings, is not there"
     settings = _dict(about.get("settings"))
@@ -270,12 +276,20 @@ def _maps(path: Path, about: dict[str, Any]) -> dict[str, np.ndarray]:
     return found
 
 
+def _sources(about: dict[str, Any]) -> list[dict[str, Any]]:
+    return [one for one in _list(about.get("sources")) if isinstance(one, dict)]
+
+
 def _dict(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _integer(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _integer(value: Any, otherwise: int = 0) -> int:
+    return value if isinstance(value, int) else otherwise
 
 
 def _numbers(values: list[Any]) -> bool:

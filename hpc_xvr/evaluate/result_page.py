@@ -102,7 +102,7 @@ def write_result_page(path: Path) -> Path:
         name=path.name,
         facts=_facts(result, white, unit),
         cards=_cards(result),
-        held_out=result.trust.get("held_out"),
+        held_out=_held_out(result),
         absent=result.absent,
         notes=_notes(result, chosen, pictures),
         wide=result.recording.shape[2] > 1.5 * result.recording.shape[1],
@@ -284,6 +284,23 @@ def _cards(result: Result) -> list[tuple[str, str]]:
     return cards
 
 
+def _held_out(result: Result) -> list[tuple[Any, str, str]]:
+    """Frame, PSNR and SSIM of the key frames that were left out and made from their neighbours."""
+    held = result.trust.get("held_out")
+    held = held if isinstance(held, dict) else {}
+    listed = [held.get(name) or [] for name in ("frames", "psnr_db", "ssim")]
+    if not all(isinstance(one, list) and len(one) == len(listed[0]) for one in listed):
+        return []
+    return [
+        (
+            frame,
+            "exact" if psnr is None else f"{float(psnr):.1f}",
+            "-" if ssim is None else f"{float(ssim):.4f}",
+        )
+        for frame, psnr, ssim in zip(*listed, strict=True)
+    ]
+
+
 def _metric(value: float, unit: str) -> str:
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
@@ -309,17 +326,16 @@ def _facts(result: Result, white: float, unit: str) -> list[tuple[str, str]]:
         facts.append(("settings", json.dumps(settings)))
     if about.get("registration"):
         facts.append(("registration", json.dumps(about["registration"])))
-    for one in about.get("sources") or []:
-        if isinstance(one, dict):
-            sum_of = f", SHA-256 {one['sha256']}" if one.get("sha256") else ""
-            facts.append((f"source {one.get('role', '')}", f"{one.get('path')}{sum_of}"))
+    for one in result.sources:
+        sum_of = f", SHA-256 {one['sha256']}" if one.get("sha256") else ""
+        facts.append((f"source {one.get('role', '')}", f"{one.get('path')}{sum_of}"))
     if recording.pixel_size_um:
         facts.append(("pixel", f"{recording.pixel_size_um:g} \N{MICRO SIGN}m"))
     if result.material:
         facts.append(("white of the sharp camera", f"{white:g} {unit}".strip()))
     frames = about.get("frames")
     notes = frames.get("notes") if isinstance(frames, dict) else None
-    facts += [("note", str(note)) for note in notes or []]
+    facts += [("note", str(note)) for note in notes] if isinstance(notes, list) else []
     return facts
 
 

@@ -81,6 +81,7 @@ def add_layers(viewer: Any, result: Result) -> None:
             rgb=False,
             scale=(1.0, pixel * side, pixel * side),
             translate=(0.0, pixel * (side - 1) / 2, pixel * (side - 1) / 2),
+            units=("pixel", "um", "um") if result.recording.pixel_size_um else None,
             colormap="magma" if name == "uncertainty" else "gray",
             interpolation2d="nearest",
             visible=name != "uncertainty",
@@ -88,7 +89,6 @@ def add_layers(viewer: Any, result: Result) -> None:
     viewer.dims.axis_labels = ("frame", "y", "x")
     if result.recording.pixel_size_um:
         viewer.scale_bar.visible = True
-        viewer.scale_bar.unit = "um"
 
 
 def view(path: Path) -> None:
