@@ -79,6 +79,7 @@ setup(
         "horovod": ["horovod>=0.28.1", "mpi4py>=4.0"],  # another way for gradients to travel
         "hdf5": ["hdf5plugin>=4.1"],  # HDF5 compressed with bitshuffle, blosc, zfp, lz4, zstd
         "gpu": ["nvidia-ml-py>=12"],  # how busy NVIDIA GPUs are
+        "view": ["napari[pyqt6]>=0.5"],  # hpc-xvr view: a window to look at results
         "codecs": ["imagecodecs>=2024.1"],  # TIFF of LZW, JPEG 2000, packed 12 bit, ...
         "movie": ["av>=12"],  # MP4
         "docs": [  # the documents and their notebooks; they are built in the tests
@@ -99,6 +100,7 @@ setup(
             "mypy>=1.11",
             'nxtomo>=3; python_version >= "3.11"',  # with silx, reads NeXus of ours
             "pims>=0.7",  # its reading of .cine files is what ours is compared with
+            "playwright>=1.45",  # pages are looked at in a Chromium that is there
             "pyMRAW>=0.32",
             "pytest>=8",
             "pytest-timeout",

@@ -1,4 +1,5 @@
-"""One self-contained HTML page about a run: what came out, against what, and how."""
+"""One self-contained HTML page about a run: what came out, against what, and how; or about a
+reconstruction."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ from hpc_xvr import config
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.comparison import pictures_of, write_comparison
 from hpc_xvr.evaluate.page import Pictures, data_uri, movies, natural, write_page
+from hpc_xvr.evaluate.result import is_result
+from hpc_xvr.evaluate.result_page import write_result_page
 from hpc_xvr.evaluate.results import FILE, Evaluation
 from hpc_xvr.log import logger
 from hpc_xvr.plotting import GRID, LINES, PLAIN, STYLE, VERMILION
@@ -28,12 +31,15 @@ MODEL = LINES[0]
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write report.html into a run folder from whatever parts of the run are there.
+    """Write report.html into a run folder from whatever parts of the run are there; of a
+    reconstruction's file, the page beside it (see `write_result_page`).
 
     Raises:
         InputError: the folder is missing or holds no run, or one of its files cannot be read.
     """
     run = Path(run_dir)
+    if is_result(run):
+        return write_result_page(run)
     if not run.is_dir():
         raise InputError(f"{run}: no such run folder; `hpc-xvr train` makes one (run.dir)")
     if (run / FILE).exists():  # an evaluation's own folder

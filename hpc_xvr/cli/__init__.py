@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from hpc_xvr.cli import data, fetch, results, submit, train
+from hpc_xvr.cli import view as viewing
 from hpc_xvr.cli.ending import run
 from hpc_xvr.version import __version__
 
@@ -51,6 +52,7 @@ for _command in (
     results.adapt,
     results.export,
     results.report,
+    viewing.view,
     submit.submit,
 ):
     cli.add_command(_command)

@@ -550,18 +550,29 @@ def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) ->
     then("reconstruct", out, *TWO_CAMERAS)
 
 
-@click.command(cls=Examples, examples="hpc-xvr report runs/quickstart")
+@click.command(
+    cls=Examples,
+    examples="""
+    hpc-xvr report runs/quickstart
+    hpc-xvr report movie.tif
+""",
+)
 @a_run
 def report(run: Path) -> None:
     """Write RUN/report.html: one page with curves, tables, pictures and settings.
 
-    For a folder made by `evaluate --out`, write its comparison.html with tables and pictures. The
-    page is self-contained: send it, archive it, open it anywhere.
+    For a folder made by `evaluate --out`, write its comparison.html with tables and pictures. For
+    the file of a reconstruction, write STEM-report.html beside it: frames of the fast camera,
+    result, key frames and differences side by side, a line across them, flags and uncertainty, as
+    far as the sources are there. The page is self-contained: send it, archive it, open it anywhere.
     """
+    from hpc_xvr.evaluate.result import is_result
     from hpc_xvr.report import write_report
 
     say(f"written: {write_report(run)}")
-    if (run / "config.yaml").exists():
+    if is_result(run):
+        then("view", run)
+    elif (run / "config.yaml").exists():
         then("reconstruct", run, *TWO_CAMERAS)
     else:
         then("evaluate", "RUN", "--gap", "GAP", "--noise", "LEVEL", "--out", run)

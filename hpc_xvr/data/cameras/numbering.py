@@ -52,7 +52,7 @@ class Group:
                 raise InputError(
                     f"{file}: number {number} occurs twice in its sequence: remove one"
                 )
-            if number - before != smallest and (self.parts or not missing):
+            if smallest and number - before != smallest and (self.parts or not missing):
                 raise InputError(
                     f"{file}: follows number {before} where others step by {smallest}: a "
                     f"{'part' if self.parts else 'frame'} is missing, restore it or move what is "
