@@ -6,16 +6,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import gaussian_filter, map_coordinates
 
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.pairing.joining import frame_numbers
 from hpc_xvr.data.registering.placing import (
     FLIPS,
-    LOCAL,
     Comparison,
     Fit,
     Place,
@@ -48,6 +47,12 @@ SATURATED = 0.5
 UNCERTAIN = 0.5
 """Fast pixels by which a corner may be uncertain."""
 BLURS = 0.4, 0.7, 1.0, 1.4
+SCATTERED = 0.15
+"""Fast frames of scatter from which a clock is doubtful."""
+CALM = 0.8
+"""Deviation, pixels, of a blur against noise, for the search in time."""
+WIDE = 10
+"""Times as wide is the mean that is taken out there."""
 BENT = 0.1
 """Fast pixels by which an affine place must differ from one without shear to be told."""
 NEAR = 0.15
@@ -147,12 +152,20 @@ def registered(
     candidate = search(_evidence(films, known_gap), limits)
     if candidate is None or not candidate.convincing:
         _refuse(films, candidate, near is not None, limits)
-    assert candidate is not None
     clock = _clock(films, candidate.place, known_gap)
     sharps, fasts = _pairs(films, clock, candidate)
     fit, blur, deviation = _refined(sharps, fasts, candidate.place, affine)
-    clearness = _judged(films, fit, sharps, fasts, blur, deviation)
-    again = _clock(films, fit.place, known_gap)
+    clearness = _clearness(fit.place, sharps, fasts, blur)
+    candidate = replace(candidate, place=fit.place, clearness=clearness)
+    if not candidate.convincing:
+        _refuse(films, candidate, near is not None, limits)
+    if not deviation <= UNCERTAIN:
+        raise InputError(
+            f"{films.name}: what both saw does not say where all of the fast frame lies (corners "
+            f"are uncertain by {deviation:.2f} fast pixels): long edges alone, or noise? take "
+            "frames with more structure, or a calibration target"
+        )
+    again = _clock(films, fit.place, known_gap, blur)
     clock = again or clock
     _tell(films, clock, known_gap)
     found = {
@@ -268,7 +281,9 @@ def _evidence(films: _Films, gap: float | None) -> Iterator[Callable[[], Evidenc
     )
 
 
-def _clock(films: _Films, place: Place, gap: float | None) -> Clock | None:
+def _clock(
+    films: _Films, place: Place, gap: float | None, blur: float = BLUR
+) -> Clock | None:
     """When the fast frames were taken, as far as motion says so."""
     size = films.fast.shape[1:]
     thin = films.thinned.shape[1:]
@@ -288,13 +303,19 @@ def _clock(films: _Films, place: Place, gap: float | None) -> Clock | None:
         return None
     seen = []
     for key in films.keys:
-        smooth, thinner = Thinned(key).smooth(pixel, BLUR / factor)
+        smooth, thinner = Thinned(key).smooth(pixel, blur / factor)
         low = map_coordinates(smooth, at / thinner - 0.5, order=1, mode="nearest")
-        seen.append(levelled(low, 2 * LOCAL)[inside])
+        seen.append(_without_mean(low)[inside])
     way = FLIPS[place.flip]
-    fast = np.stack([levelled(frame, 2 * LOCAL)[way][inside] for frame in films.thinned])
-    clock = clock_of(np.stack(seen), fast, films.key_numbers, films.fast_numbers, gap)
-    return clock
+    fast = np.stack([_without_mean(frame)[way][inside] for frame in films.thinned])
+    return clock_of(np.stack(seen), fast, films.key_numbers, films.fast_numbers, gap)
+
+
+def _without_mean(frame: np.ndarray) -> np.ndarray:
+    """A frame without its local mean, and without the beam's flicker; calmed."""
+    calm = gaussian_filter(frame / max(float(frame.mean()), 1e-9), CALM)
+    rest: np.ndarray = calm - gaussian_filter(calm, WIDE * CALM)
+    return rest
 
 
 def _pairs(
@@ -341,28 +362,16 @@ def _refined(
     return fit, blur, comparison.corner_deviation(fit)
 
 
-def _judged(
-    films: _Films,
-    fit: Fit,
-    sharps: list[np.ndarray],
-    fasts: list[np.ndarray],
-    blur: float,
-    deviation: float,
+def _clearness(
+    place: Place, sharps: list[np.ndarray], fasts: list[np.ndarray], blur: float
 ) -> float:
-    comparison = Comparison([Thinned(sharp) for sharp in sharps], fasts, fit.place.scale, 1.0, blur)
-    clearness = comparison.clearness(fit.place)
-    if not deviation <= UNCERTAIN:
-        raise InputError(
-            f"{films.name}: what both saw does not say where all of the fast frame lies (corners "
-            f"are uncertain by {deviation:.2f} fast pixels): long edges alone, or noise? take "
-            "frames with more structure, or a calibration target"
-        )
-    return clearness
+    thinned = [Thinned(sharp) for sharp in sharps]
+    return Comparison(thinned, fasts, place.scale, 1.0, blur).clearness(place)
 
 
 def _refuse(
     films: _Films, candidate: Candidate | None, near: bool, limits: Limits
-) -> None:
+) -> NoReturn:
     swapped = search(
         iter([lambda: (films.fast_mean, [np.mean(films.keys, 0)])]), Limits(flips=limits.flips)
     )
@@ -392,6 +401,12 @@ def _refuse(
 
 def _tell(films: _Films, clock: Clock | None, gap: float | None) -> None:
     if clock is not None:
+        if clock.scatter > SCATTERED:
+            logger.warning(
+                "%s: single sharp frames lie %.2f fast frames (1 sigma) aside of the clock that was "
+                "found: little motion, or noise; compare with the trigger if you can",
+                *(films.name, clock.scatter),
+            )
         return
     alone = len(films.keys) < 2 or len(films.fast_frames) < 3
     logger.warning(
@@ -434,10 +449,10 @@ def _about_time(clock: Clock | None, gap: float | None) -> dict[str, Any]:
         ("gap_deviation", clock.gap_deviation),
         ("lr_start_deviation", clock.start_deviation),
         ("time_scatter_lr_frames", clock.scatter),
-        ("time_clearness", clock.clearness),
+        ("time_by_chance", clock.chance),
     ):
         if math.isfinite(value):
-            about[key] = round(value, 6)
+            about[key] = float(f"{value:.4g}")
     return about
 
 

@@ -26,11 +26,10 @@ JUDGED = 6
 """Candidates that are refined a second time."""
 FINER = 2.0
 """Times as many pixels are compared where the coarse grid shows nothing."""
-CLEAR = 7.0
-"""Deviations by which the correlation at a place must stand out of that beside it."""
-LIKELY, FAIRLY_CLEAR = 0.7, 5.0
-"""Or a correlation, and fewer deviations: of long straight edges, which look alike some pixels
-along them."""
+CONVINCING = (0.0, 12.0), (0.25, 8.0), (0.7, 5.0)
+"""Correlation, and the deviations by which it must stand out of that beside the place: any of these
+pairs is enough. Long straight edges look alike some pixels along them, but fit well; noise leaves
+little correlation, but at one place alone."""
 BEYOND = 1.15
 """Factor by which a refined place may leave the scales that were asked for."""
 BLUR = 0.7
@@ -57,8 +56,9 @@ class Candidate:
 
     @property
     def convincing(self) -> bool:
-        score, clear = self.place.score, self.clearness
-        return clear >= CLEAR or (score >= LIKELY and clear >= FAIRLY_CLEAR)
+        return any(
+            self.place.score >= score and self.clearness >= clear for score, clear in CONVINCING
+        )
 
 
 Evidence = tuple[np.ndarray, Sequence[np.ndarray]]

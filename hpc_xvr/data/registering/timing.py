@@ -8,7 +8,7 @@ measured, so that instants between two frames are found without bias.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,10 +16,26 @@ INLIER = 0.75
 """Fast frames by which the instant of a sharp frame may lie aside of the line through all."""
 SHARE = 0.6
 """Of the sharp frames in the fast camera's time, that must lie on the line."""
-CLEAR = 5.0
-"""Deviations by which the best line must stand out of the others."""
-EXPONENTS = np.arange(1.0, 2.01, 0.1)
-GRID = np.arange(-1.0, 1.001, 0.02)
+CHANCE = 0.0003
+"""Largest probability that as many instants lie on one line by chance."""
+REACH = 6
+"""Fast frames to either side of a first guess in which an instant is looked for; all of them where
+there are few sharp ones."""
+FEW = 3
+STEPS = 2
+WIDTHS = 0.5, 1.0
+"""Half the distance of the two fast frames that an instant is found between."""
+STEADIER = 0.5
+"""What a wider distance must leave of the scatter."""
+EXPONENTS = np.arange(0.6, 2.01, 0.1)
+UNCERTAIN = 0.5
+"""Fast frames by which the start may be uncertain."""
+UNSURE = 0.3
+"""Fast frames by which noise may move the instant of a sharp frame, for it to be used."""
+KNOWN = 0.0005
+"""Of itself, by which a known gap may be wrong (1 sigma)."""
+USUAL = 0.15
+"""Deviation of the instant of a sharp frame, in fast frames."""
 LATE = 0.1
 """Fast frames by which a drift must bend the line to be told from none."""
 
@@ -39,7 +55,8 @@ class Clock:
     """Deviation of the instants of single sharp frames, in fast frames."""
     used: int = 0
     """Sharp frames."""
-    clearness: float = math.nan
+    chance: float = math.nan
+    """That the instants lie on a line by chance."""
 
     def of_fast(self, numbers: np.ndarray) -> np.ndarray:
         u = np.asarray(numbers, float) / self.gap
@@ -72,43 +89,93 @@ def clock_of(
     """
     if len(fast) < 3 or (gap is None and len(sharp) < 3):
         return None
-    weight = _moving(fast)
+    weight = _moving(sharp, fast)
     sharp, fast = (pictures * weight for pictures in (sharp, fast))
-    still = np.zeros(fast.shape[1], np.float32)
-    changes = _unit(sharp - sharp.mean(0)) @ _unit(fast - fast.mean(0)).T
-    if len(sharp) == 1:
-        changes = _unit(sharp - fast.mean(0)) @ _unit(fast - fast.mean(0)).T
-    line, clearness = _line(changes, sharp_numbers, fast_numbers, gap)
-    if line is None or clearness < CLEAR:
+    line = _line(
+        _unit(sharp - (sharp.mean(0) if len(sharp) > 1 else fast.mean(0)))
+        @ _unit(fast - fast.mean(0)).T,
+        sharp_numbers,
+        fast_numbers,
+        gap,
+    )
+    if line is None:
         return None
-    clock = None
-    for _ in range(3):
-        found = _instants(sharp, fast - still, sharp_numbers, fast_numbers, line)
+    at = line.of_sharp(sharp_numbers)
+    there = (at >= fast_numbers[0]) & (at <= fast_numbers[-1])
+    beside = _between(fast, fast_numbers, at[there])
+    sharp = sharp * (float((sharp[there] * beside).sum()) / float((sharp[there] ** 2).sum()))
+    best: Clock | None = None
+    for width in WIDTHS:
+        clock = _followed(sharp, fast, sharp_numbers, fast_numbers, gap, line, width)
+        better = best is None or (
+            clock is not None
+            and clock.used >= best.used
+            and clock.scatter < STEADIER * best.scatter
+        )
+        if better:
+            best = clock
+    return best
+
+
+def _followed(
+    sharp: np.ndarray,
+    fast: np.ndarray,
+    sharp_numbers: np.ndarray,
+    fast_numbers: np.ndarray,
+    gap: float | None,
+    line: Clock,
+    width: float,
+) -> Clock | None:
+    """The clock beside a line, from the `width` fast frames to either side of each instant."""
+    still = np.zeros(fast.shape[1], np.float32)
+    for _ in range(STEPS):
+        found = _instants(sharp, fast - still, sharp_numbers, fast_numbers, line, width)
         if found is None:
             return None
         which, instants, certainty = found
-        clock = _fitted(sharp_numbers[which], instants, certainty, gap, len(sharp))
+        clock = _fitted(sharp_numbers[which], instants, certainty, gap)
         if clock is None:
             return None
         line = clock
-        at = clock.of_sharp(sharp_numbers)
+        at = line.of_sharp(sharp_numbers)
         inside = (at >= fast_numbers[0]) & (at <= fast_numbers[-1])
-        nearest = np.abs(fast_numbers[None] - at[inside, None]).argmin(1)
         if not inside.any():
             return None
-        still = np.median(fast[nearest] - sharp[inside], 0)
-    assert clock is not None
-    return Clock(**{**clock.__dict__, "clearness": clearness})
+        still = np.median(_between(fast, fast_numbers, at[inside]) - sharp[inside], 0)
+    reach = _reach(len(sharp), len(fast))
+    chance = _binomial(line.used, len(which), min(1.0, 2 * INLIER / (2 * reach + 1)))
+    if chance > CHANCE or line.start_deviation * line.gap > UNCERTAIN:
+        return None
+    return replace(line, chance=chance)
 
 
-def _moving(fast: np.ndarray) -> np.ndarray:
-    """How much each pixel changes beyond noise, from 0 to 1: (n,)."""
-    change = np.diff(fast, axis=0)
-    noise = np.median(change**2, 0) / 2 / 0.455  # of single frames, where most are alike
-    ever = fast.var(0)
-    share = np.clip((ever - np.minimum(noise, np.median(noise))) / np.maximum(ever, 1e-12), 0, 1)
-    weight: np.ndarray = np.sqrt(share * ever / max(float(ever.max()), 1e-12))
-    return np.sqrt(weight).astype(np.float32)
+def _between(pictures: np.ndarray, numbers: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Pictures at instants between those of `numbers`, linearly."""
+    place = np.interp(at, numbers, np.arange(len(numbers)))
+    low = np.minimum(place.astype(int), len(numbers) - 2)
+    share = (place - low)[:, None].astype(np.float32)
+    between: np.ndarray = pictures[low] * (1 - share) + pictures[low + 1] * share
+    return between
+
+
+def _binomial(least: int, tries: int, chance: float) -> float:
+    """Probability of at least so many successes."""
+    return sum(
+        math.comb(tries, n) * chance**n * (1 - chance) ** (tries - n)
+        for n in range(least, tries + 1)
+    )
+
+
+def _reach(sharp: int, fast: int) -> int:
+    return fast if sharp <= FEW else REACH
+
+
+def _moving(sharp: np.ndarray, fast: np.ndarray) -> np.ndarray:
+    """How much each pixel changes beyond noise, from 0 to 1: (n,); told by the sharp frames, which
+    have less noise on the fast camera's pixels."""
+    change = sharp.var(0) if len(sharp) > 1 else fast.var(0)
+    weight: np.ndarray = (change / (change + 4 * np.median(change) + 1e-12)) ** 2
+    return weight.astype(np.float32)
 
 
 def _unit(pictures: np.ndarray) -> np.ndarray:
@@ -119,9 +186,8 @@ def _unit(pictures: np.ndarray) -> np.ndarray:
 
 def _line(
     likeness: np.ndarray, sharp: np.ndarray, fast: np.ndarray, gap: float | None
-) -> tuple[Clock | None, float]:
-    """The line of instants along which `likeness` (K, T) is largest, and how far its mean stands
-    out of those of other lines."""
+) -> Clock | None:
+    """The line of instants along which `likeness` (K, T) is largest."""
     span = float(fast[-1] - fast[0])
     keys = float(sharp[-1] - sharp[0]) or 1.0
     if gap is None:
@@ -133,7 +199,7 @@ def _line(
         near = np.linspace(-0.01, 0.01, 2 * math.ceil(0.01 * gap * keys / 0.5) + 1)
         gaps = gap * (1 + near)
     least = max(min(2, len(sharp)), math.ceil(0.5 * min(len(sharp), span / gaps.max() + 1)))
-    best, values = (-math.inf, None), []
+    best: tuple[float, tuple[float, float] | None] = -math.inf, None
     for g in gaps:
         starts = np.arange(fast[0] - g * keys * 0.5, fast[-1] + 0.5, 0.5)  # fast number of key 0
         at = starts[:, None] + g * (sharp - sharp[0])[None]
@@ -148,18 +214,13 @@ def _line(
         ok = count >= least
         if not ok.any():
             continue
-        values.append(mean[ok])
         top = int(np.where(ok, mean, -np.inf).argmax())
         if mean[top] > best[0]:
             best = (float(mean[top]), (float(g), float(starts[top])))
     if best[1] is None:
-        return None, 0.0
-    every = np.concatenate(values)
-    # most lines are wrong ones: their scatter is that of chance
-    middle = float(np.median(every))
-    spread = 1.4826 * float(np.median(np.abs(every - middle))) + 1e-9
+        return None
     g, first = best[1]
-    return Clock(g, float(sharp[0]) - first / g), (best[0] - middle) / spread
+    return Clock(g, float(sharp[0]) - first / g)
 
 
 def _instants(
@@ -168,53 +229,74 @@ def _instants(
     sharp_numbers: np.ndarray,
     fast_numbers: np.ndarray,
     line: Clock,
+    width: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Of the sharp frames that lie within the fast camera's time: which they are, their instants
     in fast frames, and the certainty of each.
 
-    Beside the right instant t the squared difference grows as c + a |n - t|^p; p, between 1 (what
-    moves leaves its place at once) and 2 (it moves little), is the same for all.
+    A sharp frame at the share s of the way between two fast ones differs from them by d0 and d1
+    (squared, summed), these from each other by m. Where things move little, d0 = s^2 m and d1 =
+    (1 - s)^2 m; where they leave their places at once, d0 = s m and d1 = (1 - s) m: in both cases s
+    = 1/2 + (d0 - d1) / 2m. Noise adds the same to d0 and d1, and `_noise` to m.
     """
-    rows, centres = [], []
-    which = []
+    reach = _reach(len(sharp), len(fast))
+    noise = _noise(fast)
+    power = fast.var(0)  # pixels that hardly move have little weight, and count for little
+    pixels = float(power.sum()) ** 2 / max(float((power**2).sum()), 1e-12)
+    which, instants, certainty = [], [], []
     for k, at in enumerate(line.of_sharp(sharp_numbers)):
-        n = int(np.abs(fast_numbers - at).argmin())
         if not fast_numbers[0] - 0.5 <= at <= fast_numbers[-1] + 0.5:
             continue
-        low, high = max(0, n - 4), min(len(fast), n + 5)
+        n = int(np.abs(fast_numbers - at).argmin())
+        low, high = max(0, n - reach), min(len(fast), n + reach + 1)
         error = ((fast[low:high] - sharp[k]) ** 2).sum(1)
         n = low + int(error.argmin())
-        if n - 2 < low or n + 2 >= high:
+        ends = [(n - 1, n), (n, n + 1)] if width < 1 else [(n - int(width), n + int(width))]
+        found = []
+        for a, b in ends:
+            if a < 0 or b >= len(fast) or fast_numbers[b] - fast_numbers[a] != b - a:
+                continue  # at an end, or frames were lost
+            apart = float(((fast[a] - fast[b]) ** 2).sum())
+            apart = max(apart - noise, 0.01 * apart)
+            d0, d1 = (float(((fast[i] - sharp[k]) ** 2).sum()) for i in (a, b))
+            share = 0.5 + (d0 - d1) / (2 * apart)
+            time = float(fast_numbers[a]) + (b - a) * share
+            if abs(time - fast_numbers[n]) > 1 + width:
+                continue
+            # that which holds the instant counts
+            outside = max(0.0, -share, share - 1)
+            # noise of sums over n pixels scatters by 1 / sqrt(n) of itself
+            unsure = (b - a) * math.hypot(0.05, noise / math.sqrt(pixels) / apart)
+            if unsure <= UNSURE:
+                found.append((time, 1 / unsure**2 / (1 + 100 * outside)))
+        if not found:
             continue
-        around = fast_numbers[n - 2 : n + 3]
-        if not np.allclose(np.diff(around), 1):
-            continue  # frames were lost
-        rows.append(error[n - 2 - low : n + 3 - low])
-        centres.append(fast_numbers[n])
+        times, weights = np.array(found).T
         which.append(k)
-    if not rows:
+        instants.append(float(np.average(times, weights=weights)))
+        certainty.append(float(weights.max()))
+    if not which:
         return None
-    errors = np.stack(rows)  # (K', 5)
-    errors = errors - errors.min(1, keepdims=True)
-    best = (math.inf, np.zeros(0), np.zeros(0))
-    n = np.arange(-2.0, 3.0)
+    return np.array(which), np.array(instants), np.array(certainty)
+
+
+def _noise(fast: np.ndarray) -> float:
+    """What noise alone makes of the squared difference of two fast frames: differences grow with
+    their distance j as c + a j^p, and c is it."""
+    lags = np.arange(1, min(6, len(fast) - 1) + 1)
+    apart = np.array([float(((fast[j:] - fast[:-j]) ** 2).sum(1).mean()) for j in lags])
+    best = (math.inf, 0.0)
     for p in EXPONENTS:
-        shape = np.abs(n[None] - GRID[:, None]) ** p  # (G, 5)
-        rest = shape - shape.mean(1, keepdims=True)
-        wanted = errors - errors.mean(1, keepdims=True)
-        slope = wanted @ rest.T / (rest**2).sum(1)  # (K', G)
-        left = (wanted**2).sum(1)[:, None] - np.maximum(slope, 0) ** 2 * (rest**2).sum(1)
-        at = left.argmin(1)
-        total = float(np.take_along_axis(left, at[:, None], 1).sum())
-        if total < best[0]:
-            strength = np.take_along_axis(np.maximum(slope, 0), at[:, None], 1)[:, 0]
-            best = (total, GRID[at], strength)
-    _, aside, strength = best
-    return np.array(which), np.array(centres) + aside, strength
+        columns = np.stack([np.ones(len(lags)), lags**p], 1)
+        (c, a), *_ = np.linalg.lstsq(columns, apart, rcond=None)
+        left = float(((columns @ (c, a) - apart) ** 2).sum())
+        if left < best[0] and a > 0:
+            best = left, float(c)
+    return min(max(best[1], 0.0), 0.95 * float(apart[0]))
 
 
 def _fitted(
-    numbers: np.ndarray, instants: np.ndarray, certainty: np.ndarray, gap: float | None, keys: int
+    numbers: np.ndarray, instants: np.ndarray, certainty: np.ndarray, gap: float | None
 ) -> Clock | None:
     """The clock through the instants of sharp frames; those far aside do not count."""
     weight = certainty / max(float(certainty.max()), 1e-12)
@@ -241,7 +323,12 @@ def _fitted(
         columns = np.stack([numbers**power for power in range(order, -1, -1)], 1).astype(float)
         for _ in range(3):
             w = np.sqrt(weight * kept)
-            fit, *_ = np.linalg.lstsq(columns * w[:, None], instants * w, rcond=None)
+            left, right_ = columns * w[:, None], instants * w
+            if gap is not None:  # one more observation: the gap that is known
+                row = np.zeros(order + 1)
+                row[-2] = USUAL / (KNOWN * gap)
+                left, right_ = np.vstack([left, row]), np.append(right_, row[-2] * gap)
+            fit, *_ = np.linalg.lstsq(left, right_, rcond=None)
             rest = instants - columns @ fit
             free = max(1, int(kept.sum()) - order - 1)
             scatter = math.sqrt(float((weight * kept * rest**2).sum() / weight[kept].sum()))
@@ -249,8 +336,7 @@ def _fitted(
             kept = np.abs(rest) <= max(0.2, min(INLIER, 3.5 * scatter))
             if kept.sum() < order + 1:
                 return None
-        normal = (columns * (weight * kept)[:, None]).T @ columns
-        covariance = np.linalg.pinv(normal) * scatter**2
+        covariance = np.linalg.pinv(left.T @ left) * max(scatter, 0.02) ** 2
         if order == 2:
             bend = abs(fit[0]) * np.ptp(numbers) ** 2 / 4
             if bend > LATE and abs(fit[0]) > 4 * math.sqrt(covariance[0, 0]):
