@@ -15,6 +15,7 @@ from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.cameras.arrays import ArrayLike
 from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
+from hpc_xvr.data.registering.register import registered
 from hpc_xvr.data.registration import Registration, read_registration
 from hpc_xvr.distributed.comm import device_of
 from hpc_xvr.distributed.launch import discover
@@ -181,6 +182,35 @@ def reconstruct(
     )
     check_gaps(model.method, list(material.keys), force)
     return frames_of(model.method, material, model.device)
+
+
+def register(
+    fast: Recording | ArrayLike,
+    sharp: Recording | ArrayLike,
+    *,
+    gap: float | None = None,
+    near: Registration | dict[str, Any] | None = None,
+    affine: bool = False,
+) -> Registration:
+    """Find where the fast camera's pixels lie on the sharp frames, and when it took its frames.
+
+    Args:
+        fast, sharp: the two cameras' recordings of one shot, as `reconstruct` takes them.
+        gap: fast frames from one sharp frame to the next. Default: from the frame rates or, if
+            they are unknown, from what moves.
+        near: a registration that is roughly right; others are not looked for.
+        affine: pixels need not be square, nor axes at right angles.
+
+    Returns:
+        The registration; `time` is None where nothing moves, `found` holds score and uncertainties.
+
+    Raises:
+        InputError: a recording shows nothing, or the two do not match: nothing is guessed.
+    """
+    if isinstance(near, dict):
+        near = Registration.model_validate(near)
+    found = registered(_recording(sharp), _recording(fast), gap=gap, near=near, affine=affine)
+    return found.registration
 
 
 def _recording(source: Recording | ArrayLike) -> Recording:

@@ -46,9 +46,7 @@ if TYPE_CHECKING:
     metavar="FILE|TEXT",
     help="A registration that is roughly right; only places near it are looked for.",
 )
-@click.option(
-    "--affine", is_flag=True, help="Pixels need not be square, nor axes at right angles."
-)
+@click.option("--affine", is_flag=True, help="Pixels need not be square, nor axes at right angles.")
 @click.option(
     "--scales",
     metavar="LEAST:MOST",

@@ -181,7 +181,8 @@ def _times(name: str, sharp: Recording, fast: Recording, how: Pairing) -> np.nda
             f"{name}: with a drift of {how.drift:g} the times of the fast frames do not rise: "
             "take drift out of the registration"
         )
-    taken = frame_numbers(sharp)  # lost sharp frames: from their instants back to the frames there are
+    # lost sharp frames: from their instants back to the frames there are
+    taken = frame_numbers(sharp)
     if len(taken) < 2:
         return instants
     number: np.ndarray = np.interp(instants, taken, np.arange(len(taken)))

@@ -101,7 +101,7 @@ def levelled(picture: np.ndarray, width: float, mask: np.ndarray | None = None) 
     def smooth(values: np.ndarray, side: float) -> np.ndarray:
         side = 2 * round(side / 2) + 1
         found: np.ndarray = uniform_filter(values, side, mode="constant")
-        return uniform_filter(found, side, mode="constant")  # type: ignore[no-any-return]
+        return uniform_filter(found, side, mode="constant")
 
     near = np.maximum(smooth(weight, width), 1e-2)
     rest = (picture - smooth(picture, width) / near) * weight
@@ -378,7 +378,7 @@ class Comparison:
             found = self._equations(now, affine, centre)
             if found is None:
                 break
-            a, g, error, spread = found
+            a, g, error = found
             if error > last * (1 + 1e-9):
                 middle, matrix = best
                 damping *= 10
@@ -406,7 +406,9 @@ class Comparison:
 
     def _equations(
         self, place: Place, affine: bool, centre: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, float, float] | None:
+    ) -> tuple[np.ndarray, np.ndarray, float] | None:
+        """Normal matrix and right-hand side of a step, and the share of the fast pictures that is
+        left; None where they hardly overlap."""
         at, inside = self.seen(place)
         if inside.sum() < 50:
             return None
@@ -432,7 +434,7 @@ class Comparison:
             # relative to the data: a smaller overlap must not look better
             total += float((w * residual) @ residual)
             weight += float(w @ (data * data))
-        return a, g, total / max(weight, 1e-9), weight
+        return a, g, total / max(weight, 1e-9)
 
     def _covariance(self, place: Place, affine: bool, centre: np.ndarray) -> np.ndarray:
         """Of the parameters about the middle, from the scatter of the residuals; neighbouring

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from hpc_xvr.data.registering.placing import (
     Fit,
     Place,
     Thinned,
-    levelled,
     shrunk,
     similarity,
 )
@@ -281,9 +279,7 @@ def _evidence(films: _Films, gap: float | None) -> Iterator[Callable[[], Evidenc
     )
 
 
-def _clock(
-    films: _Films, place: Place, gap: float | None, blur: float = BLUR
-) -> Clock | None:
+def _clock(films: _Films, place: Place, gap: float | None, blur: float = BLUR) -> Clock | None:
     """When the fast frames were taken, as far as motion says so."""
     size = films.fast.shape[1:]
     thin = films.thinned.shape[1:]
@@ -296,9 +292,7 @@ def _clock(
     at = place.at(rows, columns)
     pixel = place.scale * factor
     height, width = films.keys[0].shape
-    inside = (
-        (at[0] > pixel) & (at[0] < height - pixel) & (at[1] > pixel) & (at[1] < width - pixel)
-    )
+    inside = (at[0] > pixel) & (at[0] < height - pixel) & (at[1] > pixel) & (at[1] < width - pixel)
     if inside.sum() < 50:
         return None
     seen = []
@@ -369,9 +363,7 @@ def _clearness(
     return Comparison(thinned, fasts, place.scale, 1.0, blur).clearness(place)
 
 
-def _refuse(
-    films: _Films, candidate: Candidate | None, near: bool, limits: Limits
-) -> NoReturn:
+def _refuse(films: _Films, candidate: Candidate | None, near: bool, limits: Limits) -> NoReturn:
     swapped = search(
         iter([lambda: (films.fast_mean, [np.mean(films.keys, 0)])]), Limits(flips=limits.flips)
     )
@@ -403,8 +395,8 @@ def _tell(films: _Films, clock: Clock | None, gap: float | None) -> None:
     if clock is not None:
         if clock.scatter > SCATTERED:
             logger.warning(
-                "%s: single sharp frames lie %.2f fast frames (1 sigma) aside of the clock that was "
-                "found: little motion, or noise; compare with the trigger if you can",
+                "%s: single sharp frames lie %.2f fast frames (1 sigma) aside of the clock that "
+                "was found: little motion, or noise; compare with the trigger if you can",
                 *(films.name, clock.scatter),
             )
         return

@@ -1,8 +1,7 @@
 """When the fast camera took its frames, in the sharp camera's count, found from what moves.
 
-Each sharp frame, seen on the fast camera's pixels, is compared with all fast ones. What stands still
-says nothing about time and is taken out; how fast the difference grows beside the right instant is
-measured, so that instants between two frames are found without bias.
+Each sharp frame, seen on the fast camera's pixels, is compared with the fast ones around its
+instant. What stands still says nothing about time and is taken out.
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ STEADIER = 0.5
 EXPONENTS = np.arange(0.6, 2.01, 0.1)
 UNCERTAIN = 0.5
 """Fast frames by which the start may be uncertain."""
+FLOOR = 0.1
+"""Share of the way between two fast frames, by which an instant is uncertain without any noise."""
 UNSURE = 0.3
 """Fast frames by which noise may move the instant of a sharp frame, for it to be used."""
 KNOWN = 0.0005
@@ -266,7 +267,7 @@ def _instants(
             # that which holds the instant counts
             outside = max(0.0, -share, share - 1)
             # noise of sums over n pixels scatters by 1 / sqrt(n) of itself
-            unsure = (b - a) * math.hypot(0.05, noise / math.sqrt(pixels) / apart)
+            unsure = (b - a) * math.hypot(FLOOR, noise / math.sqrt(pixels) / apart)
             if unsure <= UNSURE:
                 found.append((time, 1 / unsure**2 / (1 + 100 * outside)))
         if not found:
@@ -304,7 +305,7 @@ def _fitted(
         if gap is None or not len(numbers):
             return None
         slope = gap
-        first = np.average(instants - slope * numbers, weights=weight + 1e-9)
+        first = float(np.average(instants - slope * numbers, weights=weight + 1e-9))
         aside = instants - slope * numbers - first
         if len(numbers) > 1 and np.abs(aside).max() > INLIER:
             return None
@@ -347,7 +348,7 @@ def _fitted(
         # instants n = g u; expand the inverse about n = 0
         root = math.sqrt(max(b * b - 4 * a * c, 1e-12))
         start = (-b + root) / (2 * a)
-        slope = b + 2 * a * start  # dn/dk at n = 0
+        slope = float(b + 2 * a * start)  # dn/dk at n = 0
         drift = -2 * a / slope
         slope_deviation = math.sqrt(covariance[1, 1])
         first_deviation = math.sqrt(covariance[2, 2])
