@@ -15,12 +15,12 @@ INLIER = 0.75
 """Fast frames by which the instant of a sharp frame may lie aside of the line through all."""
 SHARE = 0.6
 """Of the sharp frames in the fast camera's time, that must lie on the line."""
-CHANCE = 0.0003
+CHANCE = 0.00005
 """Largest probability that as many instants lie on one line by chance."""
 REACH = 6
 """Fast frames to either side of a first guess in which an instant is looked for; all of them where
 there are few sharp ones."""
-FEW = 3
+FEW = 4
 STEPS = 2
 WIDTHS = 0.5, 1.0
 """Half the distance of the two fast frames that an instant is found between."""
