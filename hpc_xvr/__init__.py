@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_xvr.version import __version__
 
 if TYPE_CHECKING:
-    from hpc_xvr.api import Model, load_model, open_recording, reconstruct
+    from hpc_xvr.api import Model, load_model, open_recording, reconstruct, register
     from hpc_xvr.config import Config
     from hpc_xvr.config import load as load_config
     from hpc_xvr.data.cameras import Recording
@@ -46,6 +46,7 @@ _PUBLIC = {
     "load_model": "hpc_xvr.api",
     "open_recording": "hpc_xvr.api",
     "reconstruct": "hpc_xvr.api",
+    "register": "hpc_xvr.api",
     "write_movie": "hpc_xvr.reconstruction.writers",
     "write_sequence": "hpc_xvr.reconstruction.writers",
 }
@@ -68,6 +69,7 @@ __all__ = [
     "load_model",
     "open_recording",
     "reconstruct",
+    "register",
     "write_movie",
     "write_sequence",
 ]

@@ -15,7 +15,8 @@ from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.cameras.arrays import ArrayLike
 from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
-from hpc_xvr.data.registration import Registration
+from hpc_xvr.data.registering.register import registered
+from hpc_xvr.data.registration import Registration, read_registration
 from hpc_xvr.distributed.comm import device_of
 from hpc_xvr.distributed.launch import discover
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
@@ -147,8 +148,8 @@ def reconstruct(
     sharp: Recording | ArrayLike,
     *,
     gap: float | None = None,
-    start: float = 0.0,
-    registration: Registration | dict[str, Any] | None = None,
+    start: float | None = None,
+    registration: Registration | dict[str, Any] | str | Path | None = None,
     match_grey: bool = True,
     crop: bool = False,
     force: bool = False,
@@ -161,11 +162,13 @@ def reconstruct(
         model: made by `load_model`.
         fast, sharp: the two cameras' recordings, or arrays (T, h, w) and (K, H, W) as
             `open_recording` takes them.
-        gap: fast frames from one sharp frame to the next. Default: from the frame rates or, if
-            they are unknown, as the model was trained.
-        start: time of the first fast frame, in sharp frames from the first sharp one.
-        registration: where the fast camera's pixels lie on the sharp frames. Default: the upper
-            left corners coincide, and (H, W) is scale * (h, w).
+        gap: fast frames from one sharp frame to the next. Default: that of the registration, else
+            from the frame rates or, if they are unknown, as the model was trained.
+        start: time of the first fast frame, in sharp frames from the first sharp one. Default:
+            that of the registration, else 0.
+        registration: where the fast camera's pixels lie on the sharp frames, and when it took its
+            frames: as `register` returns it, or a file that `hpc-xvr register` wrote. Default: the
+            upper left corners coincide, and (H, W) is scale * (h, w).
         match_grey: bring the fast frames to the sharp camera's grey scale where a gain and an
             offset between the two are certain.
         crop: cut the sharp frames to what the fast camera saw and to multiples of the scale.
@@ -183,6 +186,8 @@ def reconstruct(
     """
     if isinstance(registration, dict):
         registration = Registration.model_validate(registration)
+    elif isinstance(registration, (str, Path)):
+        registration = read_registration(str(registration))
     material = from_recordings(
         model.method,
         _recording(fast),
@@ -193,6 +198,35 @@ def reconstruct(
     chosen = chosen_frames(material, Wanted(frames, beyond), "reconstruct")
     check_gaps(model.method, list(material.keys), force, chosen)
     return frames_of(model.method, material, model.device, chosen)
+
+
+def register(
+    fast: Recording | ArrayLike,
+    sharp: Recording | ArrayLike,
+    *,
+    gap: float | None = None,
+    near: Registration | dict[str, Any] | None = None,
+    affine: bool = False,
+) -> Registration:
+    """Find where the fast camera's pixels lie on the sharp frames, and when it took its frames.
+
+    Args:
+        fast, sharp: the two cameras' recordings of one shot, as `reconstruct` takes them.
+        gap: fast frames from one sharp frame to the next. Default: from the frame rates or, if
+            they are unknown, from what moves.
+        near: a registration that is roughly right; others are not looked for.
+        affine: pixels need not be square, nor axes at right angles.
+
+    Returns:
+        The registration; `time` is None where nothing moves, `found` holds score and uncertainties.
+
+    Raises:
+        InputError: a recording shows nothing, or the two do not match: nothing is guessed.
+    """
+    if isinstance(near, dict):
+        near = Registration.model_validate(near)
+    found = registered(_recording(sharp), _recording(fast), gap=gap, near=near, affine=affine)
+    return found.registration
 
 
 def _recording(source: Recording | ArrayLike) -> Recording:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hpc_xvr.cli import data, fetch, results, submit, train
+from hpc_xvr.cli import data, fetch, register, results, submit, train
 from hpc_xvr.cli import view as viewing
 from hpc_xvr.cli.ending import run
 from hpc_xvr.version import __version__
@@ -21,6 +21,10 @@ def cli() -> None:
           --out movie.tif
       hpc-xvr adapt builtin --lr fast.tif --hr sharp.tif --gap 20 \\
           --out mine.safetensors                    the same, fitted to a recording
+
+    \b
+    Where and when one camera saw what the other did:
+      hpc-xvr register fast.tif sharp.tif --out cameras.yaml
 
     \b
     With a network of your own:
@@ -46,6 +50,7 @@ for _command in (
     fetch.fetch,
     data.inspect,
     data.edit,
+    register.register,
     train.train,
     results.evaluate,
     results.reconstruct,

@@ -131,19 +131,19 @@ def pairing_options(command: Command) -> Command:
                 "--gap",
                 type=click.FloatRange(min=0, min_open=True),
                 help="Fast frames from one sharp frame to the next. "
-                "[default: from the frame rates]",
+                "[default: that of the registration, else from the frame rates]",
             ),
             click.option(
                 "--lr-start",
                 type=float,
-                default=0.0,
-                show_default=True,
-                help="Time of the first fast frame, in sharp frames from the first sharp one.",
+                help="Time of the first fast frame, in sharp frames from the first sharp one. "
+                "[default: that of the registration, else 0]",
             ),
             click.option(
                 "--registration",
                 metavar="FILE|TEXT",
-                help="Where the fast camera's pixels lie on the sharp frames: YAML or JSON with "
+                help="Where the fast camera's pixels lie on the sharp frames: a file made by "
+                "`hpc-xvr register`, or YAML or JSON with "
                 "scale (side of a fast pixel in sharp ones), origin [row, column] of the fast "
                 "frame's upper left corner, rotation_deg, flip (rows, columns, both).",
             ),

@@ -688,6 +688,7 @@ def from_recordings(
     Raises:
         InputError: the recordings do not fit each other or the model, or the gap is not known.
     """
+    pairing = pairing.timed(f"{sharp.path} with {fast.path}")
     if pairing.gap is None:
         if fast.frame_rate_hz and sharp.frame_rate_hz:
             gap, source = fast.frame_rate_hz / sharp.frame_rate_hz, "from the frame rates"

@@ -26,17 +26,42 @@ class Pairing:
 
     Args:
         gap: fast frames from one sharp frame to the next; None: from the frame rates.
-        start: time of the first fast frame, in sharp frames from the first one.
+        start: time of the first fast frame, in sharp frames from the first one; None: 0.
         registration: where the fast camera's pixels lie on the sharp frames; None: its frames are
-            used as they are.
+            used as they are. Its times hold unless a gap or a start is given.
         match_grey: bring the fast frames to the sharp camera's grey scale where the two differ
             by a gain and an offset (see `agreement`).
     """
 
     gap: float | None = None
-    start: float = 0.0
+    start: float | None = None
     registration: Registration | None = None
     match_grey: bool = True
+    drift: float = 0.0
+    """As in `Timing`."""
+
+    def timed(self, name: str) -> Pairing:
+        """The same with gap, start and drift of its registration, as far as none are given; what is
+        given and differs is said."""
+        time = self.registration.time if self.registration else None
+        if self.registration is None or time is None:
+            return replace(self, start=self.start or 0.0)
+        for given, measured, what in (
+            (self.gap, time.gap, "gap"),
+            (self.start, time.lr_start, "start"),
+        ):
+            if given is not None and given != measured:
+                logger.warning(
+                    "%s: the %s of the registration, %.6g, gives way to the one you state, %.6g",
+                    *(name, what, measured, given),
+                )
+        return replace(
+            self,
+            gap=time.gap if self.gap is None else self.gap,
+            start=time.lr_start if self.start is None else self.start,
+            drift=time.drift if self.gap in (None, time.gap) else 0.0,
+            registration=self.registration.model_copy(update={"time": None}),
+        )
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,9 @@ def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bo
         InputError: neither frame rates nor a gap are known, or the recordings do not overlap.
     """
     name = f"{sharp.path} with {fast.path}"
+    if how.registration:
+        how.registration.check_sizes(name, fast.shape[1:], sharp.shape[1:])
+    how = how.timed(name)
     times = _times(name, sharp, fast, how)
     first, last = _together(name, times, sharp.shape[0])
     height, width = sharp.shape[1:]
@@ -139,9 +167,10 @@ def _times(name: str, sharp: Recording, fast: Recording, how: Pairing) -> np.nda
                 "--gap, the number of fast frames from one sharp frame to the next"
             )
         gap = quick / slow
-    if not 0 < gap < math.inf or not math.isfinite(how.start):
+    start = how.start or 0.0
+    if not 0 < gap < math.inf or not math.isfinite(start):
         raise InputError(
-            f"{name}: gap {gap:g}, start {how.start:g}: the gap must be a number of fast frames "
+            f"{name}: gap {gap:g}, start {start:g}: the gap must be a number of fast frames "
             "above 0, the start a finite number of sharp frames"
         )
     if slow and quick and abs(gap * slow / quick - 1) > CONTRADICTION:
@@ -149,8 +178,15 @@ def _times(name: str, sharp: Recording, fast: Recording, how: Pairing) -> np.nda
             "%s: the gap is given as %g, but the frame rates (%g and %g Hz) say %g: one is wrong",
             *(name, gap, quick, slow, quick / slow),
         )
-    instants = how.start + fast.taken() / gap
-    taken = sharp.taken()  # lost sharp frames: from their instants back to the frames there are
+    since = fast.taken() / gap
+    instants = start + since + how.drift * since**2 / 2
+    if (np.diff(instants) <= 0).any():
+        raise InputError(
+            f"{name}: with a drift of {how.drift:g} the times of the fast frames do not rise: "
+            "take drift out of the registration"
+        )
+    # lost sharp frames: from their instants back to the frames there are
+    taken = sharp.taken()
     if len(taken) < 2:
         return instants
     number: np.ndarray = np.interp(instants, taken, np.arange(len(taken)))

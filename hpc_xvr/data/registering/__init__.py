@@ -1,0 +1,1 @@
+"""Find out where and when one camera saw what the other did."""

@@ -1,0 +1,262 @@
+"""Two cameras are registered from what both saw, or refused."""
+
+import math
+
+import numpy as np
+import pytest
+import tifffile
+import yaml
+from click.testing import CliRunner
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+import hpc_xvr as xvr
+from hpc_xvr.cli import cli
+from hpc_xvr.data.pairing.joining import Pairing, joined
+from hpc_xvr.data.registering.register import registered
+from hpc_xvr.data.registration import Registration, Sizes, Timing, read_registration
+from hpc_xvr.errors import InputError
+
+FAST, SHARP = (56, 80), (190, 250)
+TRUTH = Registration(scale=3.3, origin=(12.5, -9.25), rotation_deg=2.2, flip="columns")
+WAYS = {
+    "none": (1, 1),
+    "rows": (-1, 1),
+    "columns": (1, -1),
+    "both": (-1, -1),
+}
+
+
+class Scene:
+    """Discs at rest, and discs that move, on a world that is larger than both fields of view."""
+
+    pad = 40
+
+    def __init__(self, seed: int, moving: bool = True) -> None:
+        rng = np.random.default_rng(seed)
+        self.shape = (SHARP[0] + 2 * self.pad, SHARP[1] + 2 * self.pad)
+        n = 120
+        self.at = rng.uniform(0, 1, (n, 2)) * self.shape
+        self.radius = rng.uniform(2, 7, n)
+        self.depth = rng.uniform(0.05, 0.25, n)
+        speed = rng.uniform(1, 4, (n, 2)) * rng.choice([-1, 1], (n, 2))
+        self.speed = speed * (np.arange(n) % 2)[:, None] * moving
+        self.rows, self.columns = np.indices(self.shape, np.float32) + 0.5
+
+    def light(self, t: float) -> np.ndarray:
+        out = np.full(self.shape, 0.8, np.float32)
+        for (r, c), radius, depth in zip(
+            (self.at + t * self.speed) % self.shape, self.radius, self.depth, strict=True
+        ):
+            away = np.hypot(self.rows - r, self.columns - c) - radius
+            out -= depth * np.clip(0.5 - away / 2, 0, 1)
+        return np.maximum(out, 0.05)
+
+    def sharp(self, t: float) -> np.ndarray:
+        inner = self.light(t)[self.pad : -self.pad, self.pad : -self.pad]
+        noise = np.random.default_rng(int(1000 * t) + 7).normal(0, 0.01, inner.shape)
+        return np.clip(np.rint(4095 * (inner + noise)), 0, 4095).astype(np.uint16)
+
+    def fast(self, t: float, truth: Registration = TRUTH) -> np.ndarray:
+        """Other gain, offset, blur and noise than the sharp camera's."""
+        rows, columns = (n.ravel() + 0.5 for n in np.indices(FAST))
+        at = truth.to_hr(np.stack([rows, columns], 1)).T.reshape(2, *FAST) + self.pad - 0.5
+        smooth = gaussian_filter(self.light(t), truth.scale * math.hypot(0.29, 0.6))
+        down, right = WAYS[truth.flip]
+        seen = map_coordinates(smooth, at, order=1, mode="nearest")[::down, ::right]
+        noise = np.random.default_rng(int(1000 * t) + 3).normal(0, 0.01, FAST)
+        return np.clip(np.rint(1023 * (0.6 * seen + 0.15 + noise)), 0, 1023).astype(np.uint16)
+
+
+def recordings(sharp, fast, rates=(None, None)):
+    return (
+        xvr.open_recording(sharp, bit_depth=12, frame_rate_hz=rates[1]),
+        xvr.open_recording(fast, bit_depth=10, frame_rate_hz=rates[0]),
+    )
+
+
+def shot(seed=1, gap=4.3, start=0.6, keys=5):
+    """Sharp frame k is taken at fast frame start + gap k."""
+    scene = Scene(seed)
+    sharp = np.stack([scene.sharp(start + gap * k) for k in range(keys)])
+    last = math.ceil(start + gap * (keys - 1)) + 2
+    return sharp, np.stack([scene.fast(t) for t in range(last)])
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return shot()
+
+
+@pytest.fixture(scope="module")
+def files(frames, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shot")
+    for name, stack in zip(("sharp.tif", "fast.tif"), frames, strict=True):
+        tifffile.imwrite(folder / name, stack)
+    return folder
+
+
+def aside(found: Registration, truth: Registration) -> float:
+    """Fast pixels between two registrations, at the worst of 5 x 5 places."""
+    places = np.stack([n.ravel() for n in np.meshgrid(*(np.linspace(0, n, 5) for n in FAST))], 1)
+    return float(np.linalg.norm(found.to_hr(places) - truth.to_hr(places), axis=1).max()) / (
+        truth.scale
+    )
+
+
+def command(*words):
+    return CliRunner().invoke(cli, [str(word) for word in words])
+
+
+def refused(*words) -> str:
+    result = command(*words)
+    assert isinstance(result.exception, InputError), result.output
+    return str(result.exception)
+
+
+@pytest.mark.parametrize("rates", [(4.3e4, 1e4), (None, None)])
+def test_place_and_clock_are_found_with_and_without_frame_rates(frames, rates):
+    found = registered(*recordings(*frames, rates)).registration
+    assert found.flip == TRUTH.flip and aside(found, TRUTH) < 0.1
+    assert found.found["corner_deviation_lr_px"] < 0.1 and found.found["score"] > 0.7
+    assert found.time is not None
+    mine = (np.arange(5) - found.time.lr_start) * found.time.gap
+    np.testing.assert_allclose(mine, 0.6 + 4.3 * np.arange(5), atol=0.1)
+
+
+@pytest.mark.parametrize("flip", ["none", "rows", "both"])
+def test_any_flip_scale_and_partial_overlap_of_a_still_scene(flip):
+    truth = Registration(scale=2.6, origin=(31, 70), rotation_deg=-4, flip=flip)
+    scene = Scene(3, moving=False)
+    fast = np.stack([scene.fast(t, truth) for t in (0, 1)])
+    found = registered(*recordings(scene.sharp(0)[None], fast)).registration
+    assert found.flip == flip and aside(found, truth) < 0.1
+    assert found.time is None  # nothing moves: the start is not guessed
+
+
+def test_another_recording_and_noise_are_refused(frames):
+    sharp, fast = frames
+    with pytest.raises(InputError, match="no place is convincing"):
+        registered(*recordings(sharp, shot(seed=2)[1]))
+    noise = np.random.default_rng(0).integers(100, 900, fast.shape).astype(np.uint16)
+    with pytest.raises(InputError, match="no place is convincing"):
+        registered(*recordings(sharp, noise))
+
+
+def test_swapped_cameras_are_named(frames):
+    sharp, fast = frames
+    with pytest.raises(InputError, match="are the two files swapped"):
+        registered(xvr.open_recording(fast, bit_depth=10), xvr.open_recording(sharp, bit_depth=12))
+
+
+@pytest.mark.parametrize("which", ["sharp", "fast"])
+@pytest.mark.parametrize(
+    ("value", "says"), [(0, "one value everywhere, 0"), (37, "one value everywhere, 37")]
+)
+def test_dark_and_constant_recordings_are_refused(frames, which, value, says):
+    stacks = dict(zip(("sharp", "fast"), frames, strict=True))
+    stacks[which] = np.full_like(stacks[which], value)
+    with pytest.raises(InputError, match=says):
+        registered(*recordings(stacks["sharp"], stacks["fast"]))
+
+
+def test_saturated_frames_are_left_out_or_refused(frames, caplog):
+    sharp, fast = (stack.copy() for stack in frames)
+    fast[3, :50] = 1023
+    found = registered(*recordings(sharp, fast, (4.3e4, 1e4))).registration
+    assert aside(found, TRUTH) < 0.1
+    assert "frame 3 is saturated" in caplog.text
+    fast[:, :50] = 1023
+    with pytest.raises(InputError, match="is saturated, and so on for all"):
+        registered(*recordings(sharp, fast))
+
+
+def test_the_command_writes_a_file_that_reconstruct_takes(files, tmp_path):
+    out = tmp_path / "cameras.yaml"
+    names = files / "fast.tif", files / "sharp.tif"
+    depths = ("--lr-bit-depth", 10, "--hr-bit-depth", 12)
+    result = command("register", *names, "--gap", 4.3, "--out", out, *depths)
+    assert result.exit_code == 0, result.output
+    assert out.with_suffix(".png").stat().st_size > 10_000
+    found = read_registration(str(out))
+    assert found.made_for == Sizes(lr=FAST, hr=SHARP)
+    assert found.time is not None and aside(found, TRUTH) < 0.1
+    assert found.found["lr"].endswith("fast.tif") and "hpc_xvr" in found.found["made_by"]
+    movie = tmp_path / "movie.tif"
+    result = command(
+        *("reconstruct", "bayes", "--lr", names[0], "--hr", names[1], *depths),
+        *("--registration", out, "--crop", "--out", movie),
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    made = tifffile.imread(movie)
+    assert len(made) == 18 and made.shape[1] % 3 == 0  # fast frames 1 to 18
+    scene, white = Scene(1), float(made.max())
+    cut = joined(
+        *recordings(*map(tifffile.imread, names[::-1])), Pairing(registration=found), 3, crop=True
+    ).origin["hr_cut_from"]
+    top, left = (Scene.pad + n for n in cut[1:])
+    truth = scene.light(8)[top : top + made.shape[1], left : left + made.shape[2]]
+    assert np.corrcoef(made[7].ravel() / white, truth.ravel())[0, 1] > 0.8
+
+
+def test_a_registration_of_other_sizes_is_refused(files, tmp_path):
+    where = tmp_path / "r.yaml"
+    words = (
+        "reconstruct",
+        "bayes",
+        "--lr",
+        files / "fast.tif",
+        "--hr",
+        files / "sharp.tif",
+        "--crop",
+        "--out",
+        tmp_path / "m.tif",
+        "--registration",
+        where,
+        "--gap",
+        4,
+    )
+    other = TRUTH.model_copy(update={"made_for": Sizes(lr=(250, 400), hr=(800, 1280))})
+    where.write_text(yaml.safe_dump(other.model_dump(mode="json")))
+    assert "was made for 250x400 fast and 800x1280 sharp pixels" in refused(*words)
+    turned = TRUTH.model_copy(update={"made_for": Sizes(lr=SHARP, hr=FAST)})
+    where.write_text(yaml.safe_dump(turned.model_dump(mode="json")))
+    assert "are the two files swapped?" in refused(*words)
+    assert not (tmp_path / "m.tif").exists()
+
+
+def test_what_is_stated_goes_before_the_times_of_a_registration(frames, caplog):
+    sharp, fast = recordings(*frames)
+    timing = Timing(gap=4.3, lr_start=-0.6 / 4.3)
+    where = TRUTH.model_copy(update={"time": timing})
+    times = joined(sharp, fast, Pairing(registration=where), 3, crop=True).times
+    np.testing.assert_allclose(times[:2], [-0.6 / 4.3, 0.4 / 4.3])
+    assert "gives way" not in caplog.text
+    joined(sharp, fast, Pairing(4.0, registration=where), 3, crop=True)
+    assert "the gap of the registration, 4.3, gives way to the one you state, 4" in caplog.text
+
+
+def test_drift_bends_the_clock(frames):
+    sharp, fast = recordings(*frames)
+    where = TRUTH.model_copy(update={"time": Timing(gap=4, lr_start=0, drift=0.01)})
+    times = joined(sharp, fast, Pairing(registration=where), 3, crop=True).times
+    assert times[8] - times[0] == pytest.approx(2 + 0.01 * 2**2 / 2)
+
+
+def test_an_affine_matrix_takes_the_place_of_scale_and_rotation():
+    matrix = ((3.0, 0.1), (-0.05, 3.1))
+    where = Registration(scale=3.05, origin=(2, 3), affine=matrix)
+    places = np.array([[4.0, 7.0]])
+    np.testing.assert_allclose(where.to_hr(places), [[2 + 12.7, 3 + 21.5]])
+    np.testing.assert_allclose(where.to_lr(where.to_hr(places), FAST), places)
+    with pytest.raises(ValueError, match="but scale is 4"):
+        Registration(scale=4, affine=matrix)
+
+
+def test_the_real_pair_of_a_phantom_and_an_hpv_x2(realdata):
+    folder = realdata("tomobank_xfusion_png")
+    sharp = xvr.open_recording(folder / "rad_00003_high_res.png")
+    fast = xvr.open_recording(folder / "rad_00003_low_res.png")
+    found = registered(sharp, fast).registration
+    assert found.scale == pytest.approx(2.92, abs=0.02) and found.flip == "none"
+    middle = found.to_hr(np.array([[125.0, 200.0]]))[0] - 2.92 * np.array([125, 200])
+    np.testing.assert_allclose(middle, (34, 57), atol=1.5)  # of a frame that is not turned
