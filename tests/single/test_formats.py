@@ -550,6 +550,19 @@ def test_names_and_numbers_that_cannot_be(tmp_path, movie):
         writers.check_sequence(tmp_path / "m.tif", "int8")
 
 
+def test_values_that_are_cut_are_told(tmp_path, movie, caplog):
+    write_sequence(tmp_path / "m.tif", iter(movie * 1.000005), 5)
+    assert "were cut" not in caplog.text  # less than half a step
+    write_sequence(tmp_path / "m.tif", iter(movie * 1.2 - 0.1), 5, TRANSMISSION)
+    assert "17 % of the values lie below 0 or above full scale 1.25" in caplog.text
+    caplog.clear()
+    write_sequence(tmp_path / "m.tif", iter(movie * 1.2 - 0.1), 5, TRANSMISSION, 0, "float32")
+    assert not caplog.text
+    np.testing.assert_allclose(
+        tifffile.imread(tmp_path / "m.tif"), (movie * 1.2 - 0.1) * 1.25, rtol=1e-5
+    )
+
+
 # Movies
 
 
