@@ -190,6 +190,7 @@ def test_silx_and_h5web_show_nexus_as_a_movie(tmp_path, movie):
         found = nxdata.get_default(file)
         assert found is not None and found.is_valid
         assert found.interpretation == "image"
+        assert file["entry/data/data"].attrs["interpretation"] == "image"  # for h5web
         assert found.axes_dataset_names == ["time", "y", "x"]
         np.testing.assert_allclose(found.axes[0][()], times_of(20)[7:12])
         assert found.axes[2][-1] == 30 * 2.5
