@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hpc_xvr.data.pairing.reading import CameraReading
     from hpc_xvr.data.registration import Registration
     from hpc_xvr.errors import InputError
-    from hpc_xvr.reconstruction.writers import Calibration, write_movie, write_sequence
+    from hpc_xvr.reconstruction.writers import Calibration, Provenance, write_movie, write_sequence
 
 _PUBLIC = {
     "Calibration": "hpc_xvr.reconstruction.writers",
@@ -38,6 +38,7 @@ _PUBLIC = {
     "InputError": "hpc_xvr.errors",
     "Model": "hpc_xvr.api",
     "Pairing": "hpc_xvr.data.pairing.joining",
+    "Provenance": "hpc_xvr.reconstruction.writers",
     "Recording": "hpc_xvr.data.cameras",
     "Registration": "hpc_xvr.data.registration",
     "Video": "hpc_xvr.data.corpus",
@@ -60,6 +61,7 @@ __all__ = [
     "InputError",
     "Model",
     "Pairing",
+    "Provenance",
     "Recording",
     "Registration",
     "Video",

@@ -71,9 +71,9 @@ def open_recording(
 
     Args:
         source: Photron .mraw/.cih/.cihx, Phantom .cine, Shimadzu .dat, HDF5 (FILE.h5::DATASET for
-            one of several), TIFF stack, folder or glob of numbered TIFF or PNG files; or an array
-            (T, H, W) of numpy, h5py, zarr, dask or the like: uint8 or uint16 counts, or
-            floating-point values from 0 to `full_scale`.
+            one of several), TIFF stack, folder or glob of numbered TIFF or PNG files, folder of
+            OME-Zarr; or an array (T, H, W) of numpy, h5py, zarr, dask or the like: uint8 or uint16
+            counts, or floating-point values from 0 to `full_scale`.
         flat, dark: recordings without sample and without beam; the frames of each are averaged.
             With a flat field, frames are transmissions (raw - dark) / (flat - dark).
         dataset: path inside an HDF5 file.

@@ -136,7 +136,7 @@ def ingest(
 
     PATHS are files, globs and folders, which are searched. Formats: Photron .mraw with .cih or
     .cihx (8, 12, 16 bit), Phantom .cine, Shimadzu HPV-X2 .dat, HDF5 (DXchange or any dataset), TIFF
-    stacks, and folders of numbered TIFF or PNG files.
+    stacks, folders of numbered TIFF or PNG files, and OME-Zarr.
 
     Frame rate, pixel size, exposure, bit depth and camera are kept if the file states them. With
     --lr, the fast camera's own recording of the same shot is stored beside the sharp frames.

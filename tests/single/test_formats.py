@@ -190,6 +190,7 @@ def test_silx_and_h5web_show_nexus_as_a_movie(tmp_path, movie):
         found = nxdata.get_default(file)
         assert found is not None and found.is_valid
         assert found.interpretation == "image"
+        assert file["entry/data/data"].attrs["interpretation"] == "image"  # for h5web
         assert found.axes_dataset_names == ["time", "y", "x"]
         np.testing.assert_allclose(found.axes[0][()], times_of(20)[7:12])
         assert found.axes[2][-1] == 30 * 2.5
@@ -548,6 +549,19 @@ def test_names_and_numbers_that_cannot_be(tmp_path, movie):
         write_sequence(tmp_path / "frames", iter(movie), 5, TRANSMISSION, 0, "original")
     with pytest.raises(InputError, match="dtype int8: choose from uint16, float32, original"):
         writers.check_sequence(tmp_path / "m.tif", "int8")
+
+
+def test_values_that_are_cut_are_told(tmp_path, movie, caplog):
+    write_sequence(tmp_path / "m.tif", iter(movie * 1.000005), 5)
+    assert "were cut" not in caplog.text  # less than half a step
+    write_sequence(tmp_path / "m.tif", iter(movie * 1.2 - 0.1), 5, TRANSMISSION)
+    assert "17 % of the values lie below 0 or above full scale 1.25" in caplog.text
+    caplog.clear()
+    write_sequence(tmp_path / "m.tif", iter(movie * 1.2 - 0.1), 5, TRANSMISSION, 0, "float32")
+    assert not caplog.text
+    np.testing.assert_allclose(
+        tifffile.imread(tmp_path / "m.tif"), (movie * 1.2 - 0.1) * 1.25, rtol=1e-5
+    )
 
 
 # Movies

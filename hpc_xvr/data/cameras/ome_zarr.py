@@ -29,8 +29,14 @@ def is_image(path: Path) -> bool:
     """Whether a folder says that it is an OME-Zarr image of Zarr v3, or 0.4 of Zarr v2."""
     if not path.is_dir():
         return False
-    if (path / ".zattrs").is_file() and (path / ".zgroup").is_file():
+    if (
+        not (path / HEADER).is_file()
+        and (path / ".zattrs").is_file()
+        and (path / ".zgroup").is_file()
+    ):
         return True
+    if not (path / HEADER).is_file():
+        return False
     try:
         group = parse_json((path / HEADER).read_text())
         return "multiscales" in group["attributes"]["ome"]

@@ -48,8 +48,12 @@ def find_recordings(
             if ome_zarr.is_image(folder):
                 found.append(Source((folder,), dataset))
             elif folder.is_dir():
-                zarrs = [one for one in sorted(folder.rglob("*.zarr")) if _shown(one, folder)]
-                found += [Source((one,), dataset) for one in zarrs if ome_zarr.is_image(one)]
+                zarrs = [
+                    one
+                    for one in sorted(folder.rglob("*.zarr"))
+                    if _shown(one, folder) and ome_zarr.is_image(one)
+                ]
+                found += [Source((one,), dataset) for one in zarrs]
                 inside = _inside(folder)
                 if not inside and not zarrs:
                     raise InputError(f"{folder}: holds no recordings; readable are {FORMATS}")

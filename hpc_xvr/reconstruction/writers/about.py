@@ -67,7 +67,7 @@ class Provenance:
 
 
 @dataclass
-class Film:
+class Result:
     """What a format's writer is given: numbers as they are stored, and what they mean."""
 
     path: Path

@@ -12,30 +12,30 @@ import numpy as np
 
 from hpc_xvr.data.cameras import results
 from hpc_xvr.data.corpus.stores.hdf5 import DeferredErrorsFile
-from hpc_xvr.reconstruction.writers.about import Film
+from hpc_xvr.reconstruction.writers.about import Result
 from hpc_xvr.text import printable
 
 IMPLEMENTS = "exchange:measurement:provenance"
 
 
-def write(path: Path, film: Film) -> None:
+def write(path: Path, result: Result) -> None:
     """Write /exchange/data and what says of it: times, units, rate and pixel size, flat and dark
     constants with which transmissions come out, angles that are not known."""
-    calibration, (count, *size) = film.calibration, film.shape
+    calibration, (count, *size) = result.calibration, result.shape
     with new_file(path) as (file, check):
         file["implements"] = IMPLEMENTS
-        file["exchange/title"] = printable(film.path.name)
-        data = frames_dataset(file, "exchange/data", film)
+        file["exchange/title"] = printable(result.path.name)
+        data = frames_dataset(file, "exchange/data", result)
         data.attrs["axes"] = "time:y:x"
         data.attrs["description"] = "frames reconstructed from two cameras"
-        store_times(file["exchange"], film)
+        store_times(file["exchange"], result)
         # Tomography programs ask for angles, and make them up where there are none.
         file["exchange/theta"] = np.full(count, np.nan)
         file["exchange/theta"].attrs["units"] = "deg"
         file["exchange/theta"].attrs["description"] = "not known: these frames are a time series"
         if not calibration.unit:
-            top = 1.0 if film.stored_full_scale is None else film.stored_full_scale
-            white = top / (1.0 if film.stored_full_scale is None else calibration.full_scale)
+            top = 1.0 if result.stored_full_scale is None else result.stored_full_scale
+            white = top / (1.0 if result.stored_full_scale is None else calibration.full_scale)
             for name, value in (("data_white", white), ("data_dark", 0.0)):
                 constant = file.create_dataset(
                     f"exchange/{name}", (1, *size), np.float32, fillvalue=value
@@ -50,10 +50,10 @@ def write(path: Path, film: Film) -> None:
         if calibration.pixel_size_um:
             objective = file.create_group("measurement/instrument/detection_system/objective")
             _quantity(objective, "resolution", calibration.pixel_size_um, "um")
-        for frame_number, frame in enumerate(film.frames):
+        for frame_number, frame in enumerate(result.frames):
             data[frame_number] = frame
             check()
-        store_about(file.create_group("provenance"), film)
+        store_about(file.create_group("provenance"), result)
 
 
 @contextlib.contextmanager
@@ -66,12 +66,12 @@ def new_file(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
         disk.check()
 
 
-def frames_dataset(file: h5py.Group, name: str, film: Film) -> h5py.Dataset:
+def frames_dataset(file: h5py.Group, name: str, result: Result) -> h5py.Dataset:
     """The dataset of the frames, still empty, with what our own reader needs to know."""
-    said, calibration = film.said, film.calibration
-    data = file.create_dataset(name, film.shape, film.kind, chunks=(1, *film.shape[1:]))
+    said, calibration = result.said, result.calibration
+    data = file.create_dataset(name, result.shape, result.kind, chunks=(1, *result.shape[1:]))
     data.attrs["program"] = results.PROGRAM
-    data.attrs["first_frame"] = film.first_frame
+    data.attrs["first_frame"] = result.first_frame
     data.attrs["full_scale"] = said.full_scale
     if said.stored_full_scale is not None:
         data.attrs["stored_full_scale"] = said.stored_full_scale
@@ -86,23 +86,23 @@ def frames_dataset(file: h5py.Group, name: str, film: Film) -> h5py.Dataset:
     return data
 
 
-def store_times(group: h5py.Group, film: Film) -> bool:
+def store_times(group: h5py.Group, result: Result) -> bool:
     """The time of each frame in s, from the first frame of the fast recording, if it is known."""
-    if film.times_s is None:
+    if result.times_s is None:
         return False
-    stamps = film.calibration.times_s is not None
-    group["time"] = film.times_s
+    stamps = result.calibration.times_s is not None
+    group["time"] = result.times_s
     group["time"].attrs.update({"units": "s", "origin": results.STAMPS if stamps else "frame rate"})
     return True
 
 
-def store_about(group: h5py.Group, film: Film) -> None:
+def store_about(group: h5py.Group, result: Result) -> None:
     """The JSON text, values a frame and maps, when all frames are there."""
-    group["about"] = film.text()
+    group["about"] = result.text()
     group["about"].attrs["type"] = "application/json"
-    for name, values in film.per_frame().items():
+    for name, values in result.per_frame().items():
         group[f"per_frame/{name}"] = _array(values)
-    for name, picture in film.maps().items():
+    for name, picture in result.maps().items():
         group[f"maps/{name}"] = picture
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from hpc_xvr.data.cameras.results import ABOUT, PROGRAM
-from hpc_xvr.reconstruction.writers.about import Film
+from hpc_xvr.reconstruction.writers.about import Result
 
 NO_FLOATS = (
     "PNG files hold integers: choose --dtype uint16, or --dtype original where the sharp camera "
@@ -21,24 +21,26 @@ _QUICK = 2
 """zlib's level: noise hardly compresses at any."""
 
 
-def write(path: Path, film: Film) -> None:
+def write(path: Path, result: Result) -> None:
     """Write frame_000007.png and so on, numbered as the fast recording's frames."""
-    last = film.first_frame + film.shape[0] - 1
+    last = result.first_frame + result.shape[0] - 1
     digits = max(6, len(str(last)))
-    size, times = film.calibration.pixel_size_um, film.times_s
+    size, times = result.calibration.pixel_size_um, result.times_s
     density: dict[str, Any] = {"dpi": (25_400 / size, 25_400 / size)} if size else {}
-    for number, frame in enumerate(film.frames):
+    for number, frame in enumerate(result.frames):
         told = PngImagePlugin.PngInfo()
         told.add_text("Software", "hpc_xvr")
         when = "" if times is None else f", time {times[number]:.9g} s"
-        told.add_text("Description", f"frame {film.first_frame + number}{when}, {film.meaning()}")
+        told.add_text(
+            "Description", f"frame {result.first_frame + number}{when}, {result.meaning()}"
+        )
         Image.fromarray(frame).save(
-            path / f"frame_{film.first_frame + number:0{digits}d}.png",
+            path / f"frame_{result.first_frame + number:0{digits}d}.png",
             pnginfo=told,
             compress_level=_QUICK,
             **density,
         )
-    (path / ABOUT).write_text(f"{film.text()}\n")
+    (path / ABOUT).write_text(f"{result.text()}\n")
 
 
 def is_result(path: Path) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import tensorstore
 
 from hpc_xvr.data.cameras.results import PROGRAM
-from hpc_xvr.reconstruction.writers.about import Film
+from hpc_xvr.reconstruction.writers.about import Result
 from hpc_xvr.text import printable
 
 VERSION = "0.5"
@@ -21,36 +21,36 @@ SHARD_BYTES = 2**25
 """Of the frames that are written at once, to one file."""
 
 
-def write(path: Path, film: Film) -> None:
+def write(path: Path, result: Result) -> None:
     """Write the frames to array 0, and what they mean to the group's attributes.
 
     Raises:
         OSError: the disk refuses.
     """
     try:
-        _write(path, film)
+        _write(path, result)
     except (ValueError, RuntimeError) as error:  # tensorstore's, with the system's in the text
         if found := _CODE.search(str(error)):
             raise OSError(code := int(found[1]), os.strerror(code)) from None
         raise
 
 
-def _write(path: Path, film: Film) -> None:
-    count, height, width = film.shape
-    per_frame = film.kind.itemsize * height * width
+def _write(path: Path, result: Result) -> None:
+    count, height, width = result.shape
+    per_frame = result.kind.itemsize * height * width
     together = max(1, min(count, SHARD_BYTES // per_frame))
-    array = _create(path / "0", film.shape, film.kind, together, ("t", "y", "x"))
+    array = _create(path / "0", result.shape, result.kind, together, ("t", "y", "x"))
     batch, start = [], 0
-    for number, frame in enumerate(film.frames, 1):
+    for number, frame in enumerate(result.frames, 1):
         batch.append(frame)
         if len(batch) == together or number == count:
             array[start:number].write(np.stack(batch)).result()
             batch, start = [], number
-    for name, picture in film.maps().items():
+    for name, picture in result.maps().items():
         _create(path / f"map_{name}", picture.shape, picture.dtype, 0, ("y", "x")).write(
             picture
         ).result()
-    attributes = {"ome": _ome(film), PROGRAM: json.loads(film.text())}
+    attributes = {"ome": _ome(result), PROGRAM: json.loads(result.text())}
     group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     (path / "zarr.json").write_text(json.dumps(group, indent=1, allow_nan=False))
 
@@ -109,21 +109,21 @@ def _create(
     ).result()
 
 
-def _ome(film: Film) -> dict[str, Any]:
-    calibration = film.calibration
-    rate, pixel, times = calibration.frame_rate_hz, calibration.pixel_size_um, film.times_s
-    step, start = (1 / rate if rate else 1.0), float(film.first_frame)
+def _ome(result: Result) -> dict[str, Any]:
+    calibration = result.calibration
+    rate, pixel, times = calibration.frame_rate_hz, calibration.pixel_size_um, result.times_s
+    step, start = (1 / rate if rate else 1.0), float(result.first_frame)
     if rate:
-        start = film.first_frame / rate if times is None else float(times[0])
+        start = result.first_frame / rate if times is None else float(times[0])
     space = {"type": "space", **({"unit": "micrometer"} if pixel else {})}
     side = pixel or 1.0
-    top = film.stored_full_scale
+    top = result.stored_full_scale
     white = float(top) if top is not None else calibration.full_scale
     return {
         "version": VERSION,
         "multiscales": [
             {
-                "name": printable(film.path.name),
+                "name": printable(result.path.name),
                 "axes": [
                     {"name": "t", "type": "time", **({"unit": "second"} if rate else {})},
                     {"name": "y", **space},
@@ -145,7 +145,7 @@ def _ome(film: Film) -> dict[str, Any]:
                 {
                     "active": True,
                     "color": "FFFFFF",
-                    "label": film.meaning(),
+                    "label": result.meaning(),
                     "window": {"min": 0.0, "max": white, "start": 0.0, "end": white},
                 }
             ],

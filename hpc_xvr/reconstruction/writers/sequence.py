@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
@@ -17,17 +18,20 @@ from hpc_xvr.data.cameras import ome_zarr as ome_zarr_reader
 from hpc_xvr.data.cameras.results import PROGRAM
 from hpc_xvr.errors import InputError, PassingError
 from hpc_xvr.files import check_folder, check_replaceable, replacing, replacing_folder, write_atomic
+from hpc_xvr.log import logger
 from hpc_xvr.reconstruction.writers import hdf5, images, nexus, ome_zarr, tiff
-from hpc_xvr.reconstruction.writers.about import FULL, UNKNOWN, Calibration, Film, Provenance
+from hpc_xvr.reconstruction.writers.about import FULL, UNKNOWN, Calibration, Provenance, Result
 from hpc_xvr.text import printable
 
+WORTH_TELLING = 1e-3
+"""Share of values that are cut of which a warning tells."""
 Dtype = Literal["uint16", "float32", "original"]
 
 
 class Format(NamedTuple):
     """A kind of result."""
 
-    write: Callable[[Path, Film], None]
+    write: Callable[[Path, Result], None]
     holds_maps: bool = False
     ours: Callable[[Path], bool] | None = None
     """Of a folder: whether it is a result of ours and nothing else, so may be replaced."""
@@ -128,23 +132,23 @@ def write_sequence(
         if first is None:
             raise InputError(f"{path}: there are no frames to write")
         shape = (count, *first.shape)
-        free, needed = shutil.disk_usage(path.parent).free, kind.itemsize * int(np.prod(shape))
+        free, needed = shutil.disk_usage(path.parent).free, kind.itemsize * math.prod(shape)
         if needed > free:
             raise PassingError(
                 f"{path}: needs {needed / 1e9:.2f} GB, {path.parent} has "
                 f"{free / 1e9:.2f} GB left; choose another disk"
             )
         numbers = _stored(chain([first], frames), shape, path, kind, stored, calibration.full_scale)
-        film = Film(
+        result = Result(
             path, numbers, shape, kind, calibration, first_frame, stored, about or Provenance()
         )
-        form.write(beside, film)
+        form.write(beside, result)
         if next(numbers, None) is not None:  # a generator that was not asked may hold one more
             raise InputError(f"{path}: more than the expected {count} frames came")
         if about is not None:
             _remove_ours(beside_path)
     if about is not None:
-        _write_beside(beside_path, film, form)
+        _write_beside(beside_path, result, form)
     return path
 
 
@@ -169,7 +173,7 @@ def _stored(
     top: int | None,
     full_scale: float,
 ) -> Iterator[np.ndarray]:
-    done = 0
+    done = cut = 0
     for i, frame in enumerate(frames):
         if i >= shape[0]:
             raise InputError(f"{path}: more than the expected {shape[0]} frames came")
@@ -184,10 +188,17 @@ def _stored(
         if top is None:
             yield (frame * full_scale).astype(kind)
         else:
+            cut += np.count_nonzero(frame < -0.5 / top) + np.count_nonzero(frame > 1 + 0.5 / top)
             yield np.rint(np.clip(frame, 0, 1) * top).astype(kind)
         done = i + 1
     if done != shape[0]:
         raise InputError(f"{path}: only {done} of the expected {shape[0]} frames came")
+    if cut > WORTH_TELLING * math.prod(shape):
+        logger.warning(
+            "%s: %.2g %% of the values lie below 0 or above full scale %g and were cut to that; "
+            "--dtype float32 keeps them",
+            *(path, 100 * cut / math.prod(shape), full_scale),
+        )
 
 
 def _remove_ours(path: Path) -> None:
@@ -198,15 +209,15 @@ def _remove_ours(path: Path) -> None:
             path.unlink()
 
 
-def _write_beside(path: Path, film: Film, form: Format) -> None:
+def _write_beside(path: Path, result: Result, form: Format) -> None:
     """The text beside the result, and the maps that it does not hold."""
     files = {}
     if not form.holds_maps:
-        for name, values in film.maps().items():
-            file = film.path.with_name(f"{film.path.name}.{name}.tif")
+        for name, values in result.maps().items():
+            file = result.path.with_name(f"{result.path.name}.{name}.tif")
             with replacing(file) as beside:
-                tiff.write_map(beside, values, film)
+                tiff.write_map(beside, values, result)
             files[name] = file.name
     written = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    text = film.text(result=printable(film.path.name), written=written, map_files=files)
+    text = result.text(result=printable(result.path.name), written=written, map_files=files)
     write_atomic(path, lambda file: file.write(f"{text}\n".encode()))

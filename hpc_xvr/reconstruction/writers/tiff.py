@@ -16,20 +16,20 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from hpc_xvr.reconstruction.writers.about import Film
+from hpc_xvr.reconstruction.writers.about import Result
 from hpc_xvr.text import printable
 
 TIFF_LIMIT = 2**32 - 2**26  # bytes of pixels; a classic TIFF addresses 4 GiB
 
 
-def write(path: Path, film: Film) -> None:
+def write(path: Path, result: Result) -> None:
     """Write the stack; its texts at the end, when all is known.
 
     Raises:
         OSError: the disk refuses.
     """
     try:
-        _write(path, film)
+        _write(path, result)
     except OSError as error:
         if error.errno is not None:
             raise
@@ -37,54 +37,54 @@ def write(path: Path, film: Film) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
 
 
-def _write(path: Path, film: Film) -> None:
-    big = film.kind.itemsize * math.prod(film.shape) > TIFF_LIMIT
-    if big or film.path.name.lower().endswith((".ome.tif", ".ome.tiff")):
-        _write_ome(path, film, big)
+def _write(path: Path, result: Result) -> None:
+    big = result.kind.itemsize * math.prod(result.shape) > TIFF_LIMIT
+    if big or result.path.name.lower().endswith((".ome.tif", ".ome.tiff")):
+        _write_ome(path, result, big)
     else:
-        _write_imagej(path, film)
+        _write_imagej(path, result)
 
 
-def write_map(path: Path, values: np.ndarray, film: Film) -> None:
+def write_map(path: Path, values: np.ndarray, result: Result) -> None:
     """Write one picture of floats in the scale of the frames."""
-    unit, resolution = _resolution(film)
+    unit, resolution = _resolution(result)
     tifffile.imwrite(
         path, values, imagej=True, metadata={"axes": "YX", **unit}, resolution=resolution
     )
 
 
-def _write_imagej(path: Path, film: Film) -> None:
-    calibration, top = film.calibration, film.stored_full_scale
-    unit, resolution = _resolution(film)
+def _write_imagej(path: Path, result: Result) -> None:
+    calibration, top = result.calibration, result.stored_full_scale
+    unit, resolution = _resolution(result)
     metadata: dict[str, Any] = {"axes": "TYX", "Info": "-", **unit}  # written anew below
     if top is None:
         metadata |= {"min": 0.0, "max": calibration.full_scale}  # what is shown as black and white
     else:
-        if film.said.slope is not None:
+        if result.said.slope is not None:
             # ImageJ's calibration function: it shows values, not the numbers that stand for them.
-            metadata |= {"cf": 0, "c0": 0.0, "c1": film.said.slope}
+            metadata |= {"cf": 0, "c0": 0.0, "c1": result.said.slope}
             metadata["vunit"] = printable(calibration.unit) or "Gray Value"
         metadata |= {"min": 0.0, "max": float(top)}
     if calibration.frame_rate_hz:
         metadata |= {"fps": calibration.frame_rate_hz, "finterval": 1 / calibration.frame_rate_hz}
     with tifffile.TiffWriter(path, imagej=True) as file:
         file.write(
-            film.frames,
-            shape=film.shape,
-            dtype=film.kind,
+            result.frames,
+            shape=result.shape,
+            dtype=result.kind,
             photometric="minisblack",
             metadata=metadata,
             resolution=resolution,
         )
     with tifffile.TiffFile(path, mode="r+") as tif:
-        info = {"Info": "\n".join((*_told(film), film.text()))}  # shown by Show Info
+        info = {"Info": "\n".join((*_told(result), result.text()))}  # shown by Show Info
         for tag in tifffile.tifffile.imagej_metadata_tag(info, tif.byteorder):
             tif.pages.first.tags[tag[0]].overwrite(tag[3])
 
 
-def _write_ome(path: Path, film: Film, big: bool) -> None:
-    calibration = film.calibration
-    metadata: dict[str, Any] = {"Name": printable(film.path.name)}
+def _write_ome(path: Path, result: Result, big: bool) -> None:
+    calibration = result.calibration
+    metadata: dict[str, Any] = {"Name": printable(result.path.name)}
     if calibration.frame_rate_hz:
         metadata |= {"TimeIncrement": 1 / calibration.frame_rate_hz, "TimeIncrementUnit": "s"}
     if calibration.pixel_size_um:
@@ -93,30 +93,30 @@ def _write_ome(path: Path, film: Film, big: bool) -> None:
                 f"PhysicalSize{axis}": calibration.pixel_size_um,
                 f"PhysicalSize{axis}Unit": "µm",
             }
-    if film.stored_full_scale is not None:
-        metadata["SignificantBits"] = film.stored_full_scale.bit_length()
-    if film.times_s is not None:
+    if result.stored_full_scale is not None:
+        metadata["SignificantBits"] = result.stored_full_scale.bit_length()
+    if result.times_s is not None:
         metadata["Plane"] = {
-            "DeltaT": film.times_s.tolist(),
-            "DeltaTUnit": ["s"] * film.shape[0],
+            "DeltaT": result.times_s.tolist(),
+            "DeltaTUnit": ["s"] * result.shape[0],
         }
     with tifffile.TiffWriter(path, bigtiff=big, ome=False) as file:
         file.write(
-            film.frames,
-            shape=film.shape,
-            dtype=film.kind,
+            result.frames,
+            shape=result.shape,
+            dtype=result.kind,
             photometric="minisblack",
             description="-",
             metadata=None,
-            resolution=_resolution(film)[1],
+            resolution=_resolution(result)[1],
         )
-    text = "\n".join((*_told(film), film.text()))
+    text = "\n".join((*_told(result), result.text()))
     # Not a random name: the same result is the same file.
     name = uuid.uuid5(uuid.NAMESPACE_OID, text)
     xml = tifffile.OmeXml(UUID=f"urn:uuid:{name}")
-    count, height, width = film.shape
+    count, height, width = result.shape
     xml.addimage(
-        film.kind,
+        result.kind,
         (count, height, width),
         (count, 1, 1, height, width, 1),
         axes="TYX",
@@ -127,27 +127,27 @@ def _write_ome(path: Path, film: Film, big: bool) -> None:
         tif.pages.first.tags["ImageDescription"].overwrite(xml.tostring(declaration=True).encode())
 
 
-def _resolution(film: Film) -> tuple[dict[str, Any], tuple[float, float] | None]:
+def _resolution(result: Result) -> tuple[dict[str, Any], tuple[float, float] | None]:
     """ImageJ's unit, and pixels per unit, as TIFF counts them."""
-    size = film.calibration.pixel_size_um
+    size = result.calibration.pixel_size_um
     return ({"unit": "um"}, (1 / size, 1 / size)) if size else ({}, None)
 
 
-def _told(film: Film) -> list[str]:
+def _told(result: Result) -> list[str]:
     """Lines to be read by people."""
     return [
-        f"first frame: {film.first_frame}",
-        film.meaning(),
-        *map(printable, film.calibration.notes),
-        *_lost(film),
+        f"first frame: {result.first_frame}",
+        result.meaning(),
+        *map(printable, result.calibration.notes),
+        *_lost(result),
     ]
 
 
-def _lost(film: Film) -> list[str]:
+def _lost(result: Result) -> list[str]:
     """A line that says so where the frames are not equally spaced."""
-    if film.calibration.times_s is None or film.times_s is None:
+    if result.calibration.times_s is None or result.times_s is None:
         return []
-    steps = np.diff(film.times_s)
+    steps = np.diff(result.times_s)
     if len(steps) == 0 or steps.max() < 1.5 * np.median(steps):
         return []
     return ["frames not equally spaced in time, as the fast camera lost some: see times_s below"]
