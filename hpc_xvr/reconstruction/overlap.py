@@ -121,7 +121,7 @@ class Behind(Generic[T]):
 
 class Beside:
     """A function that runs in a thread of its own. It is handed an event that is set when it should
-    end; `Stopped` is how it says that it did."""
+    end, which it does by raising `Stopped`."""
 
     def __init__(self, action: Callable[[threading.Event], object]) -> None:
         self.over = threading.Event()
@@ -130,8 +130,6 @@ class Beside:
         def run() -> None:
             try:
                 action(self.over)
-            except Stopped:
-                pass
             except BaseException as error:  # for the thread that waits
                 self._problem = error
 

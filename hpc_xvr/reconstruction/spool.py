@@ -151,13 +151,13 @@ class Spool:
         """The frames of these pieces in order, (H, W) float32 in [0, 1], waiting for each piece.
 
         Raises:
-            Stopped: `over` is set.
+            Stopped: `over` is set, or a rank has given up.
             InputError: a piece does not match its checksum any more.
         """
         for piece in pieces:
             path, pause = self._path(piece), _POLL[0]
             while not path.exists():
-                if over is None or over.wait(pause):
+                if over is None or over.wait(pause) or self.failed():
                     raise Stopped
                 pause = min(2 * pause, _POLL[1])
             stored = self._load(piece)
