@@ -222,6 +222,10 @@ def test_a_run_killed_and_started_again_ends_as_the_undisturbed_one(tmp_path, pu
     for name in ("weights_bitwise_equal", "losses_equal", "done_marker"):
         assert result[name] == 1, (name, done.stdout)
     for name in (
+        "steps_lost_max",
+        "overran_grace",
+        "died_of_clock_or_slow_disk",
+        "simulated_runs_ended_wrongly",
         "orphans",
         "leftovers",
         "damaged_loaded",

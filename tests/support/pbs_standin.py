@@ -198,6 +198,7 @@ def pbs_tmrsh(folder, *arguments):
     else:  # a leader already: its child can be one of a new session
         child = os.fork()
         if child:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # of the shield, once mpirun has ended
             sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
         os.setsid()
     with (folder / f"{os.environ['PBS_JOBID']}.sessions").open("a") as file:
