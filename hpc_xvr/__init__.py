@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 from hpc_xvr.version import __version__
 
 if TYPE_CHECKING:
-    from hpc_xvr.api import Model, load_model, open_recording, reconstruct
+    from hpc_xvr.api import (
+        CheckedFrame,
+        Model,
+        check_keys,
+        load_model,
+        open_recording,
+        reconstruct,
+        reconstruct_checked,
+    )
     from hpc_xvr.config import Config
     from hpc_xvr.config import load as load_config
     from hpc_xvr.data.cameras import Recording
@@ -28,24 +36,29 @@ if TYPE_CHECKING:
     from hpc_xvr.data.pairing.reading import CameraReading
     from hpc_xvr.data.registration import Registration
     from hpc_xvr.errors import InputError
+    from hpc_xvr.reconstruction.trust.held_out import HeldOut
     from hpc_xvr.reconstruction.writers import Calibration, write_movie, write_sequence
 
 _PUBLIC = {
     "Calibration": "hpc_xvr.reconstruction.writers",
     "CameraReading": "hpc_xvr.data.pairing.reading",
+    "CheckedFrame": "hpc_xvr.api",
     "Config": "hpc_xvr.config",
     "Corpus": "hpc_xvr.data.corpus",
+    "HeldOut": "hpc_xvr.reconstruction.trust.held_out",
     "InputError": "hpc_xvr.errors",
     "Model": "hpc_xvr.api",
     "Pairing": "hpc_xvr.data.pairing.joining",
     "Recording": "hpc_xvr.data.cameras",
     "Registration": "hpc_xvr.data.registration",
     "Video": "hpc_xvr.data.corpus",
+    "check_keys": "hpc_xvr.api",
     "ingest": "hpc_xvr.data.ingest.run",
     "load_config": "hpc_xvr.config",
     "load_model": "hpc_xvr.api",
     "open_recording": "hpc_xvr.api",
     "reconstruct": "hpc_xvr.api",
+    "reconstruct_checked": "hpc_xvr.api",
     "write_movie": "hpc_xvr.reconstruction.writers",
     "write_sequence": "hpc_xvr.reconstruction.writers",
 }
@@ -54,8 +67,10 @@ _ELSEWHERE = {"load_config": "load"}
 __all__ = [
     "Calibration",
     "CameraReading",
+    "CheckedFrame",
     "Config",
     "Corpus",
+    "HeldOut",
     "InputError",
     "Model",
     "Pairing",
@@ -63,11 +78,13 @@ __all__ = [
     "Registration",
     "Video",
     "__version__",
+    "check_keys",
     "ingest",
     "load_config",
     "load_model",
     "open_recording",
     "reconstruct",
+    "reconstruct_checked",
     "write_movie",
     "write_sequence",
 ]

@@ -23,6 +23,7 @@ from hpc_xvr.cli.common import (
 )
 from hpc_xvr.cli.common import engine as engine_option
 from hpc_xvr.cli.ending import then, typed
+from hpc_xvr.cli.trust import take_wanted, trust_options
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import say
 
@@ -195,6 +196,8 @@ def evaluate(
     hpc-xvr reconstruct runs/quickstart --video sim-0001-spray --out spray.tif
     hpc-xvr reconstruct runs/mine --lr fast.dat --hr sharp.cihx --gap 8 \\
         --registration cameras.yaml --crop --out m.tif --movie m.gif
+    hpc-xvr reconstruct builtin --lr fast.tif --hr sharp.tif --gap 20 --out m.h5 \\
+        --check --uncertainty sigma.h5
 """,
 )
 @a_method
@@ -218,6 +221,7 @@ def evaluate(
     type=File(),
     help="Side-by-side animation (.gif, .webp) or strip (.png).",
 )
+@trust_options
 @click.option(
     "--adapt",
     "to_recording",
@@ -261,6 +265,13 @@ def reconstruct(
     check_sequence(out)
     if movie:
         check_movie(movie)
+    wanted = take_wanted(options)
+    wanted.verify(out)
+    if wanted.check and to_recording:
+        raise InputError(
+            "--check with --adapt: adapted weights have learned from the key frames that the check "
+            "leaves out, and would look better than they are; use one of the two"
+        )
     source = take_source(options)
     from hpc_xvr.reconstruction.baselines import BASELINES
     from hpc_xvr.reconstruction.workflow import reconstruct_run
@@ -276,6 +287,7 @@ def reconstruct(
         force=force,
         dtype=dtype,
         refine=_adapted if to_recording else None,
+        wanted=wanted,
     )
     if str(what) in BASELINES:
         then("reconstruct", "builtin", *typed(["out"]), "--out", _beside(out, "builtin"))

@@ -25,6 +25,7 @@ from hpc_xvr.log import logger, track
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
 from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, reconstruct
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream, recording_streams, streams_of_pair
+from hpc_xvr.reconstruction.trust.examination import Wanted, examining
 from hpc_xvr.reconstruction.writers import (
     Calibration,
     check_movie,
@@ -85,6 +86,7 @@ def reconstruct_run(
     force: bool = False,
     dtype: Literal["uint16", "float32"] = "uint16",
     refine: Callable[[NamedMethod, Material], NamedMethod] | None = None,
+    wanted: Wanted | None = None,
 ) -> Path:
     """Reconstruct every frame from the first key frame to the last and write `out`.
 
@@ -96,6 +98,7 @@ def reconstruct_run(
         force: go on where key frames lie further apart than the weights were trained for.
         dtype: of the numbers in `out`, see `write_sequence`.
         refine: makes of the method one that suits the recording better.
+        wanted: what is to be told of how far the result may be believed.
 
     Raises:
         InputError: there is no such method, files cannot be read or do not fit, or the result
@@ -108,6 +111,8 @@ def reconstruct_run(
     keys, truth = material.keys, material.truth
     check_gaps(method, list(keys), force)
     check_sequence(out)  # before minutes of work
+    wanted = wanted or Wanted()
+    wanted.verify(out)
     if movie:
         check_movie(movie)
     if refine:
@@ -116,17 +121,19 @@ def reconstruct_run(
     count = last - first + 1
     name = f"{what} at step {method.step}" if method.step else method.title
     logger.info("%s: frames %d to %d of %dx%d pixels", name, first, last, *keys.shape)
-    frames = frames_of(method, material, device)
     shown: list[tuple[np.ndarray, ...]] = []
 
-    def results() -> Iterator[np.ndarray]:
+    def results(frames: Iterator[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
         stride = -(-count // 60)
         for t, frame in track(frames, "reconstructing", count, "frames"):
             if movie and (t - first) % stride == 0:
                 shown.append((material.lr[t], frame, *([truth(t)] if truth else [])))
             yield frame
 
-    write_sequence(out, results(), count, material.calibration, first, dtype)
+    streams = material.lr, keys
+    with examining(method, streams, material.calibration, wanted, out, device) as looked:
+        frames = looked.through(frames_of(method, material, device))
+        write_sequence(out, results(frames), count, material.calibration, first, dtype)
     logger.info("written: %s (%d frames)", out, count)
     if movie:
         labels = ["fast camera", "reconstruction", *(["truth"] if truth else [])]
