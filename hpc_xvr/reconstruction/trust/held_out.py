@@ -29,7 +29,7 @@ NEEDED = 3
 """Key frames that a recording must have."""
 BETTER_DB = 1.3
 """By how much the frames of the movie are nearer to the truth than the key frames left out."""
-SPREAD_DB = 0.9
+SPREAD_DB = 0.8
 """Standard deviation of that from recording to recording."""
 EQUAL_DB = 100.0
 """What equal frames count in means."""

@@ -133,14 +133,14 @@ def observe(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Obser
 def _matched(low: np.ndarray, frames: np.ndarray) -> tuple[float, float, float]:
     """Blur, gain and offset with which binned key frames are nearest to the fast ones (K, h, w).
 
-    A blur is only believed where it leaves clearly less than none does.
+    A blur is only believed where it leaves less than none does by more than chance.
     """
-    best = (0.0, *_line(low, frames))
-    for blur in BLURS:
-        fit = (blur, *_line(np.stack([_blurred(one, blur) for one in low]), frames))
-        if fit[3] < 0.9 * best[3]:
-            best = fit
-    return best[:3]
+    fits = [
+        (blur, *_line(np.stack([_blurred(one, blur) for one in low]), frames))
+        for blur in (0.0, *BLURS)
+    ]
+    best = min(fits, key=lambda fit: fit[3])
+    return (best if best[3] < 0.99 * fits[0][3] else fits[0])[:3]
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
