@@ -121,6 +121,7 @@ def examine(method: NamedMethod, video: Video, gap: int, noise: str) -> dict[str
     classes = np.zeros((2, len(SIGMA) + 1))
     flags: dict[str, list[bool]] = {"true": [], "made": []}
     gains: list[float] = []
+    mended: list[float] = []
     fit: list[np.ndarray] = []
     for t in between:
         frame, error = frames[t], np.abs(frames[t] - truth[t])
@@ -143,6 +144,9 @@ def examine(method: NamedMethod, video: Video, gap: int, noise: str) -> dict[str
             flags.setdefault(name, []).append(told)
         agreed = enforce(frame, fast[t], around.camera)
         gains.append(metrics.psnr_float(agreed, truth[t]) - metrics.psnr_float(frame, truth[t]))
+        far = keys[before if t - before > after - t else after]
+        agreed = enforce(far, fast[t], around.camera)
+        mended.append(metrics.psnr_float(agreed, truth[t]) - metrics.psnr_float(far, truth[t]))
         own, found = parts(frame.astype(float), *place)
         at = rng.integers(frame.size, size=PIXELS)
         columns = [own, *(found[name] for name in NAMES), error / around.contrast]
@@ -158,10 +162,18 @@ def examine(method: NamedMethod, video: Video, gap: int, noise: str) -> dict[str
         "within": list(within / len(between)),
         "within_scaled": list(scaled / len(between)),
         "enforced_db": float(np.mean(gains)),
+        "enforced_key_db": float(np.mean(mended)),
+        "flagged_worse_db": worse_by(psnr, flags["made"]),
         "flags": {name: [sum(told), len(told)] for name, told in flags.items()},
         "classes": classes.tolist(),
         "fit": np.concatenate(fit),
     }
+
+
+def worse_by(psnr: list[float], flagged: list[bool]) -> float | None:
+    """By how many dB the frames flagged are worse than the others of the recording."""
+    values, flags = np.array(psnr), np.array(flagged)
+    return float(values[~flags].mean() - values[flags].mean()) if 0 < flags.mean() < 1 else None
 
 
 def fitted(table: np.ndarray) -> np.ndarray:
@@ -201,6 +213,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         for name, counts in row["flags"].items():
             flags[name] = flags.get(name, np.zeros(2)) + counts
+    worse = [row["flagged_worse_db"] for row in rows if row["flagged_worse_db"] is not None]
     found = {
         "recordings": len(rows),
         "correlation": float(np.corrcoef(told, true)[0, 1]) if len(rows) > 2 else None,
@@ -210,6 +223,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "true_psnr_db": float(true.mean()),
         "factor": float(np.exp(np.mean(np.log([row["factor"] for row in rows])))),
         "enforced_db": float(np.mean([row["enforced_db"] for row in rows])),
+        "enforced_key_db": float(np.mean([row["enforced_key_db"] for row in rows])),
+        "flagged_worse_db": float(np.mean(worse)) if worse else None,
         "flagged": {name: round(float(a / b), 4) for name, (a, b) in flags.items()},
         "frames": {name: int(b) for name, (_, b) in flags.items()},
     }

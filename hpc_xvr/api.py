@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from hpc_xvr.data.registration import Registration
 from hpc_xvr.distributed.comm import device_of
 from hpc_xvr.distributed.launch import discover
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
+from hpc_xvr.reconstruction.streams import remembered
 from hpc_xvr.reconstruction.trust import held_out
 from hpc_xvr.reconstruction.trust.examination import Examiner, Looked
 from hpc_xvr.reconstruction.trust.held_out import HeldOut
@@ -223,7 +224,8 @@ def reconstruct_checked(
     """
     material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
     check_gaps(model.method, list(material.keys), force)
-    lr, keys = material.lr, material.keys
+    lr, keys = remembered(material.lr, material.keys)
+    material = replace(material, lr=lr, keys=keys)
     examiner = Examiner(
         lr,
         keys,
@@ -272,7 +274,7 @@ def check_keys(
         InputError: fewer than three key frames, or recordings that do not fit.
     """
     material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
-    lr, keys = material.lr, material.keys
+    lr, keys = remembered(material.lr, material.keys)
     held_out.left_out(list(keys))
     check_gaps(model.method, list(keys), force)
     around = surroundings(keys, observe(lr, keys))

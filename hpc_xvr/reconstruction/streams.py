@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -66,6 +68,16 @@ class KeyFrames(Mapping[int, np.ndarray]):
         if t not in self._times:
             raise KeyError(t)
         return self._read(t)
+
+
+def remembered(lr: Stream, keys: KeyFrames) -> tuple[Stream, KeyFrames]:
+    """The same streams, of which the fast frames of the longest gap and the last three key frames
+    are kept: who looks at a gap's frames once more need not read them once more."""
+    times = sorted(keys)
+    gap = max((b - a for a, b in pairwise(times)), default=0)
+    low = lru_cache(gap + 2)(lr.__getitem__)
+    sharp = lru_cache(3)(keys.__getitem__)
+    return Stream(lr.shape, low), KeyFrames(list(keys), keys.shape, sharp)
 
 
 def recording_streams(

@@ -24,7 +24,13 @@ from hpc_xvr.factory.weights import Which
 from hpc_xvr.log import logger, track
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
 from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, reconstruct
-from hpc_xvr.reconstruction.streams import KeyFrames, Stream, recording_streams, streams_of_pair
+from hpc_xvr.reconstruction.streams import (
+    KeyFrames,
+    Stream,
+    recording_streams,
+    remembered,
+    streams_of_pair,
+)
 from hpc_xvr.reconstruction.trust.examination import Wanted, examining
 from hpc_xvr.reconstruction.writers import (
     Calibration,
@@ -130,7 +136,8 @@ def reconstruct_run(
                 shown.append((material.lr[t], frame, *([truth(t)] if truth else [])))
             yield frame
 
-    streams = material.lr, keys
+    lr, keys = streams = remembered(material.lr, keys)
+    material = replace(material, lr=lr, keys=keys)
     with examining(method, streams, material.calibration, wanted, out, device) as looked:
         frames = looked.through(frames_of(method, material, device))
         write_sequence(out, results(frames), count, material.calibration, first, dtype)

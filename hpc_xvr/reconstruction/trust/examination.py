@@ -109,7 +109,6 @@ class Examiner:
         self._lr, self._keys, self._around = lr, keys, around
         self._agree, self._deviations, self._factor = agree, deviations, factor
         self._times = np.array(sorted(keys))
-        self._held: dict[int, np.ndarray] = {}  # the key frames around the last frame
 
     def look(self, t: int, frame: np.ndarray) -> Looked:
         """Compare frame (H, W) of time t; see `Looked`. Key frames stay as they were recorded."""
@@ -124,12 +123,11 @@ class Examiner:
             return Looked(t, frame, comparison, self._around.own(frame))
         after = int(np.searchsorted(self._times, t))
         first, last = (int(self._times[i]) for i in (after - 1, after))
-        self._held = {k: self._held[k] if k in self._held else self._keys[k] for k in (first, last)}
         sigma = deviation(
             frame,
             measured,
-            self._held[first],
-            self._held[last],
+            self._keys[first],
+            self._keys[last],
             last - first,
             self._around,
             self._factor,

@@ -12,6 +12,7 @@ Shapes: h w the fast camera's grid, H = scale*h, W = scale*w.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -33,8 +34,8 @@ CLASSES = 24
 """Classes of intensity, and of slope, in which variances are taken."""
 ODD = 5.0
 """Deviations by which a pixel must lie aside at most key frames to be left out: it is dead."""
-MAD = 1.4826
-"""Deviation of a Gaussian / median of its absolute values."""
+ASIDE = 0.005
+"""Share of the pixels that may be far aside for other reasons than noise."""
 SMALLEST = 64
 """Pixels of the fast frame below which no noise can be fitted."""
 
@@ -68,16 +69,15 @@ class Observation:
 
     def variance(self, seen: np.ndarray) -> np.ndarray:
         """Of a fast frame around what `seen` gives: (h, w) -> same."""
-        level = np.clip(seen, 0, None)
         slope = max(self.slope, DISPLACEMENT**2) * _steepness(seen)
-        variance: np.ndarray = (
-            self.read + self.shot * level + slope + (TOLERANCE * self.contrast) ** 2 + ROUNDING**2
-        )
+        variance: np.ndarray = self.noise(seen) + slope + (TOLERANCE * self.contrast) ** 2
         return variance
 
     def noise(self, seen: np.ndarray) -> np.ndarray:
-        """The part of `variance` that is noise, and no tolerance."""
-        noise: np.ndarray = self.read + self.shot * np.clip(seen, 0, None) + ROUNDING**2
+        """The part of `variance` that is noise, and no tolerance. In the dark one photon is always
+        possible (N + 1 instead of N)."""
+        level = np.clip(seen, 0, None) + self.shot
+        noise: np.ndarray = self.read + self.shot * level + ROUNDING**2
         return noise
 
     def told(self) -> str:
@@ -121,8 +121,10 @@ def observe(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Obser
     contrast = float(low.std())
     found = Observation(scale, blur, gain, offset, read, shot, slope, contrast, len(chosen))
     square = aside**2 / np.stack([found.variance(one) for one in seen])
-    # A median of few counts is a coarse number: the key frames' own chi-square shall be 1.
-    factor = float(square[square < ODD**2].mean())
+    # The largest were left out of the fit: as much noise is stated as there is.
+    kept = square < ODD**2
+    fitted = np.stack([found.noise(one) + slope * _steepness(one) for one in seen])
+    factor = float(np.square(aside[kept]).sum() / fitted[kept].sum())
     found = replace(found, read=factor * read, shot=factor * shot, slope=factor * slope)
     dead = np.median(square, 0) > ODD**2
     if 0 < np.count_nonzero(dead) < dead.size // 10 and len(chosen) > 1:
@@ -164,23 +166,26 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
 def _variances(seen: np.ndarray, aside: np.ndarray) -> tuple[float, float, float]:
     """a, b and c of the module, from what lies aside in classes of intensity and of slope.
 
-    Each class' variance comes from its median, which dead pixels do not touch; its weight is that
-    of a variance of so many numbers.
+    The largest of a class are left out, so that dead pixels do not count (no median: of few photons
+    a median says nothing). Each class' weight is that of a variance of so many numbers, where it is
+    as fitted so far.
     """
     level = np.clip(seen, 0, None).ravel()
     steep = np.stack([_steepness(one) for one in seen]).ravel()
-    aside = aside.ravel()
-    rows, values, weights = [], [], []
+    square = aside.ravel() ** 2
+    rows, values, counts = [], [], []
     for by in (level, steep):
         for part in np.array_split(np.argsort(by, kind="stable"), CLASSES):
-            if len(part) < 8:
-                continue
-            variance = (MAD * float(np.median(np.abs(aside[part])))) ** 2
-            rows.append((1.0, float(level[part].mean()), float(steep[part].mean())))
-            values.append(variance)
-            weights.append(np.sqrt(len(part)) / (variance + ROUNDING**2))
-    scaled = np.array(rows) * np.array(weights)[:, None]
-    fit, _ = nnls(scaled, np.array(values) * np.array(weights))
+            kept = part[np.argsort(square[part])][: math.ceil((1 - ASIDE) * len(part))]
+            rows.append((1.0, float(level[kept].mean()), float(steep[kept].mean())))
+            values.append(float(square[kept].mean()))
+            counts.append(len(kept))
+    table, found = np.array(rows), np.array(values)
+    expected = np.full(len(found), found.mean())
+    for _ in range(5):
+        weights = np.sqrt(counts) / (expected + ROUNDING**2)
+        fit, _ = nnls(table * weights[:, None], found * weights)
+        expected = np.maximum(table @ fit, 0.01 * found.mean())
     return float(fit[0]), float(fit[1]), float(fit[2])
 
 
