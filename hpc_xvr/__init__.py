@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 from hpc_xvr.version import __version__
 
 if TYPE_CHECKING:
-    from hpc_xvr.api import Model, load_model, open_recording, reconstruct, register
+    from hpc_xvr.api import (
+        CheckedFrame,
+        Model,
+        check_keys,
+        load_model,
+        open_recording,
+        reconstruct,
+        reconstruct_checked,
+        register,
+    )
     from hpc_xvr.config import Config
     from hpc_xvr.config import load as load_config
     from hpc_xvr.data.cameras import Recording
@@ -28,13 +37,16 @@ if TYPE_CHECKING:
     from hpc_xvr.data.pairing.reading import CameraReading
     from hpc_xvr.data.registration import Registration
     from hpc_xvr.errors import InputError
+    from hpc_xvr.reconstruction.trust.held_out import HeldOut
     from hpc_xvr.reconstruction.writers import Calibration, Provenance, write_movie, write_sequence
 
 _PUBLIC = {
     "Calibration": "hpc_xvr.reconstruction.writers",
     "CameraReading": "hpc_xvr.data.pairing.reading",
+    "CheckedFrame": "hpc_xvr.api",
     "Config": "hpc_xvr.config",
     "Corpus": "hpc_xvr.data.corpus",
+    "HeldOut": "hpc_xvr.reconstruction.trust.held_out",
     "InputError": "hpc_xvr.errors",
     "Model": "hpc_xvr.api",
     "Pairing": "hpc_xvr.data.pairing.joining",
@@ -42,11 +54,13 @@ _PUBLIC = {
     "Recording": "hpc_xvr.data.cameras",
     "Registration": "hpc_xvr.data.registration",
     "Video": "hpc_xvr.data.corpus",
+    "check_keys": "hpc_xvr.api",
     "ingest": "hpc_xvr.data.ingest.run",
     "load_config": "hpc_xvr.config",
     "load_model": "hpc_xvr.api",
     "open_recording": "hpc_xvr.api",
     "reconstruct": "hpc_xvr.api",
+    "reconstruct_checked": "hpc_xvr.api",
     "register": "hpc_xvr.api",
     "write_movie": "hpc_xvr.reconstruction.writers",
     "write_sequence": "hpc_xvr.reconstruction.writers",
@@ -56,8 +70,10 @@ _ELSEWHERE = {"load_config": "load"}
 __all__ = [
     "Calibration",
     "CameraReading",
+    "CheckedFrame",
     "Config",
     "Corpus",
+    "HeldOut",
     "InputError",
     "Model",
     "Pairing",
@@ -66,11 +82,13 @@ __all__ = [
     "Registration",
     "Video",
     "__version__",
+    "check_keys",
     "ingest",
     "load_config",
     "load_model",
     "open_recording",
     "reconstruct",
+    "reconstruct_checked",
     "register",
     "write_movie",
     "write_sequence",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,14 @@ from hpc_xvr.data.registration import Registration, read_registration
 from hpc_xvr.distributed.comm import device_of
 from hpc_xvr.distributed.launch import discover
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
+from hpc_xvr.reconstruction.streams import remembered
+from hpc_xvr.reconstruction.trust import held_out
+from hpc_xvr.reconstruction.trust.examination import Examiner, Looked
+from hpc_xvr.reconstruction.trust.held_out import HeldOut
+from hpc_xvr.reconstruction.trust.observation import observe
+from hpc_xvr.reconstruction.trust.uncertainty import surroundings
 from hpc_xvr.reconstruction.workflow import (
+    Material,
     Wanted,
     check_gaps,
     chosen_frames,
@@ -184,17 +191,7 @@ def reconstruct(
     Raises:
         InputError: the recordings do not fit each other or the model.
     """
-    if isinstance(registration, dict):
-        registration = Registration.model_validate(registration)
-    elif isinstance(registration, (str, Path)):
-        registration = read_registration(str(registration))
-    material = from_recordings(
-        model.method,
-        _recording(fast),
-        _recording(sharp),
-        Pairing(gap, start, registration, match_grey),
-        crop,
-    )
+    material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
     chosen = chosen_frames(material, Wanted(frames, beyond), "reconstruct")
     check_gaps(model.method, list(material.keys), force, chosen)
     return frames_of(model.method, material, model.device, chosen)
@@ -227,6 +224,128 @@ def register(
         near = Registration.model_validate(near)
     found = registered(_recording(sharp), _recording(fast), gap=gap, near=near, affine=affine)
     return found.registration
+
+
+@dataclass(frozen=True)
+class CheckedFrame:
+    """A frame, and how far it may be believed; made by `reconstruct_checked`."""
+
+    t: int
+    """Index of the frame in the fast recording."""
+    frame: np.ndarray = field(repr=False)
+    """(H, W) float32 in [0, 1], where 1 stands for `sharp.full_scale`."""
+    deviation: np.ndarray = field(repr=False)
+    """(H, W) float32: one standard deviation of each pixel, in the frame's units: 68 % of the
+    pixels lie nearer than that to what the sharp camera would have recorded."""
+    contradicts: bool
+    """Does the fast camera's measurement contradict the frame?"""
+    chi_square: float
+    """Reduced chi-square of the comparison with it: about 1 where noise is all the difference."""
+    place: tuple[int, int]
+    """Row and column around which they differ most."""
+    aside: np.ndarray = field(repr=False)
+    """(h, w) float32: (measured - expected) / deviation, on the fast camera's grid."""
+
+
+def reconstruct_checked(
+    model: Model,
+    fast: Recording | ArrayLike,
+    sharp: Recording | ArrayLike,
+    *,
+    gap: float | None = None,
+    start: float | None = None,
+    registration: Registration | dict[str, Any] | str | Path | None = None,
+    match_grey: bool = True,
+    crop: bool = False,
+    force: bool = False,
+    enforce: bool = False,
+    check: HeldOut | None = None,
+) -> Iterator[CheckedFrame]:
+    """Reconstruct as `reconstruct`, and look at each frame.
+
+    Args:
+        enforce: make the frames agree with the fast camera's, within their noise. `contradicts`
+            and what belongs to it are those of the frame before that.
+        check: what `check_keys` gave for this recording; scales the deviations.
+
+    Raises:
+        InputError: the recordings do not fit each other or the model.
+    """
+    material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
+    check_gaps(model.method, list(material.keys), force)
+    lr, keys = remembered(material.lr, material.keys)
+    material = replace(material, lr=lr, keys=keys)
+    examiner = Examiner(
+        lr,
+        keys,
+        surroundings(keys, observe(lr, keys)),
+        agree=enforce,
+        deviations=True,
+        factor=check.factor if check else 1.0,
+    )
+    frames = frames_of(model.method, material, model.device)
+    return (_checked(examiner.look(t, frame)) for t, frame in frames)
+
+
+def _checked(looked: Looked) -> CheckedFrame:
+    found = looked.comparison
+    assert looked.deviation is not None
+    return CheckedFrame(
+        looked.t,
+        looked.frame,
+        looked.deviation,
+        found.contradicts,
+        found.chi_square,
+        found.place,
+        found.aside,
+    )
+
+
+def check_keys(
+    model: Model,
+    fast: Recording | ArrayLike,
+    sharp: Recording | ArrayLike,
+    *,
+    gap: float | None = None,
+    start: float | None = None,
+    registration: Registration | dict[str, Any] | str | Path | None = None,
+    match_grey: bool = True,
+    crop: bool = False,
+    force: bool = False,
+) -> HeldOut:
+    """Leave out every other key frame, make it from its neighbours at twice the gap, and compare it
+    with what was recorded: an estimate of the movie's error on the safe side.
+
+    The arguments are those of `reconstruct`. `mean_psnr`, `ssim`, `nrmse` and the map `error` say
+    how far off the key frames left out were, `expected_psnr` what is to be expected of the movie.
+
+    Raises:
+        InputError: fewer than three key frames, or recordings that do not fit.
+    """
+    material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
+    lr, keys = remembered(material.lr, material.keys)
+    held_out.left_out(list(keys))
+    check_gaps(model.method, list(keys), force)
+    around = surroundings(keys, observe(lr, keys))
+    return held_out.check(model.method, lr, keys, around, model.device)
+
+
+def _material(
+    model: Model,
+    fast: Recording | ArrayLike,
+    sharp: Recording | ArrayLike,
+    gap: float | None,
+    start: float | None,
+    registration: Registration | dict[str, Any] | str | Path | None,
+    match_grey: bool,
+    crop: bool,
+) -> Material:
+    if isinstance(registration, dict):
+        registration = Registration.model_validate(registration)
+    elif isinstance(registration, (str, Path)):
+        registration = read_registration(str(registration))
+    pairing = Pairing(gap, start, registration, match_grey)
+    return from_recordings(model.method, _recording(fast), _recording(sharp), pairing, crop)
 
 
 def _recording(source: Recording | ArrayLike) -> Recording:

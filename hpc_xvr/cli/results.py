@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +25,7 @@ from hpc_xvr.cli.common import (
 )
 from hpc_xvr.cli.common import engine as engine_option
 from hpc_xvr.cli.ending import then, typed
+from hpc_xvr.cli.trust import take_asked, trust_options
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import say
 
@@ -203,6 +205,8 @@ def evaluate(
         --registration cameras.yaml --crop --out m.tif --movie m.gif
     mpirun -n 4 hpc-xvr reconstruct builtin --lr fast/ --hr sharp/ --gap 20 \\
         --out results/ --skip-bad
+    hpc-xvr reconstruct builtin --lr fast.tif --hr sharp.tif --gap 20 --out m.h5 \\
+        --check --uncertainty sigma.h5
 """,
 )
 @a_method
@@ -254,6 +258,7 @@ def evaluate(
     show_default=True,
     help="The fast camera beside the result (and the truth if it is known), or the result alone.",
 )
+@trust_options
 @click.option(
     "--adapt",
     "to_recording",
@@ -308,7 +313,13 @@ def reconstruct(
 
     command = command_line(["hpc-xvr", *sys.argv[1:]])
     alone = movie_shows == "result"
-    wanted = Wanted(_span(frames), beyond, dtype, force, alone, command)
+    asked = take_asked(options)
+    if asked.check and to_recording:
+        raise InputError(
+            "--check with --adapt: adapted weights have learned from the key frames that the check "
+            "leaves out, and would look better than they are; use one of the two"
+        )
+    wanted = Wanted(_span(frames), beyond, dtype, force, alone, command, asked)
     pairs = options.pop("pairs")
     if pairs is not None and (options["lr"] or options["hr"] or options["video"]):
         raise InputError("--pairs names the files of both cameras: leave --lr, --hr, --video out")
@@ -318,6 +329,7 @@ def reconstruct(
     several = isinstance(source, CameraFiles) and (pairs is not None or _several(source, out))
     if not several:
         check_sequence(out, dtype)
+        asked.verify(out)
         if movie:
             check_movie(movie)
     patient = Dist(timeout_s=7 * 86400)  # ranks may have very different shots
@@ -408,6 +420,10 @@ def _reconstruct_several(
         raise InputError(
             f"--movie {movie}: of many shots, give a pattern such as movies/{{name}}.webp"
         )
+    trust = wanted.trust
+    for file in filter(None, (trust.uncertainty, trust.maps)):
+        if recordings.NAME not in str(file):
+            raise InputError(f"{file}: of many shots, give a pattern such as maps/{{name}}.h5")
     shots = comm.on_root(
         lambda: (
             recordings.read_pairs(pairs, source) if pairs else recordings.matched(source, skip_bad)
@@ -417,13 +433,18 @@ def _reconstruct_several(
     use_threads((method.config or Config()).run.threads)
 
     def make(shot: recordings.Shot, place: Path, ranks: Ranks, ledger: recordings.Ledger) -> bool:
+        asked = replace(
+            trust,
+            uncertainty=trust.uncertainty and recordings.place_of(trust.uncertainty, shot.name),
+            maps=trust.maps and recordings.place_of(trust.maps, shot.name),
+        )
         return reconstruct_with(
             method,
             comm.device,
             shot.source,
             out=place,
             movie=recordings.place_of(movie, shot.name) if movie else None,
-            wanted=wanted,
+            wanted=replace(wanted, trust=asked),
             refine=refine,
             ranks=ranks,
             ledger=ledger,

@@ -107,8 +107,12 @@ class BayesianFusion:
 
     def estimate(self, y: Tensor, z: Tensor, variance: Tensor) -> Tensor:
         """y (B, 1, h, w), z (B, 2, H, W), noise variance (B, 1, h, w) -> (B, 1, H, W)."""
-        scale = z.shape[-1] // y.shape[-1]
-        prior = self.prior(y, z, variance)
+        return self.given(self.prior(y, z, variance), y, variance)
+
+    def given(self, prior: Prior, y: Tensor, variance: Tensor) -> Tensor:
+        """Steps 3 and 4 of the derivation: what was expected, and y (B, 1, h, w) with its noise
+        variance (B, 1, h, w) -> (B, 1, H, W)."""
+        scale = prior.mean.shape[-1] // y.shape[-1]
         spread = _spread_weights(scale)
         # G's rows do not add up to the same near the edge; the deviations are those stated.
         unit = _convolve(torch.ones_like(prior.mean), [g * g for g in spread]).rsqrt()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -66,6 +69,16 @@ class KeyFrames(Mapping[int, np.ndarray]):
         if t not in self._times:
             raise KeyError(t)
         return self._read(t)
+
+
+def remembered(lr: Stream, keys: KeyFrames, gaps: int = 1) -> tuple[Stream, KeyFrames]:
+    """The same streams, of which the frames of that many of the longest gaps are kept: who looks at
+    a gap's frames once more need not read them once more."""
+    times = sorted(keys)
+    gap = max((b - a for a, b in pairwise(times)), default=0)
+    low = lru_cache(gaps * (gap + 1) + 1)(lr.__getitem__)
+    sharp = lru_cache(gaps + 2)(keys.__getitem__)
+    return Stream(lr.shape, low), KeyFrames(list(keys), keys.shape, sharp)
 
 
 def recording_streams(
@@ -226,8 +239,9 @@ def _beside(name: str, times: np.ndarray, frames: int, hint: str) -> dict[int, i
     return {nearest[k]: k for k in there}
 
 
-class _InTurn:
-    """Reads frames of a recording by number; those in order without opening the file again."""
+class _InTurn(threading.local):
+    """Reads frames of a recording by number; those that a thread takes in order without opening the
+    file again."""
 
     _SKIPPED = 4  # frames up to which reading on is cheaper than opening the file again
 

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -42,9 +42,12 @@ from hpc_xvr.reconstruction.streams import (
     KeyFrames,
     Stream,
     recording_streams,
+    remembered,
     streams_of_pair,
     streams_of_recording,
 )
+from hpc_xvr.reconstruction.trust import held_out
+from hpc_xvr.reconstruction.trust.examination import Asked, Examiner, Examining, examining
 from hpc_xvr.reconstruction.writers import (
     Calibration,
     Dtype,
@@ -62,6 +65,8 @@ SATURATED = 0.005
 """Share of pixels at the largest count that is told."""
 _AHEAD = 1
 """Passes of a method whose frames are read before they are needed."""
+_REMEMBERED = 4
+"""Gaps whose frames are kept for who looks at the result of a pass."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class Wanted:
         force: go on where key frames lie further apart than the weights were trained for.
         alone: the movie shows the result only.
         command: the command line, stored with the result.
+        trust: what is to be told of how far the result may be believed.
     """
 
     frames: tuple[int | None, int | None] = (None, None)
@@ -137,6 +143,7 @@ class Wanted:
     force: bool = False
     alone: bool = False
     command: str = ""
+    trust: Asked = field(default_factory=Asked)
 
 
 def reconstruct_run(
@@ -200,6 +207,7 @@ def reconstruct_with(
             check_movie(movie)
         if material.places is not None and wanted.dtype != "float32":
             raise InputError("--lr-missing nan: integers have no NaN; give --dtype float32 too")
+        _check_trust(material, wanted, out)
         return material, frames
 
     material, frames = ranks.together(look)
@@ -214,7 +222,8 @@ def reconstruct_with(
         "device": device.type,
         "version": __version__,
     }
-    if ledger and ranks.on_root(lambda: ledger.finished(out, facts)):
+    of_result = {**facts, "trust": str(wanted.trust)}
+    if ledger and ranks.on_root(lambda: ledger.finished(out, of_result)):
         return False
     kind = "uint16" if wanted.dtype == "uint16" else "float32"
     spool = Spool(out, facts, keys.shape, kind, ranks)
@@ -226,26 +235,40 @@ def reconstruct_with(
         if ranks.rank == 0:
             _say_frames(name, frames, material)
         calibration = _noted(material, frames)
-        about = None
+        about, looked = None, _Looking()
         if ranks.rank == 0:
+            lr, keys = remembered(material.lr, keys, _REMEMBERED)
+            material = replace(material, lr=lr, keys=keys)
             about = provenance_of(
                 method, source, wanted.command, dtype=wanted.dtype, force=wanted.force
             )
             about.extra["key_frames"] = [t for t in keys if t in frames]
 
         def write(made: Iterator[np.ndarray]) -> None:
-            written, first, count = made, frames.start, len(frames)
+            written, first, count = looked.through(frames, made), frames.start, len(frames)
             if material.places is not None:
                 places = material.places[frames.start : frames.stop]
                 written = _with_gaps(written, places)
                 first, count = int(places[0]), int(places[-1] - places[0]) + 1
             write_sequence(out, written, count, calibration, first, wanted.dtype, about)
 
-        ranks.together(lambda: _make(method, material, device, frames, spool, write, ranks))
+        with ExitStack() as stack:
+            ranks.on_root(
+                lambda: looked.begin(
+                    stack.enter_context(
+                        examining(
+                            *(method, (material.lr, keys), calibration, wanted.trust, out),
+                            *(frames, device),
+                        )
+                    )
+                )
+            )
+            ranks.together(lambda: _make(method, material, device, frames, spool, write, ranks))
+            ranks.on_root(stack.pop_all().close)
         if movie and ranks.rank == 0:
-            _show(movie, method, material, frames, spool, wanted)
+            _show(movie, method, material, frames, spool, wanted, looked)
         if ledger and ranks.rank == 0:
-            ledger.note(out, facts)
+            ledger.note(out, of_result)
         keep = False
     except PassingError:
         raise
@@ -255,6 +278,46 @@ def reconstruct_with(
     finally:
         spool.close(keep)
     return True
+
+
+def _check_trust(material: Material, wanted: Wanted, out: Path) -> None:
+    """Refuse what cannot be told of this recording, before minutes of work."""
+    asked = wanted.trust
+    asked.verify(out)
+    if asked.check:
+        held_out.left_out(list(material.keys))
+    if asked.uncertainty and wanted.beyond:
+        raise InputError(
+            "--uncertainty with --beyond: how far frames made from one key frame are wrong is not "
+            "known; leave one of the two out"
+        )
+    if (asked.uncertainty or asked.maps) and material.places is not None:
+        raise InputError(
+            "--uncertainty and --maps have no frames of NaN: give --lr-missing skip instead of nan"
+        )
+
+
+class _Looking:
+    """Compares the frames with the fast camera's on their way to the file."""
+
+    def __init__(self) -> None:
+        self._examining: Examining | None = None
+
+    def begin(self, examining: Examining) -> None:
+        """From now on."""
+        self._examining = examining
+
+    def through(self, frames: range, made: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """The frames as they are to be written."""
+        assert self._examining
+        numbered = zip(frames, made, strict=True)
+        return (frame for _, frame in self._examining.through(numbered))
+
+    @property
+    def examiner(self) -> Examiner:
+        """Which looks at single frames."""
+        assert self._examining
+        return self._examining.examiner
 
 
 def _make(
@@ -559,6 +622,7 @@ def _show(
     frames: range,
     spool: Spool,
     wanted: Wanted,
+    looked: _Looking,
 ) -> None:
     """The movie of the result."""
     truth = material.truth
@@ -571,7 +635,10 @@ def _show(
         for t, frame in zip(frames, made, strict=True):
             if not film.wanted:
                 film.add(None, t)
-            elif wanted.alone:
+                continue
+            if wanted.trust.enforce:
+                frame = looked.examiner.look(t, frame).frame
+            if wanted.alone:
                 film.add([frame], t)
             else:
                 film.add([material.lr[t], frame, *([truth(t)] if truth else [])], t)

@@ -1,0 +1,1 @@
+"""How far a reconstructed movie may be believed: what it can be compared with, and how."""
