@@ -71,6 +71,7 @@ def _create(
                 "blocksize": 0,
             },
         },
+        {"name": "crc32c"},  # a frame that was damaged is found when it is read
     ]
     chunk = list(shape[-2:])
     codecs: list[dict[str, Any]] = inner
