@@ -14,7 +14,8 @@ from torch import nn
 
 from hpc_xvr.data.cameras import camera_files, photron
 from hpc_xvr.data.cameras.recording import guarded
-from hpc_xvr.errors import InputError, explain_os_error
+from hpc_xvr.errors import explain_os_error
+from hpc_xvr.log import logger
 from hpc_xvr.reconstruction.methods import NamedMethod
 from hpc_xvr.text import printable
 
@@ -117,6 +118,7 @@ class Checksum:
         self.files = [one for file in files for one in _inside(file)]
         self._digest = hashlib.sha256()
         self._error: OSError | None = None
+        self._failed = False
         self._thread = threading.Thread(target=self._run, name="checksum", daemon=True)
         self._thread.start()
 
@@ -129,19 +131,15 @@ class Checksum:
         except OSError as error:
             self._error = error
 
-    def result(self) -> str:
-        """The checksum, when it is there.
-
-        Raises:
-            InputError: a file could not be read to its end.
-        """
+    def result(self) -> str | None:
+        """The checksum, when it is there; None, with a warning, of what could not be read to its
+        end: a file that has gone since it was used is no reason to lose the result."""
         self._thread.join()
         if self._error is not None:
             name = self._error.filename or self.files[0]
-            raise InputError(
-                f"{name}: its checksum cannot be made: {explain_os_error(self._error)}"
-            )
-        return self._digest.hexdigest()
+            logger.warning("%s: its checksum is left out: %s", name, explain_os_error(self._error))
+            self._error, self._failed = None, True
+        return None if self._failed else self._digest.hexdigest()
 
 
 def _inside(path: Path) -> list[Path]:

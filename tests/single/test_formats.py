@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import shutil
 import sys
 import xml.etree.ElementTree as ET
@@ -19,7 +18,7 @@ import hpc_xvr as xvr
 from hpc_xvr.data.cameras import results
 from hpc_xvr.errors import InputError
 from hpc_xvr.reconstruction import writers
-from hpc_xvr.reconstruction.provenance import command_line, weights_sha256
+from hpc_xvr.reconstruction.provenance import Checksum, command_line, sources_of, weights_sha256
 from hpc_xvr.reconstruction.writers import Calibration, Provenance, open_movie, write_sequence
 from support.disk import fill
 
@@ -236,6 +235,12 @@ def test_ome_zarr_of_many_files_and_none(tmp_path, movie, monkeypatch):
     assert len(list((path / "0" / "c").iterdir())) == 3  # two frames each
     found = xvr.open_recording(path)
     np.testing.assert_array_equal(list(found.frames(3)), np.rint(movie[3:] * 4095))
+    part = path / "0" / "c" / "2" / "0" / "0"
+    damaged = bytearray(part.read_bytes())
+    damaged[40] ^= 1
+    part.write_bytes(damaged)
+    with pytest.raises(InputError, match="frame 4: cannot be read"):
+        list(found.frames(4))
     shutil.rmtree(path / "0" / "c" / "1")
     with pytest.raises(InputError, match="frame 2: cannot be read"):
         list(found.frames())
@@ -523,7 +528,7 @@ def test_a_disk_that_fills_up_is_one_line(small_disk, monkeypatch, name):
             write_sequence(small_disk / name, iter(large), 40)
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not shutil.which("mount"), reason="no mount")
+@pytest.mark.skipif(not shutil.which("mount"), reason="no mount")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_read_only_disk_is_refused_before_the_frames_are_made(small_disk, movie, name):
     import subprocess
@@ -683,6 +688,18 @@ def test_the_command_stores_what_made_the_result(tmp_path, movie, hpc_xvr, monke
     with Image.open(tmp_path / "m.webp") as image:
         assert image.getexif()[0x010E] == said["command"]
     hpc_xvr("reconstruct", "nearest_hr", *both, "--out", "frames", "--dtype", "float32", code=2)
+
+
+def test_checksums_of_sequences_pairs_and_files_that_go_away(tmp_path, movie, caplog):
+    frames = write_sequence(tmp_path / "frames", iter(movie), 5)
+    files = sorted(frames.glob("*.png"))
+    (source,) = sources_of({"lr": frames, "lr dark": None})
+    whole = b"".join(file.read_bytes() for file in files)
+    assert (source["files"], source["bytes"]) == (5, len(whole))
+    assert source["sha256"].result() == hashlib.sha256(whole).hexdigest()
+    gone = Checksum([files[0], tmp_path / "gone.tif"])
+    assert [gone.result(), gone.result()] == [None, None]
+    assert caplog.text.count("gone.tif: its checksum is left out") == 1
 
 
 def test_the_hash_of_weights_tells_them_apart():

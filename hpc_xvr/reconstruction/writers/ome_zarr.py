@@ -59,7 +59,7 @@ def _create(
     path: Path, shape: tuple[int, ...], kind: np.dtype[Any], together: int, names: tuple[str, ...]
 ) -> Any:
     """An array of chunks of a frame, `together` of them in a file; 0: one chunk."""
-    inner = [
+    inner: list[dict[str, Any]] = [
         {"name": "bytes", "configuration": {"endian": "little"}},
         {
             "name": "blosc",
@@ -71,9 +71,10 @@ def _create(
                 "blocksize": 0,
             },
         },
+        {"name": "crc32c"},  # a frame that was damaged is found when it is read
     ]
     chunk = list(shape[-2:])
-    codecs: list[dict[str, Any]] = inner
+    codecs = inner
     if together:
         chunk = [together, *chunk]
         codecs = [
