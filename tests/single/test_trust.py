@@ -304,7 +304,7 @@ def test_check_with_two_key_frames_is_refused(scene, tmp_path, hpc_xvr):
 def test_a_full_disk_under_the_uncertainty_leaves_nothing(two_files, tmp_path, small_disk, hpc_xvr):
     fill(small_disk)
     files = ["--out", tmp_path / "m.tif", "--uncertainty", small_disk / "s.tif"]
-    said = hpc_xvr("reconstruct", "bayes", *two_files, *files, code=2)
+    said = hpc_xvr("reconstruct", "bayes", *two_files, *files, code=74)
     assert "s.tif" in said.err
     assert not list(tmp_path.glob("m*")) and not list(small_disk.glob("*s*"))
 

@@ -1,0 +1,253 @@
+"""Speed of whole reconstructions against the frame-by-frame way, same weights, same run.
+
+    python benchmarks/reconstruct.py                  minutes; files its result in results/
+    python benchmarks/reconstruct.py --quick          small frames, files nothing
+    python benchmarks/reconstruct.py --json out.json
+
+The frame-by-frame way makes one centre frame a pass, computes the key frames' features again each
+time, and runs eagerly in float32. Contestants take turns, medians count. Ratios are of frames a
+second. The files go through the command's own code: reading, computing, writing at once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hpc_xvr.factory.memory import keep_freed_memory
+
+keep_freed_memory()  # before torch is imported, as the commands do
+
+import click  # noqa: E402
+import numpy as np  # noqa: E402
+import tifffile  # noqa: E402
+import torch  # noqa: E402
+
+from filing import file_result, usage  # noqa: E402
+from hpc_xvr import log, metrics  # noqa: E402
+from hpc_xvr.data.degrade import bin_down  # noqa: E402
+from hpc_xvr.data.pairing.joining import Pairing  # noqa: E402
+from hpc_xvr.factory.execution import resolve_precision  # noqa: E402
+from hpc_xvr.model.xvr import SwinXVR  # noqa: E402
+from hpc_xvr.reconstruction.baselines import BASELINES  # noqa: E402
+from hpc_xvr.reconstruction.methods import NamedMethod, model_entry, open_method  # noqa: E402
+from hpc_xvr.reconstruction.pipeline import reconstruct  # noqa: E402
+from hpc_xvr.reconstruction.workflow import (  # noqa: E402
+    CameraFiles,
+    material_of,
+    reconstruct_with,
+    work_of,
+)
+from hpc_xvr.reconstruction.writers import write_sequence  # noqa: E402
+from hpc_xvr.train.meters import describe_machine  # noqa: E402
+
+GAP = 8
+SMALL = {"embed_dim": 64, "depths": (2, 2), "heads": 1, "window": 4, "up_features": 32}
+
+
+def scene(frames: int, height: int, width: int) -> np.ndarray:
+    """Sharp frames (T, H, W) in [0, 1]: smooth grains that move."""
+    rng = np.random.default_rng(0)
+    field = rng.random((height, width + 2 * frames), np.float32)
+    for axis in (0, 1):
+        for step in (1, 2, 3):
+            field = (field + np.roll(field, step, axis)) / 2
+    field = (field - field.min()) / np.ptp(field)
+    return np.stack([field[:, 2 * t : 2 * t + width] for t in range(frames)])
+
+
+def frame_by_frame(model: SwinXVR, sharp: np.ndarray, device: torch.device) -> int:
+    """One centre frame a pass, nothing kept from pass to pass; the frames made."""
+    lr, made = bin_down(sharp, 4), 0
+    for t in range(len(sharp)):
+        if t % GAP == 0:
+            continue
+        before = t - t % GAP
+        hr = np.stack([sharp[before], sharp[min(before + GAP, len(sharp) - 1)]])
+        half = model.lr_frames // 2
+        index = np.clip(range(t - half, t + half + 1), 0, len(lr) - 1)
+        with torch.inference_mode():
+            out = model(
+                torch.from_numpy(lr[index])[None, :, None].to(device),
+                torch.from_numpy(hr)[None, :, None].to(device),
+            )
+        out.cpu()
+        made += 1
+    return made
+
+
+def ours(method: NamedMethod, sharp: np.ndarray, device: torch.device) -> int:
+    """The pipeline on arrays; frames made between key frames."""
+    keys = {t: sharp[t] for t in range(0, len(sharp), GAP)}
+    frames = reconstruct(
+        method.method,
+        bin_down(sharp, 4),
+        keys,
+        lr_frames=1 if method.lr_frames is None else method.lr_frames,
+        n_out=method.n_out,
+        device=device,
+        precision=method.precision,
+    )
+    return sum(t not in keys for t, _ in frames)
+
+
+def rates(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Frames a second of each, the median of `rounds` after one to warm up."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            frames = run()
+            if number:
+                found[name].append(frames / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def write_shot(folder: Path, sharp: np.ndarray) -> CameraFiles:
+    """The files of both cameras."""
+    for name, frames in (("fast", bin_down(sharp, 4)), ("sharp", sharp[::GAP])):
+        stored = np.rint(frames * 65535).astype(np.uint16)
+        tifffile.imwrite(folder / f"{name}.tif", stored, photometric="minisblack")
+    return CameraFiles(folder / "fast.tif", folder / "sharp.tif", pairing=Pairing(float(GAP)))
+
+
+def overlap(method: NamedMethod, source: CameraFiles, folder: Path, device: torch.device) -> dict:
+    """How much of reading and writing is hidden behind computing, and when the first frame is on
+    disk."""
+    material = material_of(method, source)
+    start = time.perf_counter()
+    work = work_of(method, material, device)
+    loads = list(work.load(work.pieces()))
+    reading = time.perf_counter() - start
+    start = time.perf_counter()
+    frames = [frame for _, frame in work.run(loads)]
+    computing = time.perf_counter() - start
+    start = time.perf_counter()
+    write_sequence(folder / "direct.tif", frames, len(frames))
+    writing = time.perf_counter() - start
+    out = folder / "whole.tif"
+    spool, first = folder / ".whole.tif.unfinished", 0.0
+
+    def watch() -> None:
+        nonlocal first
+        while not first:
+            if spool.exists() and any(spool.glob("0*-*[0-9]")):
+                first = time.perf_counter() - start
+            time.sleep(0.005)
+
+    start = time.perf_counter()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    reconstruct_with(method, device, source, out=out)
+    whole = time.perf_counter() - start
+    watcher.join(5)
+    return {
+        "reading_s": reading,
+        "computing_s": computing,
+        "writing_s": writing,
+        "whole_s": whole,
+        "first_frame_s": first,
+        "io_hidden_share": 1 - max(0.0, whole - computing) / (reading + writing),
+    }
+
+
+def ranks_speedup(folder: Path) -> float:
+    """Frames a second of two ranks over those of one, one thread each, as the commands log them."""
+    found = []
+    for ranks in (1, 2):
+        launcher = ["mpirun", "-n", "2", "--oversubscribe"] if ranks == 2 else []
+        files = ["--lr", "fast.tif", "--hr", "sharp.tif", "--gap", str(GAP)]
+        command = [*launcher, sys.executable, "-m", "hpc_xvr", "reconstruct", "builtin", *files]
+        done = subprocess.run(
+            [*command, "--out", f"ranks{ranks}.tif"],
+            cwd=folder,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found.append(float(done.stderr.partition(" frames/s")[0].rpartition(" ")[2]))
+    return found[1] / found[0]
+
+
+@click.command(help=usage(__doc__ or ""))
+@click.option("--quick", is_flag=True)
+@click.option("--json", "out", type=click.Path(path_type=Path))
+@click.option("--device", "name", default="cpu", type=click.Choice(["cpu", "cuda"]))
+def main(quick: bool, out: Path | None, name: str) -> None:
+    log.setup()
+    device = torch.device(name)
+    precision = resolve_precision("auto", device)
+    size, rounds = ((32, 32), 1) if quick else ((400, 1024), 3)
+    options = SMALL if quick else {}
+    result: dict[str, float] = {}
+
+    # The same weights, one frame a pass and all of a window.
+    torch.manual_seed(0)
+    model = SwinXVR(drop_path=0.0, **options).to(device).eval()
+    sequence = SwinXVR(drop_path=0.0, output="sequence", **options).to(device).eval()
+    sequence.load_state_dict(model.state_dict())
+    small = (32, 32) if quick else (128, 256)
+    sharp = scene(GAP + 1, *small)
+    methods = {"centre": model_entry("centre", model, precision)}
+    methods["sequence"] = model_entry("sequence", sequence, precision)
+    methods["builtin"] = open_method("builtin", device)
+    found = rates(
+        {
+            "frame by frame": lambda: frame_by_frame(model, sharp, device),
+            **{
+                what: (lambda method=method: ours(method, sharp, device))
+                for what, method in methods.items()
+            },
+        },
+        rounds,
+    )
+    result |= {f"frames_per_s[{what}]": value for what, value in found.items()}
+    for what in methods:
+        result[f"{what}_speedup"] = found[what] / found["frame by frame"]
+
+    # Frames a second against PSNR, for every method at the size of the experiment.
+    movie = scene(2 * GAP + 1 if not quick else GAP + 1, *size)
+    builtin = methods["builtin"]
+    for what in (*BASELINES, "builtin"):
+        method = builtin if what == "builtin" else open_method(what, device)
+        speed = rates({what: lambda method=method: ours(method, movie, device)}, 1)[what]
+        keys = {t: movie[t] for t in range(0, len(movie), GAP)}
+        frames = reconstruct(
+            method.method,
+            bin_down(movie, 4),
+            keys,
+            lr_frames=1 if method.lr_frames is None else method.lr_frames,
+            n_out=method.n_out,
+            device=device,
+            precision=method.precision,
+        )
+        psnr = [metrics.psnr(frame, movie[t]) for t, frame in frames if t not in keys]
+        result[f"realtime_frames_per_s[{what}]"] = speed
+        result[f"realtime_psnr_db[{what}]"] = float(np.mean(psnr))
+
+    folder = Path(tempfile.mkdtemp(prefix="hpc_xvr-"))
+    try:
+        source = write_shot(folder, scene(4 * GAP + 1 if quick else 12 * GAP + 1, *small))
+        result |= overlap(builtin, source, folder, device)
+        if not quick and device.type == "cpu" and shutil.which("mpirun"):
+            result["two_ranks_speedup"] = ranks_speedup(folder)
+    finally:
+        shutil.rmtree(folder)
+    for what, value in result.items():
+        print(f"{what:45} {value:10.3f}")
+    context = describe_machine(device)
+    context |= {"size": list(size), "small_size": list(small), "gap": GAP, "precision": precision}
+    file_result("reconstruct", result, context, out, quick)
+
+
+if __name__ == "__main__":
+    main()
