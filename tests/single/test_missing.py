@@ -74,6 +74,25 @@ def hole(folder):
     return folder / "v.h5"
 
 
+def missing_tile(folder):
+    """The right halves of frames 2 and 3 are gone."""
+    layout = h5py.VirtualLayout(FRAMES.shape, "u2")
+    parts = {
+        "left.h5": np.s_[:, :, :12],
+        "right.h5": np.s_[:2, :, 12:],
+        "gone.h5": np.s_[2:4, :, 12:],
+        "last.h5": np.s_[4:, :, 12:],
+    }
+    for name, index in parts.items():
+        layout[index] = h5py.VirtualSource(name, "d", FRAMES[index].shape, "u2")
+        if name != "gone.h5":
+            with h5py.File(folder / name, "w") as file:
+                file["d"] = FRAMES[index]
+    with h5py.File(folder / "v.h5", "w", libver="latest") as file:
+        file.create_virtual_dataset("frames", layout)
+    return folder / "v.h5"
+
+
 def chunks_never_written(folder):
     with h5py.File(folder / "c.h5", "w") as file:
         data = file.create_dataset("frames", FRAMES.shape, "u2", chunks=(1, 16, 12))
@@ -106,6 +125,7 @@ IN_THE_MIDDLE = [
     part_without_its_dataset,
     part_that_is_no_hdf5,
     hole,
+    missing_tile,
     chunks_never_written,
     floats_that_are_nan,
     damaged_pages,
