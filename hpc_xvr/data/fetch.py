@@ -28,9 +28,9 @@ from hpc_xvr.text import first_line, parse_json
 
 PIECE = 1 << 20  # bytes
 ATTEMPTS = 6
+PAUSE_S = 2.0  # before the second attempt; doubles
 # LZMA takes as much memory as a file says, up to 4 GB.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
-PAUSE_S = 2.0  # before the second attempt; doubles
 
 
 def fetch(
