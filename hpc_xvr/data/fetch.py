@@ -29,6 +29,8 @@ from hpc_xvr.text import first_line, parse_json
 PIECE = 1 << 20  # bytes
 ATTEMPTS = 6
 PAUSE_S = 2.0  # before the second attempt; doubles
+# LZMA takes as much memory as a file says, up to 4 GB.
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
 
 
 def fetch(
@@ -199,6 +201,12 @@ def unpack(archive: Path, folder: Path) -> Path:
                 if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[:1]:
                     raise InputError(
                         f"{archive}: holds {member.filename}, which lies outside; not unpacked"
+                    )
+                if member.compress_type not in _METHODS:
+                    raise InputError(
+                        f"{archive}: holds {member.filename}, packed by method "
+                        f"{member.compress_type}; read are files that are stored, deflated or in "
+                        "bzip2: pack it again"
                     )
             needed = sum(member.file_size for member in members)
             free = shutil.disk_usage(archive.parent).free

@@ -184,14 +184,14 @@ def test_offsets_beyond_a_shard_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["a/" * 1200 + "b", "n" * 300, "", "encrypted", "deflate", "link", "both"]
+    "name", ["a/" * 1200 + "b", "n" * 300, "", "encrypted", "deflate", "link", "both", "lzma"]
 )
 def test_archives_that_cannot_be_unpacked_are_refused(name, tmp_path):
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
         info = zipfile.ZipInfo("x" if name in ("", "encrypted", "deflate", "link") else name)
         info.filename = "" if name == "" else info.filename
-        info.compress_type = zipfile.ZIP_DEFLATED
+        info.compress_type = zipfile.ZIP_LZMA if name == "lzma" else zipfile.ZIP_DEFLATED
         info.external_attr = (0o120777 << 16) if name == "link" else 0
         file.writestr(info, "/etc/passwd " * 9)
         if name == "both":

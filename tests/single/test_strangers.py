@@ -40,6 +40,7 @@ from hpc_xvr.factory import weights as weights_files
 from hpc_xvr.factory.weights import FORMAT, open_model, read_weights
 from hpc_xvr.files import private_folder, private_text, write_atomic
 from hpc_xvr.submit.restart import newest_step
+from support.paths import ROOT
 from support.runs import a_corpus
 
 STRANGER = 54321  # a user id that is nobody's
@@ -797,3 +798,14 @@ def test_ranks_that_fail_together_keep_the_exit_code(monkeypatch, capsys):
         with pytest.raises(CollectiveError) as problem:
             way(full)
         assert ends_with(problem.value, monkeypatch, capsys)[0] == 74
+
+
+def test_every_test_that_security_names_is_there():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/explanation/security.md").read_text()))
+    there = {
+        name
+        for path in (ROOT / "tests/single").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert len(named) > 50
+    assert named <= there, named - there

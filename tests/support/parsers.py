@@ -536,7 +536,6 @@ def _archives(folder: Path) -> list[bytes]:
         zipfile.ZIP_STORED,
         zipfile.ZIP_DEFLATED,
         zipfile.ZIP_BZIP2,
-        zipfile.ZIP_LZMA,
     ):
         picture = io.BytesIO()
         tifffile.imwrite(picture, np.zeros((3, 8, 12), np.uint16), photometric="minisblack")
