@@ -7,10 +7,10 @@
 Pairs are simulated experiments of all scenes, seen by a sharp camera and by a fast one of 64x96
 pixels: scale 2.5 to 4.5, rotation up to 5 degrees, centres up to 20 % of the field of view apart,
 every flip, other gain and offset, blur, 2,000 to 20,000 photons a fast pixel at full scale,
-flickering beam. Eight sharp frames come at instants between fast ones; three of four pairs
-state frame rates (wrong by up to 0.01 %), the others none. Counted as right: the right flip, no
-place of the common field of view (a grid of 9 x 9 places of the fast frame, corners included) more
-than 0.1 fast pixels aside, and no sharp frame's instant more than 0.1 fast frames.
+flickering beam. Eight sharp frames come at instants between fast ones; three of four pairs state
+frame rates (wrong by up to 0.01 %), the others none. Counted as right: the right flip, no place of
+the common field of view (a grid of 9 x 9 places of the fast frame, corners included) more than 0.1
+fast pixels aside, and no sharp frame's instant more than 0.1 fast frames.
 
 Pairs that do not match are recordings of two experiments, half of them of one scene, and noise.
 What resampling by a scale that is no integer costs is the PSNR of `bayes` with a fast camera of

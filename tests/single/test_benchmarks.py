@@ -168,6 +168,18 @@ def test_the_benchmark_of_gaps(tmp_path):
     assert 0 < result["train_share_of_products"] < 1 and result["train_tflop_s"] > 0
 
 
+def test_the_benchmark_of_registering(tmp_path):
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(BENCHMARKS / "registering.py"), "--quick", "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    result = json.loads(out.read_text())
+    assert result["pairs"] == 2 and result["within_0.1_pixels"] == 1
+    assert result["not_matching"] == 1 and result["not_matching_accepted"] == 0
+    whole = result["bayes_psnr_db[scale 3]"] + result["bayes_psnr_db[scale 4]"]
+    cost = whole / 2 - result["bayes_psnr_db[scale 3.5]"]
+    assert result["resampling_cost_db[scale 3.5]"] == pytest.approx(cost)
+
+
 def test_the_noise_study_says_what_its_numbers_say(tmp_path):
     def summary(method, noise, psnr):
         return {
