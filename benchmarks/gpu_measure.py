@@ -414,7 +414,7 @@ def trainer(steps: int, on_device: bool) -> Row:
     known = {name: rank.get(name) for name in ("busy_mean", "memory_gb", "power_w")}
     flops = 3.0 * cfg.train.global_batch * 76.76e9 if on_gpu() else math.nan
     tflops = {} if math.isnan(flops) else {"tflops": flops / last["step_s"] / 1e12}
-    return row | known | tflops | {k: v for k, v in summary.items() if "kwh" in k or "joule" in k}
+    return row | known | tflops | {"energy": summary.get("energy")}
 
 
 TRAINERS = {"trainer": False, "trainer, samples made on the device": True}

@@ -249,7 +249,7 @@ rehearse() {
             XVR_DEVICE=cpu XVR_SCRATCH="$work/scratch" XVR_VIDEOS=8 \
             XVR_TESTS="${XVR_TESTS:-gpu or explicit}" ${short:+CXX=/nowhere XVR_TESTS=none \
             XVR_ONLY="parity|trainer$|plain|reading published|400x1024, gap, bf16$"} \
-            "${reach[@]}" bash "$work/benchmarks/gpu_visit.sh" run "$n" "${XVR_SECONDS:-$([ -n "$short" ] && echo 90 || echo 400)}"
+            "${reach[@]}" bash "$work/benchmarks/gpu_visit.sh" run "$n" "${XVR_SECONDS:-400}"
         check "$work/out-$n" "$n" || failed=1
     done
     mkdir -p "$visit"
@@ -279,6 +279,10 @@ check() {
 lookalike() {
     local base=${XVR_LOOKALIKE:-${XDG_CACHE_HOME:-$HOME/.cache}/hpc_xvr/gpu-lookalike} python
     if [ ! -f "$base/complete" ]; then
+        [ -z "${short:-}" ] || {
+            echo "rehearse: skipped: no $base; rehearse without --short makes it (5 GB)"
+            return 1
+        }
         python=$(python312) || { echo "rehearse: no Python 3.12 here (nor uv to fetch one)"; return 1; }
         rm -rf "$base"
         {
