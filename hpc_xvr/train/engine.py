@@ -136,6 +136,7 @@ class Trainer:
         """Train to the last step. False: stopped before it, with a checkpoint."""
         self.stage()
         self.stopping.listen()
+        first = self.progress.step
         sampler = Sampler(self.comm, self.cfg.run.dir, self.cfg.run.utilisation_s)
         try:
             finished = self._train()
@@ -143,7 +144,16 @@ class Trainer:
                 sampler.stop()
                 self.comm.mark(None, "summing up")
                 self.clock.reset()
-                sum_up(self.comm, self.cfg.run.dir, self.clock.all, self.clock.mfu, sampler.cost)
+                samples = (self.progress.step - first) * self.cfg.train.global_batch
+                sum_up(
+                    self.comm,
+                    self.cfg.run.dir,
+                    self.clock.all,
+                    self.clock.mfu,
+                    sampler.cost,
+                    sampler.energy,
+                    samples,
+                )
             self.comm.mark(None, "after training")  # where it failed stays known otherwise
             return finished
         except Exception:

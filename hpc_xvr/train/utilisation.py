@@ -26,6 +26,7 @@ from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import logger
 from hpc_xvr.text import parse_json
+from hpc_xvr.train.energy import NodeEnergy, of_run
 
 SLOWER = 1.15  # a rank whose own work takes this times the median's is named
 HUNGRY = 0.2  # as is one that waits for data for more than this share of its time
@@ -45,6 +46,7 @@ class Sampler:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.cost = 0.0  # share of a core that looking takes
+        self.energy: NodeEnergy | None = None  # of the node; its first rank counts
         if not every_s:
             return
         here = socket.gethostname()
@@ -53,6 +55,12 @@ class Sampler:
         if comm.rank != local[0]:
             return
         self._sources = [_Rank(rank, *ranks[rank][1:]) for rank in local]
+        self.energy = NodeEnergy()
+        for uuid, source in {
+            ranks[rank][2]: s for rank, s in zip(local, self._sources, strict=True)
+        }.items():
+            if uuid and source.gpu:
+                self.energy.add_gpu(*source.gpu.place)
         path = folder / "utilisation" / f"rank-{comm.rank}.jsonl"
         path.parent.mkdir(exist_ok=True)
         self._file = path.open("a", buffering=1)
@@ -61,6 +69,7 @@ class Sampler:
 
     def _run(self) -> None:
         begin = time.perf_counter()
+        assert self.energy is not None
         while not self._stop.wait(self._every):
             place = self._comm.place
             now = round(time.time(), 3)
@@ -69,6 +78,7 @@ class Sampler:
                     row: Row = {"time": now, "rank": source.rank, "step": place.step}
                     row |= {"doing": place.doing, **source.look()}
                     self._file.write(json.dumps(row) + "\n")
+            self.energy.look()
             self.cost = time.thread_time() / (time.perf_counter() - begin)
 
     def stop(self) -> None:
@@ -77,6 +87,8 @@ class Sampler:
         if self._thread:
             self._thread.join(5)
             self._file.close()
+            if self.energy:
+                self.energy.look()
             self._thread = None
 
 
@@ -87,14 +99,14 @@ class _Rank:
         self.rank = rank
         self._process = psutil.Process(pid)
         self._process.cpu_percent()  # the first call only starts the clock
-        self._gpu = _Gpu(uuid) if uuid else None
+        self.gpu = _Gpu(uuid) if uuid else None
 
     def look(self) -> Row:
         row: Row = {
             "cpu": round(self._process.cpu_percent() / 100, 3),  # cores
             "rss_gb": round(self._process.memory_info().rss / 1e9, 3),
         }
-        return row | self._gpu.look() if self._gpu else row
+        return row | self.gpu.look() if self.gpu else row
 
 
 class _Gpu:
@@ -107,6 +119,11 @@ class _Gpu:
         pynvml.nvmlInit()
         self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         self._links = [(time.perf_counter(), self._link_bytes())]
+
+    @property
+    def place(self) -> tuple[Any, Any]:
+        """NVML, and its handle of this GPU."""
+        return self._nvml, self._handle
 
     def look(self) -> Row:
         nvml, handle = self._nvml, self._handle
@@ -172,7 +189,13 @@ def _uuid(device: torch.device) -> str | None:
 
 
 def sum_up(
-    comm: Comm, folder: Path, parts: dict[str, float], mfu: float | None, cost: float
+    comm: Comm,
+    folder: Path,
+    parts: dict[str, float],
+    mfu: float | None,
+    cost: float,
+    energy: NodeEnergy | None = None,
+    samples: int = 0,
 ) -> None:
     """Write utilisation.json and .png of the run and name ranks that were idle or slow; all ranks
     call it, after `Sampler.stop`.
@@ -181,7 +204,10 @@ def sum_up(
         parts: seconds that this rank spent in each part of the steps.
         mfu: model FLOP/s over the device's peak, where that is known.
         cost: share of a core that the sampler took.
+        energy: this node's counters, on the rank that has them.
+        samples: of all ranks, while they counted.
     """
+    counted = comm.gather(energy.report() if energy else None)
     parts = {part: s for part, s in parts.items() if part != "starting"}
     everyone = comm.gather((socket.gethostname(), parts, torch.get_num_threads(), cost))
     if not comm.is_root:
@@ -206,7 +232,9 @@ def sum_up(
             }
         )
     findings = judge(ranks)
-    summary = {"busy": busy, "mfu": mfu, "ranks": ranks, "findings": findings}
+    nodes = [node for node in counted if node is not None]
+    used = of_run(nodes, samples) if nodes else None
+    summary = {"busy": busy, "mfu": mfu, "energy": used, "ranks": ranks, "findings": findings}
     text = json.dumps(summary, indent=1).encode()
     write_atomic(folder / "utilisation.json", lambda file: file.write(text))
     means = [rank["busy_mean"] for rank in ranks if rank["busy_mean"] is not None]
@@ -223,6 +251,12 @@ def sum_up(
         from hpc_xvr.train.utilisation_figure import draw
 
         draw(rows, summary, folder / "utilisation.png")
+    if used and used["kwh"] is not None:
+        lacking = f" (without {'; '.join(used['missing'])})" if used["missing"] else ""
+        each = used["joule_per_sample"]
+        logger.info("energy: %.4g kWh, %.4g J a sample%s", used["kwh"], each or 0.0, lacking)
+    elif used:
+        logger.info("energy is not known: %s", "; ".join(used["missing"]))
     for finding in findings:
         logger.warning("%s", finding)
 
