@@ -1,7 +1,7 @@
 """Start-up and step time of this version beside those of an earlier one, on two ranks.
 
     git worktree add /tmp/before 9ae2ec1         the version before
-    python benchmarks/before_after.py /tmp/before            ten minutes; files its result
+    python benchmarks/before_after.py /tmp/before         ten minutes; files its result
     python benchmarks/before_after.py /tmp/before --quick    one round, files nothing
 
 Both train the smallest network on a common corpus, in turns, one step and many steps each. Figures
