@@ -251,7 +251,7 @@ def _uri(grey: np.ndarray, size: tuple[int, ...], exact: bool) -> str:
         image = image.resize((size[1], size[0]), Image.Resampling.BOX)
     buffer = io.BytesIO()
     if exact:
-        image.save(buffer, "PNG", optimize=True)
+        image.save(buffer, "PNG")
         return data_uri("image/png", buffer.getvalue())
     image.save(buffer, "WEBP", quality=QUALITY, method=4)
     return data_uri("image/webp", buffer.getvalue())
