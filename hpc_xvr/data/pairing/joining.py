@@ -294,7 +294,8 @@ def _resampled(
         values: np.ndarray = (table @ smooth.ravel()).reshape(grid)
         if frame.dtype.kind == "f":
             return values
-        return np.clip(np.rint(values), 0, top).astype(frame.dtype)
+        stored: np.ndarray = np.clip(np.rint(values), 0, top).astype(frame.dtype)
+        return stored
 
     return replace(fast.changed(resample), shape=(fast.shape[0], *grid))
 
