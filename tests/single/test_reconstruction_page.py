@@ -108,7 +108,8 @@ def picture(uri: str) -> np.ndarray:
 
 
 def test_with_the_file_alone(movie, hpc_xvr):
-    movie.with_name("movie.tif.json").unlink(missing_ok=True)
+    for name in ("movie.tif.json", "movie-trust.json"):
+        movie.with_name(name).unlink()
     text, data = page(hpc_xvr, movie)
     assert "shown without the two cameras" in text and "movie.tif.json" in text
     assert 'id="fast"' not in text and "Trust" not in text
@@ -157,6 +158,7 @@ def test_trust_is_shown(movie, hpc_xvr):
 def test_numbers_of_the_frames_in_the_json(movie, hpc_xvr):
     flags = [t == 3 for t in range(FRAMES)]
     numbers = [*range(FRAMES - 1), None]
+    movie.with_name("movie-trust.json").unlink()
     write_about(movie, per_frame={"chi_square": numbers, "contradicts": flags, "kind": ["a"] * 17})
     _, data = page(hpc_xvr, movie)
     assert data["series"] == {"chi_square": numbers}

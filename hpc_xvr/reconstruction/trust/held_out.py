@@ -51,7 +51,7 @@ class HeldOut:
     ssim: tuple[float, ...]
     """Of each; NaN for frames too small for it."""
     nrmse: tuple[float, ...]
-    """Of each: |frame - truth| / |truth|, root mean squares."""
+    """Of each: the root mean square of frame - truth, divided by that of truth."""
     error: np.ndarray = field(repr=False, compare=False)
     """(H, W) float32: root of the mean squared error at each pixel, of full scale."""
     factor: float
