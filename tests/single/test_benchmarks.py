@@ -249,3 +249,17 @@ def test_a_run_killed_and_started_again_ends_as_the_undisturbed_one(tmp_path, pu
         assert result[name] == 0, (name, done.stdout)
     # While a checkpoint is being written the run is a step or two ahead of it.
     assert result["max_steps_repeated"] <= result["checkpoint_every"] + 2, done.stdout
+
+
+def test_the_benchmark_of_reconstruction_measures_what_it_promises(tmp_path):
+    """Ratios are those of the speeds it files; how large they are depends on the machine's mood."""
+    out = tmp_path / "result.json"
+    command = [sys.executable, str(BENCHMARKS / "reconstruct.py"), "--quick", "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    result = json.loads(out.read_text())
+    for name in ("centre", "sequence", "builtin"):
+        ours, plain = (result[f"frames_per_s[{kind}]"] for kind in (name, "frame by frame"))
+        assert result[f"{name}_speedup"] == pytest.approx(ours / plain)
+    assert result["realtime_psnr_db[builtin]"] > result["realtime_psnr_db[bicubic]"]
+    assert 0 < result["first_frame_s"] < result["whole_s"]
+    assert result["io_hidden_share"] <= 1
