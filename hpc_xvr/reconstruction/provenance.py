@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def weights_sha256(network: nn.Module) -> str:
 
 
 def sources_of(
-    paths: Mapping[str, Path | str | None], missing: Mapping[str, bool]
+    paths: Mapping[str, Path | str | None], missing: Mapping[str, bool] = MappingProxyType({})
 ) -> list[dict[str, Any]]:
     """The files of each role (lr, hr, hr flat, ...), with size and SHA-256; of the cameras (lr, hr)
     named in `missing`, some may be missing.
@@ -86,7 +87,7 @@ def sources_of(
         if path is None:
             continue
         with guarded(str(path)):
-            files, dataset = camera_files(path, missing[role.partition(" ")[0]])
+            files, dataset = camera_files(path, missing.get(role.partition(" ")[0], False))
             files = _with_header(files)
             sum_of = Checksum(files)
             source: dict[str, Any] = {
