@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from hpc_xvr.cli.common import Examples, File
+from hpc_xvr.cli.ending import then
 
 
 @click.command(cls=Examples, examples="hpc-xvr view movie.tif")
@@ -20,3 +21,4 @@ def view(result: Path) -> None:
     from hpc_xvr.evaluate.viewer import view as show
 
     show(result)
+    then("report", result)

@@ -131,7 +131,7 @@ class Spool:
             InputError: the disk refuses.
         """
         path = self._path(piece)
-        stored = np.stack([_stored(frame, self.kind) for frame in frames])
+        stored = np.ascontiguousarray([_stored(frame, self.kind) for frame in frames])
         data = stored.data.cast("B")
         beside = path.with_name(f".{path.name}")
         with self._os_errors():

@@ -28,7 +28,7 @@ from hpc_xvr.model.xvr import SwinXVR
 from hpc_xvr.reconstruction import workflow
 from hpc_xvr.reconstruction.methods import model_entry, open_method
 from hpc_xvr.reconstruction.overlap import Behind, Beside, Stopped, ahead
-from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, pieces, reconstruct
+from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, Piece, pieces, reconstruct
 from hpc_xvr.reconstruction.recordings import matched, read_pairs
 from hpc_xvr.reconstruction.spool import Spool, sweep
 from hpc_xvr.reconstruction.workflow import CameraFiles, CorpusRecording
@@ -454,6 +454,15 @@ def test_sources_that_have_changed_begin_anew(tmp_path):
     assert facts != workflow.facts_of(cameras(tmp_path, gap=5))
     os.utime(tmp_path / "fast.tif")
     assert facts != workflow.facts_of(cameras(tmp_path))
+
+
+def test_frames_in_any_order_of_memory_are_kept(tmp_path):
+    frames = np.random.default_rng(0).random((3, 4, 6), np.float32)
+    spool = Spool(tmp_path / "o.tif", {}, (4, 6), "float32", ONE_RANK)
+    piece = Piece(range(3), (0, 2), (0, 2))
+    spool.save(piece, [np.asfortranarray(frame) for frame in frames])
+    assert np.array_equal(list(spool.frames([piece])), frames)
+    spool.close(keep=False)
 
 
 def test_a_place_prepared_by_others_is_not_used(tmp_path, hpc_xvr, caplog):

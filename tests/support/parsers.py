@@ -158,7 +158,7 @@ def _journal(folder: Path, data: bytes) -> None:
     restart.is_done(run, 10)
     chain = restart.Chain(run, "n", run, "78")
     restart.begin(chain, 1, 10, 100)
-    restart.end(chain, 100, 0, 75)
+    restart.end(chain, 100, restart.Launch(code=75))
     fetch._have(run / "a.part")
     utilisation.read(run)
     reporting.kept_lines(run / "metrics.jsonl", 3)
