@@ -189,7 +189,8 @@ def result_of(file: Path) -> tuple[np.ndarray, np.ndarray | None, float, int, fl
     with tifffile.TiffFile(file) as opened:
         said, frames = opened.imagej_metadata, opened.asarray()
     first = int(re.search(r"first frame: (\d+)", said["Info"])[1])
-    return frames * said["c1"] + said["c0"], None, 1 / said["finterval"], first, said["c1"]
+    unit = said.get("c1", 1.0)  # counts of 16 bit stand for themselves
+    return frames * unit + said.get("c0", 0.0), None, 1 / said["finterval"], first, unit
 
 
 def square(frame: np.ndarray, background: np.ndarray) -> np.ndarray:
