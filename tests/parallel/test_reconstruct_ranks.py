@@ -102,7 +102,8 @@ def test_many_shots_are_dealt_to_the_ranks(engine, folder, saved):
 
     found = reconstruct_all([bad, *shots], make, folder / "out", True, engine)
     assert [o.status for o in found] == ["bad", "made", "made", "made"]
-    assert names(folder / "out") == ["s0.tif", "s1.tif", "s2.tif"]
+    made = [name for name in names(folder / "out") if not name.endswith(".json")]
+    assert made == ["s0.tif", "s1.tif", "s2.tif"]
     assert sum(len(share) for share in engine.gather(list(pieces))) == 11 + 4 + 5
     engine.barrier()
     # Fewer shots than ranks: both work on the one there is.
