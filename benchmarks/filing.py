@@ -28,9 +28,15 @@ def file_result(
         RESULTS.mkdir(exist_ok=True)
         out = RESULTS / file_name(what, context)
     known = {name: value for name, value in result.items() if math.isfinite(value)}
+    context = {**context, "command": without_folders(context["command"])}
     out.write_text(json.dumps({**known, "context": context}, indent=1) + "\n")
     print(f"written: {out}")
     return out
+
+
+def without_folders(command: str) -> str:
+    """A command line in which absolute paths are names: results are read elsewhere."""
+    return " ".join(Path(w).name if w.startswith("/") else w for w in command.split(" "))
 
 
 def usage(text: str) -> str:

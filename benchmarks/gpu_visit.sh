@@ -37,7 +37,7 @@ cd "$root"
 export XVR_VISIT=${XVR_VISIT:-$root/.visit}
 visit=$XVR_VISIT
 
-# What the machine of 2026-11 lacks (/work/.library/device/KINDS.md), or may lack; pure Python or
+# What the machine of 2026-11 lacks, or may lack; pure Python or
 # manylinux, for CPython 3.12. pydantic brings its own core.
 lacking=(google-crc32c zarr numcodecs donfig slicerator xmltodict rich markdown-it-py mdurl
     pygments jinja2 markupsafe click psutil pyyaml tifffile safetensors nvidia-ml-py pytest-timeout)

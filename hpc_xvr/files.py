@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import re
 import secrets
 import shutil
 import stat
@@ -16,6 +17,7 @@ from typing import IO, Any
 from hpc_xvr.errors import InputError, explain_os_error, os_problem
 
 _PARTIAL = ".partial"
+_OLDER = "-older"
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
@@ -65,7 +67,7 @@ def replacing_folder(path: Path, ours: Callable[[Path], bool]) -> Iterator[Path]
     """
     check_replaceable(path, ours)
     beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}{_PARTIAL}")
-    older = beside.with_name(f"{beside.name}-older")
+    older = beside.with_name(f"{beside.name}{_OLDER}")
     try:
         beside.mkdir()
         try:
@@ -122,6 +124,19 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(f".*{_PARTIAL}*"):
         with contextlib.suppress(OSError):  # a stray folder, say, is nothing of ours
             path.unlink()
+
+
+def remove_partials(path: Path) -> None:
+    """Delete what killed calls of `replacing` and `replacing_folder` left beside this `path`, if it
+    belongs to us; an older result only when there is another one."""
+    mark = rf"[0-9a-f]{{16}}{re.escape(_PARTIAL)}"
+    file = rf"\.{re.escape(path.stem)}\.{mark}{re.escape(path.suffix)}"
+    folder = rf"\.{re.escape(path.name)}\.{mark}{f'({_OLDER})?' if path.exists() else ''}"
+    name = re.compile(f"{file}|{folder}")
+    with contextlib.suppress(OSError):
+        for found in path.parent.iterdir():
+            if name.fullmatch(found.name) and found.lstat().st_uid == os.geteuid():
+                remove(found)
 
 
 def check_folder(path: Path) -> None:

@@ -366,7 +366,7 @@ def _then_after(what: Path, out: Path, movie: Path | None) -> None:
     elif movie is None:
         then("reconstruct", what, *typed(), "--movie", out.with_suffix(".webp"))
     else:
-        then("evaluate", what, "--corpus", "CORPUS", "--out", "RESULTS")
+        then("report", out)
 
 
 def _span(text: str | None) -> tuple[int | None, int | None]:

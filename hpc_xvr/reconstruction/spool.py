@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -93,7 +92,7 @@ class Spool:
         return folder
 
     def _begin(self, folder: Path, facts: dict[str, str]) -> None:
-        """Keep the pieces of the same command, delete all else; sweep what killed writers left."""
+        """Keep the pieces of the same command, delete all else."""
         about = folder / "about.json"
         found: dict[str, str] | None = None
         with contextlib.suppress(OSError, ValueError):
@@ -109,7 +108,6 @@ class Spool:
                 remove(path)
         for path in folder.glob("failed-*"):
             remove(path)
-        sweep(self.out)
         with self._os_errors():
             about.write_text(json.dumps(facts, indent=1))
 
@@ -215,16 +213,6 @@ class Spool:
             yield
         except OSError as error:
             raise os_problem(f"cannot write {self.out}: {explain_os_error(error)}", error) from None
-
-
-def sweep(out: Path) -> None:
-    """Delete what killed writers of `out` left beside it: files of `files.replacing`."""
-    name = re.compile(rf"\.{re.escape(out.stem)}\.[0-9a-f]{{16}}\.partial{re.escape(out.suffix)}")
-    for path in out.parent.iterdir():
-        if name.fullmatch(path.name):
-            with contextlib.suppress(OSError):
-                if path.lstat().st_uid == os.geteuid():
-                    remove(path)
 
 
 def _stored(frame: np.ndarray, kind: np.dtype) -> np.ndarray:

@@ -32,6 +32,7 @@ from hpc_xvr.data.ranks import ONE_RANK, Ranks
 from hpc_xvr.errors import BAD_INPUT, InputError, PassingError
 from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.factory.weights import Which
+from hpc_xvr.files import remove_partials
 from hpc_xvr.log import logger, progress_bar
 from hpc_xvr.reconstruction.methods import NamedMethod, model_entry, open_method
 from hpc_xvr.reconstruction.overlap import Behind, Beside, Stopped, ahead
@@ -47,7 +48,13 @@ from hpc_xvr.reconstruction.streams import (
     streams_of_recording,
 )
 from hpc_xvr.reconstruction.trust import held_out
-from hpc_xvr.reconstruction.trust.examination import Asked, Examiner, Examining, examining
+from hpc_xvr.reconstruction.trust.examination import (
+    Asked,
+    Examiner,
+    Examining,
+    examining,
+    trust_file,
+)
 from hpc_xvr.reconstruction.writers import (
     Calibration,
     Dtype,
@@ -228,6 +235,11 @@ def reconstruct_with(
     kind = "uint16" if wanted.dtype == "uint16" else "float32"
     spool = Spool(out, facts, keys.shape, kind, ranks)
     keep = True
+    if ranks.rank == 0:  # what killed calls have left
+        beside = out.with_name(f"{out.name}.json"), trust_file(out)
+        for path in (out, *beside, movie, wanted.trust.uncertainty, wanted.trust.maps):
+            if path:
+                remove_partials(path)
     try:
         if refine:
             method = _refined(refine, method, material, spool, ranks)

@@ -24,13 +24,14 @@ from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.ranks import ONE_RANK
 from hpc_xvr.errors import InputError
+from hpc_xvr.files import remove_partials
 from hpc_xvr.model.xvr import SwinXVR
 from hpc_xvr.reconstruction import workflow
 from hpc_xvr.reconstruction.methods import model_entry, open_method
 from hpc_xvr.reconstruction.overlap import Behind, Beside, Stopped, ahead
 from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, Piece, pieces, reconstruct
 from hpc_xvr.reconstruction.recordings import matched, read_pairs
-from hpc_xvr.reconstruction.spool import Spool, sweep
+from hpc_xvr.reconstruction.spool import Spool
 from hpc_xvr.reconstruction.workflow import CameraFiles, CorpusRecording
 from support.disk import fill
 
@@ -484,13 +485,30 @@ def test_a_place_prepared_by_others_is_not_used(tmp_path, hpc_xvr, caplog):
     assert names(elsewhere) == ["mine"]
 
 
-def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path):
-    ours = tmp_path / ".o.0123456789abcdef.partial.tif"
-    others = [".o.0123.partial.tif", ".p.0123456789abcdef.partial.tif", "o.partial.tif", ".o.tif"]
-    for name in (ours.name, *others):
+def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path, hpc_xvr):
+    mark = "0123456789abcdef.partial"
+    ours = [f".o.{mark}.tif", f".o.tif.{mark}.json", f".o-trust.{mark}.json", f".u.{mark}.h5"]
+    others = [".o.0123.partial.tif", f".p.{mark}.tif", "o.partial.tif", ".o.tif"]
+    for name in (*ours, *others):
         (tmp_path / name).touch()
-    sweep(tmp_path / "o.tif")
-    assert names(tmp_path) == sorted(others)
+    write_shot(tmp_path, 9)
+    call = ["reconstruct", "bicubic", *options(tmp_path), "--uncertainty", tmp_path / "u.h5"]
+    hpc_xvr(*call, "--out", tmp_path / "o.tif")
+    assert set(others) <= set(names(tmp_path)) and not set(ours) & set(names(tmp_path))
+
+
+def test_half_a_folder_is_swept_and_an_older_one_kept_until_there_is_another(
+    tmp_path,
+):
+    half, older = (tmp_path / f".o.zarr.0123456789abcdef.partial{end}" for end in ("", "-older"))
+    for folder in (half, older):
+        folder.mkdir()
+        (folder / "zarr.json").touch()
+    remove_partials(tmp_path / "o.zarr")
+    assert names(tmp_path) == [older.name]
+    (tmp_path / "o.zarr").mkdir()
+    remove_partials(tmp_path / "o.zarr")
+    assert names(tmp_path) == ["o.zarr"]
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path, hpc_xvr):
