@@ -26,8 +26,8 @@ from hpc_xvr.evaluate.noise import NoiseLevel
 from hpc_xvr.evaluate.rows import Condition
 from hpc_xvr.evaluate.scoring import Setting, Unit, score, streams_of
 from hpc_xvr.factory.execution import use_threads
+from hpc_xvr.reconstruction.material import Material
 from hpc_xvr.reconstruction.methods import open_method
-from hpc_xvr.reconstruction.workflow import Material
 from hpc_xvr.reconstruction.writers import Calibration
 from real_sequences import ingest
 from starting import ROOT

@@ -38,14 +38,10 @@ from hpc_xvr.data.pairing.joining import Pairing  # noqa: E402
 from hpc_xvr.factory.execution import resolve_precision  # noqa: E402
 from hpc_xvr.model.xvr import SwinXVR  # noqa: E402
 from hpc_xvr.reconstruction.baselines import BASELINES  # noqa: E402
+from hpc_xvr.reconstruction.material import CameraFiles, material_of  # noqa: E402
 from hpc_xvr.reconstruction.methods import NamedMethod, model_entry, open_method  # noqa: E402
 from hpc_xvr.reconstruction.pipeline import reconstruct  # noqa: E402
-from hpc_xvr.reconstruction.workflow import (  # noqa: E402
-    CameraFiles,
-    material_of,
-    reconstruct_with,
-    work_of,
-)
+from hpc_xvr.reconstruction.workflow import reconstruct_with, work_of  # noqa: E402
 from hpc_xvr.reconstruction.writers import write_sequence  # noqa: E402
 from hpc_xvr.train.meters import describe_machine  # noqa: E402
 

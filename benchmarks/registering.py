@@ -47,8 +47,9 @@ from hpc_xvr.data.simulate.beamline import SENSORS, Beamline, SimulatedCamera
 from hpc_xvr.data.simulate.experiment import simulate_video
 from hpc_xvr.data.simulate.scenes import SCENES
 from hpc_xvr.errors import InputError
+from hpc_xvr.reconstruction.material import from_recordings
 from hpc_xvr.reconstruction.methods import open_method
-from hpc_xvr.reconstruction.workflow import frames_of, from_recordings
+from hpc_xvr.reconstruction.workflow import frames_of
 from hpc_xvr.train.meters import describe_machine
 from starting import ROOT
 

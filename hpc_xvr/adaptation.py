@@ -20,8 +20,8 @@ from hpc_xvr import metrics
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, progress_bar
 from hpc_xvr.model.key_propagation import Carried, KeyPropagation
+from hpc_xvr.reconstruction.material import Material
 from hpc_xvr.reconstruction.methods import NamedMethod, model_entry
-from hpc_xvr.reconstruction.workflow import Material
 from hpc_xvr.train.objective import carried, charbonnier
 
 MARGIN = 0.05

@@ -19,6 +19,7 @@ from hpc_xvr.data.registering.register import registered
 from hpc_xvr.data.registration import Registration, read_registration
 from hpc_xvr.distributed.comm import device_of
 from hpc_xvr.distributed.launch import discover
+from hpc_xvr.reconstruction.material import Material, check_gaps, from_recordings
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
 from hpc_xvr.reconstruction.streams import remembered
 from hpc_xvr.reconstruction.trust import held_out
@@ -26,14 +27,7 @@ from hpc_xvr.reconstruction.trust.examination import Examiner, Looked
 from hpc_xvr.reconstruction.trust.held_out import HeldOut
 from hpc_xvr.reconstruction.trust.observation import observe
 from hpc_xvr.reconstruction.trust.uncertainty import surroundings
-from hpc_xvr.reconstruction.workflow import (
-    Material,
-    Wanted,
-    check_gaps,
-    chosen_frames,
-    frames_of,
-    from_recordings,
-)
+from hpc_xvr.reconstruction.workflow import Wanted, chosen_frames, frames_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hpc_xvr.errors import InputError
 if TYPE_CHECKING:
     from hpc_xvr.data.pairing.joining import Pairing
     from hpc_xvr.data.pairing.reading import CameraReading
-    from hpc_xvr.reconstruction.workflow import Source
+    from hpc_xvr.reconstruction.material import Source
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _NAMES = {"hr": "Sharp camera", "lr": "Fast camera"}
@@ -195,7 +195,7 @@ def take_source(options: dict[str, Any]) -> Source:
     Raises:
         InputError: neither or both of two camera files and a recording of a corpus.
     """
-    from hpc_xvr.reconstruction.workflow import CameraFiles, CorpusRecording
+    from hpc_xvr.reconstruction.material import CameraFiles, CorpusRecording
 
     hr_camera, lr_camera = take_readings(options)
     pairing = take_pairing(options)

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from hpc_xvr.config import Config
     from hpc_xvr.data.ranks import Ranks
     from hpc_xvr.distributed.comm import Comm
+    from hpc_xvr.reconstruction.material import CameraFiles, Material
     from hpc_xvr.reconstruction.methods import NamedMethod
-    from hpc_xvr.reconstruction.workflow import CameraFiles, Material, Wanted
+    from hpc_xvr.reconstruction.workflow import Wanted
     from hpc_xvr.reconstruction.writers import Dtype
 
 TWO_CAMERAS = ("--lr", "FAST", "--hr", "SHARP", "--gap", "GAP", "--out", "MOVIE.tif")
@@ -307,8 +308,9 @@ def reconstruct(
     the result is complete, what is finished lies in a hidden folder beside it.
     """
     from hpc_xvr.config import Dist
+    from hpc_xvr.reconstruction.material import CameraFiles
     from hpc_xvr.reconstruction.provenance import command_line
-    from hpc_xvr.reconstruction.workflow import CameraFiles, Wanted, reconstruct_run
+    from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_run
     from hpc_xvr.reconstruction.writers import check_movie, check_sequence
 
     command = command_line(["hpc-xvr", *sys.argv[1:]])
@@ -518,8 +520,8 @@ def adapt(
     from hpc_xvr.distributed.launch import discover
     from hpc_xvr.factory.weights import Trained, check_weights_name, write_weights
     from hpc_xvr.files import check_new_file
+    from hpc_xvr.reconstruction.material import material_of
     from hpc_xvr.reconstruction.methods import open_method
-    from hpc_xvr.reconstruction.workflow import material_of
 
     if discover().size > 1:
         raise InputError("adapt runs in one process; start it without mpirun")

@@ -17,8 +17,8 @@ from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.registration import Registration
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
+from hpc_xvr.reconstruction.material import CameraFiles, CorpusRecording, Material, material_of
 from hpc_xvr.reconstruction.methods import open_method
-from hpc_xvr.reconstruction.workflow import CameraFiles, CorpusRecording, Material, material_of
 from hpc_xvr.text import parse_json
 
 SCALES: tuple[Literal[2, 4], ...] = (4, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,11 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from hpc_xvr.config import Config
 from hpc_xvr.data.cameras import camera_files, photron
 from hpc_xvr.data.cameras.recording import guarded
+from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import explain_os_error
 from hpc_xvr.log import logger
+from hpc_xvr.reconstruction.material import CorpusRecording, Source
 from hpc_xvr.reconstruction.methods import NamedMethod
+from hpc_xvr.reconstruction.writers import Provenance
 from hpc_xvr.text import printable
 
 _BLOCK = 2**22
@@ -146,3 +152,68 @@ class Checksum:
 def _inside(path: Path) -> list[Path]:
     """A file, or all files of a folder (OME-Zarr) in the order of their names."""
     return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+
+
+def provenance_of(
+    method: NamedMethod, source: Source, command: str = "", **settings: Any
+) -> Provenance:
+    """What is stored with a result: what made it, of what. Checksums are computed meanwhile.
+
+    Raises:
+        InputError: a source cannot be read.
+    """
+    about = Provenance(command, method_facts(method), dict(settings))
+    if isinstance(source, CorpusRecording):
+        config = method.config or Config()
+        corpus = source.corpus or config.data.corpus
+        info = Corpus(corpus)[source.video].info
+        about.sources = [
+            {
+                "role": "recording of a corpus",
+                "path": str(corpus),
+                "recording": source.video,
+                "camera_file": info.source,
+                "sha256": info.sha256,
+            }
+        ]
+        own = source.gap is None and info.lr_times is not None
+        about.settings["gap"] = None if own else source.gap or config.data.hr_gap
+        registration = info.registration
+    else:
+        cameras = {"lr": (source.lr, source.lr_camera), "hr": (source.hr, source.hr_camera)}
+        files: dict[str, Path | str | None] = {}
+        for role, (path, reading) in cameras.items():
+            files |= {role: path, f"{role} flat": reading.flat, f"{role} dark": reading.dark}
+            about.settings[role] = reading.described()
+        about.sources = sources_of(
+            files, {role: bool(reading.missing) for role, (_, reading) in cameras.items()}
+        )
+        pairing = source.pairing
+        registration = pairing.registration
+        about.settings |= {
+            "gap": pairing.gap,
+            "start": pairing.start,
+            "match_grey": pairing.match_grey,
+            "crop": source.crop,
+        }
+    about.registration = registration.model_dump(mode="json") if registration else None
+    return about
+
+
+def facts_of(source: Source) -> str:
+    """A checksum of which files and options a reconstruction comes from: their names, sizes and
+    times of change, not their contents."""
+    if isinstance(source, CorpusRecording):
+        facts: list[Any] = [str(source.corpus), source.video, source.gap]
+    else:
+        cameras = source.lr_camera, source.hr_camera
+        facts = [repr(source.pairing), source.crop, *(c.described() for c in cameras)]
+        recordings: list[tuple[Path | str, CameraReading]]
+        recordings = [(source.lr, cameras[0]), (source.hr, cameras[1])]
+        recordings += [(f, c) for c in cameras for f in (c.flat, c.dark) if f]
+        for path, camera in recordings:
+            for file in _with_header(camera_files(path, bool(camera.missing))[0]):
+                for one in _inside(file):
+                    found = one.stat()
+                    facts.append([str(one.resolve()), found.st_size, found.st_mtime_ns])
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]

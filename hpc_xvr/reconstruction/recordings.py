@@ -21,7 +21,7 @@ from hpc_xvr.data.registration import read_registration
 from hpc_xvr.errors import InputError
 from hpc_xvr.files import check_regular, private_folder, remove, write_atomic
 from hpc_xvr.log import logger
-from hpc_xvr.reconstruction.workflow import CameraFiles
+from hpc_xvr.reconstruction.material import CameraFiles
 from hpc_xvr.text import parse_json, parse_yaml
 
 COLUMNS = ("lr", "hr", "name", "gap", "start", "registration")

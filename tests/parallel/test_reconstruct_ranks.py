@@ -9,10 +9,11 @@ from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.errors import CollectiveError, InputError
 from hpc_xvr.reconstruction import workflow
+from hpc_xvr.reconstruction.material import CameraFiles
 from hpc_xvr.reconstruction.methods import open_method
 from hpc_xvr.reconstruction.recordings import Shot, reconstruct_all
 from hpc_xvr.reconstruction.spool import Spool
-from hpc_xvr.reconstruction.workflow import CameraFiles, reconstruct_with
+from hpc_xvr.reconstruction.workflow import reconstruct_with
 
 CPU = torch.device("cpu")
 GAP = 4

@@ -15,9 +15,10 @@ from hpc_xvr.data.simulate.experiment import simulate_video
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.weights import Trained, read_weights, write_weights
+from hpc_xvr.reconstruction.material import Material
 from hpc_xvr.reconstruction.methods import baseline_entry, model_entry, open_method
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream
-from hpc_xvr.reconstruction.workflow import Calibration, Material
+from hpc_xvr.reconstruction.writers import Calibration
 
 GAP = 4
 CONFIG = load(

@@ -255,8 +255,9 @@ def movie_is_right(shot: Shot, method: str, out: Path, said: str) -> None:
     if "not certain" in said:
         event("greys not certain")
         return
-    zingers = {"above", "--full-scale"}  # of which bicubic shows the fast camera's own
-    if method == "bicubic" and zingers & {*shot.fast.warns, *shot.sharp.warns}:
+    # Zingers and dead pixels of the fast camera stay in bicubic's frames.
+    zingers = {"above", "--full-scale"} & {*shot.fast.warns, *shot.sharp.warns}
+    if method == "bicubic" and (zingers or shot.fast.about.get("dead_row")):
         return
     for t in range(count):
         k, share = divmod(t, shot.gap)

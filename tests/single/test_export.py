@@ -15,7 +15,8 @@ from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.weights import export_weights, initial_weights, model_of_run
-from hpc_xvr.reconstruction.workflow import CorpusRecording, reconstruct_run
+from hpc_xvr.reconstruction.material import CorpusRecording
+from hpc_xvr.reconstruction.workflow import reconstruct_run
 from hpc_xvr.train.engine import Trainer
 from support.disk import fill
 from support.paths import PULSE

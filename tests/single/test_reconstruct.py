@@ -21,6 +21,7 @@ from hpc_xvr.data.pairing.joining import Pairing, joined
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
 from hpc_xvr.reconstruction import workflow, writers
+from hpc_xvr.reconstruction.material import CameraFiles, from_recordings
 from hpc_xvr.reconstruction.methods import NamedMethod
 from hpc_xvr.reconstruction.pipeline import reconstruct, windows
 from hpc_xvr.reconstruction.streams import recording_streams, streams_of_pair
@@ -368,7 +369,7 @@ def test_the_gap_is_stated_or_that_of_the_rates_or_the_models_own(caplog):
         fast = replace(fast, frame_rate_hz=fast_rate)
         sharp = replace(sharp, frame_rate_hz=slow_rate)
         caplog.clear()
-        material = workflow.from_recordings(MODEL, fast, sharp, pairing)
+        material = from_recordings(MODEL, fast, sharp, pairing)
         return list(material.keys)[1], caplog.text
 
     gap, said = gap_of(Pairing(), 8e4, 1e4)
@@ -532,7 +533,7 @@ def test_each_camera_gets_its_own_flat_field(tmp_path, which, flat):
         paths[name] = tmp_path / f"{name}.tif"
         tifffile.imwrite(paths[name], np.ones(shape, np.uint8), photometric="minisblack")
     files = {"lr": paths["fast"], "hr": paths["sharp"]}
-    source = workflow.CameraFiles(
+    source = CameraFiles(
         **files, **{f"{which}_camera": CameraReading(flat=paths[flat])}, pairing=Pairing(2)
     )
     with pytest.raises(InputError, match=f"{files[which].name}: frames are"):
@@ -549,7 +550,7 @@ def test_a_flat_fielded_result_says_what_white_is(tmp_path, suffix):
         tifffile.imwrite(tmp_path / f"{name}.tif", seen, photometric="minisblack")
         tifffile.imwrite(tmp_path / f"{name}-flat.tif", field, photometric="minisblack")
     for full_scale in (None, 2.0):
-        source = workflow.CameraFiles(
+        source = CameraFiles(
             tmp_path / "fast.tif",
             tmp_path / "sharp.tif",
             CameraReading(flat=tmp_path / "fast-flat.tif"),

@@ -22,7 +22,8 @@ from hpc_xvr.evaluate.workflow import evaluate
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.execution import resolve_precision
 from hpc_xvr.factory.weights import read_weights
-from hpc_xvr.reconstruction.workflow import CorpusRecording, reconstruct_run
+from hpc_xvr.reconstruction.material import CorpusRecording
+from hpc_xvr.reconstruction.workflow import reconstruct_run
 from hpc_xvr.train.engine import Trainer
 from hpc_xvr.train.find_batch import find_batch
 from hpc_xvr.train.nonfinite import SkippedSteps

@@ -27,12 +27,13 @@ from hpc_xvr.errors import InputError
 from hpc_xvr.files import remove_partials
 from hpc_xvr.model.xvr import SwinXVR
 from hpc_xvr.reconstruction import workflow
+from hpc_xvr.reconstruction.material import CameraFiles, CorpusRecording, material_of
 from hpc_xvr.reconstruction.methods import model_entry, open_method
 from hpc_xvr.reconstruction.overlap import Behind, Beside, Stopped, ahead
 from hpc_xvr.reconstruction.pipeline import WHOLE_GAP, Piece, pieces, reconstruct
+from hpc_xvr.reconstruction.provenance import facts_of
 from hpc_xvr.reconstruction.recordings import matched, read_pairs
 from hpc_xvr.reconstruction.spool import Spool
-from hpc_xvr.reconstruction.workflow import CameraFiles, CorpusRecording
 from support.disk import fill
 
 CPU = torch.device("cpu")
@@ -312,7 +313,7 @@ def test_a_recording_whose_streams_do_not_fit_is_refused(twin, tmp_path, hpc_xvr
         update={"data": method.config.data.model_copy(update={"scale": 2})}
     )
     with pytest.raises(InputError, match=r"with data.scale 2 they must be 8x12"):
-        workflow.material_of(replace(method, config=config), CorpusRecording(folder, "twin"))
+        material_of(replace(method, config=config), CorpusRecording(folder, "twin"))
     assert not names(tmp_path)
 
 
@@ -450,11 +451,11 @@ def test_frames_of_another_call_are_not_mixed_in(tmp_path, hpc_xvr):
 
 def test_sources_that_have_changed_begin_anew(tmp_path):
     write_shot(tmp_path, 9)
-    facts = workflow.facts_of(cameras(tmp_path))
-    assert facts == workflow.facts_of(cameras(tmp_path))
-    assert facts != workflow.facts_of(cameras(tmp_path, gap=5))
+    facts = facts_of(cameras(tmp_path))
+    assert facts == facts_of(cameras(tmp_path))
+    assert facts != facts_of(cameras(tmp_path, gap=5))
     os.utime(tmp_path / "fast.tif")
-    assert facts != workflow.facts_of(cameras(tmp_path))
+    assert facts != facts_of(cameras(tmp_path))
 
 
 def test_frames_in_any_order_of_memory_are_kept(tmp_path):
@@ -543,7 +544,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_is_finished(small_disk, tmp
     assert names(small_disk) == [".o.tif.unfinished", "filler"]
     fill(small_disk)  # and while frames are written: the check saw some room
     method = open_method("detail")
-    material = workflow.material_of(method, cameras(tmp_path))
+    material = material_of(method, cameras(tmp_path))
     spool = Spool(tmp_path / "p.tif", {"a": "b"}, material.keys.shape, "uint16", ONE_RANK)
     folder, spool.folder = spool.folder, small_disk
     work = workflow.work_of(method, material, CPU)
@@ -563,7 +564,8 @@ import sys
 from pathlib import Path
 import torch
 from hpc_xvr.data.pairing.joining import Pairing
-from hpc_xvr.reconstruction.workflow import CameraFiles, reconstruct_run
+from hpc_xvr.reconstruction.material import CameraFiles
+from hpc_xvr.reconstruction.workflow import reconstruct_run
 folder = Path(sys.argv[1])
 source = CameraFiles(folder / "fast.tif", folder / "sharp.tif", pairing=Pairing(8.0))
 reconstruct_run("detail", torch.device("cpu"), source, out=folder / "o.tif")

@@ -390,14 +390,15 @@ ORDERS = ((0, 1, 2), (1, 2, 0), (1, 0, 2), (0, 2, 1), (2, 1, 0))
 
 @st.composite
 def dxchange(draw, scene: np.ndarray, rate: float | None = None) -> Film:
-    corrected = draw(st.booleans())
+    corrected, dead_row = draw(st.booleans()), False
     fields: list[tuple[str, np.ndarray]] = []
     if corrected:
         rng = np.random.default_rng(draw(st.integers(0, 99)))
         dark = np.rint(80 + 40 * rng.random(scene.shape[1:])).astype(np.uint16)
         flat = np.rint(2000 + 900 * rng.random(scene.shape[1:])).astype(np.uint16)
         raw = np.rint(dark + scene * 1.3 * (flat.astype(float) - dark)).astype(np.uint16)
-        if draw(st.booleans()):
+        dead_row = draw(st.booleans())
+        if dead_row:
             raw[:, 1] = 60  # below the dark field
         fields = [("data_white", np.stack([flat, flat, flat])), ("data_dark", np.stack([dark] * 2))]
         without = draw(st.booleans())
@@ -448,6 +449,7 @@ def dxchange(draw, scene: np.ndarray, rate: float | None = None) -> Film:
 
     about = {"axes": axes, "layout": layout, "units": (rate_unit, time_unit, length_unit)}
     about |= {"dtype": str(stored.dtype), "fields": [key for key, _ in fields]}
+    about |= {"dead_row": dead_row}
     return Film(
         "DXchange, corrected" if corrected else "DXchange",
         write=write,

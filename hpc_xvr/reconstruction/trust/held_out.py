@@ -73,7 +73,8 @@ class HeldOut:
         """In a sentence."""
         few = "" if len(self.times) > 2 else f" (few: it rests on {len(self.times)})"
         return (
-            f"{len(self.times)} key frame(s) left out and made from their neighbours{few}: PSNR "
+            f"{len(self.times)} key frame{'s' * (len(self.times) > 1)} left out and made from "
+            f"their neighbours{few}: PSNR "
             f"{self.mean_psnr:.1f} dB, SSIM {float(np.mean(self.ssim)):.3f}, error "
             f"{100 * float(np.mean(self.nrmse)):.1f} %; frames of the movie lie nearer to key "
             f"frames: {self.expected_psnr:.1f} +- {SPREAD_DB:g} dB is to be expected"
