@@ -28,7 +28,8 @@ def file_result(
         RESULTS.mkdir(exist_ok=True)
         out = RESULTS / file_name(what, context)
     known = {name: value for name, value in result.items() if math.isfinite(value)}
-    context = {**context, "command": without_folders(context["command"])}
+    if "command" in context:
+        context = {**context, "command": without_folders(context["command"])}
     out.write_text(json.dumps({**known, "context": context}, indent=1) + "\n")
     print(f"written: {out}")
     return out
