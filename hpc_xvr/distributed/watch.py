@@ -62,6 +62,7 @@ _CONNECTING_S = 30.0
 # What a rank does in a step, in that order: of ranks that wait for each other, the one that is
 # furthest behind is the one the others wait for.
 ORDER = ("data", "forward", "backward", "gradients", "update", "logging", "saving", "validation")
+_MPI_S = 2.0  # seconds after a rank failed in which MPI, where there is one, ends the others
 _LINE = 4096  # bytes; ranks say some 100 at a time
 # The protocol's words.
 _LEFT, _FAILED = b"left", b"failed"
@@ -259,6 +260,7 @@ class _RootWatch(Watch):
         super().__init__(comm, limit_s)
         self._farewell = _BYE
         self._resumed = 0.0  # when this process last went on after it had been stopped
+        self._failed_at: float | None = None  # when a rank said so
         self._me = _Peer(0, self._where, time.perf_counter())
         self._peers = {0: self._me}
         self._events = selectors.DefaultSelector()
@@ -288,7 +290,8 @@ class _RootWatch(Watch):
                     peer.heard = now
             self._look_at_myself(now)
             problem = self._silent(now) or self._stuck(now)
-            if problem:
+            failed = self._failed_at is not None and now - self._failed_at > _MPI_S
+            if problem or failed:
                 self._end_job(problem)
             if now - told > self._beat:
                 self._say(_ALIVE)
@@ -329,7 +332,7 @@ class _RootWatch(Watch):
             return True
         if line == _FAILED:
             peer.doing = "left"
-            threading.Timer(2, self._end_job, (None,)).start()  # where there is no MPI
+            self._failed_at = self._failed_at or peer.heard
             return True
         try:
             where, step, doing, age = json.loads(line[:_LINE])

@@ -184,6 +184,31 @@ def test_offsets_beyond_a_shard_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("shape", [0.5, 32, 40]),
+        ("shape", [9, 32, True]),
+        ("bit_depth", 0.5),
+        ("lr_bit_depth", -1),
+        ("lr_bit_depth", float("nan")),
+        ("lr_bit_depth", -float("inf")),
+        ("lr_shape", [0, 8, 10]),
+    ],
+)
+def test_a_line_of_the_manifest_with_odd_numbers_is_not_believed(key, value, tmp_path):
+    """Such a recording is known by its own attributes, as one without a line is."""
+    corpus = a_corpus(tmp_path / "c")
+    manifest = corpus.path / "manifest.jsonl"
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines[1][key] = value
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    manifest.write_text(text)
+    video = Corpus(corpus.path)["v1"]
+    assert video.shape == (9, 32, 40) and video.info.bit_depth == 12
+    assert video.read(8).shape == (32, 40)
+
+
+@pytest.mark.parametrize(
     "name", ["a/" * 1200 + "b", "n" * 300, "", "encrypted", "deflate", "link", "both", "lzma"]
 )
 def test_archives_that_cannot_be_unpacked_are_refused(name, tmp_path):

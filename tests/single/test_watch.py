@@ -160,6 +160,17 @@ def test_rank_0_says_goodbye_and_others_that_fail_are_given_time_to_say_why(rank
     assert rank0._comm.code is None
 
 
+def test_a_rank_that_fails_without_mpi_ends_the_job_once_however_often_it_says_so(
+    rank0, monkeypatch
+):
+    monkeypatch.setattr("hpc_xvr.distributed.watch._MPI_S", 0.2)
+    before = threading.active_count()
+    with connected(rank0, 1, says(1, 5), b"failed\n" * 2000):
+        assert until(lambda: 1 in rank0._peers and rank0._peers[1].left)
+        assert threading.active_count() <= before
+        assert until(lambda: rank0._comm.code == EXIT_CODE)
+
+
 def test_a_rank_that_is_there_already_cannot_be_replaced(rank0):
     with connected(rank0, 1, says(1, 5)) as link:
         assert until(lambda: 1 in rank0._peers and rank0._peers[1].step)

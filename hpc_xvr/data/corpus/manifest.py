@@ -286,10 +286,13 @@ def _columns(entry: dict[str, Any]) -> tuple[Any, ...]:
     shape, lr_shape = tuple(entry["shape"]), tuple(entry["lr_shape"] or (0, 0, 0))
     bits = known["bit_depth"]
     lr_bits = known.get("lr_bit_depth") or bits
+    if not all(type(number) is int for number in (*shape, *lr_shape, bits, lr_bits)):
+        raise TypeError("sizes and bit depths must be integers")
     for frames, height, width in (shape, lr_shape):
         if not 0 <= frames < 2**31 or height * width > LARGEST_FRAME:
             raise ValueError(f"{frames} frames of {height} x {width} pixels are out of range")
-    if not (min(shape) > 0 and min(lr_shape) >= 0 and 0 < bits <= 16 >= lr_bits):
+    recorded = min(lr_shape) > 0 or lr_shape == (0, 0, 0)
+    if not (min(shape) > 0 and recorded and 0 < bits <= 16 and 0 < lr_bits <= 16):
         raise ValueError("numbers out of range")
     return (
         shape,
