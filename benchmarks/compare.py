@@ -25,7 +25,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from filing import RESULTS
+from filing import RESULTS, without_folders
 from hpc_xvr.config import Config, load
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.train.task import task_of
@@ -114,15 +114,15 @@ def main() -> None:
         "commands": commands,
         "context": context(args),
     }
-    file_results(out, args.results / args.name, summary)
+    file_results(out, args.results / args.name, summary, args)
 
 
-def file_results(out: Path, folder: Path, about: dict) -> None:
+def file_results(out: Path, folder: Path, about: dict, args: argparse.Namespace) -> None:
     """Copy an evaluation's rows, tables and charts; say how it was made."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in ("evaluation.csv", "tables.md", "tables.tex"):
-        (folder / name).write_text((out / name).read_text().replace(f"{ROOT}/", ""))
+        (folder / name).write_text(read_elsewhere((out / name).read_text(), args))
     for path in out.glob("psnr-*.png"):
         shutil.copy(path, folder)
     (folder / "how.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -201,7 +201,12 @@ def call(arguments: list[str], args: argparse.Namespace) -> str:
     launcher = ["mpirun", "-n", str(args.ranks), "--oversubscribe"] if args.ranks > 1 else []
     command = [*launcher, sys.executable, "-m", "hpc_xvr", *arguments]
     subprocess.run(command, check=True, env=environment())
-    return shlex.join([*launcher, "hpc-xvr", *arguments]).replace(f"{ROOT}/", "")
+    return read_elsewhere(shlex.join([*launcher, "hpc-xvr", *arguments]), args)
+
+
+def read_elsewhere(text: str, args: argparse.Namespace) -> str:
+    """A text without the folders of this machine."""
+    return text.replace(f"{ROOT}/", "").replace(f"{args.work}/", f"{args.work.name}/")
 
 
 def context(args: argparse.Namespace) -> dict:
@@ -211,7 +216,8 @@ def context(args: argparse.Namespace) -> dict:
     from hpc_xvr.train.meters import describe_machine
 
     kind = "cuda" if args.device == "cuda" else "cpu"
-    return {**describe_machine(device(kind)), "ranks": args.ranks}
+    found = describe_machine(device(kind))
+    return {**found, "command": without_folders(found["command"]), "ranks": args.ranks}
 
 
 def parse() -> argparse.Namespace:

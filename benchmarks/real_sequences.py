@@ -49,7 +49,7 @@ def main() -> None:
     command = compare.evaluate(wanted, args)
     text = command.replace(f"{args.work}/", "").replace(str(args.data), "FOLDER")
     about = {"command": text, "context": compare.context(args)}
-    compare.file_results(out, args.results.resolve() / args.name, about)
+    compare.file_results(out, args.results.resolve() / args.name, about, args)
 
 
 def ingest(data: Path, corpus: Path, device: str) -> Path:

@@ -718,6 +718,37 @@ def test_scale_and_offset_of_the_numbers(tmp_path):
     refused(write(tmp_path / "0.h5", scale_factor=0.0), "scale 0", "--bit-depth")
 
 
+@pytest.mark.parametrize("name", ["_FillValue", "missing_value"])
+def test_numbers_that_stand_for_missing_pixels(name, tmp_path):
+    frames = FRAMES.copy()
+    frames[3, 2, 1] = 65535
+    path = write(tmp_path / "a.h5", data=frames, **{name: np.uint16(65535)})
+    refused(path, "frame 3 holds 1 pixels without a value", "65535", "--bit-depth")
+    np.testing.assert_array_equal(stack(open_camera_file(path, bit_depth=16)), frames)
+    recording = open_camera_file(path, missing=True)
+    np.testing.assert_array_equal(stack(recording), np.delete(frames, 3, 0))
+    frames[3, 2, 1] = 7
+    same(write(tmp_path / "b.h5", data=frames, **{name: np.uint16(65535)}), frames)
+    scaled = write(tmp_path / "c.h5", scale_factor=0.5, **{name: FRAMES[4, 0, 0]})
+    refused(scaled, "frame 4 holds 1 pixels without a value")
+
+
+def test_the_mask_of_a_detector_is_no_frame_and_is_told(tmp_path, caplog):
+    path = write(tmp_path / "a.h5", "entry/detector/data")
+    mask = np.zeros(FRAMES.shape[1:], np.uint32)
+    write(path, "entry/detector/pixel_mask", mask)
+    same(path)
+    assert "pixel_mask" not in caplog.text
+    mask[2, 1] = 1
+    write(tmp_path / "b.h5", "entry/detector/data")
+    write(tmp_path / "b.h5", "entry/detector/pixel_mask", mask)
+    same(tmp_path / "b.h5")
+    assert "its pixel_mask marks 1 pixels as bad" in caplog.text
+    counts = FRAMES.astype(np.uint32)
+    counts[:, 2, 1] = 2**32 - 1
+    refused(write(tmp_path / "c.h5", data=counts), "if that value marks bad ones", bit_depth=12)
+
+
 @pytest.mark.parametrize("kind", ["nexus", "exchange", "scale"])
 def test_time_axes(tmp_path, kind, caplog):
     path, times = tmp_path / "a.h5", np.array([5.0, 6, 7, 9, 10, 11])

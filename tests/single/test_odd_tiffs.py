@@ -19,6 +19,7 @@ from hpc_xvr.data.cameras.numbering import grouped
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.ingest.run import ingest
 from hpc_xvr.data.ingest.sources import find_recordings
+from hpc_xvr.errors import InputError
 from support.camera_files import counts, refused, stack
 
 GREY = {"photometric": "minisblack"}
@@ -230,6 +231,67 @@ def test_names_that_differ_in_two_numbers_are_told(tmp_path, hpc_xvr):
         tifffile.imwrite(tmp_path / "in" / name, VALUES[k], **GREY)
     said = hpc_xvr("ingest", tmp_path / "in", "--corpus", tmp_path / "c").err
     assert "become 2 recordings" in " ".join(said.split())
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([f"f_{k:02x}.tif" for k in range(8, 13)], "f_0a.tif: follows f_09.tif, .* hexadecimal"),
+        ([f"{k:04X}.tif" for k in range(8, 13)], "000A.tif: follows 0009.tif, .* hexadecimal"),
+        ([f"t_{k / 2}ms.tif" for k in range(6)], "t_0.5ms.tif: follows t_0.0ms.tif, .* fractions"),
+    ],
+)
+def test_numbers_that_are_not_whole_decimals_are_refused(names, message, tmp_path):
+    """Each would lose every sixth or second frame, and the sequence look whole."""
+    for k, name in enumerate(names):
+        tifffile.imwrite(tmp_path / name, VALUES[k % len(VALUES)], **GREY)
+    for path in (tmp_path, tmp_path / names[0]):
+        with pytest.raises(InputError, match=message):
+            open_camera_file(path)
+    with pytest.raises(InputError, match=message):
+        ingest([tmp_path], tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"scan1.{k:04d}.tif" for k in range(9, 12)],
+        [f"v1.{k}.tif" for k in range(3)],
+        [f"f_{k}.tif" for k in range(8, 13)],
+        [f"a_{k:02d}.tif" for k in range(8, 13)],
+    ],
+)
+def test_decimal_numbers_that_look_like_others_are_read(names, tmp_path):
+    for k, name in enumerate(names):
+        tifffile.imwrite(tmp_path / name, VALUES[k % len(VALUES)], **GREY)
+    found = stack(open_camera_file(tmp_path))
+    np.testing.assert_array_equal(found, [VALUES[k % len(VALUES)] for k in range(len(names))])
+
+
+def test_images_beside_a_sequence_are_told(tmp_path, caplog):
+    for k, name in enumerate(("f_0.tif", "f_1.tif", "dark.tif")):
+        tifffile.imwrite(tmp_path / name, VALUES[k], **GREY)
+    assert len(ingest([tmp_path], tmp_path / "c")) == 2
+    assert "1 of its images are in no sequence of numbers (dark.tif)" in caplog.text
+
+
+def test_numbers_that_go_on_in_the_next_folder_share_a_split(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    long = np.cumsum(rng.integers(0, 20, (60, 12, 8)), 0).astype("u2")
+    for k, frame in enumerate(long):
+        folder = tmp_path / "in" / f"{k // 3:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(folder / f"{k:05d}.tif", frame, **GREY)
+    outcomes = ingest([tmp_path / "in"], tmp_path / "c")
+    assert {outcome.split for outcome in outcomes} == {"train"} and len(outcomes) == 20
+    assert "seems to go on where" in caplog.text and "into one folder" in caplog.text
+    for k in range(60):  # other recordings
+        if k % 3 == 0:
+            other = rng.integers(0, 2**15, (12, 8)).astype("u2")
+        frame = long[k % 3] + other
+        tifffile.imwrite(tmp_path / "in" / f"{k // 3:03d}" / f"{k:05d}.tif", frame, **GREY)
+    outcomes = ingest([tmp_path / "in"], tmp_path / "d")
+    assert {outcome.split for outcome in outcomes} == {"train", "validation", "test"}
 
 
 def test_significant_bits_of_ome(tmp_path):

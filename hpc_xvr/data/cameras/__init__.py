@@ -152,6 +152,8 @@ def camera_files(path: Path | str, missing: bool = False) -> tuple[list[Path], s
             group.parts or images.page_count(*(group.files if missing else [path])) == 1
         ):
             ordered = group.in_order(missing)
+            if not group.parts and ordered[0] == path:
+                numbering.refuse_other_numbers(alike)
             return (ordered if ordered[0] == path else [path]), None
     return [path], inner or None
 
@@ -163,6 +165,7 @@ def _sequence(path: Path, found: list[Path], missing: bool) -> list[Path]:
         if file.suffix.lower() in images.IMAGE_SUFFIXES and not file.name.startswith(".")
     ]
     groups = numbering.grouped(files)
+    numbering.refuse_other_numbers(files)
     if len(groups) != 1:
         raise InputError(
             f"{path}: holds {len(groups)} sequences of numbered .tif or .png files: "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,8 @@ DETECTOR = "measurement/instrument/detector"
 RESOLUTION = "measurement/instrument/detection_system/objective/resolution"
 NUMBERED = re.compile(r"data_?(\d{2,})")
 """Datasets of one recording in a master file: data_000001, data_000002, ..."""
+MASK = "pixel_mask"
+"""Flags of bad pixels beside the frames of a NeXus detector."""
 LARGEST_TEXT = 4096
 """Bytes of a number or a text that describes the recording."""
 LARGEST_CHUNK = 2**24
@@ -115,6 +117,8 @@ class _Stack:
     """Of a camera's counts in results of this program."""
     missing: bool = False
     """Whether frames may be missing: reading one of those is an error."""
+    holes: tuple[float, ...] = ()
+    """Stored numbers that stand for pixels without a value."""
 
     def frames(
         self, allow_links: Sequence[Path | str], start: int, stop: int
@@ -127,6 +131,18 @@ class _Stack:
                 before += count
                 for at in range(first, last, self.block):
                     yield from _read(reader, files, place, order, at, min(at + self.block, last))
+
+    def whole(self, frames: Iterable[np.ndarray], start: int) -> Iterator[np.ndarray]:
+        """Frames from number `start` on, none of which has pixels without a value."""
+        for index, frame in enumerate(frames, start):
+            if bad := sum(np.count_nonzero(frame == hole) for hole in self.holes):
+                numbers = ", ".join(f"{hole:g}" for hole in self.holes)
+                raise InputError(
+                    f"{self.path}: frame {index} holds {bad} pixels without a value, which the "
+                    f"file marks by {numbers} (_FillValue): repair the frame or leave it out, or "
+                    "give --bit-depth to read all numbers as counts"
+                )
+            yield frame
 
 
 def _read(
@@ -189,7 +205,11 @@ def _stack(
         line, white = None, None
     elif types[0].kind == "f" and is_result(files.item(found[0].place)):
         white = _number(files.item(found[0].place), "full_scale")
-    return _Stack(files.path, tuple(parts), shape, types[0], block, line, white, bits, missing)
+    holes = _holes(files.item(found[0].place))
+    _tell_of_mask(files, found[0])
+    return _Stack(
+        files.path, tuple(parts), shape, types[0], block, line, white, bits, missing, holes
+    )
 
 
 def _recording(
@@ -206,7 +226,8 @@ def _recording(
     links = tuple(allow_links)
 
     def source(start: int, stop: int) -> Iterator[np.ndarray]:
-        return stack.frames(links, start, stop)
+        frames = stack.frames(links, start, stop)
+        return stack.whole(frames, start) if stack.holes and bit_depth is None else frames
 
     def floats(start: int, stop: int) -> Iterator[np.ndarray]:
         return (frame.astype(np.float64) for frame in source(start, stop))
@@ -290,6 +311,36 @@ def _line(files: Files, found: _Dataset) -> tuple[tuple[float, float], float | N
     logger.info("%s: values are %g + %g x stored number, as it states", files.path, *line)
     top = np.iinfo(item.dtype).max if counts and line[1] > 0 else None
     return line, None if top is None else line[0] + line[1] * top
+
+
+def _holes(item: h5py.Dataset) -> tuple[float, ...]:
+    """Numbers that stand for missing pixels, by the attributes of netCDF."""
+    values = [item.attrs[name] for name in ("_FillValue", "missing_value") if name in item.attrs]
+    numbers = [np.asarray(value).reshape(-1) for value in values]
+    found = {n.item() for each in numbers if each.dtype.kind in "iuf" for n in each[:8]}
+    return tuple(sorted(n for n in found if math.isfinite(n)))
+
+
+def _tell_of_mask(files: Files, found: _Dataset) -> None:
+    """Warn of pixels that the file's own mask marks as bad."""
+    for group, _ in found.routes[-1:]:
+        place = files.locate(MASK, group)
+        if place is None:
+            continue
+        item = files.item(place)
+        if isinstance(item, h5py.Dataset) and _is_mask(item) and item.nbytes <= BUDGET:
+            check_stored(files, place)
+            if bad := np.count_nonzero(item[()]):
+                logger.warning(
+                    "%s: its %s marks %d pixels as bad; they are used as they are: repair them "
+                    "first if they show",
+                    *(files.path, MASK, bad),
+                )
+
+
+def _is_mask(item: h5py.Dataset) -> bool:
+    """Flags of the pixels of a frame, one a pixel."""
+    return item.ndim == 2 and item.dtype.kind in "iu"
 
 
 def _counts_of_result(item: h5py.Dataset) -> int | None:
@@ -486,7 +537,9 @@ def _candidates(files: Files) -> tuple[list[list[_Dataset]], list[Found]]:
     for name, place in files.datasets():
         if isinstance(place, InputError):
             broken.append(Found(name, place))
-        elif _holds_frames(files, place):
+        elif _holds_frames(files, place) and not (
+            name.rpartition("/")[2] == MASK and _is_mask(files.item(place))
+        ):
             route = _route(files, name)
             known = found.get(place, _Dataset(name, place, ()))
             found[place] = known._replace(routes=(*known.routes, *route))

@@ -91,17 +91,22 @@ def page_count(*files: Path) -> int:
     return _usual_header(files).count
 
 
-def goes_on(before: Path, file: Path) -> bool:
-    """Whether a stack looks like the continuation of another: the first frame of the one differs
-    from the last of the other little more than that does from the frame before it."""
+def goes_on(before: Sequence[Path], after: Sequence[Path]) -> bool:
+    """Whether files look like the continuation of others: the first frame of the one differs from
+    the last of the other little more than that does from the frame before it."""
     try:
-        with guarded(str(file)):
-            old, new = _header(before), _header(file)
-            if old.count < 2 or (old.shape, old.native) != (new.shape, new.native):
+        with guarded(str(after[0])):
+            old, new = _header(before[-1]), _header(after[0])
+            if (old.shape, old.native) != (new.shape, new.native):
                 return False
-            frames = [*_read(before, old, old.count - 2, old.count), *_read(file, new, 0, 1)]
+            last = [*_read(before[-1], old, max(old.count - 2, 0), old.count)]
+            if len(last) < 2 and len(before) > 1:
+                last = [*_read(before[-2], old, 0, 1), *last]
+            frames = [*last, *_read(after[0], new, 0, 1)]
     except InputError:
         return False  # it will be told where it is read
+    if len(frames) < 3:
+        return False
     a, b, c = (frame.astype(np.float64) for frame in frames)
     return bool(np.abs(c - b).mean() <= ALIKE * np.abs(b - a).mean())
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,17 @@ _PART = re.compile(r"(.+?)(?:[._ -]?part[._ -]?|@|_X)(\d+)", re.IGNORECASE | re.
 _PART_OF_MICROMANAGER = re.compile(r"(.+_MMStack.*)_(\d+)", re.DOTALL)
 _UNIT = re.compile(r"(ns|us|µs|ms|s|hz|khz|fps|kfps|kv|kev|ma|nm|um|µm|mm|px|bit)(?![a-z])", re.I)
 _TIME = re.compile(r"(^|[^a-z])(t|time|frame)[-_ ]?$", re.IGNORECASE)
+_OTHER_NUMBERS: dict[str, tuple[re.Pattern[str], Callable[[str], Fraction]]] = {
+    "hexadecimal": (
+        re.compile(r"(|.*[^0-9A-Za-z])([0-9a-f]{2,}|[0-9A-F]{2,})()", re.DOTALL),
+        lambda text: Fraction(int(text, 16)),
+    ),
+    "fractions": (re.compile(r"(|.*\D)(\d{1,9}\.\d{1,9})(\D*)", re.DOTALL), Fraction),
+}
+_MICROMANAGER = re.compile(r"(.+_MMStack.*)_(\d+)", re.DOTALL)
+_UNIT = re.compile(r"(ns|us|µs|ms|s|hz|khz|fps|kfps|kv|kev|ma|nm|um|µm|mm|px|bit)(?![a-z])", re.I)
+_TIME = re.compile(r"(^|[^a-z])(t|time|frame)[-_ ]?$", re.IGNORECASE)
+_HEXADECIMAL = re.compile(r"(|.*[^0-9A-Za-z])([0-9a-f]{2,}|[0-9A-F]{2,})", re.DOTALL)
 _MICROMANAGER = re.compile(r"img_\d{9}_.+_\d{3}", re.DOTALL)
 
 
@@ -114,7 +126,30 @@ def grouped(files: Iterable[Path]) -> list[Group]:
     return sorted(found, key=lambda group: min(place[file] for file in group.files))
 
 
-def divided(groups: Sequence[Group]) -> list[list[Group]]:
+def tell_of_divided(sequences: Sequence[Group]) -> None:
+    """Warn of images that may belong to one recording, but by their names do not."""
+    told: set[Path] = set()
+    for several in _divided(sequences):
+        told |= {file for group in several for file in group.files}
+        logger.warning(
+            "%s: its images become %d recordings, as they differ in more than one number (%s, %s, "
+            "...): if they are one, number them through",
+            *(several[0].files[0].parent, len(several)),
+            *(group.files[0].name for group in several[:2]),
+        )
+    beside = {group.files[0].parent for group in sequences if len(group.files) > 1}
+    alone = [group.files[0] for group in sequences if len(group.files) == 1]
+    for folder in sorted(beside):
+        names = [file.name for file in alone if file.parent == folder and file not in told]
+        if names:
+            logger.warning(
+                "%s: %d of its images are in no sequence of numbers (%s): each becomes a recording "
+                "of one frame",
+                *(folder, len(names), ", ".join(names[:2] + ["..."] * (len(names) > 2))),
+            )
+
+
+def _divided(groups: Sequence[Group]) -> list[list[Group]]:
     """Sequences whose names differ from each other in numbers only."""
     alike: dict[object, list[Group]] = defaultdict(list)
     for group in groups:
@@ -126,6 +161,56 @@ def divided(groups: Sequence[Group]) -> list[list[Group]]:
         for several in alike.values()
         if len(several) > 1 and any(len(group.files) > 1 for group in several)
     ]
+
+
+def continued(groups: Sequence[Group]) -> Iterator[tuple[Group | None, Group]]:
+    """Each sequence after the one in a neighbouring folder whose numbers it goes on with (000/1 to
+    000/500, 001/501 to ...), or None."""
+    runs: dict[object, list[Group]] = defaultdict(list)
+    for group in groups:
+        first = group.files[0]
+        names = (first.parent.parent, tuple(_template(first)), first.suffix.lower())
+        runs[names if len(group.files) > 1 and not group.parts else first].append(group)
+    for run in runs.values():
+        ordered = sorted(run, key=lambda group: (min(group.numbers), group.files[0]))
+        yield None, ordered[0]
+        for before, group in pairwise(ordered):
+            step = min(b - a for a, b in pairwise(sorted(before.numbers)))
+            apart = before.files[0].parent != group.files[0].parent
+            follows = apart and min(group.numbers) == max(before.numbers) + step
+            yield (before if follows else None), group
+
+
+def refuse_other_numbers(files: Iterable[Path]) -> None:
+    """Names that count in hexadecimal (08, 09, 0a) or in fractions (0.0ms, 0.5ms, 1.0ms): read as
+    whole decimal numbers they would be several recordings, of frames further apart.
+
+    Raises:
+        InputError: there are such names.
+    """
+    files = list(files)
+    for kind, (name, value) in _OTHER_NUMBERS.items():
+        alike: dict[tuple[object, ...], dict[Fraction, Path]] = defaultdict(dict)
+        decimal = set()
+        for file in files:
+            if match := name.fullmatch(file.stem):
+                before, number, after = match.groups()
+                places = len(number.partition(".")[2])
+                key = file.parent, file.suffix, before, after, places
+                alike[key][value(number)] = file
+                if number[-1].isdigit():
+                    decimal.add(key)
+        for alike_in, numbered in alike.items():
+            ordered = [numbered[number] for number in sorted(numbered)]
+            if alike_in not in decimal or len({b - a for a, b in pairwise(sorted(numbered))}) != 1:
+                continue
+            group_of = {file: group for group in grouped(ordered) for file in group.files}
+            apart = [(a, b) for a, b in pairwise(ordered) if group_of[a] is not group_of[b]]
+            if len(ordered) > 2 and apart:
+                raise InputError(
+                    f"{apart[0][1]}: follows {apart[0][0].name}, as if the numbers were {kind}: "
+                    "number the files through with whole decimal numbers"
+                )
 
 
 def successive(stacks: Sequence[Path]) -> Iterator[tuple[Path | None, Path]]:

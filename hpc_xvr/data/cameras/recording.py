@@ -237,13 +237,16 @@ class _Cut:
             used = int(np.bitwise_or.reduce(frame, axis=None))
             unit = used & -used  # all values are multiples of it
             width = 8 * frame.dtype.itemsize
-            right = f"one from {largest.bit_length()}"
+            right = f"state one from {largest.bit_length()} (--bit-depth)"
+            if largest.bit_length() > 16:
+                right = "give a full scale in its place (--full-scale)"
+                if largest == np.iinfo(frame.dtype).max:
+                    right = f"{right}, or repair the pixels if that value marks bad ones"
             if unit >= 2 ** (width - recording.bit_depth):
-                right = f"{width}, as all values are multiples of {unit}"
+                right = f"state {width} (--bit-depth), as all values are multiples of {unit}"
             raise InputError(
                 f"{recording.path}: frame {index} holds the value {largest}, but "
-                f"{recording.bit_depth} bits end at {top}: the bit depth is wrong, state {right} "
-                "(--bit-depth)"
+                f"{recording.bit_depth} bits end at {top}: the bit depth is wrong, {right}"
             )
         return frame.astype(recording.dtype, copy=False)
 

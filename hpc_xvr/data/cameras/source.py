@@ -24,8 +24,8 @@ class Source:
     lr: Source | None = None
     frames: tuple[int, int] | None = None
     """The first and the last one that are used, where some between are missing; None: all."""
-    goes_on: str | None = None
-    """Name of the stack that seems to be an earlier part of this one: they share a split."""
+    goes_on: tuple[str, str] | None = None
+    """Folder and name of what seems to be the first part of this one: they share a split."""
 
     @property
     def name(self) -> str:

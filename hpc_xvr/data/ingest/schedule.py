@@ -246,7 +246,7 @@ class _Present:
     def split_for(self, source: Source) -> Split:
         """That of another recording of the same file, or of the one it seems to be a part of, else
         the one furthest below its share."""
-        known = self._split_of_file.get((source.folder, source.goes_on or source.name))
+        known = self._split_of_file.get(source.goes_on or (source.folder, source.name))
         if known is not None:
             return known
         total = sum(self._counts.values()) + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,25 +116,43 @@ def _recordings(files: list[Path], dataset: str | None, missing: bool) -> Iterat
             stacks += group.files
         else:
             sequences.append(group)
-            yield Source(tuple(group.in_order(missing)), dataset)
-    for divided in numbering.divided(sequences):
-        logger.warning(
-            "%s: its images become %d recordings, as they differ in more than one number (%s, %s, "
-            "...): if they are one, number them through",
-            *(divided[0].files[0].parent, len(divided)),
-            *(group.files[0].name for group in divided[:2]),
-        )
-    first_part: dict[Path, str] = {}
-    for before, file in numbering.successive(stacks):
-        if before is not None and images.goes_on(before, file):
-            first_part[file] = first_part.get(before, before.name)
+    numbering.refuse_other_numbers(file for group in sequences for file in group.files)
+    numbering.tell_of_divided(sequences)
+    ordered = {group: tuple(group.in_order(missing)) for group in sequences}
+    pairs: list[_Linked] = [
+        (None if before is None else ordered[before], ordered[group])
+        for before, group in numbering.continued(sequences)
+    ]
+    for previous, file in numbering.successive(stacks):
+        pairs.append((None if previous is None else (previous,), (file,)))
+    yield from _linked(pairs, dataset)
+
+
+_Linked = tuple[tuple[Path, ...] | None, tuple[Path, ...]]
+"""The files that come before, and files."""
+
+
+def _linked(pairs: Iterable[_Linked], dataset: str | None) -> Iterator[Source]:
+    """The recordings of these files: those that go on where the ones before them end know the first
+    part."""
+    first_part: dict[tuple[Path, ...], tuple[str, str]] = {}
+    for before, files in pairs:
+        source = Source(files, dataset)
+        if before is not None and images.goes_on(before, files):
+            earlier = Source(before, dataset)
+            first = first_part.get(before, (earlier.folder, earlier.name))
+            first_part[files] = first
             logger.warning(
                 "%s: seems to go on where %s ends: they stay two recordings, of the same split; "
-                "if they are one, join the files or name them .part1, .part2, ...",
-                file,
-                before.name,
+                "if they are one, %s",
+                source.path,
+                earlier.name if earlier.folder == source.folder else earlier.path,
+                "move the images into one folder"
+                if len(files) > 1
+                else "join the files or name them .part1, .part2, ...",
             )
-        yield Source((file,), dataset, goes_on=first_part.get(file))
+            source = replace(source, goes_on=first)
+        yield source
 
 
 def _are_stacks(files: list[Path], missing: bool) -> bool:
