@@ -2,7 +2,8 @@
 merge, a falling ball, foam, a jet, a vibrating beam, a tensile test in an x-ray tube's light.
 
 The sharp frames are a camera's own; the low-resolution ones are made by binning, so the truth is
-known. The built-in weights and further models (run folders, files of weights) join in.
+known, with its noise: limits.json says which PSNR that alone leaves, as nobody can foretell it. The
+built-in weights and further models (run folders, files of weights) join in.
 
     python benchmarks/real_sequences.py --data FOLDER [builtin RUN ...]
 
@@ -13,10 +14,16 @@ projects distribute them; what is missing is left out, and said.
 from __future__ import annotations
 
 import argparse
+import json
+import math
 from pathlib import Path
+
+import numpy as np
+from scipy.ndimage import convolve
 
 import compare
 from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.corpus.reader import Video
 from starting import ROOT
 
 SEQUENCES = {
@@ -49,7 +56,10 @@ def main() -> None:
     command = compare.evaluate(wanted, args)
     text = command.replace(f"{args.work}/", "").replace(str(args.data), "FOLDER")
     about = {"command": text, "context": compare.context(args)}
-    compare.file_results(out, args.results.resolve() / args.name, about, args)
+    folder = args.results.resolve() / args.name
+    compare.file_results(out, folder, about, args)
+    limits = {v.info.scene: noise_limit(v) for v in Corpus(corpus).split("test")}
+    (folder / "limits.json").write_text(json.dumps(limits, indent=1) + "\n")
 
 
 def ingest(data: Path, corpus: Path, device: str) -> Path:
@@ -66,6 +76,21 @@ def ingest(data: Path, corpus: Path, device: str) -> Path:
             [*command, "--scene", scene, "--crop"], argparse.Namespace(ranks=1, device=device)
         )
     return corpus
+
+
+def noise_limit(video: Video) -> float:
+    """PSNR (dB) of a recording without its noise against itself.
+
+    The noise is what a difference of Laplacians lets through, which flat, sloping and evenly curved
+    parts of a picture do not (Immerkaer, Computer Vision and Image Understanding 64, 1996). Texture
+    finer than that counts as noise, so a network may stand above this.
+    """
+    differences = np.outer((1, -2, 1), (1, -2, 1)).astype(float)
+    white = 2**video.info.bit_depth - 1
+    numbers = np.linspace(0, video.shape[0] - 1, min(video.shape[0], 12)).astype(int)
+    passed = [convolve(video.read(int(n)) / white, differences)[1:-1, 1:-1] for n in numbers]
+    deviation = math.sqrt(math.pi / 2) / 6 * float(np.mean(np.abs(passed)))
+    return round(-20 * math.log10(max(deviation, 1e-6)), 2)
 
 
 if __name__ == "__main__":
