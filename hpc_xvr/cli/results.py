@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hpc_xvr.config import Config
     from hpc_xvr.data.ranks import Ranks
     from hpc_xvr.distributed.comm import Comm
-    from hpc_xvr.reconstruction.material import CameraFiles, Material
+    from hpc_xvr.reconstruction.material import CameraFiles, Material, Source
     from hpc_xvr.reconstruction.methods import NamedMethod
     from hpc_xvr.reconstruction.workflow import Wanted
     from hpc_xvr.reconstruction.writers import Dtype
@@ -261,6 +261,21 @@ def evaluate(
 )
 @trust_options
 @click.option(
+    "--follow",
+    is_flag=True,
+    help="Reconstruct while the cameras record: HDF5 files or folders of numbered images that "
+    "grow; each gap is written when its second key frame is there, into OUT.gaps until OUT is "
+    "complete.",
+)
+@click.option(
+    "--silence",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="With --follow: the recordings have ended when no frame has come for so many seconds, "
+    "unless their writers say so before.",
+)
+@click.option(
     "--adapt",
     "to_recording",
     is_flag=True,
@@ -287,6 +302,8 @@ def reconstruct(
     movie_shows: str,
     force: bool,
     to_recording: bool,
+    follow: bool,
+    silence: float,
     skip_bad: bool,
     which: Literal["newest", "best"],
     **options: Any,
@@ -328,7 +345,13 @@ def reconstruct(
     if pairs is not None:
         options |= {"lr": pairs, "hr": pairs}  # to be replaced by those of the table
     source = take_source(options)
-    several = isinstance(source, CameraFiles) and (pairs is not None or _several(source, out))
+    if follow:
+        _check_followed(source, pairs, to_recording, out)
+    several = (
+        isinstance(source, CameraFiles)
+        and not follow
+        and (pairs is not None or _several(source, out))
+    )
     if not several:
         check_sequence(out, dtype)
         asked.verify(out)
@@ -342,6 +365,21 @@ def reconstruct(
         _reconstruct_several(what, which, source, pairs, comm, out, movie, wanted, refine, skip_bad)
         if comm.is_root:
             then("evaluate", what, "--corpus", "CORPUS", "--out", "RESULTS")
+    elif follow:
+        from hpc_xvr.reconstruction.following import follow_run
+
+        assert isinstance(source, CameraFiles)
+        if comm.size > 1:
+            raise InputError("--follow runs in one process; start it without mpirun")
+        follow_run(
+            *(what, comm.device, source),
+            out=out,
+            movie=movie,
+            which=which,
+            wanted=wanted,
+            silence=silence,
+        )
+        _then_after(what, out, movie)
     else:
         reconstruct_run(
             what,
@@ -358,6 +396,20 @@ def reconstruct(
             _then_after(what, out, movie)
     comm.close()
     comm.leave(0)
+
+
+def _check_followed(source: Source, pairs: Path | None, to_recording: bool, out: Path) -> None:
+    """Refuse what cannot be done while the cameras record."""
+    from hpc_xvr.reconstruction.material import CameraFiles
+    from hpc_xvr.reconstruction.recordings import NAME
+
+    if pairs is not None or not isinstance(source, CameraFiles) or NAME in str(out):
+        raise InputError("--follow is for one recording of each camera, --lr and --hr")
+    if to_recording:
+        raise InputError(
+            "--follow with --adapt: weights are adapted to a complete recording; adapt them to an "
+            "earlier one (hpc-xvr adapt), or reconstruct once more at the end"
+        )
 
 
 def _then_after(what: Path, out: Path, movie: Path | None) -> None:

@@ -57,6 +57,7 @@ def open_hdf5(
     full_scale: float | None = None,
     allow_links: Sequence[Path | str] = (),
     missing: bool = False,
+    frames: int | None = None,
 ) -> Recording:
     """Open the frames of one recording: the named dataset, /exchange/data, the default data of
     NeXus with its numbered parts in turn, or the only dataset.
@@ -64,7 +65,8 @@ def open_hdf5(
     Axes are put in the order frames, rows, columns, as far as the file says which is which. With
     `own_flat` the white and dark frames of a DXchange file are applied. Links, parts of virtual
     datasets and raw files are followed into the file's own folder and those of `allow_links`.
-    `missing`: frames that are not stored, or not all of them, are left out.
+    `missing`: frames that are not stored, or not all of them, are left out. `frames`: only so many
+    first ones are read, which are known to be complete, of a dataset that still grows.
 
     Raises:
         InputError: no such dataset, several to choose from (they are listed), axes in no order we
@@ -73,9 +75,9 @@ def open_hdf5(
     """
     flat_field = dark_field = None
     with Files(path, allow_links) as files:
-        found = _choose(files, dataset)
+        found = choose(files, dataset)
         fields = _description(files, found[0].name)
-        stack = _stack(files, found, missing=missing)
+        stack = _stack(files, found, missing=missing, frames=frames)
         ours = is_result(files.item(found[0].place))
         stamps = None if ours else _stamps(files, found[0], stack)
         times = None if stamps is None else frame_times(path, stamps)
@@ -126,10 +128,12 @@ class _Stack:
                 first, last = max(start - before, 0), min(stop - before, count)
                 before += count
                 for at in range(first, last, self.block):
-                    yield from _read(reader, files, place, order, at, min(at + self.block, last))
+                    yield from read_frames(
+                        reader, files, place, order, at, min(at + self.block, last)
+                    )
 
 
-def _read(
+def read_frames(
     reader: Reader, files: Files, place: Place, order: Order, start: int, stop: int
 ) -> np.ndarray:
     """Frames of a dataset, (stop - start, H, W)."""
@@ -145,10 +149,14 @@ def _read(
 
 
 def _stack(
-    files: Files, found: Sequence[_Dataset], like: _Stack | None = None, missing: bool = False
+    files: Files,
+    found: Sequence[_Dataset],
+    like: _Stack | None = None,
+    missing: bool = False,
+    frames: int | None = None,
 ) -> _Stack:
-    """The frames of datasets, after a look at whether all is there, unless some may be `missing`;
-    `like`: whose axes they have where they do not say."""
+    """The frames of datasets, after a look at whether all is there, unless some may be `missing` or
+    only the first `frames` are wanted; `like`: whose axes they have where they do not say."""
     parts: list[tuple[Place, Order, int]] = []
     sizes, types, block = [], [], BLOCK
     for name, place, routes in found:
@@ -157,8 +165,9 @@ def _stack(
         chunks, dtype = dataset.chunks, dataset.dtype
         other = like.parts[0][1] if like is not None and dataset.ndim == 3 else None
         order = axis_order(where, files, dataset, routes, other)
-        frames, rows, columns = order
-        count = 1 if frames is None else dataset.shape[frames]
+        axis, rows, columns = order
+        count = 1 if axis is None else dataset.shape[axis]
+        count = count if frames is None else min(count, frames)
         size = dataset.shape[rows], dataset.shape[columns]
         check_shape(files.path, (count, *size))
         per_frame = dtype.itemsize * size[0] * size[1]
@@ -167,12 +176,12 @@ def _stack(
                 f"{where}: has frames of {per_frame} bytes, and more than {BUDGET} are not read "
                 "at once: cut or bin them"
             )
-        check_stored(files, place, frames or 0, lenient=missing)
+        check_stored(files, place, axis or 0, lenient=missing or frames is not None)
         parts.append((place, order, count))
         sizes.append(size)
         types.append(dtype)
-        in_turn = frames is None or frames < min(rows, columns)
-        chunk = chunks[frames] if chunks and frames is not None else 1
+        in_turn = axis is None or axis < min(rows, columns)
+        chunk = chunks[axis] if chunks and axis is not None else 1
         block = min(block, max(1, min(chunk if in_turn else BLOCK, BLOCK // per_frame)))
         block = 1 if missing else block  # so that each frame is there or not
         if (size, dtype) != (sizes[0], types[0]):
@@ -320,6 +329,7 @@ def _stamps(files: Files, found: _Dataset, stack: _Stack) -> np.ndarray | None:
     dataset = files.item(found.place)
     if axis is None or len(stack.parts) > 1:
         return None
+    axis_length = dataset.shape[axis]
     candidates = list(dataset.dims[axis].values())
     for group, _ in found.routes:
         names = names_in(files.item(group).attrs.get("axes"))
@@ -328,7 +338,7 @@ def _stamps(files: Files, found: _Dataset, stack: _Stack) -> np.ndarray | None:
     place = files.locate(TIME) if found.name == DATA else None
     candidates += [files.item(place)] if place is not None else []
     for item in candidates:
-        if not isinstance(item, h5py.Dataset) or item.shape != (stack.shape[0],):
+        if not isinstance(item, h5py.Dataset) or item.shape != (axis_length,):
             continue
         unit, name = text(item.attrs.get("units")), str(item.name).rpartition("/")[2]
         factor = units.factor(unit, "s")
@@ -338,11 +348,11 @@ def _stamps(files: Files, found: _Dataset, stack: _Stack) -> np.ndarray | None:
                 *(files.path, item.name),
             )
         if factor is not None and item.dtype.kind in "iuf" and not item.is_virtual:
-            return np.asarray(item[()], np.float64) * factor
+            return np.asarray(item[: stack.shape[0]], np.float64) * factor
     return None
 
 
-def _choose(files: Files, name: str | None) -> list[_Dataset]:
+def choose(files: Files, name: str | None) -> list[_Dataset]:
     """The datasets of the recording: one, or the numbered parts."""
     if name is not None:
         found = _at(files, name.strip("/"))

@@ -20,6 +20,10 @@ ONE_UNIT = 4.0
 larger one would leave the darker camera few grey levels."""
 
 
+class TooFew(InputError):
+    """There are not enough frames, so far, to join the recordings."""
+
+
 @dataclass(frozen=True)
 class Pairing:
     """How the recordings of the two cameras of a shot fit together.
@@ -92,7 +96,14 @@ class Pair:
         }
 
 
-def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bool) -> Pair:
+def joined(
+    sharp: Recording,
+    fast: Recording,
+    how: Pairing,
+    scale: int,
+    crop: bool,
+    growing: bool = False,
+) -> Pair:
     """Put both recordings of one shot on one pixel grid and one clock.
 
     With a registration, the sharp frames are cut to what the fast camera saw (whole multiples of
@@ -101,6 +112,7 @@ def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bo
 
     Args:
         crop: cut what the fast camera did not see; without it that is an error.
+        growing: more frames will come; sharp ones behind the fast ones are cut.
 
     Raises:
         InputError: neither frame rates nor a gap are known, or the recordings do not overlap.
@@ -121,7 +133,7 @@ def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bo
             f"{name}: the fast camera saw none of the sharp frames: check the registration"
         )
     if (first, last) != (0, sharp.shape[0] - 1) or view != (height, width):
-        if not crop:
+        if not crop and not (growing and first == 0 and view == (height, width)):
             raise InputError(
                 f"{name}: together they show sharp frames {first} to {last} of "
                 f"{sharp.shape[0]}, rows {top} to {top + view[0]} of {height} and columns {left} "
@@ -203,7 +215,7 @@ def _together(name: str, times: np.ndarray, frames: int) -> tuple[int, int]:
     first = max(0, math.ceil(times[0] - reach))
     last = min(frames - 1, math.floor(times[-1] + reach))
     if first > last:
-        raise InputError(
+        raise TooFew(
             f"{name}: the fast frames span sharp frames {times[0]:g} to {times[-1]:g}, but "
             f"there are frames 0 to {frames - 1}: check --lr-start, --gap and the frame rates"
         )
