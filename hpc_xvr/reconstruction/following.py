@@ -22,7 +22,7 @@ import torch
 
 from hpc_xvr.config import Config
 from hpc_xvr.data.cameras import Recording
-from hpc_xvr.data.cameras.growing import CannotFollow, Growing, growing
+from hpc_xvr.data.cameras.growing import SETTLED_S, CannotFollow, Growing, growing
 from hpc_xvr.data.pairing.agreement import ALIKE, Grey, compare, grey_of, told
 from hpc_xvr.data.pairing.joining import Pairing, TooFew
 from hpc_xvr.data.pairing.reading import CameraReading
@@ -46,6 +46,8 @@ from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_with, work_of
 from hpc_xvr.reconstruction.writers import check_sequence, write_sequence
 from hpc_xvr.version import __version__
 
+RETRIES = 3
+"""Times that frames are read again that could not be read."""
 LOOK_S = 0.05
 """Seconds between two looks at the recordings; more where a look takes long."""
 
@@ -111,6 +113,7 @@ class Follower:
         """Gaps that are finished."""
         self._grey = _HeldGrey()
         self._spool: Spool | None = None
+        self._failures = 0
         self._needed = 2, 2
         """Frames of the fast and the sharp camera with which there may be something to do."""
         self._tried = 0, 0
@@ -186,8 +189,16 @@ class Follower:
         self._tried = there
         try:
             self._make(self._material())
+            self._failures = 0
         except TooFew as error:
             self.lr.waiting = str(error)
+        except InputError:
+            self.lr.look(), self.hr.look()  # which may tell why
+            self._failures += 1
+            if self._failures > RETRIES:
+                raise
+            time.sleep(SETTLED_S)  # it was read between two states
+            self._tried = 0, 0
         return True
 
     def _material(self) -> Material:

@@ -1,6 +1,7 @@
 """Reconstruct while the cameras record: sources that grow, end, shrink and vanish."""
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -18,9 +19,11 @@ from hpc_xvr.data.cameras import growing as growing_module
 from hpc_xvr.data.cameras.growing import growing
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.pairing.joining import Pairing
+from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 from hpc_xvr.reconstruction.following import follow_run
 from hpc_xvr.reconstruction.material import CameraFiles
+from hpc_xvr.reconstruction.spool import Spool
 from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_run
 
 CPU = torch.device("cpu")
@@ -250,3 +253,230 @@ def test_a_half_written_file_is_no_frame_and_files_behind_it_wait(tmp_path):
     assert recording.look()
     assert recording.frames == 5
     assert [path.name for path in recording.files()] == [f"frame_{t}.tif" for t in range(5)]
+
+
+def write(folder, fast, sharp, **how):
+    """Complete HDF5 files of both cameras, put in place at once."""
+    for name, stack in (("fast", fast), ("sharp", sharp)):
+        beside = folder / f".{name}.h5"
+        with h5py.File(beside, "w") as file:
+            chunks = how.get("chunks", (1, *stack.shape[1:]))
+            file.create_dataset("exchange/data", data=stack, chunks=chunks)
+        beside.replace(folder / f"{name}.h5")
+
+
+@contextmanager
+def once_there(path, action):
+    """Do something in a thread as soon as a file is there."""
+
+    def run():
+        for _ in range(1000):
+            if path.exists():
+                action()
+                return
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+FIRST = "movie.tif.gaps/000000-000003.tif"
+
+
+def shrink_hdf5(folder):
+    fast, sharp = cameras()
+    write(folder, fast[:6], sharp)
+
+
+def replace_hdf5(folder):
+    fast, sharp = cameras()
+    write(folder, np.concatenate([fast[::-1], fast]), sharp)
+
+
+def empty_hdf5(folder):
+    with h5py.File(folder / ".fast.h5", "w") as file:
+        file.create_dataset("exchange/data", (0, 4, 6), "u2", maxshape=(None, 4, 6))
+    (folder / "fast.h5").write_bytes((folder / ".fast.h5").read_bytes())
+
+
+def shrink_folder(folder):
+    (folder / "fast" / "frame_3.tif").unlink()
+
+
+def replace_folder(folder):
+    fast, _ = cameras()
+    for t in range(9):
+        put(folder / "fast" / f"frame_{t}.tif", fast[-t - 1])
+
+
+def vanish_folder(folder):
+    (folder / "sharp").rename(folder / "moved")
+
+
+@pytest.mark.parametrize(
+    ("ends", "harm", "words"),
+    [
+        (".h5", shrink_hdf5, "fast.h5: has shrunk: it had 9 complete frames and now has 6"),
+        (".h5", replace_hdf5, "fast.h5: was replaced: its first frame is another one"),
+        (".h5", empty_hdf5, "fast.h5: has shrunk: it had 9 complete frames and now has 0"),
+        (".h5", lambda folder: (folder / "sharp.h5").unlink(), "sharp.h5: has vanished"),
+        ("", shrink_folder, "fast: has shrunk: 1 of its 9 complete frames have vanished"),
+        ("", replace_folder, "fast: was replaced: its first frame is another one"),
+        ("", vanish_folder, "sharp: has vanished"),
+    ],
+)
+def test_a_recording_that_becomes_another_one_ends_it_and_gaps_are_kept(
+    tmp_path, ends, harm, words
+):
+    fast, sharp = cameras()
+    if ends:
+        write(tmp_path, fast[:9], sharp[:3])
+    else:
+        with filling(tmp_path, stacks=(fast[:9], sharp), pause=0):
+            pass
+    second = tmp_path / "movie.tif.gaps/000004-000007.tif"
+    with once_there(second, lambda: harm(tmp_path)), pytest.raises(InputError) as error:
+        follow(tmp_path, ends=ends, silence=20)
+    assert words in str(error.value)
+    assert f"frames 0 to 7 are kept in {tmp_path}/movie.tif.gaps" in str(error.value)
+    assert error.value.exit_code == 2
+    assert not (tmp_path / "movie.tif").exists()
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    write(whole, fast, sharp)
+    expected = tifffile.imread(offline(whole))
+    assert (tifffile.imread(tmp_path / FIRST) == expected[:4]).all()
+    assert (tifffile.imread(second) == expected[4:8]).all()
+
+
+def test_after_kill_the_same_command_goes_on(tmp_path, log, monkeypatch):
+    fast, sharp = cameras()
+    write(tmp_path, fast[:13], sharp[:4])
+    command = [sys.executable, "-m", "hpc_xvr", "reconstruct", "bayes", "--gap", GAP, "--follow"]
+    command += ["--lr", tmp_path / "fast.h5", "--hr", tmp_path / "sharp.h5"]
+    process = subprocess.Popen(
+        [*map(str, command), "--out", str(tmp_path / "movie.tif"), "--silence", "100"],
+        stderr=subprocess.PIPE,
+    )
+    for _ in range(3000):
+        if (tmp_path / "movie.tif.gaps/000008-000011.tif").exists():
+            break
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    write(tmp_path, fast, sharp)
+    saved = []
+    save = Spool.save
+
+    def counted(self, piece, *more):
+        saved.append(piece)
+        save(self, piece, *more)
+
+    monkeypatch.setattr(Spool, "save", counted)
+    made = follow(tmp_path)
+    assert [piece.frames.start for piece in saved] == [12, 16, 20]
+    assert made.read_bytes() == offline(tmp_path).read_bytes()
+
+
+def test_a_frame_that_is_written_again_is_noticed_at_the_end(tmp_path, log):
+    fast, sharp = cameras()
+    write(tmp_path, fast[:13], sharp[:4])
+    other = fast.copy()
+    other[5] = other[6]
+    with once_there(
+        tmp_path / "movie.tif.gaps/000008-000011.tif", lambda: write(tmp_path, other, sharp)
+    ):
+        made = follow(tmp_path)
+    assert re.search(r"\d+ finished frames are damaged, or are not what the finished", log())
+    assert "4 of 21 frames were finished before" not in log()
+    assert made.read_bytes() == offline(tmp_path).read_bytes()
+
+
+def test_grey_scales_are_held_while_recording_and_those_of_all_key_frames_at_the_end(tmp_path, log):
+    fast, sharp = cameras(gain=1.5)
+    write(tmp_path, fast, sharp)
+    made = follow(tmp_path)
+    told = log()
+    assert "at the end all gaps are made once more with that of all key frames" in told
+    assert made.read_bytes() == offline(tmp_path).read_bytes()
+
+
+def test_a_change_of_the_grey_scale_is_told_when_it_comes(tmp_path, log):
+    fast, sharp = cameras()
+    fast[10:] = fast[10:] // 2
+    write(tmp_path, fast, sharp)
+    follow(tmp_path)
+    assert re.search(r"at frame 12 the fast frames are 0\.\d+ times what the first key", log())
+
+
+def test_a_writer_that_is_killed_leaves_what_can_be_finished(tmp_path, log):
+    with (
+        writing(tmp_path, stop=12, pause=0.05) as writers,
+        once_there(
+            tmp_path / "movie.tif.gaps/000008-000011.tif", lambda: [w.kill() for w in writers]
+        ),
+    ):
+        made = follow(tmp_path)
+    assert "is still being written" in log()
+    assert "no complete frame has come for 2 s" in log()
+    assert len(tifffile.imread(made)) == 13
+    assert made.read_bytes() == offline(tmp_path).read_bytes()
+
+
+def test_a_chunk_of_several_frames_counts_when_it_is_full(tmp_path):
+    fast, _ = cameras()
+    path = tmp_path / "fast.h5"
+    with h5py.File(path, "w") as file:
+        data = file.create_dataset("data", fast.shape, fast.dtype, chunks=(4, *fast.shape[1:]))
+        data[:6] = fast[:6]
+    recording = growing(path)
+    assert recording.look()
+    assert recording.frames == 4
+    with h5py.File(path, "a") as file:
+        file["data"][6:9] = fast[6:9]
+    assert recording.look()
+    assert recording.frames == 8
+
+
+def refused(folder, match, **more):
+    with pytest.raises(InputError, match=match) as error:
+        follow(folder, silence=0.3, **more)
+    assert error.value.exit_code == 2
+    assert not [name for name in names(folder) if name.startswith((".movie", "movie"))]
+
+
+def test_what_cannot_be_followed_is_refused(tmp_path):
+    fast, sharp = cameras()
+    refused(tmp_path, "fast.h5: is not there yet; no complete frame has come for 0.3 s")
+    refused(tmp_path, "fast.tif: cannot be followed, as it is not known which", ends=".tif")
+    refused(tmp_path, "fast.cine: cannot be followed", ends=".cine")
+    with h5py.File(tmp_path / "fast.h5", "w") as file:
+        file["data"] = fast
+    refused(tmp_path, "fast.h5, dataset /data: does not say which of its frames were written")
+    write(tmp_path, fast.astype(np.float32), sharp.astype(np.float32))
+    refused(tmp_path, "sharp.h5: holds floating-point .* state it with --hr-full-scale")
+    (tmp_path / "fast").mkdir()
+    (tmp_path / "sharp").mkdir()
+    tifffile.imwrite(tmp_path / "fast" / "a_0.tif", fast, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "fast" / "a_1.tif", fast, photometric="minisblack")
+    with pytest.raises(InputError, match=r"a_0.tif: holds 21 frames: folders of files of"):
+        follow(tmp_path, ends="", silence=2)
+
+
+def test_a_recording_that_ends_between_key_frames_is_finished_with_crop(tmp_path, log):
+    """As without --follow, sharp frames that the fast camera did not see are refused at the end;
+    the gaps need not be made again."""
+    fast, sharp = cameras()
+    write(tmp_path, fast[:14], sharp)
+    with pytest.raises(InputError, match=r"pass --crop .* frames 0 to 11 are kept in"):
+        follow(tmp_path)
+    made = reconstruct_run(
+        "bayes", CPU, source(tmp_path, crop=True), out=tmp_path / "movie.tif", wanted=Wanted()
+    )
+    assert "12 of 13 frames were finished before" in log()
+    assert len(tifffile.imread(made)) == 13

@@ -19,7 +19,7 @@ import numpy as np
 from hpc_xvr.data.cameras import results, units
 from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
 from hpc_xvr.data.cameras.hdf5_axes import Order, axis_order, names_in, text
-from hpc_xvr.data.cameras.hdf5_links import BLOCK, Files, Found, Place
+from hpc_xvr.data.cameras.hdf5_links import BLOCK, Files, Found, Place, written_in_swmr
 from hpc_xvr.data.cameras.hdf5_stored import BUDGET, check_stored
 from hpc_xvr.data.cameras.hdf5_virtual import Reader
 from hpc_xvr.data.cameras.recording import Recording, array_recording, check_shape
@@ -75,6 +75,12 @@ def open_hdf5(
     """
     flat_field = dark_field = None
     with Files(path, allow_links) as files:
+        if frames is None and written_in_swmr(path):
+            logger.warning(
+                "%s: is still being written (SWMR), or its writer was killed: the frames that are "
+                "there now are read",
+                path,
+            )
         found = choose(files, dataset)
         fields = _description(files, found[0].name)
         stack = _stack(files, found, missing=missing, frames=frames)
