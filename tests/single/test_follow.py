@@ -480,3 +480,22 @@ def test_a_recording_that_ends_between_key_frames_is_finished_with_crop(tmp_path
     )
     assert "12 of 13 frames were finished before" in log()
     assert len(tifffile.imread(made)) == 13
+
+
+def test_the_command_follows_and_refuses_what_does_not_go_with_it(tmp_path, hpc_xvr):
+    fast, sharp = cameras(9)
+    write(tmp_path, fast, sharp)
+    files = "--lr", tmp_path / "fast.h5", "--hr", tmp_path / "sharp.h5", "--gap", GAP
+    rest = "--out", tmp_path / "movie.h5", "--follow", "--silence", 0.5
+    said = hpc_xvr("reconstruct", "builtin", *files, *rest)
+    assert "latency" not in said.out  # all was there before
+    with h5py.File(tmp_path / "movie.h5") as file:
+        followed = file["exchange/data"][()]
+    hpc_xvr("reconstruct", "builtin", *files, "--out", tmp_path / "offline.h5")
+    with h5py.File(tmp_path / "offline.h5") as file:
+        assert (followed == file["exchange/data"][()]).all()
+    for words in (("--video", "a"), (*files, "--adapt"), ("--pairs", tmp_path / "p.csv")):
+        (tmp_path / "p.csv").touch()
+        said = hpc_xvr("reconstruct", "bayes", *words, *rest, code=2)
+        assert "--follow" in said.err
+        assert said.err.count("\n") == 1
