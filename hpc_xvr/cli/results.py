@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -345,6 +346,8 @@ def reconstruct(
     if pairs is not None:
         options |= {"lr": pairs, "hr": pairs}  # to be replaced by those of the table
     source = take_source(options)
+    serve, out = _channel_out(out)
+    follow = follow or serve is not None or _from_channels(source)
     if follow:
         _check_followed(source, pairs, to_recording, out)
     several = (
@@ -366,14 +369,15 @@ def reconstruct(
         if comm.is_root:
             then("evaluate", what, "--corpus", "CORPUS", "--out", "RESULTS")
     elif follow:
-        from hpc_xvr.reconstruction.following import follow_run
+        from hpc_xvr.reconstruction.channels import follow_channels
 
         assert isinstance(source, CameraFiles)
         if comm.size > 1:
             raise InputError("--follow runs in one process; start it without mpirun")
-        follow_run(
+        follow_channels(
             *(what, comm.device, source),
             out=out,
+            serve=serve,
             movie=movie,
             which=which,
             wanted=wanted,
@@ -396,6 +400,32 @@ def reconstruct(
             _then_after(what, out, movie)
     comm.close()
     comm.leave(0)
+
+
+def _channel_out(out: Path) -> tuple[str | None, Path]:
+    """The channel that the result is sent to, if it is pva://NAME, and the file it is kept in."""
+    from hpc_xvr.data.cameras.pva import channel_of, check_installed
+
+    channel = channel_of(out)
+    if channel is None:
+        return None, out
+    check_installed()
+    file = Path(re.sub(r"[^A-Za-z0-9_.-]+", "-", channel).strip("-._") + ".h5")
+    say(f"frames are sent to {channel} and kept in {file}")
+    return channel, file
+
+
+def _from_channels(source: Source) -> bool:
+    """Does a camera send its frames over EPICS?"""
+    from hpc_xvr.data.cameras.pva import channel_of, check_installed
+    from hpc_xvr.reconstruction.material import CameraFiles
+
+    if not isinstance(source, CameraFiles):
+        return False
+    some = any(channel_of(path) for path in (source.lr, source.hr))
+    if some:
+        check_installed()
+    return some
 
 
 def _check_followed(source: Source, pairs: Path | None, to_recording: bool, out: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,9 +43,12 @@ from hpc_xvr.reconstruction.pipeline import Piece, Reconstruction
 from hpc_xvr.reconstruction.spool import Spool
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream
 from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_with, work_of
-from hpc_xvr.reconstruction.writers import check_sequence, write_sequence
+from hpc_xvr.reconstruction.writers import as_stored, check_sequence, write_sequence
 from hpc_xvr.version import __version__
 
+Publish = Callable[[Iterable[tuple[int, np.ndarray]]], None]
+START_S = 600.0
+"""Seconds that the cameras have to begin."""
 RETRIES = 3
 """Times that frames are read again that could not be read."""
 LOOK_S = 0.05
@@ -62,12 +65,20 @@ def follow_run(
     which: Which = "newest",
     wanted: Wanted,
     silence: float = 30.0,
+    growing_lr: Growing | None = None,
+    growing_hr: Growing | None = None,
+    publish: Publish | None = None,
 ) -> Path:
     """As `reconstruct_run` in one process, of recordings that are being written.
 
     While they grow, each gap lies as a TIFF stack in the folder `<out>.gaps`, which goes when `out`
     is complete. It ends when the writers have closed their files (HDF5 in SWMR mode), or no
-    complete frame has come for `silence` seconds.
+    complete frame has come for `silence` seconds; they have `START_S` to begin.
+
+    Args:
+        growing_lr, growing_hr: the recordings, where they do not grow by themselves.
+        publish: is given the frames of each gap when it is made, (number, frame (H, W)), with the
+            numbers that `out` will hold.
 
     Raises:
         InputError: as `reconstruct_run`, or a recording cannot be followed; says where the gaps
@@ -76,9 +87,15 @@ def follow_run(
     method = open_method(what, device, which)
     use_threads((method.config or Config()).run.threads)
     follower = Follower(method, device, source, out, wanted, silence)
+    follower.lr, follower.hr = growing_lr or follower.lr, growing_hr or follower.hr
+    follower.publish = publish
     try:
         with _each_message_once():
-            follower.follow()
+            try:
+                follower.follow()
+            finally:
+                for recording in (follower.lr, follower.hr):
+                    recording.finish()
         reconstruct_with(method, device, source, out=out, movie=movie, wanted=wanted)
     except InputError as error:
         raise follower.with_what_is_kept(error) from None
@@ -112,6 +129,9 @@ class Follower:
         self._made: list[range] = []
         """Gaps that are finished."""
         self._grey = _HeldGrey()
+        self.publish: Publish | None = None
+        self._last: tuple[int, np.ndarray] | None = None
+        """The last key frame."""
         self._spool: Spool | None = None
         self._failures = 0
         self._needed = 2, 2
@@ -126,8 +146,10 @@ class Follower:
         try:
             while True:
                 begun = time.monotonic()
+                there = self.lr.frames and self.hr.frames
                 more = any([self.lr.look(), self.hr.look()])
-                if not more and begun - last > self.silence:
+                limit = self.silence if there else max(self.silence, START_S)
+                if not more and begun - last > limit:
                     break
                 took = time.monotonic() - begun
                 if self._advance() or more:
@@ -135,7 +157,7 @@ class Follower:
                 if self.lr.ended and self.hr.ended:
                     logger.info("the writers have closed both recordings")
                     return
-                if not (self.lr.frames and self.hr.frames):
+                if not there:
                     waiting = (self.hr if self.lr.frames else self.lr).waiting
                     if waiting != told:
                         told = waiting
@@ -145,7 +167,9 @@ class Follower:
         finally:
             if self._spool is not None:
                 self._spool.close(keep=True)
-        silent = f"no complete frame has come for {self.silence:g} s (--silence)"
+            if self.publish and self._last is not None:
+                self.publish([self._last])
+        silent = f"no complete frame has come for {limit:g} s"
         for recording in (self.lr, self.hr):
             if not recording.frames:
                 raise InputError(f"{recording.waiting}; {silent}")
@@ -233,9 +257,21 @@ class Follower:
             for piece in pieces:
                 self._make_piece(work, piece, spool)
             self._write(material, frames, spool, pieces)
+            if self.publish:
+                self.publish(self._stored(zip(frames, spool.frames(pieces), strict=True), material))
+                key = np.clip(material.keys[keys[1]], 0, 1)
+                self._last = next(self._stored([(keys[1], key)], material))
             self._told(frames, needed, sorted(material.keys).index(keys[1]))
             self._grey.check(material, keys[1])
         self._needed = 2 * times[-1] - times[-2], len(times) + 1
+
+    def _stored(
+        self, numbered: Iterable[tuple[int, np.ndarray]], material: Material
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The frames in the numbers of the result."""
+        calibration = material.calibration
+        for number, frame in numbered:
+            yield number, as_stored(frame, self.wanted.dtype, calibration)
 
     def _make_piece(self, work: Reconstruction, piece: Piece, spool: Spool) -> None:
         loads = list(work.load([piece]))

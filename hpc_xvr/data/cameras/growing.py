@@ -64,6 +64,10 @@ class Growing(Protocol):
         """Those that hold the frames."""
         ...
 
+    def finish(self) -> None:
+        """No more of it is wanted."""
+        ...
+
     def since(self, frames: int) -> float:
         """When so many frames were there, by `time.time()`; rather too early than too late."""
         ...
@@ -133,6 +137,9 @@ class GrowingHdf5:
 
     def since(self, frames: int) -> float:
         return self._arrivals.since(frames)
+
+    def finish(self) -> None:
+        pass
 
     def look(self) -> bool:
         before, self._looked = self._looked, time.time()
@@ -231,6 +238,9 @@ class GrowingFolder:
 
     def since(self, frames: int) -> float:
         return self._arrivals.since(frames)
+
+    def finish(self) -> None:
+        pass
 
     def look(self) -> bool:
         try:
