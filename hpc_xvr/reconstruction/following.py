@@ -126,7 +126,7 @@ class Follower:
         self.gaps = out.with_name(f"{out.name}.gaps")
         self._begun = time.time()
         self._latencies: list[float] = []
-        self._made: list[range] = []
+        self._made: dict[range, None] = {}
         """Gaps that are finished."""
         self._grey = _HeldGrey()
         self.publish: Publish | None = None
@@ -179,7 +179,7 @@ class Follower:
         """The error, and where the finished gaps are."""
         if not self._made:
             return error
-        first, last = self._made[0].start, self._made[-1].stop - 1
+        first, last = min(f.start for f in self._made), max(f.stop for f in self._made) - 1
         kept = type(error)(
             f"{error}; finished frames {first} to {last} are kept in {self.gaps}, a TIFF a gap"
         )
@@ -296,7 +296,7 @@ class Follower:
 
     def _told(self, frames: range, needed: int, key: int) -> None:
         """Note that a gap is finished."""
-        self._made.append(frames)
+        self._made[frames] = None
         since = max(self.lr.since(needed + 1), self.hr.since(key + 1))
         if since < self._begun:
             logger.info("frames %d to %d: made, recorded before", frames[0], frames[-1])

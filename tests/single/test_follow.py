@@ -19,6 +19,7 @@ from hpc_xvr.data.cameras import growing as growing_module
 from hpc_xvr.data.cameras.growing import growing
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.pairing.joining import Pairing
+from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 from hpc_xvr.reconstruction import following
@@ -502,3 +503,42 @@ def test_the_command_follows_and_refuses_what_does_not_go_with_it(tmp_path, hpc_
         said = hpc_xvr("reconstruct", "bayes", *words, *rest, code=2)
         assert "--follow" in said.err
         assert said.err.count("\n") == 1
+
+
+def test_time_stamps_that_grow_beside_the_frames_count_as_far_as_both_are_there(tmp_path):
+    fast, _ = cameras()
+    path = tmp_path / "fast.h5"
+
+    def write_both(frames, times):
+        with h5py.File(path, "w") as file:
+            group = file.create_group("exchange")
+            group.create_dataset(
+                "data", data=fast[:frames], chunks=(1, *fast.shape[1:]), maxshape=(None, 4, 6)
+            )
+            stamps = 0.1 * np.arange(times) + 0.1 * (np.arange(times) > 5)
+            stamps = group.create_dataset("time", data=stamps, maxshape=(None,), chunks=(8,))
+            stamps.attrs["units"] = "s"
+
+    recording = growing(path)
+    for frames, times, complete in ((3, 2, 2), (8, 9, 8)):
+        write_both(frames, times)
+        assert recording.look()
+        assert recording.frames == complete
+        opened = CameraReading().open_files([path], None, complete)
+        assert len(opened) == complete
+        assert opened.frame_rate_hz == pytest.approx(10)
+        assert len(opened.times_s) == complete
+    assert opened.taken()[-1] == 8  # one was lost
+
+
+def test_chosen_frames_are_followed(tmp_path, log):
+    fast, sharp = cameras()
+    write(tmp_path, fast, sharp)
+    made = follow(tmp_path, frames=(6, 14))
+    assert re.findall(r"frames (\d+) to (\d+): made", log()) == [
+        ("6", "7"),
+        ("8", "11"),
+        ("12", "13"),
+    ]
+    assert "8 of 8 frames were finished before" in log()
+    assert made.read_bytes() == offline(tmp_path, frames=(6, 14)).read_bytes()

@@ -24,7 +24,7 @@ from hpc_xvr.reconstruction.channels import follow_channels
 from hpc_xvr.reconstruction.material import CameraFiles
 from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_run
 
-pva = pytest.importorskip("pvaccess", reason="pvapy is not installed: pip install hpc-xvr[pva]")
+pva = pytest.importorskip("pvaccess", reason="pvapy is not installed: pip install 'hpc_xvr[pva]'")
 CPU = torch.device("cpu")
 GAP, FRAMES = 4, 21
 LOOPBACK = {

@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 from hpc_xvr.data.cameras import HDF5, SUFFIXES, images, numbering
-from hpc_xvr.data.cameras.hdf5 import choose, read_frames
+from hpc_xvr.data.cameras.hdf5 import choose, read_frames, time_axes
 from hpc_xvr.data.cameras.hdf5_axes import axis_order
 from hpc_xvr.data.cameras.hdf5_links import Files, written_in_swmr
 from hpc_xvr.data.cameras.hdf5_stored import stored_frames
@@ -205,6 +205,9 @@ class GrowingHdf5:
                     "it when it is complete"
                 )
             frames = stored_frames(item, axis, 0 if self.frames == 0 else self.frames - 1, closed)
+            for times in time_axes(files, found[0], axis):
+                if times.maxshape == (None,) and len(times):  # they grow, too
+                    frames = min(frames, len(times))
             if not frames:
                 return 0, None
             frame = read_frames(Reader(files, False), files, found[0].place, order, 0, 1)

@@ -85,7 +85,7 @@ def open_hdf5(
         fields = _description(files, found[0].name)
         stack = _stack(files, found, missing=missing, frames=frames)
         ours = is_result(files.item(found[0].place))
-        stamps = None if ours else _stamps(files, found[0], stack)
+        stamps = None if ours else _stamps(files, found[0], stack, frames is not None)
         times = None if stamps is None else frame_times(path, stamps)
         if times is not None:
             rate = rate_of(path, times, fields.get("frame_rate_hz"))
@@ -328,14 +328,10 @@ def _first(value: Any) -> float:
     return float(np.asarray(value).reshape(-1)[0])
 
 
-def _stamps(files: Files, found: _Dataset, stack: _Stack) -> np.ndarray | None:
-    """Time of each frame in seconds, if the file has a time axis: a scale of HDF5, an axis of
-    NeXus, or the times that results of this program have."""
-    axis = stack.parts[0][1][0]
+def time_axes(files: Files, found: _Dataset, axis: int) -> list[h5py.Dataset]:
+    """What may hold the time of each frame: a scale of HDF5, an axis of NeXus, or the times that
+    results of this program have."""
     dataset = files.item(found.place)
-    if axis is None or len(stack.parts) > 1:
-        return None
-    axis_length = dataset.shape[axis]
     candidates = list(dataset.dims[axis].values())
     for group, _ in found.routes:
         names = names_in(files.item(group).attrs.get("axes"))
@@ -343,8 +339,21 @@ def _stamps(files: Files, found: _Dataset, stack: _Stack) -> np.ndarray | None:
         candidates += [files.item(place)] if place is not None else []
     place = files.locate(TIME) if found.name == DATA else None
     candidates += [files.item(place)] if place is not None else []
-    for item in candidates:
-        if not isinstance(item, h5py.Dataset) or item.shape != (axis_length,):
+    return [item for item in candidates if isinstance(item, h5py.Dataset) and item.ndim == 1]
+
+
+def _stamps(
+    files: Files, found: _Dataset, stack: _Stack, growing: bool = False
+) -> np.ndarray | None:
+    """Time of each frame in seconds, if the file has a time axis; `growing`: with times of further
+    frames, or not of all."""
+    axis = stack.parts[0][1][0]
+    if axis is None or len(stack.parts) > 1:
+        return None
+    length = files.item(found.place).shape[axis]
+    for item in time_axes(files, found, axis):
+        more = growing and item.maxshape == (None,) and len(item) >= stack.shape[0]
+        if len(item) != length and not more:
             continue
         unit, name = text(item.attrs.get("units")), str(item.name).rpartition("/")[2]
         factor = units.factor(unit, "s")

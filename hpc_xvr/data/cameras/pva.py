@@ -3,7 +3,7 @@ they come.
 
 A process of its own receives each channel, so that no frame waits for a computation, and writes an
 HDF5 file that others read meanwhile (SWMR). Frames are told apart by their uniqueId: one that was
-lost leaves a hole in the file. Needs pvapy (pip install hpc-xvr[pva]).
+lost leaves a hole in the file. Needs pvapy (pip install 'hpc_xvr[pva]').
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def channel_of(path: Path | str) -> str | None:
 def check_installed() -> None:
     """Raise InputError without pvapy."""
     if importlib.util.find_spec("pvaccess") is None:
-        raise InputError("pva://: needs pvapy, which is not installed: pip install hpc-xvr[pva]")
+        raise InputError("pva://: needs pvapy, which is not installed: pip install 'hpc_xvr[pva]'")
 
 
 class Channel(GrowingHdf5):
