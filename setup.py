@@ -82,6 +82,7 @@ setup(
         "view": ["napari[pyqt6]>=0.5"],  # hpc-xvr view: a window to look at results
         "codecs": ["imagecodecs>=2024.1"],  # TIFF of LZW, JPEG 2000, packed 12 bit, ...
         "movie": ["av>=12"],  # MP4
+        "pva": ["pvapy>=5.4"],  # cameras that send their frames over EPICS
         "docs": [  # the documents and their notebooks; they are built in the tests
             "ipykernel>=6",
             "myst-nb>=1.1",
@@ -100,6 +101,7 @@ setup(
             "mypy>=1.11",
             'nxtomo>=3; python_version >= "3.11"',  # with silx, reads NeXus of ours
             "pims>=0.7",  # its reading of .cine files is what ours is compared with
+            'pvapy>=5.4; platform_machine == "x86_64"',  # its simulated cameras send what is reconstructed
             "playwright>=1.45",  # pages are looked at in a Chromium that is there
             "pyMRAW>=0.32",
             "pytest>=8",

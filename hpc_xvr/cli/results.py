@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from hpc_xvr.config import Config
     from hpc_xvr.data.ranks import Ranks
     from hpc_xvr.distributed.comm import Comm
-    from hpc_xvr.reconstruction.material import CameraFiles, Material
+    from hpc_xvr.reconstruction.material import CameraFiles, Material, Source
     from hpc_xvr.reconstruction.methods import NamedMethod
     from hpc_xvr.reconstruction.workflow import Wanted
     from hpc_xvr.reconstruction.writers import Dtype
@@ -261,6 +262,21 @@ def evaluate(
 )
 @trust_options
 @click.option(
+    "--follow",
+    is_flag=True,
+    help="Reconstruct while the cameras record: HDF5 files or folders of numbered images that "
+    "grow; each gap is written when its second key frame is there, into OUT.gaps until OUT is "
+    "complete.",
+)
+@click.option(
+    "--silence",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    help="With --follow: the recordings have ended when no frame has come for so many seconds, "
+    "unless their writers say so before.",
+)
+@click.option(
     "--adapt",
     "to_recording",
     is_flag=True,
@@ -287,6 +303,8 @@ def reconstruct(
     movie_shows: str,
     force: bool,
     to_recording: bool,
+    follow: bool,
+    silence: float,
     skip_bad: bool,
     which: Literal["newest", "best"],
     **options: Any,
@@ -328,7 +346,15 @@ def reconstruct(
     if pairs is not None:
         options |= {"lr": pairs, "hr": pairs}  # to be replaced by those of the table
     source = take_source(options)
-    several = isinstance(source, CameraFiles) and (pairs is not None or _several(source, out))
+    serve, out = _channel_out(out)
+    follow = follow or serve is not None or _from_channels(source)
+    if follow:
+        _check_followed(source, pairs, to_recording, out)
+    several = (
+        isinstance(source, CameraFiles)
+        and not follow
+        and (pairs is not None or _several(source, out))
+    )
     if not several:
         check_sequence(out, dtype)
         asked.verify(out)
@@ -342,6 +368,22 @@ def reconstruct(
         _reconstruct_several(what, which, source, pairs, comm, out, movie, wanted, refine, skip_bad)
         if comm.is_root:
             then("evaluate", what, "--corpus", "CORPUS", "--out", "RESULTS")
+    elif follow:
+        from hpc_xvr.reconstruction.channels import follow_channels
+
+        assert isinstance(source, CameraFiles)
+        if comm.size > 1:
+            raise InputError("--follow runs in one process; start it without mpirun")
+        follow_channels(
+            *(what, comm.device, source),
+            out=out,
+            serve=serve,
+            movie=movie,
+            which=which,
+            wanted=wanted,
+            silence=silence,
+        )
+        _then_after(what, out, movie)
     else:
         reconstruct_run(
             what,
@@ -358,6 +400,46 @@ def reconstruct(
             _then_after(what, out, movie)
     comm.close()
     comm.leave(0)
+
+
+def _channel_out(out: Path) -> tuple[str | None, Path]:
+    """The channel that the result is sent to, if it is pva://NAME, and the file it is kept in."""
+    from hpc_xvr.data.cameras.pva import channel_of, check_installed
+
+    channel = channel_of(out)
+    if channel is None:
+        return None, out
+    check_installed()
+    file = Path(re.sub(r"[^A-Za-z0-9_.-]+", "-", channel).strip("-._") + ".h5")
+    say(f"frames are sent to {channel} and kept in {file}")
+    return channel, file
+
+
+def _from_channels(source: Source) -> bool:
+    """Does a camera send its frames over EPICS?"""
+    from hpc_xvr.data.cameras.pva import channel_of, check_installed
+    from hpc_xvr.reconstruction.material import CameraFiles
+
+    if not isinstance(source, CameraFiles):
+        return False
+    some = any(channel_of(path) for path in (source.lr, source.hr))
+    if some:
+        check_installed()
+    return some
+
+
+def _check_followed(source: Source, pairs: Path | None, to_recording: bool, out: Path) -> None:
+    """Refuse what cannot be done while the cameras record."""
+    from hpc_xvr.reconstruction.material import CameraFiles
+    from hpc_xvr.reconstruction.recordings import NAME
+
+    if pairs is not None or not isinstance(source, CameraFiles) or NAME in str(out):
+        raise InputError("--follow is for one recording of each camera, --lr and --hr")
+    if to_recording:
+        raise InputError(
+            "--follow with --adapt: weights are adapted to a complete recording; adapt them to an "
+            "earlier one (hpc-xvr adapt), or reconstruct once more at the end"
+        )
 
 
 def _then_after(what: Path, out: Path, movie: Path | None) -> None:

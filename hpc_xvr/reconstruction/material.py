@@ -4,7 +4,7 @@ result."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -63,6 +63,7 @@ class CorpusRecording:
 
 
 Source = CameraFiles | CorpusRecording
+Agreed = Callable[[Stream, KeyFrames, str, Pairing], Grey]
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,22 @@ def material_of(method: NamedMethod, source: Source) -> Material:
 
 
 def from_recordings(
-    method: NamedMethod, fast: Recording, sharp: Recording, pairing: Pairing, crop: bool = False
+    method: NamedMethod,
+    fast: Recording,
+    sharp: Recording,
+    pairing: Pairing,
+    crop: bool = False,
+    agreed: Agreed | None = None,
 ) -> Material:
     """Join two cameras' recordings as a method needs them.
 
     If `pairing` states no gap, it follows from the frame rates or, if they are unknown, is the one
     that the model was trained with. A method without learning works at any scale: that of the
     registration, else that of the frames' sizes.
+
+    Args:
+        agreed: of recordings that still grow: gives the grey scale to take out, as it is found in
+            complete ones.
 
     Raises:
         InputError: the recordings do not fit each other or the model, or the gap is not known.
@@ -131,10 +141,12 @@ def from_recordings(
         registration = pairing.registration
         ratio = registration.scale if registration else sharp.shape[1] / fast.shape[1]
         scale = max(1, round(ratio))
-    pair = joined(sharp, fast, pairing, scale, crop)
+    pair = joined(sharp, fast, pairing, scale, crop, growing=agreed is not None)
     lr, keys = streams_of_pair(pair, scale)
-    _say_if_saturated(pair, lr, keys)
-    grey = _agreed(pair, lr, keys, pairing)
+    if agreed is None:
+        _say_if_saturated(pair, lr, keys)
+    name = f"{sharp.path} with {fast.path}"
+    grey = (agreed or _agreed)(lr, keys, name, pairing)
     matched = Stream(lr.shape, lambda t: grey.matched(lr[t]))
     return _material(method, (matched, keys), _calibration(pair, grey))
 
@@ -233,12 +245,11 @@ def _say_if_saturated(pair: Pair, lr: Stream, keys: KeyFrames) -> None:
             )
 
 
-def _agreed(pair: Pair, lr: Stream, keys: KeyFrames, pairing: Pairing) -> Grey:
+def _agreed(lr: Stream, keys: Mapping[int, np.ndarray], name: str, pairing: Pairing) -> Grey:
     """Compare the cameras at the key frames' instants; the grey scale to take out."""
     found = compare(lr, keys)
     if found is None:
         return Grey()
-    name = f"{pair.sharp.path} with {pair.fast.path}"
     told(found, name, pairing.gap or math.nan)
     return grey_of(found, name) if pairing.match_grey else Grey()
 

@@ -6,6 +6,7 @@ Times are counted in low-resolution frames: key frame k of a camera lies at fram
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain, pairwise
@@ -214,6 +215,36 @@ class Reconstruction:
                 }
                 both = tuple(key(t) for t in piece.keys)
                 yield Loaded(piece, window, numbers, [low[t] for t in numbers], both)
+
+    def made_of(self, piece: Piece, loads: Iterable[Loaded] | None = None) -> str:
+        """A checksum of all that a piece depends on but the method: its place, and the frames that
+        `load` reads for it, or has read (`loads`).
+
+        Raises:
+            InputError: as `load`.
+        """
+        seen: set[tuple[str, int]] = set()
+        digest = hashlib.blake2b(repr(piece).encode(), digest_size=16)
+        for loaded in self.load([piece]) if loads is None else loads:
+            digest.update(repr(list(loaded.numbers)).encode())
+            for kind, numbers, frames in (
+                ("lr", loaded.numbers, loaded.lr),
+                ("key", piece.keys, loaded.keys),
+            ):
+                for number, frame in zip(numbers, frames, strict=False):
+                    if (kind, number) not in seen:
+                        seen.add((kind, number))
+                        digest.update(np.ascontiguousarray(frame).data)
+        return digest.hexdigest()
+
+    def depends_on(self, piece: Piece) -> int:
+        """The last fast frame that a piece is made of, as if the stream went on; beyond its end
+        for pieces that lie at it."""
+        ends = [
+            window.lr[-1]
+            for window in windows(*piece.between, self.lr_frames, self.n_out, piece.frames)
+        ]
+        return max([*piece.keys, *ends])
 
     def _number(self, t: int, piece: Piece) -> int:
         """Frame of the stream that stands for a time: frames beyond it repeat the outermost one,

@@ -5,7 +5,8 @@ Beside OUT there is a folder `.OUT.unfinished` while it is made:
 
     about.json               what the frames depend on: method, weights, sources, settings
     writer.lock              one run at a time writes OUT
-    000000040-000000060      frames 40 to 59: a checksum, then their pixels
+    000000040-000000060      frames 40 to 59: a checksum, then their pixels; behind the checksum,
+                             one of what they are made of if the cameras were still recording
     failed-0001              why rank 1 gave up
 
 It can only be read and written by its owner. A piece has its name when it is complete; its checksum
@@ -21,7 +22,7 @@ import shutil
 import tempfile
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,13 @@ from hpc_xvr.reconstruction.pipeline import Piece
 from hpc_xvr.text import parse_json
 
 FULL = 65535
+MADE_BY = ("method", "adaptation", "numbers", "device", "version")
+"""Facts that, with the frames it is made of, decide a piece."""
 _POLL = 0.005, 0.2
 """Seconds between two looks for a piece: at first, and at most."""
 _LOCK = "writer.lock"
+_HEAD = 64
+"""Bytes of a piece's first line, at most."""
 
 
 class Spool:
@@ -97,9 +102,11 @@ class Spool:
         found: dict[str, str] | None = None
         with contextlib.suppress(OSError, ValueError):
             found = parse_json(about.read_text())
-        left = [path for path in folder.iterdir() if path.name != _LOCK]
+        left = [path for path in folder.iterdir() if path.name not in (_LOCK, about.name)]
+        known = found if isinstance(found, dict) else {}
+        if all(known.get(name) == facts.get(name) for name in MADE_BY):
+            left = [path for path in left if found != facts and not _says_of_what(path)]
         if left and found != facts:
-            known = found if isinstance(found, dict) else {}
             changed = [name for name in facts if known.get(name) != facts[name]]
             logger.info(
                 "%s: begun anew, an unfinished run had other %s", self.out, ", ".join(changed)
@@ -111,19 +118,40 @@ class Spool:
         with self._os_errors():
             about.write_text(json.dumps(facts, indent=1))
 
-    def finished(self, pieces: Sequence[Piece], ranks: Ranks) -> set[Piece]:
+    def finished(
+        self, pieces: Sequence[Piece], ranks: Ranks, made_of: Callable[[Piece], str]
+    ) -> set[Piece]:
         """Those that an earlier run has finished; each rank checks a share of them, and deletes
-        what is not intact."""
-        mine = set()
+        what is not intact, or says that it is made of other frames (see `save`).
+
+        Args:
+            made_of: a checksum of the frames that a piece is to be made of.
+        """
+        mine, other = set(), 0
         for piece in pieces[ranks.rank :: ranks.size]:
-            if self._load(piece) is not None:
+            if not self._path(piece).exists():
+                continue
+            if self.has(piece, made_of):
                 mine.add(piece)
             else:
                 remove(self._path(piece))
+                other += len(piece.frames)
+        if other:
+            logger.warning(
+                "%s: %d finished frames are damaged, or are not what the finished recordings give "
+                "(another grey scale, or frames that changed after they were used): made anew",
+                *(self.out, other),
+            )
         return set().union(*ranks.gather(mine))
 
-    def save(self, piece: Piece, frames: Sequence[np.ndarray]) -> None:
-        """Keep the frames of a piece, (H, W) in [0, 1].
+    def has(self, piece: Piece, made_of: Callable[[Piece], str]) -> bool:
+        """Is a piece there, intact, and made of these frames, if it says of which?"""
+        said = _says_of_what(self._path(piece))
+        return self._load(piece) is not None and (not said or said == made_of(piece))
+
+    def save(self, piece: Piece, frames: Sequence[np.ndarray], made_of: str = "") -> None:
+        """Keep the frames of a piece, (H, W) in [0, 1], and a checksum of what they are made of if
+        that may still change.
 
         Raises:
             InputError: the disk refuses.
@@ -135,7 +163,8 @@ class Spool:
         with self._os_errors():
             try:
                 with beside.open("wb", buffering=0) as file:
-                    for part in (b"%08x\n" % zlib.crc32(data), data):
+                    head = f"{zlib.crc32(data):08x} {made_of}".strip()
+                    for part in (f"{head}\n".encode(), data):
                         rest = memoryview(part)
                         while rest:  # without a buffer, a full disk takes a part
                             rest = rest[file.write(rest) :]
@@ -172,13 +201,13 @@ class Spool:
         shape = (len(piece.frames), *self.shape)
         try:
             with self._path(piece).open("rb") as file:
-                checksum = file.readline(16)
+                checksum = file.readline(_HEAD)[:8]
                 stored = np.fromfile(file, self.kind)
         except OSError:
             return None
         if stored.size != np.prod(shape):
             return None
-        if checksum != b"%08x\n" % zlib.crc32(stored.data):
+        if checksum != b"%08x" % zlib.crc32(stored.data):
             return None
         return stored.reshape(shape)
 
@@ -213,6 +242,15 @@ class Spool:
             yield
         except OSError as error:
             raise os_problem(f"cannot write {self.out}: {explain_os_error(error)}", error) from None
+
+
+def _says_of_what(path: Path) -> str:
+    """The checksum of what a piece is made of, if its first line has one."""
+    try:
+        with path.open("rb") as file:
+            return b" ".join(file.readline(_HEAD).split()[1:]).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _stored(frame: np.ndarray, kind: np.dtype) -> np.ndarray:

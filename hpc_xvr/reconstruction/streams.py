@@ -15,7 +15,7 @@ from hpc_xvr.config import Data
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.corpus import Video
 from hpc_xvr.data.degrade import CameraNoise, bin_down, shifted
-from hpc_xvr.data.pairing.joining import Pair
+from hpc_xvr.data.pairing.joining import Pair, TooFew
 from hpc_xvr.data.samples.sample import key_frames
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
@@ -163,7 +163,7 @@ def streams_of_pair(pair: Pair, scale: int) -> tuple[Stream, KeyFrames]:
             "fast camera's pixels lie on the sharp frames, or use a model of the right scale"
         )
     if sharp.shape[0] < 2:
-        raise InputError(
+        raise TooFew(
             f"{sharp.path}: has {sharp.shape[0]} frame that the fast camera covers, at least 2 key "
             "frames are needed (one before and one after the frames that are reconstructed)"
         )
@@ -223,7 +223,7 @@ def _beside(name: str, times: np.ndarray, frames: int, hint: str) -> dict[int, i
             *(name, ", ".join(map(str, lost)), "is" if len(lost) == 1 else "are"),
         )
     if len(there) < 2:
-        raise InputError(
+        raise TooFew(
             f"{name}: the fast camera has a frame at the instant of {len(there)} sharp frame, at "
             f"least 2 key frames are needed{hint}"
         )

@@ -286,7 +286,7 @@ def _make(
     """Make what is missing, this rank's share of it, and on rank 0 `write` the frames meanwhile."""
     work = work_of(method, material, device, frames)
     pieces = work.pieces()
-    finished = spool.finished(pieces, ranks)
+    finished = spool.finished(pieces, ranks, work.made_of)
     missing = [piece for piece in pieces if piece not in finished]
     behind = len(frames) - sum(len(piece.frames) for piece in missing)
     if ranks.rank == 0:

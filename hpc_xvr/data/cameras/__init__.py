@@ -83,8 +83,12 @@ def open_files(
     full_scale: float | None = None,
     allow_links: Sequence[Path | str] = (),
     missing: bool = False,
+    frames: int | None = None,
 ) -> Recording:
-    """Open the file, or the numbered files, of one recording; arguments as `open_camera_file`."""
+    """Open the file, or the numbered files, of one recording; arguments as `open_camera_file`.
+
+    `frames`: of an HDF5 file that still grows, see `open_hdf5`.
+    """
     first = files[0]
     suffix = first.suffix.lower()
     with guarded(str(first)):
@@ -99,7 +103,7 @@ def open_files(
             return ome_zarr.open_ome_zarr(first, bit_depth, full_scale)
         if suffix in (*HDF5, MATLAB):
             return hdf5.open_hdf5(
-                first, dataset, own_flat, bit_depth, full_scale, allow_links, missing
+                first, dataset, own_flat, bit_depth, full_scale, allow_links, missing, frames
             )
         if suffix in images.IMAGE_SUFFIXES:
             if len(files) > 1:

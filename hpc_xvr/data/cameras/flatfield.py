@@ -70,5 +70,6 @@ def transmission(
         bit_depth=16,
         full_scale=FULL_SCALE if full_scale is None else full_scale,
         scale_doubt="",
+        scale_measured=False,
         metadata={**recording.metadata, "correction": "flat and dark", "pixels_unlit": unlit},
     )

@@ -19,7 +19,7 @@ import numpy as np
 from hpc_xvr.data.cameras import results, units
 from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
 from hpc_xvr.data.cameras.hdf5_axes import Order, axis_order, names_in, text
-from hpc_xvr.data.cameras.hdf5_links import BLOCK, Files, Found, Place
+from hpc_xvr.data.cameras.hdf5_links import BLOCK, Files, Found, Place, written_in_swmr
 from hpc_xvr.data.cameras.hdf5_stored import BUDGET, check_stored
 from hpc_xvr.data.cameras.hdf5_virtual import Reader
 from hpc_xvr.data.cameras.recording import Recording, array_recording, check_shape
@@ -59,6 +59,7 @@ def open_hdf5(
     full_scale: float | None = None,
     allow_links: Sequence[Path | str] = (),
     missing: bool = False,
+    frames: int | None = None,
 ) -> Recording:
     """Open the frames of one recording: the named dataset, /exchange/data, the default data of
     NeXus with its numbered parts in turn, or the only dataset.
@@ -66,7 +67,8 @@ def open_hdf5(
     Axes are put in the order frames, rows, columns, as far as the file says which is which. With
     `own_flat` the white and dark frames of a DXchange file are applied. Links, parts of virtual
     datasets and raw files are followed into the file's own folder and those of `allow_links`.
-    `missing`: frames that are not stored, or not all of them, are left out.
+    `missing`: frames that are not stored, or not all of them, are left out. `frames`: only so many
+    first ones are read, which are known to be complete, of a dataset that still grows.
 
     Raises:
         InputError: no such dataset, several to choose from (they are listed), axes in no order we
@@ -75,11 +77,17 @@ def open_hdf5(
     """
     flat_field = dark_field = None
     with Files(path, allow_links) as files:
-        found = _choose(files, dataset)
+        if frames is None and written_in_swmr(path):
+            logger.warning(
+                "%s: is still being written (SWMR), or its writer was killed: the frames that are "
+                "there now are read",
+                path,
+            )
+        found = choose(files, dataset)
         fields = _description(files, found[0].name)
-        stack = _stack(files, found, missing=missing)
+        stack = _stack(files, found, missing=missing, frames=frames)
         ours = is_result(files.item(found[0].place))
-        stamps = None if ours else _stamps(files, found[0], stack)
+        stamps = None if ours else _stamps(files, found[0], stack, frames is not None)
         times = None if stamps is None else frame_times(path, stamps)
         if times is not None:
             rate = rate_of(path, times, fields.get("frame_rate_hz"))
@@ -130,7 +138,9 @@ class _Stack:
                 first, last = max(start - before, 0), min(stop - before, count)
                 before += count
                 for at in range(first, last, self.block):
-                    yield from _read(reader, files, place, order, at, min(at + self.block, last))
+                    yield from read_frames(
+                        reader, files, place, order, at, min(at + self.block, last)
+                    )
 
     def whole(self, frames: Iterable[np.ndarray], start: int) -> Iterator[np.ndarray]:
         """Frames from number `start` on, none of which has pixels without a value."""
@@ -145,7 +155,7 @@ class _Stack:
             yield frame
 
 
-def _read(
+def read_frames(
     reader: Reader, files: Files, place: Place, order: Order, start: int, stop: int
 ) -> np.ndarray:
     """Frames of a dataset, (stop - start, H, W)."""
@@ -161,10 +171,14 @@ def _read(
 
 
 def _stack(
-    files: Files, found: Sequence[_Dataset], like: _Stack | None = None, missing: bool = False
+    files: Files,
+    found: Sequence[_Dataset],
+    like: _Stack | None = None,
+    missing: bool = False,
+    frames: int | None = None,
 ) -> _Stack:
-    """The frames of datasets, after a look at whether all is there, unless some may be `missing`;
-    `like`: whose axes they have where they do not say."""
+    """The frames of datasets, after a look at whether all is there, unless some may be `missing` or
+    only the first `frames` are wanted; `like`: whose axes they have where they do not say."""
     parts: list[tuple[Place, Order, int]] = []
     sizes, types, block = [], [], BLOCK
     for name, place, routes in found:
@@ -173,8 +187,9 @@ def _stack(
         chunks, dtype = dataset.chunks, dataset.dtype
         other = like.parts[0][1] if like is not None and dataset.ndim == 3 else None
         order = axis_order(where, files, dataset, routes, other)
-        frames, rows, columns = order
-        count = 1 if frames is None else dataset.shape[frames]
+        axis, rows, columns = order
+        count = 1 if axis is None else dataset.shape[axis]
+        count = count if frames is None else min(count, frames)
         size = dataset.shape[rows], dataset.shape[columns]
         check_shape(files.path, (count, *size))
         per_frame = dtype.itemsize * size[0] * size[1]
@@ -183,12 +198,12 @@ def _stack(
                 f"{where}: has frames of {per_frame} bytes, and more than {BUDGET} are not read "
                 "at once: cut or bin them"
             )
-        check_stored(files, place, frames or 0, lenient=missing)
+        check_stored(files, place, axis or 0, lenient=missing or frames is not None)
         parts.append((place, order, count))
         sizes.append(size)
         types.append(dtype)
-        in_turn = frames is None or frames < min(rows, columns)
-        chunk = chunks[frames] if chunks and frames is not None else 1
+        in_turn = axis is None or axis < min(rows, columns)
+        chunk = chunks[axis] if chunks and axis is not None else 1
         block = min(block, max(1, min(chunk if in_turn else BLOCK, BLOCK // per_frame)))
         block = 1 if missing else block  # so that each frame is there or not
         if (size, dtype) != (sizes[0], types[0]):
@@ -364,13 +379,10 @@ def _first(value: Any) -> float:
     return float(np.asarray(value).reshape(-1)[0])
 
 
-def _stamps(files: Files, found: _Dataset, stack: _Stack) -> np.ndarray | None:
-    """Time of each frame in seconds, if the file has a time axis: a scale of HDF5, an axis of
-    NeXus, or the times that results of this program have."""
-    axis = stack.parts[0][1][0]
+def time_axes(files: Files, found: _Dataset, axis: int) -> list[h5py.Dataset]:
+    """What may hold the time of each frame: a scale of HDF5, an axis of NeXus, or the times that
+    results of this program have."""
     dataset = files.item(found.place)
-    if axis is None or len(stack.parts) > 1:
-        return None
     candidates = list(dataset.dims[axis].values())
     for group, _ in found.routes:
         names = names_in(files.item(group).attrs.get("axes"))
@@ -378,8 +390,21 @@ def _stamps(files: Files, found: _Dataset, stack: _Stack) -> np.ndarray | None:
         candidates += [files.item(place)] if place is not None else []
     place = files.locate(TIME) if found.name == DATA else None
     candidates += [files.item(place)] if place is not None else []
-    for item in candidates:
-        if not isinstance(item, h5py.Dataset) or item.shape != (stack.shape[0],):
+    return [item for item in candidates if isinstance(item, h5py.Dataset) and item.ndim == 1]
+
+
+def _stamps(
+    files: Files, found: _Dataset, stack: _Stack, growing: bool = False
+) -> np.ndarray | None:
+    """Time of each frame in seconds, if the file has a time axis; `growing`: with times of further
+    frames, or not of all."""
+    axis = stack.parts[0][1][0]
+    if axis is None or len(stack.parts) > 1:
+        return None
+    length = files.item(found.place).shape[axis]
+    for item in time_axes(files, found, axis):
+        more = growing and item.maxshape == (None,) and len(item) >= stack.shape[0]
+        if len(item) != length and not more:
             continue
         unit, name = text(item.attrs.get("units")), str(item.name).rpartition("/")[2]
         factor = units.factor(unit, "s")
@@ -389,11 +414,11 @@ def _stamps(files: Files, found: _Dataset, stack: _Stack) -> np.ndarray | None:
                 *(files.path, item.name),
             )
         if factor is not None and item.dtype.kind in "iuf" and not item.is_virtual:
-            return np.asarray(item[()], np.float64) * factor
+            return np.asarray(item[: stack.shape[0]], np.float64) * factor
     return None
 
 
-def _choose(files: Files, name: str | None) -> list[_Dataset]:
+def choose(files: Files, name: str | None) -> list[_Dataset]:
     """The datasets of the recording: one, or the numbered parts."""
     if name is not None:
         found = _at(files, name.strip("/"))

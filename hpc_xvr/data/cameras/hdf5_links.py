@@ -18,6 +18,7 @@ from hpc_xvr.errors import InputError
 
 BLOCK = 2**26
 """Bytes of frames read at once, and of the chunk cache."""
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
 MOST_OPEN = 64
 """Files that are open at once; a recording may have thousands of parts."""
 MOST_HOPS = 40
@@ -230,9 +231,18 @@ class Files:
                     f"{path}: is not a MATLAB file of version 7.3: save it again with -v7.3"
                 )
             check_survivable(path)
-            file = h5py.File(path, "r", locking=False, rdcc_nbytes=BLOCK)
+            written = written_in_swmr(path)
+            file = h5py.File(path, "r", locking=False, swmr=written, rdcc_nbytes=BLOCK)
             self._open[path] = file
         return self._open[path]
+
+
+def written_in_swmr(path: Path) -> bool:
+    """Whether a program has the file open to append to it while others read (SWMR), as the flags in
+    its superblock say; they stay if that program is killed."""
+    with path.open("rb") as file:
+        begin = file.read(12)
+    return len(begin) == 12 and begin[:8] == SIGNATURE and begin[8] >= 3 and bool(begin[11] & 4)
 
 
 def _parts(name: str) -> list[str]:

@@ -4,6 +4,7 @@ and raw files that are missing or too short."""
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import os
 from contextlib import suppress
@@ -134,6 +135,35 @@ def _first_missing(dataset: h5py.Dataset, counts: list[int], axis: int) -> str:
     run = int(np.flatnonzero(np.diff(rows, append=-1) != 1)[0]) + 1  # rows without a break
     first, stop = int(rows[0]), int(rows[0]) + run
     return f", not all of {frames_named(first * size, min(stop * size, dataset.shape[axis]))}"
+
+
+def stored_frames(dataset: h5py.Dataset, axis: int, known: int = 0, closed: bool = False) -> int:
+    """Frames from the first one on of which all was written, of a dataset in chunks that grows.
+
+    A chunk of several frames may be written when some of them are there, so it counts when one
+    behind it was written, or the writer has `closed` the file.
+
+    Args:
+        axis: that counts frames.
+        known: frames that were there at an earlier look.
+    """
+    size = dataset.chunks[axis]
+    starts = [range(0, n, c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)]
+    rows = len(starts[axis])
+
+    def written(row: int) -> bool:
+        starts[axis] = range(row * size, row * size + 1)
+        return all(
+            dataset.id.get_chunk_info_by_coord(at).byte_offset is not None
+            for at in itertools.product(*starts)
+        )
+
+    row = known // size
+    while row < rows and written(row):
+        row += 1
+    if size > 1 and not closed:
+        row = max(row - 1, 0)
+    return int(min(row * size, dataset.shape[axis]))
 
 
 def _check_raw_files(files: Files, place: Place, dataset: h5py.Dataset, lenient: bool) -> None:

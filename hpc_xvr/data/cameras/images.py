@@ -86,6 +86,23 @@ def open_sequence(
     return _recording(_together(files), files, stacks, bit_depth, full_scale, missing)
 
 
+class SeveralFrames(InputError):
+    """A file of several frames, where one is expected."""
+
+
+def read_single(path: Path) -> np.ndarray:
+    """The frame of an image file, (H, W).
+
+    Raises:
+        InputError: it cannot be read, or not to its end.
+        SeveralFrames: it has others.
+    """
+    stack = _header(path)
+    if stack.count != 1:
+        raise SeveralFrames(f"{path}: holds {stack.count} frames")
+    return next(_read(path, stack, 0, 1))
+
+
 def page_count(*files: Path) -> int:
     """Frames of one image file; of several what most of them have."""
     return _usual_header(files).count

@@ -57,6 +57,8 @@ class Recording:
     are missing were left out (see `without_missing`)."""
     scale_doubt: str = field(default="", repr=False, compare=False)
     """Warned of where values are stored on `full_scale`."""
+    scale_measured: bool = field(default=False, repr=False, compare=False)
+    """Whether `full_scale` is the largest value of its frames, as nothing states it."""
     told: set[str] = field(default_factory=set, repr=False, compare=False)
     """Warnings that were given, as frames may be read several times."""
 
@@ -313,7 +315,7 @@ def array_recording(
         if full_scale is not None:
             return replace(floats, full_scale=positive(path, "full scale", full_scale))
         full_scale, doubt = _largest(floats)
-        return replace(floats, full_scale=full_scale, scale_doubt=doubt)
+        return replace(floats, full_scale=full_scale, scale_doubt=doubt, scale_measured=True)
     wide = native.itemsize > 2
     if native.kind not in "ui" or (wide and bit_depth is None and full_scale is None):
         how = ": convert the file"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,11 +14,18 @@ from hpc_xvr.data.registration import Registration
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
+
 CONTRADICTION = 0.02
 """Relative difference between a given gap and that of the frame rates that is worth a warning."""
 ONE_UNIT = 4.0
 """Ratio of the full scales of floating-point files up to which they are taken to have one unit; a
 larger one would leave the darker camera few grey levels."""
+
+
+class TooFew(InputError):
+    """There are not enough frames, so far, to join the recordings."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,14 @@ class Pair:
         }
 
 
-def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bool) -> Pair:
+def joined(
+    sharp: Recording,
+    fast: Recording,
+    how: Pairing,
+    scale: int,
+    crop: bool,
+    growing: bool = False,
+) -> Pair:
     """Put both recordings of one shot on one pixel grid and one clock.
 
     With a registration, the sharp frames are cut to what the fast camera saw (whole multiples of
@@ -101,6 +116,7 @@ def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bo
 
     Args:
         crop: cut what the fast camera did not see; without it that is an error.
+        growing: more frames will come; sharp ones behind the fast ones are cut.
 
     Raises:
         InputError: neither frame rates nor a gap are known, or the recordings do not overlap.
@@ -121,7 +137,7 @@ def joined(sharp: Recording, fast: Recording, how: Pairing, scale: int, crop: bo
             f"{name}: the fast camera saw none of the sharp frames: check the registration"
         )
     if (first, last) != (0, sharp.shape[0] - 1) or view != (height, width):
-        if not crop:
+        if not crop and not (growing and first == 0 and view == (height, width)):
             raise InputError(
                 f"{name}: together they show sharp frames {first} to {last} of "
                 f"{sharp.shape[0]}, rows {top} to {top + view[0]} of {height} and columns {left} "
@@ -203,7 +219,7 @@ def _together(name: str, times: np.ndarray, frames: int) -> tuple[int, int]:
     first = max(0, math.ceil(times[0] - reach))
     last = min(frames - 1, math.floor(times[-1] + reach))
     if first > last:
-        raise InputError(
+        raise TooFew(
             f"{name}: the fast frames span sharp frames {times[0]:g} to {times[-1]:g}, but "
             f"there are frames 0 to {frames - 1}: check --lr-start, --gap and the frame rates"
         )
@@ -250,9 +266,36 @@ def _resampled(
     interpolation blurs, which cost 4 to 5 dB of the result of `bayes`.
     """
     from scipy.ndimage import spline_filter  # slow to import, and few recordings need them
+
+    grid = view[0] // scale, view[1] // scale
+    table = _weights(registration.model_dump_json(), fast.shape[1:], corner, view, scale)
+    top = 2**fast.bit_depth - 1
+
+    def resample(frame: np.ndarray) -> np.ndarray:
+        smooth = spline_filter(frame.astype(float), order=3, mode="reflect")
+        values: np.ndarray = (table @ smooth.ravel()).reshape(grid)
+        if frame.dtype.kind == "f":
+            return values
+        stored: np.ndarray = np.clip(np.rint(values), 0, top).astype(frame.dtype)
+        return stored
+
+    return replace(fast.changed(resample), shape=(fast.shape[0], *grid))
+
+
+@lru_cache(2)  # a recording that is followed is opened again and again
+def _weights(
+    stated: str, size: tuple[int, int], corner: tuple[int, int], view: tuple[int, int], scale: int
+) -> csr_array:
+    """What each spline coefficient of a fast frame adds to each new pixel, see `_resampled`; a
+    sparse matrix of new pixels x fast ones.
+
+    Args:
+        stated: the registration, as JSON.
+    """
     from scipy.sparse import csr_array
 
-    height, width = fast.shape[1:]
+    registration = Registration.model_validate_json(stated)
+    height, width = size
     grid = view[0] // scale, view[1] // scale
     parts = max(2, math.ceil(scale / registration.scale - 1e-6))
     points = 2 * parts
@@ -275,22 +318,10 @@ def _resampled(
             column = np.clip(middle[:, 1] + right, 0, width - 1)
             weights.append(weight / points**2)
             at.append(row * width + column)
-    table = csr_array(
+    return csr_array(
         (np.concatenate(weights), (np.tile(pixel, 9), np.concatenate(at))),
         shape=(grid[0] * grid[1], height * width),
     )
-
-    top = 2**fast.bit_depth - 1
-
-    def resample(frame: np.ndarray) -> np.ndarray:
-        smooth = spline_filter(frame.astype(float), order=3, mode="reflect")
-        values: np.ndarray = (table @ smooth.ravel()).reshape(grid)
-        if frame.dtype.kind == "f":
-            return values
-        stored: np.ndarray = np.clip(np.rint(values), 0, top).astype(frame.dtype)
-        return stored
-
-    return replace(fast.changed(resample), shape=(fast.shape[0], *grid))
 
 
 def _quadratic(x: np.ndarray) -> np.ndarray:

@@ -114,8 +114,11 @@ class CameraReading:
                 )
         return self.open_files(files, inner or self.dataset)
 
-    def open_files(self, files: Sequence[Path], dataset: str | None) -> Recording:
-        """As `open`, for the file or the numbered files of one recording."""
+    def open_files(
+        self, files: Sequence[Path], dataset: str | None, frames: int | None = None
+    ) -> Recording:
+        """As `open`, for the file or the numbered files of one recording; `frames`: only the first
+        ones of an HDF5 file that still grows."""
         # With a flat field the full scale is the transmission's.
         corrects = self.flat_and_dark is not None
         return self._corrected(
@@ -127,6 +130,7 @@ class CameraReading:
                 full_scale=None if corrects else self.full_scale,
                 allow_links=self.allow_links,
                 missing=bool(self.missing),
+                frames=frames,
             )
         )
 

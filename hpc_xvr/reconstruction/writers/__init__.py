@@ -8,6 +8,7 @@ from hpc_xvr.reconstruction.writers.film import Movie, check_movie, open_movie, 
 from hpc_xvr.reconstruction.writers.sequence import (
     SEQUENCE_FORMATS,
     Dtype,
+    as_stored,
     check_sequence,
     write_sequence,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "Dtype",
     "Movie",
     "Provenance",
+    "as_stored",
     "check_movie",
     "check_sequence",
     "open_movie",

@@ -165,6 +165,14 @@ def _numbers(path: Path, dtype: Dtype, bit_depth: int | None) -> tuple[np.dtype[
     return np.dtype(np.uint8 if bit_depth <= 8 else np.uint16), 2**bit_depth - 1
 
 
+def as_stored(frame: np.ndarray, dtype: Dtype, calibration: Calibration) -> np.ndarray:
+    """A frame (H, W) in [0, 1] in the numbers that a result of that type holds."""
+    kind, top = _numbers(Path(), dtype, calibration.bit_depth)
+    scaled = frame * calibration.full_scale if top is None else np.rint(np.clip(frame, 0, 1) * top)
+    stored: np.ndarray = scaled.astype(kind)
+    return stored
+
+
 def _stored(
     frames: Iterable[np.ndarray],
     shape: tuple[int, int, int],

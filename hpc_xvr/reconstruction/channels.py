@@ -1,0 +1,67 @@
+"""Reconstruct what cameras send over EPICS, and send the result on."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc_xvr.data.cameras.pva import Channel, channel_of, published
+from hpc_xvr.errors import InputError
+from hpc_xvr.log import logger
+from hpc_xvr.reconstruction.following import follow_run
+from hpc_xvr.reconstruction.material import CameraFiles
+
+
+def follow_channels(
+    what: Path | str,
+    device: torch.device,
+    source: CameraFiles,
+    *,
+    out: Path,
+    serve: str | None = None,
+    **more: Any,
+) -> Path:
+    """As `follow_run`, of cameras whose paths may be pva://CHANNEL: their frames are recorded
+    beside `out`, in STEM-lr.h5 and STEM-hr.h5, which stay.
+
+    Args:
+        serve: channel to which the frames are sent gap by gap; their uniqueId is the number of the
+            fast frame.
+
+    Raises:
+        InputError: as `follow_run`; there is a recording of an earlier run; pvapy is not installed.
+    """
+    files: dict[str, Any] = {}
+    for role, path in (("lr", source.lr), ("hr", source.hr)):
+        if channel_of(path) is None:
+            continue
+        files[role] = out.with_name(f"{out.stem}-{role}.h5")
+        if files[role].exists():
+            raise InputError(
+                f"{files[role]}: is there from an earlier run: move it, or reconstruct it without "
+                f"pva:// (--{role} {files[role]})"
+            )
+    recorded = replace(source, **files)
+    with ExitStack() as stack:
+        channels: dict[str, Any] = {}
+        for role, file in files.items():
+            name = channel_of(getattr(source, role))
+            assert name is not None
+            reading = source.lr_camera if role == "lr" else source.hr_camera
+            channels[f"growing_{role}"] = Channel(name, file, bool(reading.missing))
+            stack.callback(channels[f"growing_{role}"].finish)
+            logger.info("pva://%s: is recorded in %s", name, file)
+        publish = stack.enter_context(published(serve))
+        try:
+            return follow_run(what, device, recorded, out=out, publish=publish, **channels, **more)
+        except InputError as error:
+            there = [str(file) for file in files.values() if file.exists()]
+            if not there:
+                raise
+            kept = InputError(f"{error}; what was recorded is kept in {' and '.join(there)}")
+            kept.exit_code = error.exit_code
+            raise kept from None
