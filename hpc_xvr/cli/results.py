@@ -259,6 +259,13 @@ def evaluate(
     show_default=True,
     help="The fast camera beside the result (and the truth if it is known), or the result alone.",
 )
+@click.option(
+    "--tile",
+    type=click.IntRange(1),
+    metavar="PIXELS",
+    help="Make the frames in tiles of so many sharp pixels a side, with what they depend on around "
+    "them: for frames that take more memory than there is. The result is the same to rounding.",
+)
 @trust_options
 @click.option(
     "--adapt",
@@ -283,6 +290,7 @@ def reconstruct(
     frames: str | None,
     beyond: bool,
     dtype: Dtype,
+    tile: int | None,
     movie: Path | None,
     movie_shows: str,
     force: bool,
@@ -321,7 +329,7 @@ def reconstruct(
             "--check with --adapt: adapted weights have learned from the key frames that the check "
             "leaves out, and would look better than they are; use one of the two"
         )
-    wanted = Wanted(_span(frames), beyond, dtype, force, alone, command, asked)
+    wanted = Wanted(_span(frames), beyond, dtype, force, alone, command, asked, tile)
     pairs = options.pop("pairs")
     if pairs is not None and (options["lr"] or options["hr"] or options["video"]):
         raise InputError("--pairs names the files of both cameras: leave --lr, --hr, --video out")

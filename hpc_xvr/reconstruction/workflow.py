@@ -33,6 +33,7 @@ from hpc_xvr.reconstruction.spool import Spool
 from hpc_xvr.reconstruction.streams import (
     remembered,
 )
+from hpc_xvr.reconstruction.tiles import in_tiles
 from hpc_xvr.reconstruction.trust import held_out
 from hpc_xvr.reconstruction.trust.examination import (
     Asked,
@@ -84,6 +85,7 @@ class Wanted:
         alone: the movie shows the result only.
         command: the command line, stored with the result.
         trust: what is to be told of how far the result may be believed.
+        tile: side in sharp pixels of the tiles that frames are made in; None: whole frames.
     """
 
     frames: tuple[int | None, int | None] = (None, None)
@@ -93,6 +95,7 @@ class Wanted:
     alone: bool = False
     command: str = ""
     trust: Asked = field(default_factory=Asked)
+    tile: int | None = None
 
 
 def reconstruct_run(
@@ -147,6 +150,8 @@ def reconstruct_with(
     Returns False if the result was there already, as `ledger` says.
     """
 
+    whole, method = method, ranks.together(lambda: in_tiles(method, wanted.tile))
+
     def look() -> tuple[Material, range]:
         material = material_of(method, source)
         frames = chosen_frames(material, wanted, str(out))
@@ -168,6 +173,7 @@ def reconstruct_with(
         "pictures": _glance(material),
         "frames": f"{frames.start}:{frames.stop}",
         "numbers": wanted.dtype,
+        "tile": str(wanted.tile),
         "device": device.type,
         "version": __version__,
     }
@@ -184,7 +190,8 @@ def reconstruct_with(
                 remove_partials(path)
     try:
         if refine:
-            method = _refined(refine, method, material, spool, ranks)
+            refined = _refined(refine, whole, material, spool, ranks)
+            method = in_tiles(refined, wanted.tile)
         name = f"{method.name} at step {method.step}" if method.step else method.title
         if ranks.rank == 0:
             _say_frames(name, frames, material)
@@ -196,6 +203,7 @@ def reconstruct_with(
             about = provenance_of(
                 method, source, wanted.command, dtype=wanted.dtype, force=wanted.force
             )
+            about.settings |= {"tile": wanted.tile} if wanted.tile else {}
             about.extra["key_frames"] = [t for t in keys if t in frames]
 
         def write(made: Iterator[np.ndarray]) -> None:
