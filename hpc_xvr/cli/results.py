@@ -463,9 +463,20 @@ def _reconstruct_several(
     outcomes = recordings.reconstruct_all(shots, make, out, skip_bad, comm)
     print_table(
         f"Reconstructed: {len(outcomes)} recordings",
-        ["recording", "result", "file"],
-        [[o.name, f"bad: {o.problem}" if o.problem else o.status, o.out] for o in outcomes],
+        ["recording", "result", "flagged", "file"],
+        [
+            [o.name, f"bad: {o.problem}" if o.problem else o.status, _flagged(o.out), o.out]
+            for o in outcomes
+        ],
     )
+
+
+def _flagged(out: Path) -> str:
+    """How many frames of a result contradict the fast camera's."""
+    from hpc_xvr.reconstruction.trust.examination import flags_of
+
+    found = flags_of(out)
+    return f"{found[0]} of {found[1]}" if found else "-"
 
 
 def _beside(path: Path, mark: str) -> Path:
