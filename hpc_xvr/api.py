@@ -22,6 +22,7 @@ from hpc_xvr.distributed.launch import discover
 from hpc_xvr.reconstruction.material import Material, check_gaps, from_recordings
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
 from hpc_xvr.reconstruction.streams import remembered
+from hpc_xvr.reconstruction.tiles import in_tiles
 from hpc_xvr.reconstruction.trust import held_out
 from hpc_xvr.reconstruction.trust.examination import Examiner, Looked
 from hpc_xvr.reconstruction.trust.held_out import HeldOut
@@ -156,6 +157,7 @@ def reconstruct(
     force: bool = False,
     frames: tuple[int | None, int | None] = (None, None),
     beyond: bool = False,
+    tile: int | None = None,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Reconstruct sharp frames at the fast camera's rate, from the first key frame to the last.
 
@@ -176,6 +178,8 @@ def reconstruct(
         force: go on where key frames lie further apart than the model was trained for.
         frames: first one and the one after the last; only gaps that hold some of them are computed.
         beyond: also the frames before the first and after the last key frame, from that one alone.
+        tile: make frames in tiles of so many sharp pixels a side, with what they depend on around
+            them, for those that take more memory than there is; the same to rounding.
 
     Yields:
         (t, frame) in order of time, as they are made: t is the index of the frame in `fast`; the
@@ -188,7 +192,7 @@ def reconstruct(
     material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
     chosen = chosen_frames(material, Wanted(frames, beyond), "reconstruct")
     check_gaps(model.method, list(material.keys), force, chosen)
-    return frames_of(model.method, material, model.device, chosen)
+    return frames_of(in_tiles(model.method, tile), material, model.device, chosen)
 
 
 def register(

@@ -24,8 +24,8 @@ from hpc_xvr.log import complain, logger
 from hpc_xvr.text import printable
 
 NO_MEMORY = (
-    "out of memory: end other programs, take fewer ranks a node, or set train.micro_batch or "
-    "data.workers lower"
+    "out of memory: end other programs, take fewer ranks a node, set train.micro_batch or "
+    "data.workers lower, or reconstruct with --tile 1024 or less"
 )
 
 
@@ -82,7 +82,9 @@ def run(cli: click.Group) -> None:
         message = f"{error.filename or 'input or output'}: {explain_os_error(error)}"
         _fail(message, os_problem(message, error).exit_code)
     except Exception as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        # torch's own error on GPUs is known by its name, as commands without torch end here, too.
+        of_gpu = type(error).__name__ == "OutOfMemoryError"
+        if isinstance(error, MemoryError) or of_gpu or "can't allocate memory" in str(error):
             _fail(f"{NO_MEMORY} ({explain(error)})", PASSING)
         _crash(error)
 

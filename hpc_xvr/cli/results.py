@@ -260,6 +260,13 @@ def evaluate(
     show_default=True,
     help="The fast camera beside the result (and the truth if it is known), or the result alone.",
 )
+@click.option(
+    "--tile",
+    type=click.IntRange(1),
+    metavar="PIXELS",
+    help="Make the frames in tiles of so many sharp pixels a side, with what they depend on around "
+    "them: for frames that take more memory than there is. The result is the same to rounding.",
+)
 @trust_options
 @click.option(
     "--follow",
@@ -299,6 +306,7 @@ def reconstruct(
     frames: str | None,
     beyond: bool,
     dtype: Dtype,
+    tile: int | None,
     movie: Path | None,
     movie_shows: str,
     force: bool,
@@ -339,7 +347,7 @@ def reconstruct(
             "--check with --adapt: adapted weights have learned from the key frames that the check "
             "leaves out, and would look better than they are; use one of the two"
         )
-    wanted = Wanted(_span(frames), beyond, dtype, force, alone, command, asked)
+    wanted = Wanted(_span(frames), beyond, dtype, force, alone, command, asked, tile)
     pairs = options.pop("pairs")
     if pairs is not None and (options["lr"] or options["hr"] or options["video"]):
         raise InputError("--pairs names the files of both cameras: leave --lr, --hr, --video out")
@@ -537,9 +545,20 @@ def _reconstruct_several(
     outcomes = recordings.reconstruct_all(shots, make, out, skip_bad, comm)
     print_table(
         f"Reconstructed: {len(outcomes)} recordings",
-        ["recording", "result", "file"],
-        [[o.name, f"bad: {o.problem}" if o.problem else o.status, o.out] for o in outcomes],
+        ["recording", "result", "flagged", "file"],
+        [
+            [o.name, f"bad: {o.problem}" if o.problem else o.status, _flagged(o.out), o.out]
+            for o in outcomes
+        ],
     )
+
+
+def _flagged(out: Path) -> str:
+    """How many frames of a result contradict the fast camera's."""
+    from hpc_xvr.reconstruction.trust.examination import flags_of
+
+    found = flags_of(out)
+    return f"{found[0]} of {found[1]}" if found else "-"
 
 
 def _beside(path: Path, mark: str) -> Path:

@@ -14,7 +14,8 @@ batch, 2B, and share all weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from hpc_xvr.model.attention import Kind
 from hpc_xvr.model.swin import SwinBlock, SwinStage, WindowAttention, grid
+from hpc_xvr.model.tiling import Part, Tile, corner_of, part_of, reach_of_windows, tiles
 
 MIN_CONTRAST = 0.005
 """Smallest standard deviation that frames are divided by: below it there is noise only."""
@@ -32,6 +34,8 @@ PART = 2**15
 """Low-resolution pixels that are fused at once in eval mode (frames are not divided for it)."""
 BAND = 2**18
 """Low-resolution pixels of a band that a frame is fused in."""
+FRAME_HALO = 2
+"""Low-resolution pixels around those that `FrameEncoder` describes: two convolutions in a row."""
 SMALL = 1e-3
 """Deviation of the first weights of layers that start from doing nothing."""
 
@@ -69,6 +73,17 @@ class Gap:
     def batch(self) -> int:
         """B"""
         return len(self.mean)
+
+    def view(self, way: slice, n: int, part: Part) -> Gap:
+        """A part of the directions `way`'s own frame n, with its neighbours in time, as a gap of
+        its own; the key frame stays whole."""
+        return replace(
+            self,
+            lr=part_of(self.lr[way, n : n + 3], part),
+            key=self.key[way],
+            distance=self.distance[way, n : n + 1],
+            misfit=part_of(self.misfit[way], part),
+        )
 
     def grey(self, frames: Tensor) -> Tensor:
         """Frames (B, N, M, H, W) in the greys of the recording."""
@@ -145,7 +160,19 @@ class KeyPropagation(nn.Module):
                 block.attn.proj.weight.mul_(0.1)
                 block.fc2.weight.mul_(0.1)
 
-    def forward(self, lr: Tensor, hr: Tensor) -> Carried:
+    @property
+    def halo(self) -> int:
+        """Coarse pixels around a tile of whole windows that it depends on when the motion is known
+        and whole key frames are there to look up. (How far it depends on a key frame is a matter of
+        how far things move.)"""
+        return self._choice_halo + 1 + FRAME_HALO  # a step's `look` lies between
+
+    @property
+    def _choice_halo(self) -> int:
+        """The same of the choice by what it sees: a convolution, blocks, two convolutions."""
+        return reach_of_windows(2, len(self.stage.blocks), self.stage.window) + 1
+
+    def forward(self, lr: Tensor, hr: Tensor, tile: int | None = None) -> Carried:
         """Reconstruct.
 
         In eval mode a few frames are fused at a time, and large ones in bands, so that memory grows
@@ -154,6 +181,9 @@ class KeyPropagation(nn.Module):
         Args:
             lr: (B, T, 1, h, w) low-resolution frames in [0, 1], from key frame to key frame.
             hr: (B, 2, 1, H, W) the key frames, taken with the first and the last of them.
+            tile: in eval mode: work in tiles of this side, in low-resolution pixels. Only the
+                frames and the motion then take memory that grows with them. The result is the same
+                to rounding: greys and motion are those of whole frames.
 
         Returns:
             The T - 2 frames between and, in training mode, the key frames as they were carried to
@@ -164,6 +194,8 @@ class KeyPropagation(nn.Module):
         """
         self._check(lr, hr)
         gap = self._normalised(lr, hr)
+        if tile and not self.training:
+            return Carried(self._in_tiles(gap, tile))
         frame_features = self.frames(gap)  # 2B, N, C, h, w
         path = self._follow(gap, frame_features)
         if self.training:
@@ -185,23 +217,93 @@ class KeyPropagation(nn.Module):
         frames = ahead.shape[1]
         keys = torch.stack(gap.key.chunk(2), dim=1)[:, :, 0]  # B, 2, H, W
         still = keys[:, None].expand(-1, frames, -1, -1, -1)
-        candidates = torch.cat((ahead, back, still), dim=2).flatten(0, 1)  # B*n, 2M+2, H, W
+        fused = self._fused(
+            low,
+            torch.cat((ahead, back, still), dim=2).flatten(0, 1),  # B*n, 2M+2, H, W
+            [said[:, part].flatten(0, 1) for said in path.both_ways(path.steps)],
+            frame_features[: gap.batch, part].flatten(0, 1),
+            gap.distance[: gap.batch, part].flatten(0, 1),
+        )
+        return fused.unflatten(0, (gap.batch, frames))
+
+    def _fused(
+        self,
+        low: Tensor,
+        candidates: Tensor,
+        said: Sequence[Tensor],
+        frame_features: Tensor,
+        distance: Tensor,
+    ) -> Tensor:
+        """(K, 1, h, w), (K, 2M+2, H, W), two of (K, C, h, w), (K, C, h, w), (K, 2) -> (K, 1, H, W)
+        still without its greys."""
         bicubic = _enlarge(low, self.scale)
         numbers = frame_features.dtype
         seen = torch.cat(
             (
-                *(said[:, part].flatten(0, 1) for said in path.both_ways(path.steps)),
-                frame_features[: gap.batch, part].flatten(0, 1),
+                *said,
+                frame_features,
                 *(
                     (F.pixel_unshuffle(t, self.scale) - low).to(numbers)
                     for t in (candidates, bicubic)
                 ),
-                _maps(gap.distance[: gap.batch, part].flatten(0, 1), low).to(numbers),
+                _maps(distance, low).to(numbers),
             ),
             dim=1,
         )
         maps = self._choice(_channels_last(seen))
-        return self.choose(maps, bicubic, candidates).unflatten(0, (gap.batch, frames))
+        return self.choose(maps, bicubic, candidates)
+
+    def _in_tiles(self, gap: Gap, side: int) -> Tensor:
+        """The frames, (B, N, 1, H, W), in their greys. Each step of the motion is made of whole
+        frames, tile by tile, so that it does not matter how far things move."""
+        h, w = gap.lr.shape[-2:]
+        frames, s, both = gap.lr.shape[1] - 2, self.scale, slice(None)
+        flow = gap.key.new_zeros(2 * gap.batch, frames, 2 * self.motions, h, w, dtype=torch.float32)
+        for n in range(frames):
+            before = flow[:, n - 1] if n else torch.zeros_like(flow[:, 0])
+            for tile in tiles((h, w), side, self.motion.halo + FRAME_HALO):
+                view = gap.view(both, n, tile.around)
+                known = self._seen_by_step(view, before, n, tile)
+                further, _ = self.motion.further(*known, part_of(before, tile.around))
+                core = part_of(flow[:, n], tile.core)
+                core.copy_(
+                    chain(before, tile.cut(further), (tile.core[0].start, tile.core[1].start))
+                )
+        out = gap.key.new_empty(gap.batch, frames, 1, s * h, s * w)
+        keys = torch.stack(gap.key.chunk(2), dim=1)[:, :, 0]  # B, 2, H, W
+        ahead, back = slice(0, gap.batch), slice(gap.batch, None)
+        for n in range(frames):
+            for tile in tiles((h, w), side, self.halo, self.stage.window):
+                part, said, carried, frame_features = tile.around, [], [], torch.empty(0)
+                for way, own in ((ahead, n), (back, frames - 1 - n)):  # in its own order of time
+                    view = gap.view(way, own, part)
+                    before = flow[way, own - 1] if own else torch.zeros_like(flow[way, 0])
+                    known = self._seen_by_step(view, before, own, tile)
+                    said.append(self.motion.look_at(*known)[1])
+                    moved = part_of(flow[way, own], part)
+                    carried.append(warp_along(view.key.float(), moved, s, corner_of(part)))
+                    if way == ahead:
+                        frame_features = known[0]
+                low = part_of(gap.lr[ahead, n + 1, None], part)
+                candidates = torch.cat((*carried, part_of(keys, part, s)), dim=1)
+                distance = gap.distance[ahead, n]
+                fused = self._fused(low, candidates, said, frame_features, distance)
+                part_of(out[:, n], tile.core, s).copy_(tile.cut(gap.grey(fused[:, None])[:, 0], s))
+        return out
+
+    def _seen_by_step(
+        self, view: Gap, before: Tensor, n: int, tile: Tile
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `MotionStep` is given of frame n in a tile: its features, the frame itself, and the
+        key frame carried by the motion `before` (K, 2M, h, w) it."""
+        features = self.frames(view)[:, 0]
+        if n:
+            flow = part_of(before, tile.around)
+            warped = warp_along(view.key.float(), flow, self.scale, corner_of(tile.around))
+        else:
+            key = part_of(view.key.float(), tile.around, self.scale)
+            warped = key.expand(-1, self.motions, -1, -1)
+        return features, view.lr[:, 1, None], warped
 
     def _carried(self, gap: Gap, path: Path, part: slice) -> tuple[Tensor, Tensor]:
         """The key frames as they were carried to the frames of `part`, from either side."""
@@ -222,9 +324,7 @@ class KeyPropagation(nn.Module):
         rows = max(1, BAND // (window * width)) * window
         if self.training or rows >= height:
             return self._chosen(seen)
-        # A window's rows depend on those of its neighbours, one window more a block; the three
-        # convolutions reach one row each.
-        halo = -(-(len(self.stage.blocks) * (window - 1) + 3) // window) * window
+        halo = -(-self._choice_halo // window) * window
         bands = []
         for top in range(0, height, rows):
             above = min(top, halo)
@@ -342,6 +442,9 @@ class MotionStep(nn.Module):
     the further motion d of each field on the coarse grid: flow(p) <- flow(p + d(p)) + d(p).
     """
 
+    halo = 4
+    """Coarse pixels around those of `further` that it depends on: four convolutions in a row."""
+
     def __init__(
         self, scale: int, motions: int, frame_features: int, hidden: int, step_features: int
     ) -> None:
@@ -367,17 +470,23 @@ class MotionStep(nn.Module):
         Returns:
             The motion to this frame, and what the step says to the fusing part (2B, C, h, w).
         """
+        further, said = self.further(frame, low, warped, flow)
+        return chain(flow, further), said
+
+    def look_at(self, frame: Tensor, low: Tensor, warped: Tensor) -> tuple[Tensor, Tensor]:
+        """What the step sees, and what it says of it to the fusing part."""
         miss = F.pixel_unshuffle(warped, self.scale) - low
         seen = torch.cat((frame, miss.to(frame.dtype)), dim=1)
-        said = F.leaky_relu(self.look(_channels_last(seen)), 0.1)
+        return seen, F.leaky_relu(self.look(_channels_last(seen)), 0.1)
+
+    def further(
+        self, frame: Tensor, low: Tensor, warped: Tensor, flow: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The further motion (2B, 2M, h, w), and what the step says."""
+        seen, said = self.look_at(frame, low, warped)
         y = torch.cat((seen, said, flow.to(frame.dtype)), dim=1)
         y = F.leaky_relu(self.first(_channels_last(y)), 0.1)
-        further = self.last(F.leaky_relu(self.second(y), 0.1)).float()
-        moved = [
-            warp(so_far, d) + d
-            for so_far, d in zip(flow.split(2, dim=1), further.split(2, dim=1), strict=True)
-        ]
-        return torch.cat(moved, dim=1), said
+        return self.last(F.leaky_relu(self.second(y), 0.1)).float(), said
 
 
 class Choice(nn.Module):
@@ -403,26 +512,40 @@ class Choice(nn.Module):
         return bicubic + (weights * detail).sum(1, keepdim=True) + maps[:, -1:]
 
 
-def warp(image: Tensor, flow: Tensor) -> Tensor:
-    """image (K, C, H, W) looked up at p + flow(p), flow (K, 2, H, W) as (x, y) in its pixels:
-    linear between pixels, the nearest border pixel outside."""
+def chain(flow: Tensor, further: Tensor, corner: tuple[int, int] = (0, 0)) -> Tensor:
+    """Motion so far (K, 2M, h, w), and from there on (K, 2M, h', w') in the part of the grid that
+    begins at `corner` -> both together, (K, 2M, h', w')."""
+    moved = [
+        warp(so_far, d, corner) + d
+        for so_far, d in zip(flow.split(2, dim=1), further.split(2, dim=1), strict=True)
+    ]
+    return torch.cat(moved, dim=1)
+
+
+def warp(image: Tensor, flow: Tensor, corner: tuple[int, int] = (0, 0)) -> Tensor:
+    """image (K, C, H, W) looked up at p + flow(p), flow (K, 2, H', W') as (x, y) in its pixels, p
+    from `corner` on: linear between pixels, the nearest border pixel outside."""
     height, width = image.shape[-2:]
     # grid_sample without aligned corners: pixel i of n lies at (2 i + 1) / n - 1.
-    y = torch.arange(height, device=image.device, dtype=torch.float32)
-    x = torch.arange(width, device=image.device, dtype=torch.float32)
-    across = (2 * (x + flow[:, 0]) + 1) / width - 1  # K, H, W
+    y, x = (
+        torch.arange(first, first + n, device=image.device, dtype=torch.float32)
+        for first, n in zip(corner, flow.shape[-2:], strict=True)
+    )
+    across = (2 * (x + flow[:, 0]) + 1) / width - 1  # K, H', W'
     down = (2 * (y[:, None] + flow[:, 1]) + 1) / height - 1
     places = torch.stack((across, down), dim=-1)
     return F.grid_sample(image, places, "bilinear", "border", align_corners=False)
 
 
-def warp_along(key: Tensor, flow: Tensor, scale: int) -> Tensor:
-    """The key frame (K, 1, H, W) carried along each field of (K, 2M, h, w): (K, M, H, W).
+def warp_along(key: Tensor, flow: Tensor, scale: int, corner: tuple[int, int] = (0, 0)) -> Tensor:
+    """The key frame (K, 1, H, W) carried along each field of (K, 2M, h, w): (K, M, H, W), or the
+    part of it that begins at `corner` of the coarse grid.
 
     The original is looked up once, however long the way: nothing blurs from step to step.
     """
     fields = F.interpolate(flow, scale_factor=scale, mode="bilinear", align_corners=False) * scale
-    return torch.cat([warp(key, field) for field in fields.split(2, dim=1)], dim=1)
+    place = corner[0] * scale, corner[1] * scale
+    return torch.cat([warp(key, field, place) for field in fields.split(2, dim=1)], dim=1)
 
 
 def _enlarge(x: Tensor, scale: int) -> Tensor:

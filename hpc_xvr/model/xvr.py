@@ -7,6 +7,7 @@ h w low-resolution grid, H = scale*h, W = scale*w, C embedding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal, cast
 
@@ -20,6 +21,7 @@ from hpc_xvr.model.bayes import BayesianFusion
 from hpc_xvr.model.folding import Folding
 from hpc_xvr.model.linear import conv_of_one_channel
 from hpc_xvr.model.swin import SwinBlock, SwinStage, WindowAttention, conv2d, grid
+from hpc_xvr.model.tiling import reach_of_windows
 
 BAYES = BayesianFusion(tolerance=0, steps=10)
 """As a base: more steps change a picture by less than 0.1 grey levels on average."""
@@ -112,12 +114,31 @@ class SwinXVR(Folding):
         """Frames that come out."""
         return 1 if self.output == "centre" else self.lr_frames
 
+    @property
+    def halo(self) -> int:
+        """Coarse pixels around a tile of whole windows that it depends on; no others can change
+        it. (With base "bayes" that holds of what the network adds to it.)"""
+        rising = sum(0.5**i for i in range(len(self.up_convs))) + 1 / self.scale
+        reach = 2 + math.ceil(rising)  # body_conv, or the gate's, and head_conv; then these
+        for stage in reversed(cast("list[SwinStage]", list(self.stages))):
+            reach = reach_of_windows(reach + 1, len(stage.blocks), self.window)
+        return reach + self.key_halo
+
+    @property
+    def key_halo(self) -> int:
+        """The same of the features of a key frame, or of a low-resolution frame."""
+        reach = 0  # in pixels of a grid that gets finer
+        for _ in range(len(self.hr_convs) - 1):
+            reach = 2 * reach + 2  # pooling, and the convolution before it
+        return -(-(reach + 1) // self.scale)
+
     def forward(
         self,
         lr: Tensor,
         hr: Tensor,
         hr_offset: Tensor | None = None,
         hr_features: Tensor | None = None,
+        fused: Tensor | None = None,
     ) -> Tensor:
         """Reconstruct.
 
@@ -128,6 +149,8 @@ class SwinXVR(Folding):
                 frames; only bases "detail" and "adaptive" use it (None: equal weights).
             hr_features: what the method of that name made of `hr` before, for the next windows
                 between the same key frames.
+            fused: what `bayesian` made of the two, where that was done before; of no use to other
+                bases.
 
         Returns:
             (B, 1, 1, H, W) or (B, N, 1, H, W).
@@ -140,8 +163,7 @@ class SwinXVR(Folding):
             hr_features = self.hr_features(hr)
         x = torch.cat((self.lr_features(lr), hr_features), dim=1)  # B, D, h, w, C
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # the residual stream
-        middle = self.lr_frames // 2
-        keep = slice(middle, middle + 1) if self.output == "centre" else slice(0, self.lr_frames)
+        keep = self._kept
         y = x
         for stage in self.stages[:-1]:
             y = stage(y)
@@ -158,10 +180,20 @@ class SwinXVR(Folding):
             gate = conv2d(self.gate_conv, y).movedim(-1, 2)  # B, n_out, 2, h, w
             out = out + transfer_matching_detail(lr[:, keep], hr, hr_offset, gate)
         elif self.base == "bayes":
-            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                fused = BAYES(lr[:, keep], hr)
-            out = out + fused
+            out = out + (self.bayesian(lr, hr) if fused is None else fused)
         return out
+
+    def bayesian(self, lr: Tensor, hr: Tensor) -> Tensor:
+        """The picture of base "bayes" for the frames that come out. Its noise is estimated from
+        whole frames: it is not to be made of tiles."""
+        keep = self._kept
+        with torch.no_grad(), torch.autocast(lr.device.type, enabled=False):
+            return BAYES(lr[:, keep], hr)
+
+    @property
+    def _kept(self) -> slice:
+        middle = self.lr_frames // 2
+        return slice(middle, middle + 1) if self.output == "centre" else slice(0, self.lr_frames)
 
     def lr_features(self, lr: Tensor) -> Tensor:
         """(B, N, 1, h, w) -> (B, N, h, w, C)."""

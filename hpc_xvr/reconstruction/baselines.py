@@ -32,6 +32,9 @@ class Baseline:
     method: Callable[[Sample], Tensor]
     flops_per_pixel: int
     """Operations for a pixel of the sharp frame, counted by hand at scale 4."""
+    halo: int | None = 0
+    """Coarse pixels around one that it looks at; None: it works in tiles of its own, with the noise
+    of whole frames."""
 
     def __call__(self, sample: Sample) -> Tensor:
         """lr (B, N, 1, h, w), hr (B, 2, 1, H, W), hr_offset (B, 2) -> (B, 1, 1, H, W)."""
@@ -87,7 +90,7 @@ def _adaptive(sample: Sample) -> Tensor:
 # them, binning and a difference; conjugate gradients about 20 times two convolutions of 7 + 7 taps.
 BASELINES: dict[str, Baseline] = {
     "bicubic": Baseline(
-        "bicubic", "bicubic interpolation of the low-resolution frame", _bicubic, 32
+        "bicubic", "bicubic interpolation of the low-resolution frame", _bicubic, 32, 2
     ),
     "nearest_hr": Baseline(
         "nearest key frame",
@@ -106,17 +109,20 @@ BASELINES: dict[str, Baseline] = {
         "bicubic plus the key frames' fine detail interpolated in time",
         _detail,
         104,
+        2,
     ),
     "adaptive": Baseline(
         "detail transfer where still",
         "the same, without the detail of places that have moved since",
         _adaptive,
         128,
+        2,
     ),
     "bayes": Baseline(
         "Bayesian fusion",
         "Bayesian data fusion (Xue et al. 2017): conditional mean",
         _bayes,
         1400,
+        None,
     ),
 }

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -387,7 +387,41 @@ def _on_whole_blocks(model: nn.Module, lr: Tensor, hr: Tensor, hr_offset: Tensor
     return out[..., : hr.shape[-2], : hr.shape[-1]]
 
 
-def as_method(model: nn.Module) -> tuple[Method, int]:
+class Execution(Protocol):
+    """How networks are run: on whole frames, or on parts of them."""
+
+    def carried(self, model: KeyPropagation, lr: Tensor, hr: Tensor) -> Tensor:
+        """All frames of a gap."""
+        ...
+
+    def key_features(self, model: SwinXVR, hr: Tensor) -> Tensor:
+        """See `SwinXVR.hr_features`."""
+        ...
+
+    def frames(
+        self, model: SwinXVR, lr: Tensor, hr: Tensor, hr_offset: Tensor, features: Tensor
+    ) -> Tensor:
+        """The frames of a window, given the key frames' features."""
+        ...
+
+
+class _WholeFrames:
+    def carried(self, model: KeyPropagation, lr: Tensor, hr: Tensor) -> Tensor:
+        return model(lr, hr).frames
+
+    def key_features(self, model: SwinXVR, hr: Tensor) -> Tensor:
+        return model.hr_features(hr)
+
+    def frames(
+        self, model: SwinXVR, lr: Tensor, hr: Tensor, hr_offset: Tensor, features: Tensor
+    ) -> Tensor:
+        return model(lr, hr, hr_offset, features)
+
+
+WHOLE_FRAMES: Execution = _WholeFrames()
+
+
+def as_method(model: nn.Module, execution: Execution = WHOLE_FRAMES) -> tuple[Method, int]:
     """Wrap a model for `reconstruct`; returns it with the number of frames that a pass gives, or
     WHOLE_GAP.
 
@@ -404,7 +438,7 @@ def as_method(model: nn.Module) -> tuple[Method, int]:
         features = []
         for key in hr.split(1, dim=1):
             known = [f for frame, f in seen if frame is key or torch.equal(frame, key)]
-            features.append(known[0] if known else model.hr_features(key))
+            features.append(known[0] if known else execution.key_features(model, key))
         seen[:] = zip(hr.split(1, dim=1), features, strict=True)
         return torch.cat(features, dim=1)
 
@@ -414,12 +448,13 @@ def as_method(model: nn.Module) -> tuple[Method, int]:
         hr = sample["hr"]
         try:
             if isinstance(model, KeyPropagation):
-                return model(sample["lr"], hr).frames
+                return execution.carried(model, sample["lr"], hr)
             if not isinstance(model, SwinXVR):
                 return _on_whole_blocks(model, sample["lr"], hr, sample["hr_offset"])
             if last.get("hr") is not hr:
                 last.update(hr=hr, features=key_features(model, hr))
-            return model(sample["lr"], hr, sample["hr_offset"], last["features"])
+            offset, features = sample["hr_offset"], last["features"]
+            return execution.frames(model, sample["lr"], hr, offset, features)
         except ValueError as error:  # frames of a size the model cannot take
             raise InputError(f"{type(model).__name__}: {error}") from None
 

@@ -7,12 +7,13 @@ import hashlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,9 +34,13 @@ from hpc_xvr.reconstruction.spool import Spool
 from hpc_xvr.reconstruction.streams import (
     remembered,
 )
+from hpc_xvr.reconstruction.tiles import in_tiles
 from hpc_xvr.reconstruction.trust import held_out
+from hpc_xvr.reconstruction.trust.consistency import SQUARE
 from hpc_xvr.reconstruction.trust.examination import (
+    PER_FRAME,
     Asked,
+    Examination,
     Examiner,
     Examining,
     examining,
@@ -43,9 +48,11 @@ from hpc_xvr.reconstruction.trust.examination import (
 )
 from hpc_xvr.reconstruction.writers import (
     Calibration,
+    Doubt,
     Dtype,
     check_movie,
     check_sequence,
+    frames_shown,
     open_movie,
     write_sequence,
 )
@@ -84,6 +91,7 @@ class Wanted:
         alone: the movie shows the result only.
         command: the command line, stored with the result.
         trust: what is to be told of how far the result may be believed.
+        tile: side in sharp pixels of the tiles that frames are made in; None: whole frames.
     """
 
     frames: tuple[int | None, int | None] = (None, None)
@@ -93,6 +101,7 @@ class Wanted:
     alone: bool = False
     command: str = ""
     trust: Asked = field(default_factory=Asked)
+    tile: int | None = None
 
 
 def reconstruct_run(
@@ -147,6 +156,8 @@ def reconstruct_with(
     Returns False if the result was there already, as `ledger` says.
     """
 
+    whole, method = method, ranks.together(lambda: in_tiles(method, wanted.tile))
+
     def look() -> tuple[Material, range]:
         material = material_of(method, source)
         frames = chosen_frames(material, wanted, str(out))
@@ -168,6 +179,7 @@ def reconstruct_with(
         "pictures": _glance(material),
         "frames": f"{frames.start}:{frames.stop}",
         "numbers": wanted.dtype,
+        "tile": str(wanted.tile),
         "device": device.type,
         "version": __version__,
     }
@@ -184,7 +196,8 @@ def reconstruct_with(
                 remove_partials(path)
     try:
         if refine:
-            method = _refined(refine, method, material, spool, ranks)
+            refined = _refined(refine, whole, material, spool, ranks)
+            method = in_tiles(refined, wanted.tile)
         name = f"{method.name} at step {method.step}" if method.step else method.title
         if ranks.rank == 0:
             _say_frames(name, frames, material)
@@ -196,14 +209,22 @@ def reconstruct_with(
             about = provenance_of(
                 method, source, wanted.command, dtype=wanted.dtype, force=wanted.force
             )
+            about.settings |= {"tile": wanted.tile} if wanted.tile else {}
             about.extra["key_frames"] = [t for t in keys if t in frames]
 
         def write(made: Iterator[np.ndarray]) -> None:
+            assert about
             written, first, count = looked.through(frames, made), frames.start, len(frames)
+            numbers: list[int | None] = list(frames)
             if material.places is not None:
                 places = material.places[frames.start : frames.stop]
                 written = _with_gaps(written, places)
                 first, count = int(places[0]), int(places[-1] - places[0]) + 1
+                at = dict(zip((places - first).tolist(), frames, strict=True))
+                numbers = [at.get(i) for i in range(count)]
+            about.extra["trust"] = _Later(lambda: looked.found.gist(out))
+            for name in PER_FRAME:
+                about.per_frame[name] = _Later(partial(looked.per_frame, name, numbers))
             write_sequence(out, written, count, calibration, first, wanted.dtype, about)
 
         with ExitStack() as stack:
@@ -251,6 +272,13 @@ def _check_trust(material: Material, wanted: Wanted, out: Path) -> None:
         )
 
 
+class _Later:
+    """A value of a provenance that is known when all frames are made."""
+
+    def __init__(self, value: Callable[[], Any]) -> None:
+        self.result = value
+
+
 class _Looking:
     """Compares the frames with the fast camera's on their way to the file."""
 
@@ -266,6 +294,16 @@ class _Looking:
         assert self._examining
         numbered = zip(frames, made, strict=True)
         return (frame for _, frame in self._examining.through(numbered))
+
+    @property
+    def found(self) -> Examination:
+        """What was found so far."""
+        assert self._examining
+        return self._examining.found
+
+    def per_frame(self, name: str, numbers: Sequence[int | None]) -> list[Any]:
+        """See `Examination.per_frame`."""
+        return self.found.per_frame(numbers)[name]
 
     @property
     def examiner(self) -> Examiner:
@@ -508,18 +546,33 @@ def _show(
     truth = material.truth
     labels = ["fast camera", "reconstruction", *(["truth"] if truth else [])]
     labels = labels[1:2] if wanted.alone else labels
-    fps = MOVIE_FPS.get(movie.suffix.lower(), 8.0)
-    about = material.calibration
+    shown = frames_shown(movie, frames, material.keys)
+    fps = MOVIE_FPS.get(movie.suffix.lower(), 8.0) / shown.step
+    about, result = material.calibration, 0 if wanted.alone else 1
     with open_movie(movie, fps, labels, calibration=about, comment=wanted.command) as film:
         made = spool.frames(work_of(method, material, "cpu", frames).pieces())
         for t, frame in zip(frames, made, strict=True):
-            if not film.wanted:
-                film.add(None, t)
+            if t not in shown:
                 continue
             if wanted.trust.enforce:
                 frame = looked.examiner.look(t, frame).frame
-            if wanted.alone:
-                film.add([frame], t)
-            else:
-                film.add([material.lr[t], frame, *([truth(t)] if truth else [])], t)
+            panels = [material.lr[t], frame, *([truth(t)] if truth else [])]
+            told = [*labels]
+            if t in material.keys:
+                told[result] = "key frame, as recorded"
+            doubt = _doubt(looked.found, t, result)
+            film.add(panels[1:2] if wanted.alone else panels, t, doubt, told)
     logger.info("written: %s", movie)
+    if flagged := looked.found.contradicts:
+        logger.info(
+            "%s marks the frames that contradict the fast camera; it shows %d of these %d",
+            *(movie, len(film.marked), len(flagged)),
+        )
+
+
+def _doubt(found: Examination, t: int, panel: int) -> Doubt | None:
+    """The mark of a frame that contradicts the measurement."""
+    if t not in found.place:
+        return None
+    side = SQUARE * found.around.camera.scale
+    return Doubt(panel, "contradicts fast camera", found.place[t], side)

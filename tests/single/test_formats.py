@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -19,7 +20,13 @@ from hpc_xvr.data.cameras import results
 from hpc_xvr.errors import InputError
 from hpc_xvr.reconstruction import writers
 from hpc_xvr.reconstruction.provenance import Checksum, command_line, sources_of, weights_sha256
-from hpc_xvr.reconstruction.writers import Calibration, Provenance, open_movie, write_sequence
+from hpc_xvr.reconstruction.writers import (
+    Calibration,
+    Provenance,
+    frames_shown,
+    open_movie,
+    write_sequence,
+)
 from support.disk import fill
 
 NAMES = ("m.tif", "m.ome.tif", "m.h5", "m.nxs", "m.zarr", "m.ome.zarr", "frames")
@@ -648,8 +655,24 @@ def test_frames_of_a_thinned_movie_keep_their_numbers(tmp_path):
             if movie.wanted:
                 asked.append(t)
             movie.add([np.random.default_rng(t).random((16, 16))] if movie.wanted else None, 7 + t)
-        numbers = [number for number, _ in movie._kept]
+        numbers = [kept.number for kept in movie._kept]
     assert numbers == list(range(7, 207, 4)) and len(asked) < 130
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".mp4"])
+@pytest.mark.parametrize(
+    ("count", "gap"), [(25, 4), (41, 8), (41, 2), (473, 8), (500, 7), (9, 8), (6, 5), (61, 1)]
+)
+def test_a_short_movie_shows_more_than_key_frames(count, gap, suffix):
+    """Those are as they were recorded: a strip of them would show nothing of the reconstruction."""
+    frames = range(3, 3 + count)
+    keys = set(frames[::gap])
+    shown = frames_shown(Path(f"m{suffix}"), frames, keys)
+    limit = {".png": 6, ".webp": 60, ".mp4": count}[suffix]
+    assert shown == frames or (len(shown) <= limit and count > limit)
+    assert len(shown) >= min(limit, count) * 0.5
+    assert sum(t in keys for t in shown) <= len(keys) / count * len(shown) + 0.5
+    assert shown[0] - frames[0] <= shown.step and frames[-1] - shown[-1] <= shown.step
 
 
 # The command

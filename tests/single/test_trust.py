@@ -2,11 +2,13 @@
 tell the error, stated deviations hold, and nothing is claimed where nothing is known."""
 
 import json
+import re
 
 import h5py
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image, ImageSequence
 from scipy.ndimage import gaussian_filter
 
 import hpc_xvr as xvr
@@ -14,11 +16,12 @@ from hpc_xvr import metrics
 from hpc_xvr.data.degrade import CameraNoise, bin_down
 from hpc_xvr.data.simulate.experiment import simulate_video
 from hpc_xvr.errors import InputError
+from hpc_xvr.evaluate.result import open_result
 from hpc_xvr.reconstruction.methods import NamedMethod, baseline_entry
 from hpc_xvr.reconstruction.pipeline import reconstruct
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream
-from hpc_xvr.reconstruction.trust.consistency import compare_frame, enforce
-from hpc_xvr.reconstruction.trust.examination import Examiner
+from hpc_xvr.reconstruction.trust.consistency import Comparison, compare_frame, enforce
+from hpc_xvr.reconstruction.trust.examination import PER_FRAME, Examination, Examiner, Looked
 from hpc_xvr.reconstruction.trust.held_out import check, left_out
 from hpc_xvr.reconstruction.trust.observation import Observation, observe
 from hpc_xvr.reconstruction.trust.uncertainty import deviation, surroundings
@@ -259,6 +262,114 @@ def test_the_command_writes_what_is_asked_for(scene, two_files, tmp_path, hpc_xv
             rtol=1e-4,
         )
         assert file["held_out/error"].shape == (96, 128)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "h5", "nxs", "zarr"])
+def test_flags_are_stored_in_the_result_and_read_back(two_files, tmp_path, hpc_xvr, suffix):
+    out = tmp_path / f"m.{suffix}"
+    hpc_xvr("reconstruct", "nearest_hr", *two_files, "--frames", "3:23", "--check", "--out", out)
+    found = json.loads((tmp_path / "m-trust.json").read_text())
+    flagged = [one["frame"] for one in found["consistency"]["contradicts"]]
+    assert 10 in flagged
+    about = json.loads((tmp_path / f"m.{suffix}.json").read_text())
+    assert set(about["per_frame"]) == set(PER_FRAME)
+    flags = about["per_frame"]["contradicts"]
+    assert [t for t, flag in zip(range(3, 23), flags, strict=True) if flag] == flagged
+    assert about["per_frame"]["chi_square"] == found["consistency"]["chi_square"]
+    gist = about["extra"]["trust"]
+    assert gist["file"] == "m-trust.json" and gist["contradicts"] == flagged and gist["judged"]
+    assert gist["held_out_psnr_db"] == found["held_out"]["mean_psnr_db"]
+    (tmp_path / "m-trust.json").unlink()  # the result itself still says so
+    result = open_result(out, sources=False)
+    assert [int(result.numbers[k]) for k in result.flagged] == flagged
+    assert result.per_frame["chi_square"] == about["per_frame"]["chi_square"]
+    if suffix == "h5":
+        with h5py.File(out) as file:
+            (stored,) = [v[()] for v in every(file) if v.name.endswith("per_frame/contradicts")]
+        assert stored.tolist() == [float(flag) for flag in flags]
+
+
+def every(group):
+    """All datasets of an HDF5 file."""
+    found = []
+    group.visititems(lambda _, node: found.append(node) if isinstance(node, h5py.Dataset) else None)
+    return found
+
+
+def test_missing_frames_have_no_flags():
+    found = Examination(surroundings_known())
+    for t, chi in ((4, 1.0), (5, 9.0)):
+        found.add(Looked(t, np.zeros((4, 4)), Comparison(chi, chi, (2, 2), np.zeros((1, 1)))))
+    assert found.per_frame([4, None, 5]) == {
+        "chi_square": [1.0, None, 9.0],
+        "worst_square": [1.0, None, 9.0],
+        "contradicts": [False, None, True],
+    }
+
+
+def surroundings_known():
+    scene = np.random.default_rng(0).random((9, 96, 128), np.float32)
+    return surroundings(keys_of(scene), observe(seen_by(scene, 1000), keys_of(scene)))
+
+
+@pytest.mark.parametrize("shows", ["side-by-side", "result"])
+@pytest.mark.parametrize("suffix", ["webp", "gif", "png", "mp4"])
+def test_a_movie_marks_frames_that_contradict_the_measurement(
+    two_files, tmp_path, hpc_xvr, suffix, shows
+):
+    if suffix == "mp4":
+        pytest.importorskip("av")
+    movie = tmp_path / f"m.{suffix}"
+    call = ["reconstruct", "nearest_hr", *two_files, "--frames", "8:12"]
+    call += ["--out", tmp_path / "m.tif"]
+    said = hpc_xvr(*call, "--movie", movie, "--movie-shows", shows).err
+    found = json.loads((tmp_path / "m-trust.json").read_text())["consistency"]
+    flagged = {one["frame"]: (one["row"], one["column"]) for one in found["contradicts"]}
+    assert 10 in flagged and 8 not in flagged
+    assert f"m.{suffix} marks the frames that contradict the fast camera" in said
+    assert f"it shows {len(flagged)} of these {len(flagged)}" in said
+    sheets = pictures_of(movie, 4)
+    for t, sheet in zip(range(8, 12), sheets, strict=True):
+        half = sheet.shape[1] // 2 if shows == "side-by-side" else 0
+        band = sheet[2:18, half + 8 : -8]  # over the result: white letters on black, or not
+        assert (np.median(band) < 60) == (t in flagged), t
+        if half:
+            assert np.median(sheet[2:18, 8 : half - 8]) > 200
+        if t not in flagged:
+            continue
+        panel = sheet[22:, half + 4 if half else 0 :].astype(int)
+        factor = panel.shape[1] / 128
+        row, column = ((place + 0.5) * factor for place in flagged[t])
+        left = max(column - 2.5 * 4 * factor, 0)
+        near = slice(max(int(left) - 4, 0), int(left) + 8)
+        line = panel[min(max(int(row), 4), panel.shape[0] - 5), near]
+        assert np.abs(np.diff(line)).max() > 60, "the side of a square, white on black"
+
+
+def pictures_of(movie, count):
+    """(H, W) of each frame of a movie, or of a strip's pictures."""
+    if movie.suffix == ".mp4":
+        import av
+
+        with av.open(str(movie)) as file:
+            return [frame.to_ndarray(format="gray") for frame in file.decode(video=0)]
+    with Image.open(movie) as image:
+        if movie.suffix == ".png":
+            sheet = np.asarray(image.convert("L"))
+            height = (sheet.shape[0] + 4) // count
+            return [sheet[i * height : (i + 1) * height - 4] for i in range(count)]
+        return [np.asarray(one.convert("L")) for one in ImageSequence.Iterator(image)]
+
+
+def test_the_table_of_many_shots_names_those_with_flags(two_files, tmp_path, hpc_xvr):
+    table = tmp_path / "pairs.csv"
+    table.write_text("name,lr,hr\nbad,lr.tif,hr.tif\n")
+    call = ["reconstruct", "nearest_hr", "--pairs", table, *two_files[4:], "--out", tmp_path / "o"]
+    said = hpc_xvr(*call).out
+    found = json.loads((tmp_path / "o" / "bad-trust.json").read_text())["consistency"]
+    words = re.sub(r"[^\w ]+", " ", said).split()
+    assert "flagged" in words and words[words.index("made") :][1] == f"{len(found['contradicts'])}"
+    assert len(found["contradicts"]) > 0
 
 
 def test_without_options_frames_are_compared_and_nothing_is_changed(two_files, tmp_path, hpc_xvr):

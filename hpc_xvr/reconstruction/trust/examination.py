@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,8 +37,11 @@ from hpc_xvr.reconstruction.trust.held_out import SPREAD_DB, HeldOut, check, lef
 from hpc_xvr.reconstruction.trust.observation import observe
 from hpc_xvr.reconstruction.trust.uncertainty import Surroundings, deviation, surroundings
 from hpc_xvr.reconstruction.writers import Calibration, check_sequence, write_sequence
+from hpc_xvr.text import parse_json
 
 MAPS = (".h5", ".hdf5")
+PER_FRAME = ("chi_square", "worst_square", "contradicts")
+"""What is stored with each frame of a result."""
 TOLD = 12
 """Frames that a line of the log names."""
 MEANING = (
@@ -163,6 +166,47 @@ class Examination:
         """Frames that the measurement contradicts."""
         return list(self.place)
 
+    @property
+    def judged(self) -> bool:
+        """Is the fast camera's noise known? Else no frame is flagged, whatever it shows."""
+        return self.around.camera.keys > 0
+
+    def per_frame(self, frames: Sequence[int | None]) -> dict[str, list[Any]]:
+        """What is stored with the frames of a result: chi-square, that of the worst square, and
+        whether the measurement contradicts the frame.
+
+        Args:
+            frames: number of each; None: one that is missing.
+        """
+        at = {t: i for i, t in enumerate(self.frames)}
+        places = [None if t is None else at[t] for t in frames]
+
+        def listed(values: Sequence[Any]) -> list[Any]:
+            return [None if i is None else values[i] for i in places]
+
+        flags = [t in self.place for t in self.frames]
+        values = (
+            [round(x, 4) for x in self.chi_square],
+            [round(x, 3) for x in self.worst_square],
+            flags if self.judged else [None] * len(flags),
+        )
+        return {name: listed(these) for name, these in zip(PER_FRAME, values, strict=True)}
+
+    def gist(self, out: Path) -> dict[str, Any]:
+        """What is stored with a result about all of it, and the file that has more."""
+        held = self.held_out
+        return {
+            "file": trust_file(out).name,
+            "judged": self.judged,
+            "contradicts": self.contradicts,
+            "chi_square_median": round(float(np.median(self.chi_square)), 4),
+            "chi_square_largest": round(max(self.chi_square), 4),
+            "enforced": self.enforced,
+            "held_out_psnr_db": held.mean_psnr if held else None,
+            "expected_psnr_db": held.expected_psnr if held else None,
+            "uncertainty": self.uncertainty.name if self.uncertainty else None,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """For a JSON file: all of it, with the limits and units."""
         camera = self.around.camera
@@ -176,7 +220,7 @@ class Examination:
                 "variance_per_intensity": camera.shot,
                 "displacement_fast_pixels": math.sqrt(camera.slope),
                 "dead_pixels": 0 if camera.usable is None else int((~camera.usable).sum()),
-                "known": camera.keys > 0,
+                "known": self.judged,
             },
             "consistency": {
                 "frames": self.frames,
@@ -216,7 +260,7 @@ class Examination:
 
     def tell(self) -> None:
         """A summary in the log; a warning if frames contradict the measurement."""
-        if not self.around.camera.keys:
+        if not self.judged:
             logger.warning(
                 "consistency: the frames are too small to know the fast camera's noise; whether "
                 "they contradict the measurement is not judged"
@@ -248,6 +292,17 @@ class Examination:
 def trust_file(out: Path) -> Path:
     """Where the findings on a movie are written."""
     return out.with_name(f"{out.stem}-trust.json")
+
+
+def flags_of(out: Path) -> tuple[int, int] | None:
+    """How many frames of a result are flagged, and of how many; None: that is not known."""
+    try:
+        found = parse_json(trust_file(out).read_text())
+        consistency = found["consistency"]
+        flags = len(consistency["contradicts"]), len(consistency["frames"])
+        return flags if found["camera"]["known"] else None
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
 
 
 class Examining(NamedTuple):

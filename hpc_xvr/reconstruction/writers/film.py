@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -37,6 +37,19 @@ BAR = 0.25
 """Longest scale bar, of the width of a panel."""
 
 
+class Doubt(NamedTuple):
+    """Something in a frame that is not to be believed, to be marked."""
+
+    panel: int
+    """Number of the panel that shows it."""
+    text: str
+    """What is wrong, in two or three words."""
+    place: tuple[int, int]
+    """Row and column of its middle, in pixels of the largest panel."""
+    side: int
+    """Of the square around it, in the same."""
+
+
 class Movie:
     """Takes the frames of a movie in turn; made by `open_movie`."""
 
@@ -50,7 +63,7 @@ class Movie:
         self._labels = [printable(label) for label in labels]
         self._calibration, self._comment = calibration, printable(comment)
         self._seen, self._stride = 0, 1
-        self._kept: list[tuple[int, list[np.ndarray]]] = []
+        self._kept: list[_Kept] = []
         self._enlarged = 1.0
         if self._kind == ".png":
             self.limit = STRIP_FRAMES
@@ -60,11 +73,24 @@ class Movie:
         """Whether the next frame will be kept; one that will not need not be made."""
         return self._seen % self._stride == 0
 
-    def add(self, panels: Sequence[np.ndarray] | None, number: int | None = None) -> None:
+    @property
+    def marked(self) -> list[int]:
+        """Numbers of the frames with a doubt that the movie shows."""
+        return [kept.number for kept in self._kept if kept.doubt]
+
+    def add(
+        self,
+        panels: Sequence[np.ndarray] | None,
+        number: int | None = None,
+        doubt: Doubt | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> None:
         """The next frame: one array (h, w) in [0, 1] a label, or None if it is not wanted.
 
         Args:
             number: of the frame in the fast recording; default: how many came before.
+            doubt: what is marked: the label on black, and a square around the place.
+            labels: of this frame's panels, where they are others.
         """
         wanted, number = self.wanted, self._seen if number is None else number
         self._seen += 1
@@ -75,10 +101,11 @@ class Movie:
                 f"frame {number} has {len(panels)} panels for {len(self._labels)} labels"
             )
         reduced, self._enlarged = _one_size(panels, MOVIE_WIDTH[self._kind])
-        self._take(number, reduced)
+        told = self._labels if labels is None else [printable(label) for label in labels]
+        self._take(_Kept(number, reduced, doubt, told))
 
-    def _take(self, number: int, panels: list[np.ndarray]) -> None:
-        self._kept.append((number, panels))
+    def _take(self, kept: _Kept) -> None:
+        self._kept.append(kept)
         if self.limit is not None and len(self._kept) > self.limit:
             self._kept, self._stride = self._kept[::2], 2 * self._stride
 
@@ -90,7 +117,7 @@ class Movie:
         """
         levels = self._levels()
         greys = GIF_GREYS if self._kind == ".gif" else 256
-        sheets = [self._sheet(number, panels, levels, greys) for number, panels in self._kept]
+        sheets = [self._sheet(kept, levels, greys) for kept in self._kept]
         if self._kind == ".png":
             told = PngImagePlugin.PngInfo()
             told.add_text("Comment", self._comment)
@@ -114,15 +141,14 @@ class Movie:
         """Black and white: of the last panels, as the first one may be of another camera."""
         if not self._kept:
             raise InputError(f"{self._path}: there are no frames to show")
-        shown = [panel for _, panels in self._kept for panel in panels[1:]]
-        stack = np.stack(shown or [panels[0] for _, panels in self._kept])
+        shown = [panel for kept in self._kept for panel in kept.panels[1:]]
+        stack = np.stack(shown or [kept.panels[0] for kept in self._kept])
         low, high = np.percentile(stack, (0.2, 99.8))
         return float(low), float(max(high, low + 1e-6))
 
-    def _sheet(
-        self, number: int, panels: Sequence[np.ndarray], levels: tuple[float, float], greys: int
-    ) -> Image.Image:
+    def _sheet(self, kept: _Kept, levels: tuple[float, float], greys: int) -> Image.Image:
         """The panels of a frame with their labels, the scale bar in the last one."""
+        number, panels, doubt, labels = kept
         height, width = panels[0].shape
         font = _font()
         stacked = _stacked(height, width)
@@ -131,24 +157,27 @@ class Movie:
             "L", (columns * (width + LINE) - LINE, rows * (height + BAND + LINE) - LINE), 255
         )
         draw = ImageDraw.Draw(sheet)
+        note = self._note(number)
+        corner = 0 if stacked else len(panels) - 1  # number of the panel whose band has the note
         x = y = 0
-        for i, (panel, label) in enumerate(zip(panels, self._labels, strict=True)):
+        for i, (panel, label) in enumerate(zip(panels, labels, strict=True)):
             x, y = (0, i * (height + BAND + LINE)) if stacked else (i * (width + LINE), 0)
             level = np.rint(
                 np.clip((panel - levels[0]) / (levels[1] - levels[0]), 0, 1) * (greys - 1)
             )
             grey = Image.fromarray((level * (255 / (greys - 1))).astype(np.uint8))
             sheet.paste(grey, (x, y + BAND))
-            draw.text((x + 4, y + 3), label, fill=0, font=font)
+            wordings, inks = [label], (0, 90)
+            if doubt and doubt.panel == i:
+                _mark(draw, doubt, (x, y + BAND, width, height), self._enlarged)
+                wordings, inks = [f"{label}: {doubt.text}", doubt.text], (255, 190)
+            notes = [note, note.partition(", ")[2], ""] if i == corner else [""]
+            text, beside = _fitting(draw, wordings, notes, width)
+            draw.text((x + 4, y + 3), text, fill=inks[0], font=font)
+            draw.text((x + width - 4, y + 3), beside, fill=inks[1], font=font, anchor="ra")
         if self._calibration.pixel_size_um:
             size = self._calibration.pixel_size_um / self._enlarged
             _scale_bar(draw, (x, y + BAND, width, height), size, font)
-        note = self._note(number)
-        room = width - draw.textlength(self._labels[-1 if not stacked else 0], font=font) - 12
-        for text in (note, note.partition(", ")[2]):
-            if text and draw.textlength(text, font=font) < room:
-                draw.text((sheet.width - 4, 3), text, fill=90, font=font, anchor="ra")
-                break
         return sheet
 
     def _note(self, number: int) -> str:
@@ -174,9 +203,14 @@ class _Film(Movie):
         self._stream: Any = None
         self._range: tuple[float, float] | None = None
         self._outside = self._pixels = 0
+        self._marked: list[int] = []
 
-    def _take(self, number: int, panels: list[np.ndarray]) -> None:
-        self._kept.append((number, panels))
+    @property
+    def marked(self) -> list[int]:
+        return [*self._marked, *super().marked]
+
+    def _take(self, kept: _Kept) -> None:
+        self._kept.append(kept)
         if self._range is None and len(self._kept) < SAMPLE:
             return
         self._encode()
@@ -187,13 +221,14 @@ class _Film(Movie):
             spare = 0.05 * (high - low)  # later frames may be brighter or darker
             self._range = low - spare, high + spare
         low, high = self._range
-        for number, panels in self._kept:
-            last = panels[-1]
+        for kept in self._kept:
+            last = kept.panels[-1]
             self._outside += int(np.count_nonzero((last < low) | (last > high)))
             self._pixels += last.size
-            grey = np.asarray(self._sheet(number, panels, self._range, 256))
+            grey = np.asarray(self._sheet(kept, self._range, 256))
             grey = np.pad(grey, [(0, n % 2) for n in grey.shape], constant_values=255)
             self._send(np.stack([grey] * 3, -1))
+        self._marked = self.marked
         self._kept = []
 
     def _send(self, picture: np.ndarray) -> None:
@@ -226,6 +261,15 @@ class _Film(Movie):
         """Let go of a film that is not finished."""
         with contextlib.suppress(Exception):
             self._file.close()
+
+
+class _Kept(NamedTuple):
+    """A frame that is shown."""
+
+    number: int
+    panels: list[np.ndarray]
+    doubt: Doubt | None
+    labels: Sequence[str]
 
 
 @contextlib.contextmanager
@@ -289,6 +333,24 @@ def write_movie(
     return Path(path)
 
 
+def frames_shown(path: Path, frames: range, keys: Collection[int]) -> range:
+    """Which frames of a reconstruction a movie of this kind shows: MP4 all, others so few that they
+    fit, evenly spread; and as few key frames among them as may be, which are as they were recorded
+    and show nothing of the reconstruction.
+
+    Args:
+        frames: numbers of those that there are.
+        keys: numbers of the key frames.
+    """
+    kind = path.suffix.lower()
+    limit = STRIP_FRAMES if kind == ".png" else MOVIE_FRAMES
+    least = -(-len(frames) // limit)
+    if kind == ".mp4" or least <= 1:
+        return frames
+    spread = [frames[start::step] for step in range(least, least + 4) for start in (0, step // 2)]
+    return min(spread, key=lambda some: (sum(t in keys for t in some) / len(some), some.step))
+
+
 def check_movie(path: Path) -> None:
     """Refuse a path that `write_movie` could not write, before the frames are computed.
 
@@ -337,6 +399,41 @@ def _font() -> Any:
 
 def _stacked(height: int, width: int) -> bool:
     return width > 2 * height
+
+
+def _fitting(
+    draw: ImageDraw.ImageDraw, wordings: Sequence[str], notes: Sequence[str], width: int
+) -> tuple[str, str]:
+    """A wording and a note that fit into a band side by side, the first ones that do: rather a
+    short wording than no note. Where nothing fits, the last wording alone."""
+    pairs = [(wording, note) for note in notes for wording in wordings]
+
+    def fits(pair: tuple[str, str]) -> bool:
+        return sum(draw.textlength(text, font=_font()) for text in pair) < width - 16
+
+    return next(filter(fits, pairs), (wordings[-1], ""))
+
+
+def _mark(
+    draw: ImageDraw.ImageDraw, doubt: Doubt, box: tuple[int, int, int, int], enlarged: float
+) -> None:
+    """Blacken the band over a panel (x, y, w, h), and draw a square around the place in it."""
+    x, y, width, height = box
+    draw.rectangle((x, y - BAND, x + width - 1, y - 1), fill=0)
+    half = max(doubt.side * enlarged / 2, 5.0)
+    middle = [(place + 0.5) * enlarged for place in doubt.place]
+    top, left = (round(m - half) for m in middle)
+    bottom, right = (round(m + half) for m in middle)
+    for grow, grey in ((1, 0), (0, 255), (-1, 0)):  # seen on any grey
+        draw.rectangle(
+            (
+                x + min(max(left - grow, 0), width - 1),
+                y + min(max(top - grow, 0), height - 1),
+                x + max(min(right + grow, width - 1), 0),
+                y + max(min(bottom + grow, height - 1), 0),
+            ),
+            outline=grey,
+        )
 
 
 def _scale_bar(
