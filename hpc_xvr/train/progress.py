@@ -26,9 +26,7 @@ class Progress:
     target: float | None = None
 
     @classmethod
-    def of(
-        cls, state: dict[str, Any] | None, steps: int, target: float | None = None
-    ) -> Progress:
+    def of(cls, state: dict[str, Any] | None, steps: int, target: float | None = None) -> Progress:
         """From a checkpoint's state, or from the start where there is none."""
         if state is None:
             return cls(steps, target=target)

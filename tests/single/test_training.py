@@ -453,7 +453,7 @@ def test_a_target_without_recordings_to_measure_it_on_is_refused(tmp_path, pulse
     folder = tmp_path / "corpus"
     about = load(PULSE).simulate.model_copy(update={"videos": 1, "splits": {"train": 1.0}})
     simulate_corpus(about, folder)
-    with pytest.raises(InputError, match="target_psnr 30: .* has no validation recordings"):
+    with pytest.raises(InputError, match=r"target_psnr 30: .* has no validation recordings"):
         resumed(tmp_path / "run", folder, "train.target_psnr=30", resume=False)
 
 
