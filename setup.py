@@ -83,6 +83,7 @@ setup(
         "codecs": ["imagecodecs>=2024.1"],  # TIFF of LZW, JPEG 2000, packed 12 bit, ...
         "movie": ["av>=12"],  # MP4
         "pva": ["pvapy>=5.4"],  # cameras that send their frames over EPICS
+        "mlperf": ["mlperf-logging>=4"],  # logs of benchmarks/time_to_quality.py, and their check
         "docs": [  # the documents and their notebooks; they are built in the tests
             "ipykernel>=6",
             "myst-nb>=1.1",
@@ -98,6 +99,7 @@ setup(
             "hdf5plugin>=4.1",  # HDF5 with bitshuffle is read in a test
             "hypothesis",
             "import-linter>=2",
+            'mlperf-logging>=4; python_version >= "3.11"',  # accepts the logs of a benchmark
             "mypy>=1.11",
             'nxtomo>=3; python_version >= "3.11"',  # with silx, reads NeXus of ours
             "pims>=0.7",  # its reading of .cine files is what ours is compared with

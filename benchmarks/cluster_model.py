@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 SIZES = (4, 8, 16, 32, 40, 64, 128, 256, 512, 1024)
-PUBLISHED_GPUS = 40
+PUBLISHED_GPUS = 40  # A100, four a node
+PUBLISHED_STEPS = 30_000
+PUBLISHED_SPEEDUP = 10.0  # "about 10x", end to end, over a beamline's own machine that is not named
 FLOPS = 250.9e9  # forward and backward of a published 96x96 sample
 GRADIENTS = 40_036_132  # bytes in float32
 SAMPLE = 6 * 96 * 96  # bytes read for one: three low-resolution crops' sources, two keys, the truth
@@ -139,6 +141,11 @@ def strong(c: Cluster, gpus: int, whole: int, choice: Choice, shape: np.ndarray)
     """Efficiency of a fixed global batch against GPUs that do ideal work at the same MFU."""
     each = step(c, gpus, replace(choice, batch=max(1, whole // gpus)), shape)
     return each["work"] / each["step"]
+
+
+def speedup(c: Cluster, gpus: int, local: int, choice: Choice, shape: np.ndarray) -> float:
+    """Samples a second of so many GPUs over those of a machine with `local` ones of the kind."""
+    return gpus * weak(c, gpus, choice, shape) / (local * weak(c, local, choice, shape))
 
 
 def limits(parts: dict[str, float]) -> str:

@@ -53,6 +53,37 @@ def show_check(checked: list[dict[str, Any]], spread: float) -> None:
     )
 
 
+def check_published(c: model.Cluster, choice: model.Choice, shape: np.ndarray) -> dict[str, float]:
+    """Print the published run (40 A100) as the model sees it.
+
+    Published is one figure, its speed against a machine that is not named: so the check is for how
+    many GPUs in that machine the two agree.
+    """
+    n = model.PUBLISHED_GPUS
+    minutes = model.PUBLISHED_STEPS * model.step(c, n, choice, shape)["step"] / 60
+    worth = n * model.weak(c, n, choice, shape) / model.PUBLISHED_SPEEDUP
+    figures = {
+        f"published_minutes[{c.name},{n}]": minutes,
+        f"published_local_worth[{c.name}]": worth,
+    }
+    rows = []
+    for local in (1, 2, 4, 8):
+        faster = model.speedup(c, n, local, choice, shape)
+        figures[f"published_speedup[{c.name},{local}]"] = faster
+        off = faster / model.PUBLISHED_SPEEDUP - 1
+        rows.append((str(local), f"{faster:.1f}", f"{100 * off:+.0f}"))
+    log.print_table(
+        f"{n} {c.name}: about {model.PUBLISHED_SPEEDUP:g} times a beamline's machine (published)",
+        ["GPUs in that machine", "predicted speed-up", "off by %"],
+        rows,
+    )
+    print(
+        f"They agree on a machine worth {worth:.1f} {c.name}. {model.PUBLISHED_STEPS:,} steps of "
+        f"{choice.batch} samples a GPU would take {minutes:.0f} min."
+    )
+    return figures
+
+
 def figures_of_check(checked: list[dict[str, Any]]) -> dict[str, float]:
     errors = [abs(row["error"]) for row in checked]
     figures = {
@@ -144,6 +175,7 @@ def main(
         replace(c, noise=c.noise if noise is None else noise, mfu=mfu or c.mfu)
         for c in model.CLUSTERS
     ]
+    result |= check_published(clusters[0], choice, shape)
     limited: dict[str, str] = {}
     for c in clusters:
         figures, limits = plan(c, choice, whole, shape)

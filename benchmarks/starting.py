@@ -33,7 +33,7 @@ def refuse_launcher() -> None:
         raise click.UsageError("start it without mpirun: it starts mpirun itself")
 
 
-def ranks_options(default: str) -> Callable[[Command], Command]:
+def ranks_options(default: str, engines: str = "horovod,torch") -> Callable[[Command], Command]:
     """Options of programs that start ranks: --ranks, --engines, --device, --mpirun."""
     options = (
         click.option(
@@ -43,7 +43,7 @@ def ranks_options(default: str) -> Callable[[Command], Command]:
             help="How ranks are started.",
         ),
         click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu"),
-        click.option("--engines", default="horovod,torch"),
+        click.option("--engines", default=engines),
         click.option("--ranks", default=default, help="How many ranks are measured: 1,2,4."),
     )
     return lambda command: reduce(lambda made, option: option(made), options, command)

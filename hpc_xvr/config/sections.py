@@ -323,6 +323,10 @@ class Train(Section):
     """Activation checkpointing: keep fewer activations and compute them again in the backward
     pass; those of the MLPs, or all of each transformer block. `hpc-xvr train --find-batch` shows
     what fits."""
+    target_psnr: Annotated[float, Field(gt=0)] | None = None
+    """Mean PSNR (dB) of a validation at which the run is done before its last step, as for
+    `benchmarks/time_to_quality.py`. The learning rate falls as if all steps were made. Default:
+    all steps are."""
     log_every: Positive = 100
     """Steps between two lines of metrics."""
     nonfinite_limit: Positive = 10

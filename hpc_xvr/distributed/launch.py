@@ -34,14 +34,20 @@ _LAUNCHERS: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         ("OMPI_COMM_WORLD_LOCAL_RANK",),
         ("OMPI_COMM_WORLD_LOCAL_SIZE",),
     ),
-    "PALS": ("PALS_RANKID", "PMI_SIZE", ("PALS_LOCAL_RANKID",), ("PALS_LOCAL_SIZE",)),
-    "PMI": (
+    "PALS": (
+        "PALS_RANKID",
+        "PMI_SIZE",
+        ("PALS_LOCAL_RANKID",),
+        ("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE"),
+    ),
+    "PMI": (  # MPICH, Cray MPICH and Intel MPI, by their own mpiexec or a scheduler's PMI
         "PMI_RANK",
         "PMI_SIZE",
-        ("PMI_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
+        ("PMI_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "FLUX_TASK_LOCAL_ID"),
         ("PMI_LOCAL_SIZE", "MPI_LOCALNRANKS"),
     ),
     "torchrun": ("RANK", "WORLD_SIZE", ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE",)),
+    "flux": ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", ("FLUX_TASK_LOCAL_ID",), ()),
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", ("SLURM_LOCALID",), ()),
 }
 

@@ -80,7 +80,7 @@ def first_host(launch: Launch, environment: Mapping[str, str] = os.environ) -> s
     """Host of rank 0: the first of the job's nodes."""
     if "MASTER_ADDR" in environment:
         return environment["MASTER_ADDR"]
-    if launch.size == launch.local_size:
+    if launch.size == launch.local_size or environment.get("FLUX_JOB_NNODES") == "1":
         return LOOPBACK
     for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"):
         found = re.match(r"([^\[,]+)(?:\[(\d+))?", environment.get(name, ""))

@@ -49,9 +49,11 @@ def newest_step(run: Path) -> int:
 
 
 def is_done(run: Path, steps: int) -> bool:
-    """Whether the run's marker is there and names its last step, or a later one."""
+    """Whether the run's marker is there and names its last step, or a later one, or the target
+    (train.target_psnr) that it reached before."""
     try:
-        return int(json.loads((run / "done.json").read_text())["step"]) >= steps
+        marker = json.loads((run / "done.json").read_text())
+        return int(marker["step"]) >= steps or float(marker["target_psnr"]) > 0
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -64,6 +65,7 @@ class Trainer:
         stopping: Stopping | None = None,
         strict: bool = False,
     ) -> None:
+        self._made, self._staging_s = time.monotonic(), 0.0
         self.cfg, self.comm = cfg, comm
         self.stopping = stopping or Stopping()
         self.share = comm.together(lambda: Share.of(cfg.train, comm.rank, comm.size))
@@ -80,7 +82,7 @@ class Trainer:
         self._held = ExitStack()  # the run folder's lock and files
         self._recordings = self.samples.summary() if comm.is_root else None
         state = comm.on_root(lambda: self._open_folder(resume, model, strict))
-        self.progress = Progress.of(state, cfg.train.steps)
+        self.progress = Progress.of(state, cfg.train.steps, cfg.train.target_psnr)
         parts = self.share.micro_batches
         self.learner = Learner(model, precision, cfg, comm, self.task, parts, state)
         self.checkpoints = self._checkpoint_writer()
@@ -133,8 +135,10 @@ class Trainer:
         return self.task.flops(self.learner.model)
 
     def run(self) -> bool:
-        """Train to the last step. False: stopped before it, with a checkpoint."""
+        """Train to the last step, or the target. False: stopped before it, with a checkpoint."""
+        began = time.monotonic()
         self.stage()
+        self._staging_s = time.monotonic() - began
         self.stopping.listen()
         first = self.progress.step
         sampler = Sampler(self.comm, self.cfg.run.dir, self.cfg.run.utilisation_s)
@@ -166,11 +170,12 @@ class Trainer:
     def _train(self) -> bool:
         cfg, progress = self.cfg, self.progress
         batches = self.batches()
-        if progress.unvalidated:
-            self._validate()
+        if progress.unvalidated and self._validate() and progress.finished:
+            self.save()  # it is the best one
         self.comm.any_lagged(False)  # forget what an earlier run on these ranks was asked
         self.clock.reset()
         self.stopping.begin()
+        self.reporter.begins(progress.step, time.monotonic() - self._made, self._staging_s)
         while not progress.finished:
             self.train_step(progress.step, batches)
             progress.step += 1
@@ -189,7 +194,9 @@ class Trainer:
             if stop:
                 return self._leave()
         self.checkpoints.finish()
-        self.comm.on_root(lambda: mark_done(cfg.run.dir, progress.step))
+        self.reporter.ended(progress)
+        target = progress.target if progress.reached else None
+        self.comm.on_root(lambda: mark_done(cfg.run.dir, progress.step, target))
         return True
 
     def train_step(self, step: int, batches: Iterator[Batch]) -> None:

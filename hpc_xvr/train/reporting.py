@@ -18,6 +18,7 @@ from hpc_xvr.errors import explain_os_error
 from hpc_xvr.files import write_atomic
 from hpc_xvr.log import Pace, duration, logger
 from hpc_xvr.text import parse_json
+from hpc_xvr.train.progress import Progress
 from hpc_xvr.train.share import Share
 
 
@@ -75,6 +76,23 @@ class Reporter:
             *recordings,
             steps_per_epoch,
         )
+
+    def begins(self, step: int, opening_s: float, staging_s: float) -> None:
+        """The first step comes now; seconds since the trainer turned to the corpus, and those of
+        them in which recordings were copied to the nodes."""
+        if self._metrics:
+            self._metrics.write("start", step, opening_s=opening_s, staging_s=staging_s)
+
+    def ended(self, progress: Progress) -> None:
+        """No step is left, or none needed."""
+        target, best = progress.target, progress.best
+        if not self._metrics or target is None or best is None:
+            return
+        at = f"validation PSNR {best['psnr']:.2f} dB at step {best['step']}"
+        if progress.reached:
+            logger.info("%s: the target of %g dB is reached, the run is done", at, target)
+        else:
+            logger.warning("the target of %g dB was not reached; best %s", target, at)
 
     def passed(self, step: int) -> None:
         """A step is done; tells the log if nothing else has for a minute."""

@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "data.damaged",
     "data.stage_dir",
     "train.log_every",
+    "train.target_psnr",
     "train.micro_batch",
     "train.weights",
 )
@@ -42,17 +43,25 @@ DONE = "done.json"  # there once the last step is saved and validated; job scrip
 
 
 def finished(cfg: Config) -> int | None:
-    """The last step of a run that is done, None for one that is not; rank 0 calls it."""
+    """The step at which a run was done, None for one that is not; rank 0 calls it."""
     try:
-        step = parse_json((cfg.run.dir / DONE).read_text())["step"]
+        marker = parse_json((cfg.run.dir / DONE).read_text())
+        step = marker["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return step if isinstance(step, int) and step >= cfg.train.steps else None
+    if not isinstance(step, int):
+        return None
+    wanted, reached = cfg.train.target_psnr, marker.get("target_psnr")
+    enough = wanted is not None and isinstance(reached, (int, float)) and reached >= wanted
+    return step if step >= cfg.train.steps or enough else None
 
 
-def mark_done(folder: Path, step: int) -> None:
-    """Say that the run has reached its last step, with nothing left to do."""
-    text = json.dumps({"step": step, "time": round(time.time(), 3)}).encode()
+def mark_done(folder: Path, step: int, target: float | None = None) -> None:
+    """Say that the run has reached its last step, or its target (dB), with nothing left to do."""
+    marker = {"step": step, "time": round(time.time(), 3)}
+    if target is not None:
+        marker["target_psnr"] = target
+    text = json.dumps(marker).encode()
     write_atomic(folder / DONE, lambda file: file.write(text + b"\n"))
 
 

@@ -37,6 +37,11 @@ class Validator:
             read = self._read_window
         samples = [self._unless_damaged(read, *place) for place in places[comm.rank :: comm.size]]
         self._mine = [sample for sample in samples if sample is not None]
+        if not places and cfg.train.target_psnr is not None:
+            raise InputError(
+                f"train.target_psnr {cfg.train.target_psnr:g}: {cfg.data.corpus} has no validation "
+                "recordings to measure it on; add some, or leave it out"
+            )
         self.count = len(places)
         """Samples to validate on all ranks, damaged ones included."""
         self._references: dict[str, float] | None = None

@@ -430,6 +430,7 @@ def test_a_script_by_hand_finds_the_package_and_the_environment_of_its_checkout(
         ({"PMI_LOCAL_RANK": "3", "XVR_GPUS": "3 2 1 0"}, "0"),
         ({"PALS_LOCAL_RANKID": "1", "XVR_GPUS": "3 2 1 0"}, "2"),
         ({"SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, "GPU-b"),
+        ({"FLUX_TASK_LOCAL_ID": "1", "XVR_GPUS": "3 2 1 0"}, "2"),
         ({"SLURM_LOCALID": "5", "CUDA_VISIBLE_DEVICES": "4,5"}, "4,5"),
         ({"CUDA_VISIBLE_DEVICES": "4,5"}, "4,5"),
     ],

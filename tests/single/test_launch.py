@@ -22,6 +22,14 @@ OMPI = {
 }
 SECRET = {"HPC_XVR_SECRET": "open sesame"}
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2"}
+FLUX = {
+    "FLUX_JOB_ID": "f2B8x",
+    "FLUX_JOB_NNODES": "2",
+    "FLUX_JOB_SIZE": "6",
+    "FLUX_TASK_RANK": "5",
+    "FLUX_TASK_LOCAL_ID": "2",
+}
+PMI = {"PMI_RANK": "5", "PMI_SIZE": "6"}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +46,20 @@ SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2"}
             {"PALS_RANKID": "7", "PMI_SIZE": "16", "PMI_RANK": "7", "PALS_LOCAL_RANKID": "3"},
             ("PALS", 7, 16, 3, None),
         ),
+        (
+            {**PMI, "PALS_RANKID": "5", "PALS_LOCAL_RANKID": "2", "PMI_LOCAL_SIZE": "3"},
+            ("PALS", 5, 6, 2, 3),
+        ),
         (SRUN, ("srun", 5, 6, 2, None)),
+        ({**SRUN, "PMIX_RANK": "5", "PMIX_NAMESPACE": "x"}, ("srun", 5, 6, 2, None)),  # --mpi=pmix
+        ({**SRUN, **PMI}, ("PMI", 5, 6, 2, None)),  # --mpi=pmi2
+        (  # MPICH's and Intel MPI's own mpiexec inside a Slurm job
+            {**SRUN, "PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"},
+            ("PMI", 1, 4, 1, None),
+        ),
+        (FLUX, ("flux", 5, 6, 2, None)),
+        ({**FLUX, **PMI}, ("PMI", 5, 6, 2, None)),  # its PMI, which MPICH uses
+        ({**FLUX, **OMPI}, ("Open MPI", 3, 8, 1, 2)),  # mpirun inside a Flux job
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (None, 0, 1, None, None)),  # a batch script
         (
             {
@@ -63,6 +84,8 @@ def test_each_launcher_is_recognised(environment, expected):
     [
         ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE"),
         ({"PMI_RANK": "4", "PMI_SIZE": "4"}, "does not fit"),
+        ({"PALS_RANKID": "1", "PALS_LOCAL_RANKID": "1"}, "PALS set its rank but not PMI_SIZE"),
+        ({"FLUX_TASK_RANK": "1", "FLUX_TASK_LOCAL_ID": "1"}, "flux set its rank but not FLUX_JOB"),
         ({"PMI_RANK": "x", "PMI_SIZE": "4"}, "not a number"),
     ],
 )
@@ -158,8 +181,8 @@ def test_every_situation_has_an_engine_or_an_error():
     """MPI is not asked where torchrun or nobody has started us; one rank alone is all of one."""
     by_mpi = itertools.product(("Open MPI", "PALS", "PMI"), (1, 4), ("missing", "all", "other"))
     situations = [*by_mpi, *itertools.product(("Open MPI", "PALS", "PMI"), (4,), ("alone",))]
-    situations += itertools.product(("srun",), (4,), ("missing", "all", "alone", "other"))
-    situations += [(who, 1, "not asked") for who in (None, "srun", "torchrun")]
+    situations += itertools.product(("srun", "flux"), (4,), ("missing", "all", "alone", "other"))
+    situations += [(who, 1, "not asked") for who in (None, "srun", "flux", "torchrun")]
     situations += [("torchrun", 4, "not asked")]
     for (launcher, ranks, sees), wish, gradients in itertools.product(
         situations, ("auto", "serial", "horovod", "torch"), ("none", "fp16", "bf16")
@@ -193,6 +216,11 @@ def test_without_a_list_of_nodes_the_user_is_asked_for_the_host(tmp_path):
     far = launch.Launch("PALS", 1, 8, 1)
     assert rendezvous.first_host(far, {"PBS_NODEFILE": str(nodes)}) == "x3001"
     assert rendezvous.first_host(launch.Launch("PMI", 1, 2, 1, 2), {}) == "127.0.0.1"
+    assert rendezvous.first_host(launch.Launch("flux", 1, 2, 1), {"FLUX_JOB_NNODES": "1"}) == (
+        "127.0.0.1"
+    )
+    with pytest.raises(InputError, match=r"flux started 6 ranks.*MASTER_ADDR"):
+        rendezvous.first_host(launch.Launch("flux", 5, 6, 2), FLUX)
     with pytest.raises(InputError, match="MASTER_ADDR"):
         rendezvous.first_host(far, {})
 
@@ -243,18 +271,24 @@ comm.leave(0)
 """
 
 
-def test_torch_needs_no_mpi_where_the_launcher_tells_rank_and_size():
-    """As `srun -n 2` without PMIx, where MPI would be two worlds of one."""
-    job = {
-        **SECRET,
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_JOB_ID": str(os.getpid()),
-        "MASTER_ADDR": "127.0.0.1",
-    }
+OF_SLURM = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "4711", "MASTER_ADDR": "127.0.0.1"}
+OF_FLUX = {"FLUX_JOB_SIZE": "2", "FLUX_JOB_ID": "f2B8x", "FLUX_JOB_NNODES": "1"}
+
+
+@pytest.mark.parametrize(
+    ("job", "rank_is", "local_is"),
+    [
+        (OF_SLURM, "SLURM_PROCID", "SLURM_LOCALID"),
+        (OF_FLUX, "FLUX_TASK_RANK", "FLUX_TASK_LOCAL_ID"),
+    ],
+)
+def test_torch_needs_no_mpi_where_the_launcher_tells_rank_and_size(job, rank_is, local_is):
+    """As `srun -n 2` without PMIx, or `flux run -n 2`, where MPI would be two worlds of one."""
+    job = {**job, "HPC_XVR_SECRET": f"open sesame {os.getpid()}"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", PAIR],
-            env={**os.environ, **job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
+            env={**os.environ, **job, rank_is: str(rank), local_is: str(rank)},
             cwd=Path(__file__).resolve().parents[2],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -155,3 +155,14 @@ def test_the_benchmarks_run_from_measurement_to_plan(tmp_path):
     each = [plan[f"samples_per_s[A100,{n}]"] / n for n in (4, 40)]
     assert weak[1] / weak[0] == pytest.approx(each[1] / each[0])
     assert 0.5 < weak[1] < weak[0] < 1
+
+
+def test_the_published_run_is_as_fast_as_published_beside_a_machine_of_four():
+    """Over one GPU the speed-up is efficiency times GPUs; over more, their share of it."""
+    choice = model.Choice(10)
+    n = model.PUBLISHED_GPUS
+    alone = model.speedup(A100, n, 1, choice, SHAPE)
+    assert alone == pytest.approx(n * model.weak(A100, n, choice, SHAPE))
+    four = model.speedup(A100, n, 4, choice, SHAPE)
+    assert four == pytest.approx(alone / 4 / model.weak(A100, 4, choice, SHAPE))
+    assert four == pytest.approx(model.PUBLISHED_SPEEDUP, rel=0.1)

@@ -46,6 +46,8 @@ def test_the_newest_checkpoint_is_read_from_the_names_that_are_whole(chain, tmp_
         ('{"step": 9, "time": 1.0}', True),
         ('{\n "step": 10}', True),
         ('{"step": 8}', False),
+        ('{"step": 8, "target_psnr": 31.5}', True),  # no more steps are needed
+        ('{"step": 8, "target_psnr": null}', False),
         ('{"step": null}', False),
         ("{}", False),
         ("[9]", False),

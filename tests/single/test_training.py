@@ -16,6 +16,7 @@ from hpc_xvr.config import Optim, Train, check, load
 from hpc_xvr.data.corpus import Corpus
 from hpc_xvr.data.samples.sample import window_sample
 from hpc_xvr.data.samples.training import TrainingSamples
+from hpc_xvr.data.simulate.corpus import simulate_corpus
 from hpc_xvr.distributed.comm import Comm
 from hpc_xvr.errors import InputError
 from hpc_xvr.evaluate.workflow import evaluate
@@ -231,8 +232,9 @@ def test_loss_and_gradient_norm_of_the_first_step_are_those_of_its_samples(train
     loss = (output - batch["target"]).abs().sum() / (4 * 32 * 32)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-    assert lines[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    assert lines[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    first = next(line for line in lines if line["kind"] == "train")
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(norm, rel=1e-5)
 
 
 class HostReads(TorchDispatchMode):
@@ -411,6 +413,48 @@ def test_a_run_asked_to_stop_saves_first_and_validates_when_it_goes_on(tmp_path,
     more = resumed(run, pulse_corpus, "train.steps=7")
     assert not (run / "done.json").exists(), "more steps are asked for"
     more.close()
+
+
+def test_a_run_is_done_at_its_target_and_goes_on_for_a_higher_one(tmp_path, pulse_corpus, hpc_xvr):
+    run, often = tmp_path / "run", ["validation.every=1", "checkpoint.every=100"]
+    trainer = resumed(run, pulse_corpus, *often, "train.target_psnr=1", resume=False)
+    assert trainer.run() is True
+    trainer.close()
+    assert steps_on_disk(run) == [1], "saved, although neither its last step nor one of `every`"
+    done = json.loads((run / "done.json").read_text())
+    assert (done["step"], done["target_psnr"]) == (1, 1.0)
+    start = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert start["kind"] == "start"
+    assert 0 < start["staging_s"] < start["opening_s"] < 60
+    common = [f"data.corpus={pulse_corpus}", f"run.dir={run}", "run.threads=1", *often]
+    settings = [word for text in common for word in ("--set", text)]
+    again = hpc_xvr("train", PULSE, "--resume", *settings, "--set", "train.target_psnr=1")
+    assert "is done (step 1); nothing to do" in again.err
+    higher = hpc_xvr("train", PULSE, "--resume", *settings, "--set", "train.target_psnr=90")
+    assert "the target of 90 dB was not reached; best validation PSNR" in higher.err
+    assert json.loads((run / "done.json").read_text())["step"] == 6
+    assert "target_psnr" not in json.loads((run / "done.json").read_text())
+
+
+def test_a_target_that_a_stopped_run_reached_is_seen_when_it_goes_on(tmp_path, pulse_corpus):
+    run, often = tmp_path / "run", ["validation.every=2", "train.target_psnr=1"]
+    trainer = resumed(run, pulse_corpus, *often, resume=False)
+    trainer.stopping.reason = "by a test"
+    assert trainer.run() is False
+    trainer.close()
+    trainer = resumed(run, pulse_corpus, *often)
+    assert trainer.run() is True
+    trainer.close()
+    assert trainer.progress.step == 2
+    assert read_weights(run, "best").step == 2
+
+
+def test_a_target_without_recordings_to_measure_it_on_is_refused(tmp_path, pulse_corpus):
+    folder = tmp_path / "corpus"
+    about = load(PULSE).simulate.model_copy(update={"videos": 1, "splits": {"train": 1.0}})
+    simulate_corpus(about, folder)
+    with pytest.raises(InputError, match=r"target_psnr 30: .* has no validation recordings"):
+        resumed(tmp_path / "run", folder, "train.target_psnr=30", resume=False)
 
 
 def test_a_run_stops_before_its_time_is_over(tmp_path, pulse_corpus):
