@@ -263,7 +263,7 @@ class Follower:
                 self._last = next(self._stored([(keys[1], key)], material))
             self._told(frames, needed, sorted(material.keys).index(keys[1]))
             self._grey.check(material, keys[1])
-        self._needed = 2 * times[-1] - times[-2], len(times) + 1
+        self._needed = times[-1] + int(min(np.diff(times))) + 1, len(times) + 1
 
     def _stored(
         self, numbered: Iterable[tuple[int, np.ndarray]], material: Material

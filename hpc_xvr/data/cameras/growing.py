@@ -164,7 +164,7 @@ class GrowingHdf5:
         except CannotFollow:
             raise
         except InputError as error:  # it may be between two states
-            self.waiting = str(error)
+            self.waiting, self._looked = str(error), before
             return False
         self._state, self._swmr = state, self._swmr or swmr
         if frames < self.frames:
@@ -230,6 +230,8 @@ class GrowingFolder:
         self._template: re.Pattern[str] | None = None
         self._lowest = self._step = 0
         self._complete: list[Path] = []
+        self._done: set[str] = set()
+        """The names of those."""
         self._first: tuple[int, int] | None = None
         self._states: dict[str, tuple[tuple[int, int], float]] = {}
         """Size and time of change of files that are not complete yet, and when they were first
@@ -278,12 +280,13 @@ class GrowingFolder:
             if not self._complete:
                 self._first = self._state(self.path / name)
             self._complete.append(self.path / name)
+            self._done.add(name)
             self.frames += 1
             self._arrivals.note(self.frames, min(when, time.time()))
 
     def _check_same(self, device: int, inode: int, names: list[str]) -> None:
         if self.frames:
-            gone = {path.name for path in self._complete} - set(names)
+            gone = self._done - set(names)
             if gone:
                 raise CannotFollow(
                     f"{self.path}: has shrunk: {len(gone)} of its {self.frames} complete frames "
