@@ -569,3 +569,9 @@ def test_windows_that_reach_beyond_a_gap_wait_for_their_frames(tmp_path, log):
     anew = tmp_path / "offline" / "movie.tif"
     reconstruct_with(method, CPU, source(tmp_path), out=anew, wanted=Wanted())
     assert out.read_bytes() == anew.read_bytes()
+
+
+def test_it_is_told_that_the_cameras_are_faster(tmp_path, log):
+    with writing(tmp_path, pause=0):
+        follow(tmp_path)
+    assert re.search(r"a gap takes \S+ s to make and \S+ s to record: the result falls", log())

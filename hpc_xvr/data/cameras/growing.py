@@ -30,6 +30,8 @@ from hpc_xvr.errors import InputError
 
 SETTLED_S = 0.25
 """Seconds for which a TIFF file must not have changed: it has no checksum that says it is whole."""
+_AGAIN = "bring it back and repeat the command"
+_OTHER = "give each recording a file or folder of its own, and repeat the command"
 _AGAIN_S = 1.0
 """Seconds after a change in which a file is looked into even if it seems unchanged: clocks of file
 systems are coarse."""
@@ -147,7 +149,7 @@ class GrowingHdf5:
             found = self.path.stat()
         except FileNotFoundError:
             if self.frames:
-                raise CannotFollow(f"{self.path}: has vanished") from None
+                raise CannotFollow(f"{self.path}: has vanished; {_AGAIN}") from None
             self.waiting = f"{self.path}: is not there yet"
             return False
         except OSError as error:
@@ -170,10 +172,12 @@ class GrowingHdf5:
         if frames < self.frames:
             raise CannotFollow(
                 f"{self.path}: has shrunk: it had {self.frames} complete frames and now has "
-                f"{frames}"
+                f"{frames}; {_OTHER}"
             )
         if self._first is not None and first != self._first:
-            raise CannotFollow(f"{self.path}: was replaced: its first frame is another one")
+            raise CannotFollow(
+                f"{self.path}: was replaced: its first frame is another one; {_OTHER}"
+            )
         self._first, self.ended = first, ended
         self.waiting = f"{self.path}: holds {frames} complete frames"
         more = frames > self.frames
@@ -258,7 +262,9 @@ class GrowingFolder:
                 ]
         except OSError as error:
             if self.frames:
-                raise CannotFollow(f"{self.path}: has vanished ({error.strerror})") from None
+                raise CannotFollow(
+                    f"{self.path}: has vanished ({error.strerror}); {_AGAIN}"
+                ) from None
             self.waiting = f"{self.path}: is not there yet"
             return False
         self._check_same(found.st_dev, found.st_ino, names)
@@ -290,10 +296,12 @@ class GrowingFolder:
             if gone:
                 raise CannotFollow(
                     f"{self.path}: has shrunk: {len(gone)} of its {self.frames} complete frames "
-                    f"have vanished, the first one {min(gone)}"
+                    f"have vanished, the first one {min(gone)}; {_AGAIN}"
                 )
             if self._folder != (device, inode) or self._state(self._complete[0]) != self._first:
-                raise CannotFollow(f"{self.path}: was replaced: its first frame is another one")
+                raise CannotFollow(
+                    f"{self.path}: was replaced: its first frame is another one; {_OTHER}"
+                )
         self._folder = device, inode
 
     def _number(self, names: list[str]) -> None:
