@@ -62,6 +62,9 @@ def follow_channels(
             there = [str(file) for file in files.values() if file.exists()]
             if not there:
                 raise
-            kept = InputError(f"{error}; what was recorded is kept in {' and '.join(there)}")
+            kept = InputError(
+                f"{error}; what was recorded is kept in {' and '.join(there)}: reconstruct that "
+                "without pva://"
+            )
             kept.exit_code = error.exit_code
             raise kept from None

@@ -49,6 +49,8 @@ from hpc_xvr.version import __version__
 Publish = Callable[[Iterable[tuple[int, np.ndarray]]], None]
 START_S = 600.0
 """Seconds that the cameras have to begin."""
+BEHIND = 3
+"""Gaps in a row that take longer to make than to record, of which the log tells."""
 RETRIES = 3
 """Times that frames are read again that could not be read."""
 LOOK_S = 0.05
@@ -132,6 +134,10 @@ class Follower:
         self.publish: Publish | None = None
         self._last: tuple[int, np.ndarray] | None = None
         """The last key frame."""
+        self._since = 0.0
+        """When all frames of the last gap were there."""
+        self._behind = 0
+        """Gaps in a row that took longer to make than to record."""
         self._spool: Spool | None = None
         self._failures = 0
         self._needed = 2, 2
@@ -254,6 +260,7 @@ class Follower:
             if needed >= len(material.lr):
                 self._needed = needed + 1, 2
                 return
+            begun = time.monotonic()
             for piece in pieces:
                 self._make_piece(work, piece, spool)
             self._write(material, frames, spool, pieces)
@@ -261,9 +268,10 @@ class Follower:
                 self.publish(self._stored(zip(frames, spool.frames(pieces), strict=True), material))
                 key = np.clip(material.keys[keys[1]], 0, 1)
                 self._last = next(self._stored([(keys[1], key)], material))
-            self._told(frames, needed, sorted(material.keys).index(keys[1]))
+            since = max(self.lr.since(needed + 1), self.hr.since(times.index(keys[1]) + 1))
+            self._told(frames, since, time.monotonic() - begun)
             self._grey.check(material, keys[1])
-        self._needed = 2 * times[-1] - times[-2], len(times) + 1
+        self._needed = times[-1] + int(min(np.diff(times))) + 1, len(times) + 1
 
     def _stored(
         self, numbered: Iterable[tuple[int, np.ndarray]], material: Material
@@ -294,13 +302,21 @@ class Follower:
             self.wanted.dtype,
         )
 
-    def _told(self, frames: range, needed: int, key: int) -> None:
-        """Note that a gap is finished."""
+    def _told(self, frames: range, since: float, took: float) -> None:
+        """Note that a gap is finished, all frames of which were there at a time, and which took so
+        many seconds."""
         self._made[frames] = None
-        since = max(self.lr.since(needed + 1), self.hr.since(key + 1))
         if since < self._begun:
             logger.info("frames %d to %d: made, recorded before", frames[0], frames[-1])
             return
+        interval, self._since = since - (self._since or self._begun), since
+        self._behind = self._behind + 1 if took > interval else 0
+        if self._behind == BEHIND:
+            logger.warning(
+                "a gap takes %.2g s to make and %.2g s to record: the result falls behind the "
+                "cameras",
+                *(took, interval),
+            )
         self._latencies.append(max(0.0, time.time() - since))
         logger.info(
             "frames %d to %d: made %.2f s after the last frame they need",

@@ -1,6 +1,7 @@
 """Reconstruct while the cameras record: sources that grow, end, shrink and vanish."""
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +23,13 @@ from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
+from hpc_xvr.model.xvr import SwinXVR
 from hpc_xvr.reconstruction import following
-from hpc_xvr.reconstruction.following import follow_run
+from hpc_xvr.reconstruction.following import Follower, follow_run
 from hpc_xvr.reconstruction.material import CameraFiles
+from hpc_xvr.reconstruction.methods import model_entry
 from hpc_xvr.reconstruction.spool import Spool
-from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_run
+from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_run, reconstruct_with
 
 CPU = torch.device("cpu")
 GAP, FRAMES = 4, 21
@@ -542,3 +545,33 @@ def test_chosen_frames_are_followed(tmp_path, log):
     ]
     assert "8 of 8 frames were finished before" in log()
     assert made.read_bytes() == offline(tmp_path, frames=(6, 14)).read_bytes()
+
+
+def test_windows_that_reach_beyond_a_gap_wait_for_their_frames(tmp_path, log):
+    torch.manual_seed(0)
+    network = SwinXVR(5, embed_dim=8, depths=(1,), heads=1, window=2, up_features=4).eval()
+    method = model_entry("tiny", network)
+    fast, sharp = cameras()
+    write(tmp_path, fast[:14], sharp[:4])
+    out = tmp_path / "movie.tif"
+    Follower(method, CPU, source(tmp_path), out, Wanted(), 1.0).follow()
+    # frames 9 to 11 lie in windows up to 13
+    assert (tmp_path / "movie.tif.gaps/000008-000011.tif").exists()
+    write(tmp_path, fast[:13], sharp[:4])
+    shutil.rmtree(tmp_path / "movie.tif.gaps")
+    shutil.rmtree(tmp_path / ".movie.tif.unfinished")
+    Follower(method, CPU, source(tmp_path), out, Wanted(), 1.0).follow()
+    assert names(tmp_path / "movie.tif.gaps") == ["000000-000003.tif", "000004-000007.tif"]
+    write(tmp_path, fast, sharp)
+    reconstruct_with(method, CPU, source(tmp_path), out=out, wanted=Wanted())
+    assert "8 of 21 frames were finished before" in log()
+    (tmp_path / "offline").mkdir()
+    anew = tmp_path / "offline" / "movie.tif"
+    reconstruct_with(method, CPU, source(tmp_path), out=anew, wanted=Wanted())
+    assert out.read_bytes() == anew.read_bytes()
+
+
+def test_it_is_told_that_the_cameras_are_faster(tmp_path, log):
+    with writing(tmp_path, pause=0):
+        follow(tmp_path)
+    assert re.search(r"a gap takes \S+ s to make and \S+ s to record: the result falls", log())

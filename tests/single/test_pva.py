@@ -20,6 +20,7 @@ from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
+from hpc_xvr.reconstruction import following
 from hpc_xvr.reconstruction.channels import follow_channels
 from hpc_xvr.reconstruction.material import CameraFiles
 from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_run
@@ -269,3 +270,18 @@ def test_floats_are_sent_as_they_are_stored(names):
                 break
         listener.stopMonitor()
     assert (received[-1]["value"][0]["floatValue"].reshape(3, 4) == frame).all()
+
+
+def test_the_command_takes_channels(tmp_path, names, hpc_xvr, monkeypatch):
+    monkeypatch.setattr(following, "START_S", 3.0)
+    monkeypatch.chdir(tmp_path)
+    options = "--lr", f"pva://{names['lr']}", "--hr", f"pva://{names['hr']}", "--gap", GAP
+    out = "--out", f"pva://{names['out']}", "--silence", 1
+    said = hpc_xvr("reconstruct", "bayes", *options, *out, code=2)
+    kept = names["out"].replace(":", "-")
+    assert f"frames are sent to {names['out']} and kept in {kept}.h5" in said.out
+    assert f"is recorded in {kept}-lr.h5" in said.err
+    assert said.err.splitlines()[-1].endswith(
+        f"pva://{names['lr']}: no such channel so far; no complete frame has come for 3 s"
+    )
+    assert not list(tmp_path.iterdir())

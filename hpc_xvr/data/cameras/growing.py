@@ -30,6 +30,8 @@ from hpc_xvr.errors import InputError
 
 SETTLED_S = 0.25
 """Seconds for which a TIFF file must not have changed: it has no checksum that says it is whole."""
+_AGAIN = "bring it back and repeat the command"
+_OTHER = "give each recording a file or folder of its own, and repeat the command"
 _AGAIN_S = 1.0
 """Seconds after a change in which a file is looked into even if it seems unchanged: clocks of file
 systems are coarse."""
@@ -147,7 +149,7 @@ class GrowingHdf5:
             found = self.path.stat()
         except FileNotFoundError:
             if self.frames:
-                raise CannotFollow(f"{self.path}: has vanished") from None
+                raise CannotFollow(f"{self.path}: has vanished; {_AGAIN}") from None
             self.waiting = f"{self.path}: is not there yet"
             return False
         except OSError as error:
@@ -164,16 +166,18 @@ class GrowingHdf5:
         except CannotFollow:
             raise
         except InputError as error:  # it may be between two states
-            self.waiting = str(error)
+            self.waiting, self._looked = str(error), before
             return False
         self._state, self._swmr = state, self._swmr or swmr
         if frames < self.frames:
             raise CannotFollow(
                 f"{self.path}: has shrunk: it had {self.frames} complete frames and now has "
-                f"{frames}"
+                f"{frames}; {_OTHER}"
             )
         if self._first is not None and first != self._first:
-            raise CannotFollow(f"{self.path}: was replaced: its first frame is another one")
+            raise CannotFollow(
+                f"{self.path}: was replaced: its first frame is another one; {_OTHER}"
+            )
         self._first, self.ended = first, ended
         self.waiting = f"{self.path}: holds {frames} complete frames"
         more = frames > self.frames
@@ -230,6 +234,8 @@ class GrowingFolder:
         self._template: re.Pattern[str] | None = None
         self._lowest = self._step = 0
         self._complete: list[Path] = []
+        self._done: set[str] = set()
+        """The names of those."""
         self._first: tuple[int, int] | None = None
         self._states: dict[str, tuple[tuple[int, int], float]] = {}
         """Size and time of change of files that are not complete yet, and when they were first
@@ -256,7 +262,9 @@ class GrowingFolder:
                 ]
         except OSError as error:
             if self.frames:
-                raise CannotFollow(f"{self.path}: has vanished ({error.strerror})") from None
+                raise CannotFollow(
+                    f"{self.path}: has vanished ({error.strerror}); {_AGAIN}"
+                ) from None
             self.waiting = f"{self.path}: is not there yet"
             return False
         self._check_same(found.st_dev, found.st_ino, names)
@@ -278,19 +286,22 @@ class GrowingFolder:
             if not self._complete:
                 self._first = self._state(self.path / name)
             self._complete.append(self.path / name)
+            self._done.add(name)
             self.frames += 1
             self._arrivals.note(self.frames, min(when, time.time()))
 
     def _check_same(self, device: int, inode: int, names: list[str]) -> None:
         if self.frames:
-            gone = {path.name for path in self._complete} - set(names)
+            gone = self._done - set(names)
             if gone:
                 raise CannotFollow(
                     f"{self.path}: has shrunk: {len(gone)} of its {self.frames} complete frames "
-                    f"have vanished, the first one {min(gone)}"
+                    f"have vanished, the first one {min(gone)}; {_AGAIN}"
                 )
             if self._folder != (device, inode) or self._state(self._complete[0]) != self._first:
-                raise CannotFollow(f"{self.path}: was replaced: its first frame is another one")
+                raise CannotFollow(
+                    f"{self.path}: was replaced: its first frame is another one; {_OTHER}"
+                )
         self._folder = device, inode
 
     def _number(self, names: list[str]) -> None:
