@@ -36,7 +36,6 @@ from hpc_xvr.reconstruction.streams import (
 )
 from hpc_xvr.reconstruction.tiles import in_tiles
 from hpc_xvr.reconstruction.trust import held_out
-from hpc_xvr.reconstruction.trust.consistency import SQUARE
 from hpc_xvr.reconstruction.trust.examination import (
     PER_FRAME,
     Asked,
@@ -46,6 +45,7 @@ from hpc_xvr.reconstruction.trust.examination import (
     examining,
     trust_file,
 )
+from hpc_xvr.reconstruction.trust.observation import SQUARE
 from hpc_xvr.reconstruction.writers import (
     Calibration,
     Doubt,

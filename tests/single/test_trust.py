@@ -115,6 +115,48 @@ def test_dead_pixels_of_the_fast_camera_accuse_nobody(scene):
     assert np.abs(agreed - scene[10])[20:24, 28:32].max() < 0.02
 
 
+def uneven(height=24, width=32):
+    """Gains of a fast camera that lacks its flat field: 12 % brighter in a corner."""
+    rows, columns = np.mgrid[:height, :width]
+    return 1 + 0.12 * np.exp(-((rows / height) ** 2 + (columns / width) ** 2) / 0.3)
+
+
+@pytest.mark.parametrize("photons", [None, 1000])
+def test_a_missing_flat_field_accuses_nobody_and_hides_nothing(scene, photons):
+    lr = seen_by(scene, photons) * uneven()
+    camera = observe(lr, keys_of(scene))
+    assert camera.unevenness is not None and "as without flat fields" in camera.told()
+    even = camera.unevenness * camera.gain / uneven()
+    np.testing.assert_allclose(even, 1, atol=0.05)
+    for t in (2, 10):
+        assert not compare_frame(scene[t], lr[t], camera).contradicts
+        assert compare_frame(scene[t - 2 if t == 2 else t + 4], lr[t], camera).contradicts
+    agreed = enforce(scene[14], lr[10], camera)
+    assert metrics.psnr(agreed, scene[10]) > metrics.psnr(scene[14], scene[10]) + 2
+    assert observe(seen_by(scene, photons), keys_of(scene)).unevenness is None
+
+
+def test_where_the_cameras_differ_by_themselves_nobody_is_accused(scene):
+    """A scratch on the fast camera's window, and a corner that it does not see."""
+    lr = seen_by(scene, 1000).copy()
+    lr[:, 12, 5:14] *= 0.6
+    lr[:, :3, :4] = 0.2
+    camera = observe(lr, keys_of(scene))
+    assert camera.usable is not None and not camera.usable[12, 5:14].any()
+    assert 20 < np.count_nonzero(~camera.usable) < 77
+    assert not any(compare_frame(scene[t], lr[t], camera).contradicts for t in range(25))
+    shifted = np.roll(scene[10], 4, 1)
+    assert compare_frame(shifted, lr[10], camera).contradicts
+
+
+def test_key_frames_that_are_flagged_are_told_as_such(two_files, tmp_path, hpc_xvr):
+    lr = tifffile.imread(tmp_path / "lr.tif")
+    lr[8] = lr[0, ::-1, ::-1]
+    tifffile.imwrite(tmp_path / "lr.tif", lr, photometric="minisblack")
+    said = hpc_xvr("reconstruct", "nearest_hr", *two_files, "--out", tmp_path / "m.tif").err
+    assert "1 of the flagged frames are key frames, as they were recorded (8): there the" in said
+
+
 def test_frames_too_small_are_not_judged():
     frames = np.random.default_rng(0).random((9, 16, 16), np.float32)
     camera = observe(bin_down(frames, 4), keys_of(frames))

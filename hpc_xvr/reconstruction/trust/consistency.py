@@ -17,10 +17,8 @@ import torch
 from scipy.ndimage import uniform_filter
 
 from hpc_xvr.model.bayes import BayesianFusion, Prior
-from hpc_xvr.reconstruction.trust.observation import Observation
+from hpc_xvr.reconstruction.trust.observation import SQUARE, Observation
 
-SQUARE = 5
-"""Side in fast pixels of the squares that are looked at one by one."""
 FRAME_LIMIT = 1.5
 """Chi-square of a frame above which it contradicts the measurement."""
 SQUARE_LIMIT = 4.5
@@ -56,7 +54,7 @@ def compare_frame(frame: np.ndarray, measured: np.ndarray, camera: Observation) 
     aside = (measured - seen) / np.sqrt(camera.variance(seen))
     if camera.usable is not None:
         aside = np.where(camera.usable, aside, 0.0)
-    squares = _in_squares(aside**2, camera)
+    squares = camera.squares(aside**2)
     row, column = np.unravel_index(int(np.argmax(squares)), squares.shape)
     usable = aside.size if camera.usable is None else np.count_nonzero(camera.usable)
     return Comparison(
@@ -84,7 +82,7 @@ def enforce(frame: np.ndarray, measured: np.ndarray, camera: Observation) -> np.
     residual = measured - seen
     if camera.usable is not None:
         residual = np.where(camera.usable, residual, 0.0)
-    square = _in_squares(residual**2, camera)
+    square = camera.squares(residual**2)
     excess = np.clip(square - SURE * uniform_filter(noise, SQUARE, mode="nearest"), 0, None)
     if not excess.any():
         return np.clip(frame, 0, 1)
@@ -97,20 +95,12 @@ def enforce(frame: np.ndarray, measured: np.ndarray, camera: Observation) -> np.
     deviation = torch.nn.functional.interpolate(
         tensor(excess), scale_factor=scale, mode="bilinear", align_corners=False
     ).sqrt()
-    y = tensor((measured - camera.offset) / camera.gain)
+    gains = camera.gains
+    y = tensor((measured - camera.offset) / gains)
     if camera.usable is not None:
-        y = torch.where(tensor(camera.usable) > 0, y, tensor((seen - camera.offset) / camera.gain))
+        y = torch.where(tensor(camera.usable) > 0, y, tensor((seen - camera.offset) / gains))
     prior = Prior(tensor(frame), deviation)
     with torch.inference_mode():
-        agreed = fusion.given(prior, y, tensor(noise / camera.gain**2))
+        agreed = fusion.given(prior, y, tensor(noise / gains**2))
     out: np.ndarray = agreed[0, 0].clamp(0, 1).numpy()
     return out
-
-
-def _in_squares(values: np.ndarray, camera: Observation) -> np.ndarray:
-    """Mean of the usable pixels of the square around each pixel: (h, w) -> same."""
-    mean: np.ndarray = uniform_filter(values, SQUARE, mode="reflect")
-    if camera.usable is not None:
-        share = uniform_filter(camera.usable.astype(float), SQUARE, mode="reflect")
-        mean = np.where(share > 0.2, mean / np.maximum(share, 0.2), 0.0)
-    return mean

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,14 +27,13 @@ from hpc_xvr.reconstruction.methods import NamedMethod
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream
 from hpc_xvr.reconstruction.trust.consistency import (
     FRAME_LIMIT,
-    SQUARE,
     SQUARE_LIMIT,
     Comparison,
     compare_frame,
     enforce,
 )
 from hpc_xvr.reconstruction.trust.held_out import SPREAD_DB, HeldOut, check, left_out
-from hpc_xvr.reconstruction.trust.observation import observe
+from hpc_xvr.reconstruction.trust.observation import SQUARE, observe
 from hpc_xvr.reconstruction.trust.uncertainty import Surroundings, deviation, surroundings
 from hpc_xvr.reconstruction.writers import Calibration, check_sequence, write_sequence
 from hpc_xvr.text import parse_json
@@ -146,6 +145,8 @@ class Examination:
     held_out: HeldOut | None = None
     enforced: bool = False
     uncertainty: Path | None = None
+    keys: Collection[int] = ()
+    """Key frames, which are passed through."""
     frames: list[int] = field(default_factory=list)
     chi_square: list[float] = field(default_factory=list)
     worst_square: list[float] = field(default_factory=list)
@@ -216,10 +217,11 @@ class Examination:
                 "blur_fast_pixels": camera.blur,
                 "gain": camera.gain,
                 "offset": camera.offset,
+                "gain_uneven_by": round(camera.uneven_by, 4),
                 "read_variance": camera.read,
                 "variance_per_intensity": camera.shot,
                 "displacement_fast_pixels": math.sqrt(camera.slope),
-                "dead_pixels": 0 if camera.usable is None else int((~camera.usable).sum()),
+                "pixels_left_out": 0 if camera.usable is None else int((~camera.usable).sum()),
                 "known": self.judged,
             },
             "consistency": {
@@ -277,6 +279,12 @@ class Examination:
         most = max(self.place, key=lambda t: self.worst_square[self.frames.index(t)])
         row, column = self.place[most]
         named = ", ".join(map(str, self.contradicts[:TOLD]))
+        if recorded := [t for t in self.contradicts if t in self.keys]:
+            logger.warning(
+                "%d of the flagged frames are key frames, as they were recorded (%s): there the "
+                "cameras differ by themselves; look at registration, times and flat fields",
+                *(len(recorded), ", ".join(map(str, recorded[:TOLD]))),
+            )
         logger.warning(
             "%d of %d frames contradict what the fast camera measured: %s%s; most of all frame %d "
             "around row %d, column %d: %s",
@@ -356,7 +364,7 @@ def examining(
             "uncertainty: as on simulated recordings; with --check it is scaled by this "
             "recording's own key frames"
         )
-    found = Examination(around, held, asked.enforce, asked.uncertainty)
+    found = Examination(around, held, asked.enforce, asked.uncertainty, set(keys))
     examiner = Examiner(
         lr,
         keys,

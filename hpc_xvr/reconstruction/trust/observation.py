@@ -5,7 +5,7 @@ a key frame's instant is the binned key frame, blurred, times a gain, plus an of
 noise's variance is fitted as a + b I + c G^2: a of read noise, b I of photons (I: intensity), and
 c G^2 of what lies a little beside where it should (G: grey levels a fast pixel; sqrt(c) is the
 displacement in fast pixels). So "noise" is everything by which the two cameras differ where they
-show the same.
+show the same. Where flat fields are missing, the gain differs smoothly from place to place as well.
 
 Shapes: h w the fast camera's grid, H = scale*h, W = scale*w.
 """
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.optimize import nnls
 
 from hpc_xvr.data.degrade import bin_down
@@ -36,6 +36,15 @@ ODD = 5.0
 """Deviations by which a pixel must lie aside at most key frames to be left out: it is dead."""
 ASIDE = 0.005
 """Share of the pixels that may be far aside for other reasons than noise."""
+SQUARE = 5
+"""Side in fast pixels of the squares that are looked at one by one."""
+APART = 3.0
+"""Chi-square of a square at most key frames above which the cameras themselves differ there: it is
+left out. (Noise alone hardly reaches 2.)"""
+SMOOTH = 1 / 12
+"""Deviation of the Gaussian in which gains are compared, of the shorter side."""
+UNEVEN = 0.02
+"""Deviation of a place's gain that matters."""
 SMALLEST = 64
 """Pixels of the fast frame below which no noise can be fitted."""
 
@@ -61,11 +70,19 @@ class Observation:
     keys: int = 0
     """Key frames that it was estimated from; 0: nothing was."""
     usable: np.ndarray | None = field(default=None, repr=False, compare=False)
-    """(h, w): pixels that are no dead ones; None: all."""
+    """(h, w): pixels that are not dead, and where the cameras do not differ by themselves; None:
+    all."""
+    unevenness: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """(h, w): gain of each pixel, in units of `gain`; None: 1."""
+
+    @property
+    def gains(self) -> float | np.ndarray:
+        """Gain of all pixels, or of each (h, w)."""
+        return self.gain if self.unevenness is None else self.gain * self.unevenness
 
     def seen(self, frame: np.ndarray) -> np.ndarray:
         """The fast frame (h, w) without noise of a sharp frame (H, W)."""
-        return self.gain * _blurred(bin_down(frame, self.scale), self.blur) + self.offset
+        return self.gains * _blurred(bin_down(frame, self.scale), self.blur) + self.offset
 
     def variance(self, seen: np.ndarray) -> np.ndarray:
         """Of a fast frame around what `seen` gives: (h, w) -> same."""
@@ -79,6 +96,22 @@ class Observation:
         level = np.clip(seen, 0, None) + self.shot
         noise: np.ndarray = self.read + self.shot * level + ROUNDING**2
         return noise
+
+    def squares(self, values: np.ndarray, usable: np.ndarray | None = None) -> np.ndarray:
+        """Mean of the usable pixels of the square around each usable pixel, 0 where most of them
+        are not: (h, w) -> same."""
+        usable = self.usable if usable is None else usable
+        if usable is None:
+            mean: np.ndarray = uniform_filter(values, SQUARE, mode="reflect")
+            return mean
+        share = uniform_filter(usable.astype(float), SQUARE, mode="reflect")
+        mean = uniform_filter(np.where(usable, values, 0.0), SQUARE, mode="reflect")
+        return np.where(usable & (share > 0.5), mean / np.maximum(share, 0.5), 0.0)
+
+    @property
+    def uneven_by(self) -> float:
+        """Largest deviation of a pixel's gain from that of all."""
+        return 0.0 if self.unevenness is None else float(np.abs(self.unevenness - 1).max())
 
     def told(self) -> str:
         """In words."""
@@ -94,8 +127,14 @@ class Observation:
             parts.append(f"blur of {self.blur:g} fast pixels")
         if self.slope > DISPLACEMENT**2:
             parts.append(f"edges {float(np.sqrt(self.slope)):.2f} fast pixels aside")
+        if self.unevenness is not None:
+            parts.append(
+                f"its gain {100 * self.uneven_by:.2g} % aside in places, as without flat fields"
+            )
         if self.usable is not None:
-            parts.append(f"{np.count_nonzero(~self.usable)} dead pixels left out")
+            parts.append(
+                f"{np.count_nonzero(~self.usable)} pixels left out, dead or apart at key frames"
+            )
         return "fast camera, from the key frames: " + ", ".join(parts)
 
 
@@ -115,18 +154,28 @@ def observe(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Obser
     if frames[0].size < SMALLEST:
         return Observation(scale)
     blur, gain, offset = _matched(low, frames)
-    seen = gain * np.stack([_blurred(one, blur) for one in low]) + offset
+    seen = gain * np.stack([_blurred(one, blur) for one in low])
+    uneven = _unevenness(seen, frames - offset) if len(chosen) > 1 else None
+    seen = (seen if uneven is None else uneven * seen) + offset
     aside = frames - seen
     read, shot, slope = _variances(seen, aside)
     contrast = float(low.std())
-    found = Observation(scale, blur, gain, offset, read, shot, slope, contrast, len(chosen))
+    found = Observation(
+        *(scale, blur, gain, offset, read, shot, slope, contrast, len(chosen)), unevenness=uneven
+    )
     square = aside**2 / np.stack([found.variance(one) for one in seen])
     # The largest were left out of the fit: as much noise is stated as there is.
     kept = square < ODD**2
     fitted = np.stack([found.noise(one) + slope * _steepness(one) for one in seen])
     factor = float(np.square(aside[kept]).sum() / fitted[kept].sum())
     found = replace(found, read=factor * read, shot=factor * shot, slope=factor * slope)
+    square = aside**2 / np.stack([found.variance(one) for one in seen])
     dead = np.median(square, 0) > ODD**2
+    for _ in range(50):  # what is left of a square may be worse than the whole
+        apart = np.median([found.squares(one, ~dead) for one in square], 0) > APART
+        if not (apart & ~dead).any():
+            break
+        dead |= apart
     if 0 < np.count_nonzero(dead) < dead.size // 10 and len(chosen) > 1:
         return replace(found, usable=~dead)
     return found
@@ -161,6 +210,22 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float]:
         limit = 6 * float(np.median(aside)) + ROUNDING
         kept = aside <= limit
     return gain, offset, float(np.square(np.minimum(aside, limit)).mean())
+
+
+def _unevenness(seen: np.ndarray, frames: np.ndarray) -> np.ndarray | None:
+    """Smooth gain (h, w) with which `seen` is nearest to `frames`, both (K, h, w); None where it
+    hardly matters. Pixels far aside do not count."""
+    aside = np.abs(frames - seen)
+    weight = (aside <= 6 * np.median(aside) + ROUNDING).astype(float)
+    sigma = SMOOTH * min(seen.shape[1:])
+    both, own = (
+        gaussian_filter((weight * seen * other).mean(0), sigma, mode="nearest")
+        for other in (frames, seen)
+    )
+    level = float(np.square(seen).mean())
+    gain: np.ndarray = (both + 0.01 * level) / (own + 0.01 * level)
+    left, before = (float((weight * np.square(frames - g * seen)).mean()) for g in (gain, 1.0))
+    return gain if left < 0.95 * before and np.abs(gain - 1).max() > UNEVEN else None
 
 
 def _variances(seen: np.ndarray, aside: np.ndarray) -> tuple[float, float, float]:

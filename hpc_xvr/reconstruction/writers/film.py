@@ -420,7 +420,7 @@ def _mark(
     """Blacken the band over a panel (x, y, w, h), and draw a square around the place in it."""
     x, y, width, height = box
     draw.rectangle((x, y - BAND, x + width - 1, y - 1), fill=0)
-    half = max(doubt.side * enlarged / 2, 5.0)
+    half = max(doubt.side * enlarged / 2, 8.0)
     middle = [(place + 0.5) * enlarged for place in doubt.place]
     top, left = (round(m - half) for m in middle)
     bottom, right = (round(m + half) for m in middle)
