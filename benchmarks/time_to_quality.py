@@ -134,8 +134,7 @@ class Task:
     def _launcher(self, ranks: int, nodes: list[str]) -> list[str]:
         if not self.mpirun:
             return []
-        placed = shlex.split(self.hosts.replace("{nodes}", ",".join(nodes))) if nodes else []
-        return [*self.mpirun, "-n", str(ranks), *placed]
+        return [*self.mpirun, "-n", str(ranks), *placed(self.hosts, nodes)]
 
 
 @dataclass
@@ -193,6 +192,12 @@ def nodes_of_job() -> list[str]:
     if "PBS_NODEFILE" in os.environ:
         return list(dict.fromkeys(Path(os.environ["PBS_NODEFILE"]).read_text().split()))
     return []
+
+
+def placed(hosts: str, nodes: list[str]) -> list[str]:
+    """The launcher's words for these nodes: '--host {name}:4' becomes --host a:4,b:4."""
+    words = shlex.split(hosts) if nodes else []
+    return [",".join(w.replace("{name}", n) for n in nodes) if "{name}" in w else w for w in words]
 
 
 def part(nodes: list[str], number: int, of: int) -> list[str]:
@@ -285,8 +290,8 @@ def log_of(task: Task, started: Started, result: Result, accelerators: int) -> l
 @click.option(
     "--hosts",
     default="",
-    help="How --mpirun keeps the ranks of a model to {nodes}: '--host {nodes}', '--hosts {nodes}', "
-    "'--exact --nodelist={nodes}'. Needed for several models on several nodes.",
+    help="How --mpirun keeps a model to its nodes, such as '--host {name}:4'; the word with {name} "
+    "is repeated for each of them. Needed for several models on several nodes.",
 )
 def main(
     quick: bool,
@@ -318,7 +323,7 @@ def main(
             f"this job has {len(nodes)} nodes: give --work, a folder that all of them see, and "
             "--stage, one on a disk of each"
         )
-    if len(nodes) > 1 and models > 1 and "{nodes}" not in hosts:
+    if len(nodes) > 1 and models > 1 and "{name}" not in hosts:
         raise click.UsageError(f"{models} models at once on {len(nodes)} nodes need --hosts")
     with tempfile.TemporaryDirectory() as temporary:
         work = (work or Path(temporary) / "runs").resolve()

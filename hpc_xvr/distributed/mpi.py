@@ -14,10 +14,11 @@ T = TypeVar("T")
 
 
 def mpi_version() -> str:
-    """Name and version of the MPI library, such as "Open MPI v5.0.11"."""
+    """Name and version of the MPI library, such as "Open MPI v5.0.11" or "MPICH 5.0.2"."""
     from mpi4py import MPI
 
-    return MPI.Get_library_version().splitlines()[0].split(",")[0].strip()
+    said = MPI.Get_library_version().splitlines()[0].split(",")[0]
+    return " ".join(said.replace("Version:", "").split())
 
 
 class MpiComm(Comm):

@@ -60,6 +60,14 @@ def test_models_share_the_nodes_of_a_job(models, expected):
     assert [time_to_quality.part(list("abcde"), i, models) for i in range(models)] == expected
 
 
+def test_the_launcher_is_told_the_nodes_of_a_model():
+    assert time_to_quality.placed("--host {name}:4 --bind-to none", ["a", "b"]) == (
+        ["--host", "a:4,b:4", "--bind-to", "none"]
+    )
+    assert time_to_quality.placed("--exact -w {name}", ["a"]) == ["--exact", "-w", "a"]
+    assert time_to_quality.placed("-w {name}", []) == []
+
+
 def test_the_nodes_are_those_of_the_job(tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     (tmp_path / "nodes").write_text("n1\nn1\nn7\nn7\n")
