@@ -10,8 +10,8 @@ be exchanged, so neither is right unless both are found together. Two things wou
 
 - Noise of the fast camera makes things look as if they moved, and what moves more seems less late
   (errors in variables). The equation of the time is therefore <z, r> = 0, where the instrument z is
-  the difference of the two fast frames further out, whose noise is not that of L(t) (Reiersol 1945;
-  Fuller 1987, Measurement Error Models, section 1.4).
+  the rate of change between the fast frames further out, whose noise is not that of L(t) (Reiersol
+  1945; Fuller 1987, Measurement Error Models, section 1.4).
 - What one camera alone sees standing still (dust, the pixels' gains). The instruments' mean over
   all sharp frames is taken out of them, which leaves no weight on it.
 
@@ -134,7 +134,7 @@ def together(
         state, step, use = found
         if order == 2:
             bend, deviation = abs(state.times[2]), math.sqrt(step.covariance[-1, -1])
-            if bend < max(LATE, 4 * deviation):
+            if bend < max(LATE, 6 * deviation):
                 break
         joint = problem.joint(state, step, use)
         if joint is not None:
@@ -298,7 +298,11 @@ class _Problem:
                 level(sampled(picture, at, inside)) for picture in pictures[k]
             )
             movie = level(_between(four, times[k] - number)[inside])
-            mover = gaussian_filter(four[3] - four[0], CALM) / 3
+            mover = (four[3] - four[0]) / 3
+            further = [self.fast(number + i) for i in (-2, 3)]
+            if further[0] is not None and further[1] is not None:
+                mover = (mover + (further[1] - further[0]) / 5) / 2
+            mover = gaussian_filter(mover, CALM)
             norm = max(float(seen @ seen), 1e-12)
             gain = float(seen @ movie) / norm
             geometry = (

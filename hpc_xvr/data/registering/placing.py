@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 from scipy import fft
-from scipy.ndimage import gaussian_filter, map_coordinates, uniform_filter
+from scipy.ndimage import gaussian_filter, map_coordinates, uniform_filter, zoom
 
 from hpc_xvr.data.degrade import bin_down
 
@@ -355,12 +355,12 @@ class Comparison:
         b = np.concatenate([fast[FLIPS[place.flip]][inside] for fast in self.fasts])
         return replace(place, score=correlation(a, b), overlap=float(inside.mean()))
 
-    def clearness(self, place: Place) -> float:
+    def clearness(self, place: Place) -> tuple[float, float]:
         """How far the correlation at `place` stands out of those at shifts of 3 to 12 pixels, in
-        deviations of these."""
+        deviations of these; and the largest of these, as a share of it."""
         at, inside = self.seen(place)
         if inside.sum() < 50:
-            return 0.0
+            return 0.0, math.inf
         rows, columns = np.nonzero(inside)
         view = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
         surface: np.ndarray | float = 0.0
@@ -375,7 +375,16 @@ class Comparison:
         around = np.roll(surface, (reach, reach), (0, 1))[: 2 * reach + 1, : 2 * reach + 1]
         r, c = np.indices(around.shape) - reach
         outside = around[np.maximum(abs(r), abs(c)) > 2]
-        return float((around[reach, reach] - outside.mean()) / max(outside.std(), 1e-9))
+        here = float(around[reach, reach])
+        clear = (here - outside.mean()) / max(outside.std(), 1e-9)
+        full = fft.rfft2(inside[view].astype(np.float32), shape)
+        count = np.roll(fft.irfft2(full * np.conj(full), shape), (reach, reach), (0, 1))
+        mean = around / np.maximum(count[: 2 * reach + 1, : 2 * reach + 1], 1)
+        here = float(mean[reach, reach])
+        fine = zoom(mean, 4, order=3)  # the pattern may repeat itself between pixels
+        r, c = np.indices(fine.shape) * (2 * reach / (len(fine) - 1)) - reach
+        next_best = float(fine[np.maximum(abs(r), abs(c)) > 2].max())
+        return float(clear), next_best / max(here, 1e-9)
 
     def refined(self, place: Place, affine: bool = False, steps: int = 30) -> Fit:
         """Gauss-Newton steps from `place`, with a gain and an offset for each pair."""

@@ -154,7 +154,7 @@ def registered(
     sharps, fasts = _pairs(films, clock)
     compared = Comparison([Thinned(one) for one in sharps], fasts, fit.place.scale, 1.0, fit.blur)
     fit = replace(fit, place=compared.score(fit.place))
-    clearness = compared.clearness(fit.place)
+    clearness, _ = compared.clearness(fit.place)
     deviation = fit.corner_deviation(films.fast.shape[1:])
     candidate = replace(candidate, place=fit.place, clearness=clearness)
     if not candidate.convincing:
