@@ -53,8 +53,10 @@ ASIDE = 0.75
 """Fast frames by which a sharp frame may lie aside of the clock."""
 SHARE = 0.6
 """Of the sharp frames, that must lie on it."""
-MOVES = 5.0
-"""Deviations by which motion must stand out of noise."""
+REACH = 6
+"""Fast frames, earlier and later, at which the cameras must agree less."""
+LESS = 6.0
+"""By so many deviations."""
 UNCERTAIN = 0.25
 """Fast frames by which the instant of a sharp frame may be uncertain."""
 MODEL = 0.02
@@ -91,10 +93,8 @@ class _Step:
     used: np.ndarray
     """Sharp frames with fast ones around them."""
     late: np.ndarray
-    """Fast frames by which each of these alone would be later than the clock says, (2, used): and
-    the deviation of that."""
-    moves: float
-    """Deviations by which motion stands out of noise."""
+    """Fast frames by which each of these alone would be later than the clock says, and the
+    deviation of that, (2, used)."""
 
 
 def together(
@@ -127,16 +127,15 @@ def together(
     best: Joint | None = None
     for order in (1, 2) if len(keys) >= FEW else (min(1, len(keys) - 1),):
         times = np.polynomial.polynomial.polyfit(problem.u, at, order)
-        state = _State(place.at(*problem.centre), place.matrix, blur, times)
-        found = problem.solved(state)
-        if found is None:
+        solved = problem.searched(_State(place.at(*problem.centre), place.matrix, blur, times))
+        if solved is None:
             break
-        state, step, use = found
+        state, step = solved
         if order == 2:
             bend, deviation = abs(state.times[2]), math.sqrt(step.covariance[-1, -1])
             if bend < max(LATE, 6 * deviation):
                 break
-        joint = problem.joint(state, step, use)
+        joint = problem.joint(state, step)
         if joint is not None:
             best = joint
     return best
@@ -171,7 +170,8 @@ class _Problem:
         )
         self.rows, self.columns = np.meshgrid(rows, columns, indexing="ij")
         self._fast: dict[int, np.ndarray | None] = {}
-        self._sharp: tuple[float, list[tuple[np.ndarray, ...]], int] | None = None
+        self._sharp_of = math.nan
+        self._sharp: tuple[list[tuple[np.ndarray, ...]], int] = [], 1
 
     def fast(self, number: int) -> np.ndarray | None:
         """Fast frame of a number, flipped, with a mean of 1."""
@@ -186,34 +186,88 @@ class _Problem:
     def sharp(self, blur: float) -> tuple[list[tuple[np.ndarray, ...]], int]:
         """Sharp frames as the fast camera's optics show them: values, slopes and Laplacian a sharp
         pixel; and by how much they are thinned out."""
-        if self._sharp is None or abs(self._sharp[0] - blur) > 0.002:
-            pictures = []
+        if not abs(self._sharp_of - blur) <= 0.002:
+            pictures: list[tuple[np.ndarray, ...]] = []
+            thin = 1
             for key in self.keys:
                 smooth, thin = key.smooth(self.scale * self.factor, blur / self.factor)
-                slopes = np.gradient(smooth)
-                bend = np.gradient(slopes[0], axis=0) + np.gradient(slopes[1], axis=1)
-                pictures.append((smooth, slopes[0] / thin, slopes[1] / thin, bend / thin**2))
-            self._sharp = blur, pictures, thin
-        return self._sharp[1:]
+                down, right = np.gradient(smooth)
+                bend = np.gradient(down, axis=0) + np.gradient(right, axis=1)
+                pictures.append((smooth, down / thin, right / thin, bend / thin**2))
+            self._sharp_of, self._sharp = blur, (pictures, thin)
+        return self._sharp
 
-    def solved(self, state: _State) -> tuple[_State, _Step, np.ndarray] | None:
-        """The unknowns at which nothing changes any more, and the sharp frames that count."""
+    def searched(self, state: _State) -> tuple[_State, _Step] | None:
+        """The unknowns at which the cameras agree best, if they clearly agree less whole frames
+        earlier and later."""
         use = np.arange(len(self.keys))
-        for again in range(2):
-            for number in range(STEPS):
-                step = self.step(state, use)
-                if step is None:
-                    return None
-                state = self._after(state, step.change, fixed_blur=number >= FIRST)
-                if number >= FIRST and np.abs(step.change[-len(state.times) :]).max() < 1e-3:
-                    break
-            aside = np.abs(step.late[0]) > np.maximum(ASIDE, 4 * step.late[1])
-            if again or not aside.any():
+        for _ in range(3):
+            solved = self.solved(state, use)
+            if solved is None:
+                return None
+            state, step = solved
+            shift, clear = self.elsewhere(state, step.used)
+            if not shift:
                 break
+            state = replace(state, times=state.times + shift * np.eye(len(state.times))[0])
+        if shift or clear < LESS:
+            return None
+        aside = np.abs(step.late[0]) > np.maximum(ASIDE, 4 * step.late[1])
+        if aside.any():  # frames that are not of this clock
             use = step.used[~aside]
             if len(use) < max(1, SHARE * len(step.used)):
                 return None
-        return state, step, step.used
+            return self.solved(state, use)
+        return state, step
+
+    def solved(self, state: _State, use: np.ndarray) -> tuple[_State, _Step] | None:
+        """The unknowns at which nothing changes any more."""
+        step = None
+        for number in range(STEPS):
+            step = self.step(state, use)
+            if step is None:
+                return None
+            state = self._after(state, step.change, fixed_blur=number >= FIRST)
+            if number >= FIRST and np.abs(step.change[-len(state.times) :]).max() < 1e-3:
+                break
+        return None if step is None else (state, step)
+
+    def elsewhere(self, state: _State, use: np.ndarray) -> tuple[int, float]:
+        """How many frames earlier or later the cameras agree best (0: here), and by how many
+        deviations they agree less there than here."""
+        inside, at, thin = self.seen(state)
+        level = _Level(inside)
+        pictures, _ = self.sharp(state.blur)
+        sharp = {k: level(sampled(pictures[k][0], at / thin - 0.5, inside)) for k in use.tolist()}
+        times = np.polynomial.polynomial.polyval(self.u, state.times)
+        rests: dict[int, dict[int, np.ndarray]] = {}
+        for shift in range(-REACH, REACH + 1):
+            rests[shift] = {}
+            for k, seen in sharp.items():
+                four = self.four(math.floor(times[k]) + shift)
+                if four is not None:
+                    movie = level(_between(four, times[k] % 1)[inside])
+                    gain = float(seen @ movie) / max(float(seen @ seen), 1e-12)
+                    rests[shift][k] = gain * seen - movie
+        here = np.stack(list(rests[0].values()))
+        noise = 2.2 * float(np.median(np.abs(here))) ** 2
+        change = np.stack([rest for some in rests.values() for rest in some.values()]).var(0)
+        weight = (change / (change + 4 * np.median(change) + 1e-20)) ** 2
+        found = []
+        for shift, some in rests.items():
+            common = [k for k in some if k in rests[0]]
+            if not shift or len(common) < SHARE * len(use):
+                continue
+            pair = [np.stack([rests[j][k] for k in common]) for j in (shift, 0)]
+            if len(common) > 2:
+                pair = [one - one.mean(0) for one in pair]
+            there, now = (float((one**2 @ weight).sum()) for one in pair)
+            deviation = 2 * noise * math.sqrt(len(common) * float((weight**2).sum()))
+            found.append(((there - now) / max(deviation, 1e-20), shift))
+        if not found:
+            return 0, 0.0
+        clear, shift = min(found)
+        return (shift if clear < 0 else 0), clear
 
     def _after(self, state: _State, change: np.ndarray, fixed_blur: bool) -> _State:
         count = 6 if self.affine else 4
@@ -266,14 +320,11 @@ class _Problem:
         size = np.sqrt((wander**2).sum(1))
         aside = -(wander * rest).sum(1) / np.where(power > 0, power, np.inf)
         spread = noise * size / np.maximum(power, 1e-12)
-        moves = float(power.sum()) / (noise * math.sqrt(2 * float((size**2).sum())) + 1e-12)
-        return _Step(change, covariance, used, np.stack([aside, spread]), moves)
+        return _Step(change, covariance, used, np.stack([aside, spread]))
 
-    def _parts(
-        self, state: _State, use: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-        """Which frames are used (K,), and which pixels (h, w); then, of these, left-overs (K, n),
-        their slopes and the instruments (K, p, n)."""
+    def seen(self, state: _State) -> tuple[np.ndarray, np.ndarray, int]:
+        """Which fast pixels lie on the sharp frames, away from the rim, and where, (2, h, w); and
+        by how much these are thinned out."""
         at = state.middle[:, None, None] + np.einsum(
             "ij,jhw->ihw", state.matrix, np.stack([self.rows, self.columns])
         )
@@ -281,18 +332,31 @@ class _Problem:
         inside = np.ones(at.shape[1:], bool)
         for axis in (0, 1):
             inside &= (at[axis] > margin) & (at[axis] < self.keys[0].shape[axis] - margin)
+        return inside, at, self.sharp(state.blur)[1]
+
+    def four(self, number: int) -> list[np.ndarray] | None:
+        """The fast frames from one before a number to two after it."""
+        four = [one for i in (-1, 0, 1, 2) if (one := self.fast(number + i)) is not None]
+        return four if len(four) == 4 else None
+
+    def _parts(
+        self, state: _State, use: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+        """Which frames are used (K,), and which pixels (h, w); then, of these, left-overs (K, n),
+        their slopes and the instruments (K, p, n)."""
+        inside, at, thin = self.seen(state)
         if inside.sum() < 50:
             return None
         level = _Level(inside)
-        pictures, thin = self.sharp(state.blur)
+        pictures, _ = self.sharp(state.blur)
         at = at / thin - 0.5
         times = np.polynomial.polynomial.polyval(self.u, state.times)
         rows, columns = self.rows[inside], self.columns[inside]
         used, rests, units, optics, movers, speeds, powers = [], [], [], [], [], [], []
         for k in use.tolist():
             number = math.floor(times[k])
-            four = [one for i in (-1, 0, 1, 2) if (one := self.fast(number + i)) is not None]
-            if len(four) < 4:
+            four = self.four(number)
+            if four is None:
                 continue
             seen, down, right, bend = (
                 level(sampled(picture, at, inside)) for picture in pictures[k]
@@ -338,7 +402,7 @@ class _Problem:
         )
         return np.array(used), inside, np.stack(rests), slopes, instruments
 
-    def joint(self, state: _State, step: _Step, use: np.ndarray) -> Joint | None:
+    def joint(self, state: _State, step: _Step) -> Joint | None:
         """The result in the units of others, unless it is too uncertain."""
         count = 6 if self.affine else 4
         place = Place(self.flip, state.matrix, state.middle - state.matrix @ self.centre)
@@ -349,8 +413,8 @@ class _Problem:
             basis = np.atleast_1d(u)[:, None] ** np.arange(len(state.times))
             return math.sqrt(float(np.einsum("ki,ij,kj->k", basis, covariance, basis).max()))
 
-        worst = math.hypot(deviation(self.u[use]), MODEL)
-        if not worst <= UNCERTAIN or step.moves < MOVES:
+        worst = math.hypot(deviation(self.u[step.used]), MODEL)
+        if not worst <= UNCERTAIN:
             return None
         mean = float(self.numbers.mean())
         c = np.zeros(3)
@@ -375,7 +439,7 @@ class _Problem:
                 start_deviation=at_start / clock.gap,
                 deviation=worst,
                 scatter=float(np.sqrt(np.mean(step.late[0] ** 2))),
-                used=len(use),
+                used=len(step.used),
             ),
         )
 
