@@ -42,6 +42,7 @@ from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.registering.placing import FLIPS
 from hpc_xvr.data.registering.register import registered
+from hpc_xvr.data.registering.timing import Clock
 from hpc_xvr.data.registration import Registration
 from hpc_xvr.data.simulate.beamline import SENSORS, Beamline, SimulatedCamera
 from hpc_xvr.data.simulate.experiment import simulate_video
@@ -175,7 +176,8 @@ def errors(pair: Pair, found: Registration) -> tuple[float, float]:
         space = float(aside.max()) / pair.truth.scale
     if found.time is None:
         return space, math.inf
-    mine = (np.arange(KEYS) - found.time.lr_start) * found.time.gap
+    clock = Clock(found.time.gap, found.time.lr_start, found.time.drift)
+    mine = clock.of_sharp(np.arange(len(pair.instants)))
     there = (pair.instants >= 0) & (pair.instants <= len(pair.fast) - 1)
     return space, float(np.abs(mine - pair.instants)[there].max())
 
@@ -237,7 +239,7 @@ def told(row: dict[str, Any]) -> str:
     return what + (
         f"{row['space']:8.3f} pixels {row['time']:8.3f} frames  score {found['score']:.2f} "
         f"clear {found['clearness']:.1f} deviation {found['corner_deviation_lr_px']:.3f} "
-        f"clock {found.get('time_by_chance', 1):.1g} {found.get('time_scatter_lr_frames', 0):.3f}"
+        f"{found.get('time_deviation_lr_frames', math.nan):.3f}"
     )
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 from scipy import fft
-from scipy.ndimage import gaussian_filter, map_coordinates, uniform_filter
+from scipy.ndimage import gaussian_filter, map_coordinates, uniform_filter, zoom
 
 from hpc_xvr.data.degrade import bin_down
 
@@ -76,7 +76,7 @@ class Place:
             [self.origin[0] + a * rows + b * columns, self.origin[1] + c * rows + d * columns]
         )
 
-    def corners(self, size: tuple[int, int]) -> np.ndarray:
+    def corners(self, size: tuple[int, ...]) -> np.ndarray:
         """HR (row, column), (4, 2), of the corners of the flipped fast frame."""
         rows, columns = np.array([[0, 0, size[0], size[0]], [0, size[1], 0, size[1]]], float)
         return self.at(rows, columns).T
@@ -271,7 +271,7 @@ class _Sought:
             yield place - np.where(wrapped, shape, 0), best, number, flip
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fit:
     """A place, and how certain it is."""
 
@@ -281,6 +281,18 @@ class Fit:
     blur: float
     """Deviation of a Gaussian, fast pixels, by which the fast camera is less sharp than a binned
     sharp frame."""
+
+    def corner_deviation(self, size: tuple[int, ...]) -> float:
+        """Deviation, fast pixels, of the least certain corner of the field of view (h, w)."""
+        h, w = size
+        worst = 0.0
+        count = len(self.covariance)
+        for r, c in itertools.product((-h / 2, h / 2), (-w / 2, w / 2)):
+            j = np.zeros((2, count))
+            j[:, :2] = np.eye(2)
+            j[:, 2:] = [[r, -c], [c, r]] if count == 4 else [[r, c, 0, 0], [0, 0, r, c]]
+            worst = max(worst, float(np.trace(j @ self.covariance @ j.T)))
+        return math.sqrt(worst) / self.place.scale
 
 
 class Comparison:
@@ -304,7 +316,7 @@ class Comparison:
         width: float = LOCAL,
     ) -> None:
         self.factor = max(1.0, factor)
-        self.scale = scale
+        self.scale, self.blur = scale, blur
         self.size = fasts[0].shape
         pixel = scale * self.factor
         self.hr_shape = sharps[0].shape
@@ -339,16 +351,16 @@ class Comparison:
         at, inside = self.seen(place)
         if inside.sum() < 50:
             return replace(place, score=0.0, overlap=float(inside.mean()))
-        a = np.concatenate([_sampled(sharp, at, inside) for sharp, *_ in self.sharps])
+        a = np.concatenate([sampled(sharp, at, inside) for sharp, *_ in self.sharps])
         b = np.concatenate([fast[FLIPS[place.flip]][inside] for fast in self.fasts])
         return replace(place, score=correlation(a, b), overlap=float(inside.mean()))
 
-    def clearness(self, place: Place) -> float:
+    def clearness(self, place: Place) -> tuple[float, float]:
         """How far the correlation at `place` stands out of those at shifts of 3 to 12 pixels, in
-        deviations of these."""
+        deviations of these; and the largest of these, as a share of it."""
         at, inside = self.seen(place)
         if inside.sum() < 50:
-            return 0.0
+            return 0.0, math.inf
         rows, columns = np.nonzero(inside)
         view = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
         surface: np.ndarray | float = 0.0
@@ -363,7 +375,16 @@ class Comparison:
         around = np.roll(surface, (reach, reach), (0, 1))[: 2 * reach + 1, : 2 * reach + 1]
         r, c = np.indices(around.shape) - reach
         outside = around[np.maximum(abs(r), abs(c)) > 2]
-        return float((around[reach, reach] - outside.mean()) / max(outside.std(), 1e-9))
+        here = float(around[reach, reach])
+        clear = (here - outside.mean()) / max(outside.std(), 1e-9)
+        full = fft.rfft2(inside[view].astype(np.float32), shape)
+        count = np.roll(fft.irfft2(full * np.conj(full), shape), (reach, reach), (0, 1))
+        mean = around / np.maximum(count[: 2 * reach + 1, : 2 * reach + 1], 1)
+        here = float(mean[reach, reach])
+        fine = zoom(mean, 4, order=3)  # the pattern may repeat itself between pixels
+        r, c = np.indices(fine.shape) * (2 * reach / (len(fine) - 1)) - reach
+        next_best = float(fine[np.maximum(abs(r), abs(c)) > 2].max())
+        return float(clear), next_best / max(here, 1e-9)
 
     def refined(self, place: Place, affine: bool = False, steps: int = 30) -> Fit:
         """Gauss-Newton steps from `place`, with a gain and an offset for each pair."""
@@ -402,7 +423,7 @@ class Comparison:
         middle, matrix = best
         final = self.score(Place(place.flip, matrix, middle - matrix @ centre))
         covariance = self._covariance(final, affine, centre)
-        return Fit(final, covariance, 0.0)
+        return Fit(final, covariance, self.blur)
 
     def _equations(
         self, place: Place, affine: bool, centre: np.ndarray
@@ -416,8 +437,8 @@ class Comparison:
         count = 6 if affine else 4
         a, g, total, weight = np.zeros((count, count)), np.zeros(count), 0.0, 0.0
         for (level, down, right), fast in zip(self.sharps, self.fasts, strict=True):
-            model = _sampled(level, at, inside)
-            dy, dx = (_sampled(part, at, inside) / self.thin for part in (down, right))
+            model = sampled(level, at, inside)
+            dy, dx = (sampled(part, at, inside) / self.thin for part in (down, right))
             data = fast[FLIPS[place.flip]][inside]
             gain = float(model @ data) / max(float(model @ model), 1e-9)
             gain = max(gain, 0.05)
@@ -448,8 +469,8 @@ class Comparison:
         rows, columns = self.rows[inside] - centre[0], self.columns[inside] - centre[1]
         middle = np.zeros((count, count))
         for (level, down, right), fast in zip(self.sharps, self.fasts, strict=True):
-            model = _sampled(level, at, inside)
-            dy, dx = (_sampled(part, at, inside) / self.thin for part in (down, right))
+            model = sampled(level, at, inside)
+            dy, dx = (sampled(part, at, inside) / self.thin for part in (down, right))
             data = fast[FLIPS[place.flip]][inside]
             gain = max(float(model @ data) / max(float(model @ model), 1e-9), 0.05)
             residual = data - gain * model
@@ -473,20 +494,8 @@ class Comparison:
         covariance: np.ndarray = inverse @ middle @ inverse
         return covariance
 
-    def corner_deviation(self, fit: Fit) -> float:
-        """Deviation, fast pixels, of the least certain corner of the field of view."""
-        h, w = self.size
-        worst = 0.0
-        count = len(fit.covariance)
-        for r, c in itertools.product((-h / 2, h / 2), (-w / 2, w / 2)):
-            j = np.zeros((2, count))
-            j[:, :2] = np.eye(2)
-            j[:, 2:] = [[r, -c], [c, r]] if count == 4 else [[r, c, 0, 0], [0, 0, r, c]]
-            worst = max(worst, float(np.trace(j @ fit.covariance @ j.T)))
-        return math.sqrt(worst) / fit.place.scale
 
-
-def _sampled(picture: np.ndarray, at: np.ndarray, inside: np.ndarray) -> np.ndarray:
+def sampled(picture: np.ndarray, at: np.ndarray, inside: np.ndarray) -> np.ndarray:
     found: np.ndarray = map_coordinates(picture, at[:, inside], order=1, mode="nearest")
     return found
 

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from hpc_xvr.data.cameras import Recording
+from hpc_xvr.data.registering.joint import Joint, together
 from hpc_xvr.data.registering.placing import (
     FLIPS,
     Comparison,
@@ -44,8 +45,8 @@ SATURATED = 0.5
 UNCERTAIN = 0.5
 """Fast pixels by which a corner may be uncertain."""
 BLURS = 0.4, 0.7, 1.0, 1.4
-SCATTERED = 0.15
-"""Fast frames of scatter from which a clock is doubtful."""
+DOUBTFUL = 0.1
+"""Fast frames by which the instant of a sharp frame may be uncertain before it is said."""
 CALM = 0.8
 """Deviation, pixels, of a blur against noise, for the search in time."""
 WIDE = 10
@@ -149,10 +150,12 @@ def registered(
     candidate = search(_evidence(films, known_gap), limits)
     if candidate is None or not candidate.convincing:
         _refuse(films, candidate, near is not None, limits)
-    clock = _clock(films, candidate.place, known_gap)
-    sharps, fasts = _pairs(films, clock, candidate)
-    fit, blur, deviation = _refined(sharps, fasts, candidate.place, affine)
-    clearness = _clearness(fit.place, sharps, fasts, blur)
+    fit, clock = _refined(films, candidate.place, known_gap, affine)
+    sharps, fasts = _pairs(films, clock)
+    compared = Comparison([Thinned(one) for one in sharps], fasts, fit.place.scale, 1.0, fit.blur)
+    fit = replace(fit, place=compared.score(fit.place))
+    clearness, _ = compared.clearness(fit.place)
+    deviation = fit.corner_deviation(films.fast.shape[1:])
     candidate = replace(candidate, place=fit.place, clearness=clearness)
     if not candidate.convincing:
         _refuse(films, candidate, near is not None, limits)
@@ -162,15 +165,13 @@ def registered(
             f"are uncertain by {deviation:.2f} fast pixels): long edges alone, or noise? take "
             "frames with more structure, or a calibration target"
         )
-    again = _clock(films, fit.place, known_gap, blur)
-    clock = again or clock
     _tell(films, clock, known_gap)
     found = {
         "score": round(fit.place.score, 4),
         "clearness": round(clearness, 2),
         "overlap": round(fit.place.overlap, 4),
         **_uncertainties(fit, deviation, fasts[0].shape),
-        "lr_blur_px": blur,
+        "lr_blur_px": round(fit.blur, 2),
         **_about_time(clock, known_gap),
         "lr": str(fast.path),
         "hr": str(sharp.path),
@@ -278,8 +279,8 @@ def _evidence(films: _Films, gap: float | None) -> Iterator[Callable[[], Evidenc
     )
 
 
-def _clock(films: _Films, place: Place, gap: float | None, blur: float = BLUR) -> Clock | None:
-    """When the fast frames were taken, as far as motion says so."""
+def _clock(films: _Films, place: Place, gap: float | None) -> Clock | None:
+    """When about the fast frames were taken, as far as motion says so."""
     size = films.fast.shape[1:]
     thin = films.thinned.shape[1:]
     factor = min(size[axis] / thin[axis] for axis in (0, 1))
@@ -296,7 +297,7 @@ def _clock(films: _Films, place: Place, gap: float | None, blur: float = BLUR) -
         return None
     seen = []
     for key in films.keys:
-        smooth, thinner = Thinned(key).smooth(pixel, blur / factor)
+        smooth, thinner = Thinned(key).smooth(pixel, BLUR / factor)
         low = map_coordinates(smooth, at / thinner - 0.5, order=1, mode="nearest")
         seen.append(_without_mean(low)[inside])
     way = FLIPS[place.flip]
@@ -311,55 +312,68 @@ def _without_mean(frame: np.ndarray) -> np.ndarray:
     return rest
 
 
-def _pairs(
-    films: _Films, clock: Clock | None, candidate: Candidate
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _refined(
+    films: _Films, place: Place, gap: float | None, affine: bool
+) -> tuple[Fit, Clock | None]:
+    """Place and clock together; only the place, on means over time, where motion says too little of
+    the clock."""
+    clock = _clock(films, place, gap)
+    numbers = {
+        int(n): int(index) for n, index in zip(films.fast_numbers, films.fast_frames, strict=True)
+    }
+
+    def frame(number: int) -> np.ndarray | None:
+        return films.fast_frame(numbers[number]) if number in numbers else None
+
+    def jointly(place: Place, clock: Clock, blur: float, affine: bool) -> Joint | None:
+        size = films.fast.shape[1:]
+        return together(
+            *(films.keys, films.key_numbers, frame, size, place, clock, gap, blur, affine)
+        )
+
+    found = jointly(place, clock, BLUR, False) if clock is not None else None
+    if found is not None:
+        fit, clock = found.fit, found.clock
+        sheared = jointly(fit.place, clock, fit.blur, True)
+        if affine and sheared is not None:
+            return sheared.fit, sheared.clock
+        bent = None if sheared is None else sheared.fit
+    else:
+        clock = None
+        pair = [Thinned(np.mean(films.keys, 0))], [films.fast_mean]
+        scores = {blur: Comparison(*pair, place.scale, 1.0, blur).score(place) for blur in BLURS}
+        blur = max(scores, key=lambda b: scores[b].score)
+        comparison = Comparison(*pair, place.scale, 1.0, blur)
+        fit = comparison.refined(place)
+        bent = comparison.refined(fit.place, affine=True)
+        if affine:
+            return bent, None
+    if bent is not None:
+        _tell_bent(fit, bent, films.fast.shape[1:])
+    return fit, clock
+
+
+def _tell_bent(fit: Fit, bent: Fit, size: tuple[int, ...]) -> None:
+    aside = np.abs(bent.place.corners(size) - fit.place.corners(size)).max() / fit.place.scale
+    if aside > max(BENT, 4 * bent.corner_deviation(size)):
+        logger.warning(
+            "pixels are not quite square, or axes not at right angles: with --affine the corners "
+            "would lie up to %.2f fast pixels elsewhere",
+            aside,
+        )
+
+
+def _pairs(films: _Films, clock: Clock | None) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Sharp and fast pictures of the same instants."""
     if clock is None:
         return [np.mean(films.keys, 0)], [films.fast_mean]
     at = clock.of_sharp(films.key_numbers)
     there = np.nonzero((at >= films.fast_numbers[0]) & (at <= films.fast_numbers[-1]))[0]
-    if not len(there):
-        return [np.mean(films.keys, 0)], [films.fast_mean]
     aside = np.abs(at[there] - np.rint(at[there]))
     if len(there) > PAIRS:  # those whose instant a fast frame shares, spread over the recording
         groups = np.array_split(np.arange(len(there)), PAIRS)
         there = there[[group[aside[group].argmin()] for group in groups]]
     return [films.keys[k] for k in there], [films.fast_at(float(at[k])) for k in there]
-
-
-def _refined(
-    sharps: list[np.ndarray], fasts: list[np.ndarray], place: Place, affine: bool
-) -> tuple[Fit, float, float]:
-    """The place refined on all pairs, the fast camera's blur, and the deviation of its corners."""
-    thinned = [Thinned(sharp) for sharp in sharps]
-    scores = {}
-    for blur in BLURS:
-        one = Comparison(thinned[:1], fasts[:1], place.scale, 1.0, blur)
-        scores[blur] = one.score(place).score
-    blur = max(scores, key=lambda b: scores[b])
-    comparison = Comparison(thinned, fasts, place.scale, 1.0, blur)
-    fit = comparison.refined(place)
-    sheared = comparison.refined(fit.place, affine=True)
-    size = fasts[0].shape
-    bend = np.abs(sheared.place.corners(size) - fit.place.corners(size)).max() / place.scale
-    deviation = comparison.corner_deviation(sheared)
-    if affine:
-        return sheared, blur, deviation
-    if bend > max(BENT, 4 * deviation) and sheared.place.score > fit.place.score:
-        logger.warning(
-            "pixels are not quite square, or axes not at right angles: with --affine the corners "
-            "would lie up to %.2f fast pixels elsewhere",
-            bend,
-        )
-    return fit, blur, comparison.corner_deviation(fit)
-
-
-def _clearness(
-    place: Place, sharps: list[np.ndarray], fasts: list[np.ndarray], blur: float
-) -> float:
-    thinned = [Thinned(sharp) for sharp in sharps]
-    return Comparison(thinned, fasts, place.scale, 1.0, blur).clearness(place)
 
 
 def _refuse(films: _Films, candidate: Candidate | None, near: bool, limits: Limits) -> NoReturn:
@@ -392,11 +406,11 @@ def _refuse(films: _Films, candidate: Candidate | None, near: bool, limits: Limi
 
 def _tell(films: _Films, clock: Clock | None, gap: float | None) -> None:
     if clock is not None:
-        if clock.scatter > SCATTERED:
+        if clock.deviation > DOUBTFUL:
             logger.warning(
-                "%s: single sharp frames lie %.2f fast frames (1 sigma) aside of the clock that "
-                "was found: little motion, or noise; compare with the trigger if you can",
-                *(films.name, clock.scatter),
+                "%s: when the sharp frames were taken is uncertain by up to %.2f fast frames (1 "
+                "sigma): little motion, or noise; compare with the trigger if you can",
+                *(films.name, clock.deviation),
             )
         return
     alone = len(films.keys) < 2 or len(films.fast_frames) < 3
@@ -439,8 +453,8 @@ def _about_time(clock: Clock | None, gap: float | None) -> dict[str, Any]:
     for key, value in (
         ("gap_deviation", clock.gap_deviation),
         ("lr_start_deviation", clock.start_deviation),
+        ("time_deviation_lr_frames", clock.deviation),
         ("time_scatter_lr_frames", clock.scatter),
-        ("time_by_chance", clock.chance),
     ):
         if math.isfinite(value):
             about[key] = float(f"{value:.4g}")

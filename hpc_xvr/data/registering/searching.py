@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,10 +26,13 @@ JUDGED = 6
 """Candidates that are refined a second time."""
 FINER = 2.0
 """Times as many pixels are compared where the coarse grid shows nothing."""
-CONVINCING = (0.0, 12.0), (0.25, 8.0), (0.7, 5.0)
+CONVINCING = (0.0, 12.0), (0.25, 8.0), (0.6, 6.0), (0.7, 5.0)
 """Correlation, and the deviations by which it must stand out of that beside the place: any of these
 pairs is enough. Long straight edges look alike some pixels along them, but fit well; noise leaves
 little correlation, but at one place alone."""
+ALONE = 0.85, 2.0
+"""Correlation, and how many times as much any other place must leave unexplained: enough, too, as
+for rulings, which fit nearly as well one period further, but not quite."""
 BEYOND = 1.15
 """Factor by which a refined place may leave the scales that were asked for."""
 BLUR = 0.7
@@ -53,10 +56,18 @@ class Candidate:
     clearness: float
     number: int
     """Of the fast picture."""
+    rival: float = 1.0
+    """Correlation of the best other place."""
+
+    @property
+    def alone(self) -> bool:
+        score, times = ALONE
+        left = 1 - self.place.score**2
+        return self.place.score >= score and 1 - self.rival**2 >= times * left
 
     @property
     def convincing(self) -> bool:
-        return any(
+        return self.alone or any(
             self.place.score >= score and self.clearness >= clear for score, clear in CONVINCING
         )
 
@@ -131,13 +142,22 @@ def best_place(
             for other, _ in apart
         ):
             apart.append((place, number))
-    best: Candidate | None = None
+    judged: list[Candidate] = []
     for place, number in apart[:JUDGED]:
         fine = compared(place, number, max(longest, MIDDLE))
         place = fine.refined(place, steps=15).place
-        if not within(place):
-            continue
-        now = Candidate(place, fine.clearness(place), number)
-        if best is None or now.clearness > best.clearness:
-            best = now
-    return best
+        if within(place):
+            clearness, share = fine.clearness(place)
+            judged.append(Candidate(place, clearness, number, min(1.0, share * place.score)))
+    if not judged:
+        return None
+    best, *others = sorted(judged, key=lambda one: -one.place.score)
+    there = best.place.corners(size)
+    for other in others:  # that the same place was found twice is no rival
+        place = other.place
+        away = np.abs(place.corners(size) - there).max()
+        if place.flip != best.place.flip or away > 2 * place.scale:
+            best = replace(best, rival=max(best.rival, place.score))
+    if best.alone:
+        return best
+    return replace(max(judged, key=lambda one: one.clearness), rival=1.0)
