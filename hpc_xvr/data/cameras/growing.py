@@ -20,8 +20,9 @@ import h5py
 import numpy as np
 
 from hpc_xvr.data.cameras import HDF5, SUFFIXES, images, numbering
-from hpc_xvr.data.cameras.hdf5 import choose, read_frames, time_axes
+from hpc_xvr.data.cameras.hdf5 import read_frames, time_axes
 from hpc_xvr.data.cameras.hdf5_axes import axis_order
+from hpc_xvr.data.cameras.hdf5_choice import choose
 from hpc_xvr.data.cameras.hdf5_links import Files, written_in_swmr
 from hpc_xvr.data.cameras.hdf5_stored import stored_frames
 from hpc_xvr.data.cameras.hdf5_virtual import Reader

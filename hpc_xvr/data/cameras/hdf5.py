@@ -7,11 +7,10 @@ DXchange: frames in /exchange/data (T, H, W), corrected by /exchange/data_white 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,7 +18,16 @@ import numpy as np
 from hpc_xvr.data.cameras import results, units
 from hpc_xvr.data.cameras.flatfield import mean_frame, transmission
 from hpc_xvr.data.cameras.hdf5_axes import Order, axis_order, names_in, text
-from hpc_xvr.data.cameras.hdf5_links import BLOCK, Files, Found, Place, written_in_swmr
+from hpc_xvr.data.cameras.hdf5_choice import (
+    DATA,
+    MASK,
+    FramesDataset,
+    choose,
+    holds_frames,
+    is_mask,
+    named,
+)
+from hpc_xvr.data.cameras.hdf5_links import BLOCK, Files, Place, written_in_swmr
 from hpc_xvr.data.cameras.hdf5_stored import BUDGET, check_stored
 from hpc_xvr.data.cameras.hdf5_virtual import Reader
 from hpc_xvr.data.cameras.recording import Recording, array_recording, check_shape
@@ -27,28 +35,14 @@ from hpc_xvr.data.cameras.stamps import frame_times, rate_of
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
-DATA, WHITE, DARK = "exchange/data", "exchange/data_white", "exchange/data_dark"
+WHITE, DARK = "exchange/data_white", "exchange/data_dark"
 TIME = "exchange/time"
 DETECTOR = "measurement/instrument/detector"
 RESOLUTION = "measurement/instrument/detection_system/objective/resolution"
-NUMBERED = re.compile(r"data_?(\d{2,})")
-"""Datasets of one recording in a master file: data_000001, data_000002, ..."""
-MASK = "pixel_mask"
-"""Flags of bad pixels beside the frames of a NeXus detector."""
 LARGEST_TEXT = 4096
 """Bytes of a number or a text that describes the recording."""
 LARGEST_CHUNK = 2**24
 """Bytes of the chunk that it is stored in."""
-
-
-class _Dataset(NamedTuple):
-    """A dataset of frames that was found."""
-
-    name: str
-    """In the file that the user named."""
-    place: Place
-    routes: tuple[tuple[Place, str], ...]
-    """Groups that hold it, or a link to it, and its name there."""
 
 
 def open_hdf5(
@@ -172,7 +166,7 @@ def read_frames(
 
 def _stack(
     files: Files,
-    found: Sequence[_Dataset],
+    found: Sequence[FramesDataset],
     like: _Stack | None = None,
     missing: bool = False,
     frames: int | None = None,
@@ -295,7 +289,7 @@ def _recording(
     )
 
 
-def _line(files: Files, found: _Dataset) -> tuple[tuple[float, float], float | None] | None:
+def _line(files: Files, found: FramesDataset) -> tuple[tuple[float, float], float | None] | None:
     """Offset and slope from stored numbers to values, and the value of the largest number: of
     results of this program, by the attributes of netCDF, or by fields of NeXus.
 
@@ -336,14 +330,14 @@ def _holes(item: h5py.Dataset) -> tuple[float, ...]:
     return tuple(sorted(n for n in found if math.isfinite(n)))
 
 
-def _tell_of_mask(files: Files, found: _Dataset) -> None:
+def _tell_of_mask(files: Files, found: FramesDataset) -> None:
     """Warn of pixels that the file's own mask marks as bad."""
     for group, _ in found.routes[-1:]:
         place = files.locate(MASK, group)
         if place is None:
             continue
         item = files.item(place)
-        if isinstance(item, h5py.Dataset) and _is_mask(item) and item.nbytes <= BUDGET:
+        if isinstance(item, h5py.Dataset) and is_mask(item) and item.nbytes <= BUDGET:
             check_stored(files, place)
             if bad := np.count_nonzero(item[()]):
                 logger.warning(
@@ -351,11 +345,6 @@ def _tell_of_mask(files: Files, found: _Dataset) -> None:
                     "first if they show",
                     *(files.path, MASK, bad),
                 )
-
-
-def _is_mask(item: h5py.Dataset) -> bool:
-    """Flags of the pixels of a frame, one a pixel."""
-    return item.ndim == 2 and item.dtype.kind in "iu"
 
 
 def _counts_of_result(item: h5py.Dataset) -> int | None:
@@ -379,7 +368,7 @@ def _first(value: Any) -> float:
     return float(np.asarray(value).reshape(-1)[0])
 
 
-def time_axes(files: Files, found: _Dataset, axis: int) -> list[h5py.Dataset]:
+def time_axes(files: Files, found: FramesDataset, axis: int) -> list[h5py.Dataset]:
     """What may hold the time of each frame: a scale of HDF5, an axis of NeXus, or the times that
     results of this program have."""
     dataset = files.item(found.place)
@@ -394,7 +383,7 @@ def time_axes(files: Files, found: _Dataset, axis: int) -> list[h5py.Dataset]:
 
 
 def _stamps(
-    files: Files, found: _Dataset, stack: _Stack, growing: bool = False
+    files: Files, found: FramesDataset, stack: _Stack, growing: bool = False
 ) -> np.ndarray | None:
     """Time of each frame in seconds, if the file has a time axis; `growing`: with times of further
     frames, or not of all."""
@@ -418,209 +407,12 @@ def _stamps(
     return None
 
 
-def choose(files: Files, name: str | None) -> list[_Dataset]:
-    """The datasets of the recording: one, or the numbered parts."""
-    if name is not None:
-        found = _at(files, name.strip("/"))
-        if found:
-            return found
-        raise InputError(
-            f"{files.path}: has no 2-D or 3-D dataset {name}: choose from "
-            f"{_listed(_candidates(files)[0])}"
-        )
-    if _holds_frames(files, files.locate(DATA)):
-        return [_named(files, DATA)]
-    found = _default(files)
-    if found:
-        return found
-    choices, broken = _candidates(files)
-    if len(choices) == 1 and not broken:
-        return choices[0]
-    if broken:
-        instead = f"; or choose with --dataset: {_listed(choices)}" if choices else ""
-        raise InputError(f"{broken[0].place}{instead}")
-    if not choices:
-        raise InputError(
-            f"{files.path}: holds no 2-D or 3-D dataset of numbers: frames are (H, W) or (frames, "
-            "H, W)"
-        )
-    raise InputError(
-        f"{files.path}: holds several datasets, choose one with --dataset: {_listed(choices)}"
-    )
-
-
-def _at(files: Files, name: str) -> list[_Dataset] | None:
-    """The dataset of a name, or what a group of that name holds."""
-    place = files.locate(name)
-    if place is None:
-        return None
-    if _holds_frames(files, place):
-        return [_named(files, name)]
-    if not isinstance(files.item(place), h5py.Group):
-        return None
-    found = _signal(files, name)
-    if found:
-        return found
-    inside = [
-        key for key in sorted(files.item(place)) if _holds_frames(files, files.locate(key, place))
-    ]
-    return [_named(files, f"{name}/{inside[0]}")] if len(inside) == 1 else None
-
-
-def _default(files: Files) -> list[_Dataset] | None:
-    """What NeXus says is to be shown, if it is a stack of frames.
-
-    Attributes `default` lead there; without them the only entry and its group `data` are it.
-    """
-    name = ""
-    for _ in range(8):
-        place = files.locate(name)
-        group = None if place is None else files.item(place)
-        if not isinstance(group, h5py.Group):
-            break
-        following = text(group.attrs.get("default"))
-        if not following and not name:
-            entries = [key for key in list(group) if _is_entry(files, key)]
-            following = entries[0] if len(entries) == 1 else ""
-        elif not following and "/" not in name and _is_entry(files, name):
-            following = "data"
-        if not following:
-            break
-        name = f"{name}/{following.strip('/')}".lstrip("/")
-    place = files.locate(name) if name else None
-    if place is None:
-        return None
-    found = [_named(files, name)] if _holds_frames(files, place) else _signal(files, name)
-    if found is None or (len(found) == 1 and files.item(found[0].place).ndim < 3):
-        return None
-    logger.info("%s: reads %s, the file's default", files.path, _listed([found]))
-    return found
-
-
-def _is_entry(files: Files, name: str) -> bool:
-    """Whether a name at the top is an entry; a link that leads nowhere is one by its name."""
-    try:
-        place = files.locate(name)
-    except InputError:
-        return name.startswith("entry")
-    item = None if place is None else files.item(place)
-    if not isinstance(item, h5py.Group):
-        return False
-    return name.startswith("entry") or text(item.attrs.get("NX_class")) == "NXentry"
-
-
-def _signal(files: Files, name: str) -> list[_Dataset] | None:
-    """The data of a group: its signal, its numbered parts, or its dataset named data."""
-    place = files.locate(name)
-    group = None if place is None else files.item(place)
-    if not isinstance(group, h5py.Group):
-        return None
-    signal = text(group.attrs.get("signal"))
-    numbered = [key for key in sorted(group) if NUMBERED.fullmatch(key)]
-    if signal and signal not in numbered:
-        inside = f"{name}/{signal}"
-        return [_named(files, inside)] if _holds_frames(files, files.locate(inside)) else None
-    if "data" in group and not signal:
-        inside = f"{name}/data"
-        return [_named(files, inside)] if _holds_frames(files, files.locate(inside)) else None
-    if not numbered:
-        return None
-    found = [_named(files, f"{name}/{key}") for key in numbered]
-    if not all(_holds_frames(files, each.place) for each in found):
-        return None
-    return _in_sequence(files, found)
-
-
-def _in_sequence(files: Files, found: list[_Dataset]) -> list[_Dataset]:
-    """Numbered datasets in order.
-
-    Raises:
-        InputError: a number is missing.
-    """
-
-    def number(each: _Dataset) -> int:
-        match = NUMBERED.fullmatch(each.name.rpartition("/")[2])
-        assert match is not None
-        return int(match[1])
-
-    found = sorted(found, key=number)
-    numbers = [number(each) for each in found]
-    first = min(numbers[0], 1)
-    for expected, have in enumerate(numbers, first):
-        if have != expected:
-            raise InputError(
-                f"{files.path}: /{found[0].name} and following are one recording, but number "
-                f"{expected} is missing: complete it, or choose one with --dataset"
-            )
-    return found
-
-
-def _candidates(files: Files) -> tuple[list[list[_Dataset]], list[Found]]:
-    """All recordings in a file, and the links that lead nowhere."""
-    broken: list[Found] = []
-    found: dict[Place, _Dataset] = {}
-    for name, place in files.datasets():
-        if isinstance(place, InputError):
-            broken.append(Found(name, place))
-        elif _holds_frames(files, place) and not (
-            name.rpartition("/")[2] == MASK and _is_mask(files.item(place))
-        ):
-            route = _route(files, name)
-            known = found.get(place, _Dataset(name, place, ()))
-            found[place] = known._replace(routes=(*known.routes, *route))
-    groups: dict[str, list[_Dataset]] = {}
-    for each in found.values():
-        folder, _, key = each.name.rpartition("/")
-        groups.setdefault(f"{folder}/" if NUMBERED.fullmatch(key) else each.name, []).append(each)
-    for name, place in broken:
-        folder, _, key = name.rpartition("/")
-        if NUMBERED.fullmatch(key) and f"{folder}/" in groups and isinstance(place, InputError):
-            raise place
-    return [
-        _in_sequence(files, group) if len(group) > 1 else group for group in groups.values()
-    ], broken
-
-
-def _named(files: Files, name: str) -> _Dataset:
-    place = files.locate(name)
-    assert place is not None
-    return _Dataset(name, place, _route(files, name))
-
-
-def _route(files: Files, name: str) -> tuple[tuple[Place, str], ...]:
-    """The group that a name is in, and the group that what it leads to is in."""
-    folder, _, key = name.rpartition("/")
-    group, place = files.locate(folder), files.locate(name)
-    assert group is not None
-    assert place is not None
-    own, _, own_key = place.name.rpartition("/")
-    return (group, key), (Place(place.path, own), own_key)
-
-
-def _holds_frames(files: Files, place: Place | None) -> bool:
-    files.close_some()
-    item = None if place is None else files.item(place)
-    return isinstance(item, h5py.Dataset) and item.ndim >= 2 and item.dtype.kind in "uif"
-
-
-def _listed(choices: list[list[_Dataset]]) -> str:
-    """Names, of numbered ones the first and the last."""
-    names = [
-        " to ".join(
-            f"/{each.name}" for each in (group if len(group) == 1 else group[:: len(group) - 1])
-        )
-        for group in choices
-    ]
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return ", ".join(names[:12]) + more if names else "none"
-
-
 def _field(files: Files, name: str, data: _Stack) -> _Stack | None:
     """White or dark frames, if there are any."""
     place = files.locate(name)
-    if place is None or not _holds_frames(files, place) or not files.item(place).size:
+    if place is None or not holds_frames(files, place) or not files.item(place).size:
         return None
-    return _stack(files, [_named(files, name)], data)
+    return _stack(files, [named(files, name)], data)
 
 
 def _say_what_is_not_used(files: Files, data: _Stack, corrected: bool) -> None:
@@ -638,7 +430,7 @@ def _say_what_is_not_used(files: Files, data: _Stack, corrected: bool) -> None:
         except InputError as error:
             logger.warning("%s", error)
             continue
-        if place is None or not _holds_frames(files, place):
+        if place is None or not holds_frames(files, place):
             continue
         dataset = files.item(place)
         if not dataset.size or dataset.shape[-2:] != data.shape[1:]:

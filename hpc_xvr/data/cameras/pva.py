@@ -25,7 +25,7 @@ import h5py
 import numpy as np
 
 from hpc_xvr.data.cameras.growing import CannotFollow, GrowingHdf5
-from hpc_xvr.data.cameras.hdf5 import DATA
+from hpc_xvr.data.cameras.hdf5_choice import DATA
 from hpc_xvr.errors import InputError, explain_os_error
 from hpc_xvr.log import logger
 
