@@ -112,6 +112,36 @@ def test_matching_undoes_gain_and_offset():
     assert np.allclose(Grey(0.5, 0.1).matched(0.5 * frame + 0.1), frame, atol=1e-6)
 
 
+@pytest.mark.parametrize("bright", [1, 0.1, 0.005])
+@pytest.mark.parametrize(
+    ("gain", "offset", "photons", "matched"),
+    [
+        (1.1, -0.1, None, True),
+        (1.0, 0.03, None, True),
+        (1.1, -0.1, 200, True),  # uncertain, and told
+        (1.0, 0.0, None, False),
+        (1.02, -0.01, None, False),
+        (1.0, 0.01, 200, False),
+    ],
+)
+def test_greys_are_judged_alike_in_dark_and_bright_recordings(
+    bright, gain, offset, photons, matched, caplog
+):
+    """10-bit counts in 16 bit are all dark."""
+    fast, keys = both(moving())
+    fast = gain * fast + offset
+    if photons:
+        fast = fast + np.random.default_rng(1).normal(0, photons**-0.5, fast.shape)
+    found = compare(
+        (bright * fast).astype(np.float32), {t: bright * key for t, key in keys.items()}
+    )
+    grey = grey_of(found, "a pair")
+    assert (grey != Grey() or "not certain" in caplog.text) == matched
+    if matched and not photons:
+        assert grey.gain == pytest.approx(gain, rel=0.01)
+        assert grey.offset == pytest.approx(bright * offset, abs=0.003 * bright)
+
+
 def reconstruct(hpc_xvr, folder, fast, keys, *options, code=0):
     """Write both cameras' files and reconstruct: the result in the unit that it states (None if it
     was refused), and what was said there and on stderr."""

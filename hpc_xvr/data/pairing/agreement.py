@@ -64,6 +64,8 @@ class Agreement:
     grey: Grey
     level: float
     """Mean of the binned key frames."""
+    contrast: float
+    """Their standard deviation."""
     spread: float
     """Largest difference between the gain of one key frame and the mean one, as a share of it."""
     shift: tuple[float, float]
@@ -93,7 +95,7 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         low = bin_down(key, key.shape[0] // frame.shape[0])
         if low.std() <= CONTRAST * low.max():
             continue
-        fits.append((*_fit(low, frame), low.mean()))
+        fits.append((*_fit(low, frame), low.mean(), low.std()))
         around = range(max(0, t - REACH), min(len(fast), t + REACH + 1))
         left = {other: _left(low, fast[other]) for other in around}
         best = min(left, key=lambda other: left[other])
@@ -103,7 +105,7 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         ways.append(name if left[t] > BETTER * turned[name] else "")
     if not fits:
         return None
-    correlation, gain, offset, down, right, level = np.mean(fits, 0)
+    correlation, gain, offset, down, right, level, contrast = np.mean(fits, 0)
     spread = float(np.abs(np.array(fits)[:, 1] - gain).max() / max(abs(gain), 1e-9))
     grey = Grey(float(gain), float(offset))
     usual = max(sorted(set(ways)), key=ways.count)
@@ -111,6 +113,7 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         float(correlation),
         grey,
         float(level),
+        float(contrast),
         spread,
         (float(down), float(right)),
         tuple(lags),
@@ -160,8 +163,8 @@ def grey_of(found: Agreement, name: str) -> Grey:
         InputError: they differ so much that frames would flicker, but nothing is certain.
     """
     gain, offset = found.grey.gain, found.grey.offset
-    aside = abs((gain - 1) * found.level + offset)
-    if 0.8 < gain < 1.25 and aside < max(0.01 * found.level, 0.002):
+    aside = abs((gain - 1) * found.level + offset)  # of the means: flicker at the key frames
+    if 0.8 < gain < 1.25 and aside < max(0.01 * found.level, 0.02 * found.contrast):
         return Grey()  # blur changes contrast, but not the mean
     relation = f"fast = {gain:.4g} x sharp {offset:+.4f} (shares of their full scales)"
     if found.correlation < ALIKE or found.spread > 0.1 or gain <= 0:
@@ -172,7 +175,7 @@ def grey_of(found: Agreement, name: str) -> Grey:
                 f"{100 * found.spread:.0f} %) to match them: state --lr-bit-depth, --hr-bit-depth "
                 "or full scales, or give --match-grey off to go on without"
             )
-        if 0.8 < gain < 1.25 and abs(offset) < 0.05:
+        if 0.8 < gain < 1.25 and aside < 0.05 * max(found.level, found.contrast):
             return Grey()  # noise and motion do as much
         logger.warning(
             "%s: the cameras' grey scales may differ, %s, but this is not certain (correlation "
