@@ -101,7 +101,7 @@ setup(
             "mypy>=1.11",
             'nxtomo>=3; python_version >= "3.11"',  # with silx, reads NeXus of ours
             "pims>=0.7",  # its reading of .cine files is what ours is compared with
-            'pvapy>=5.4; platform_machine == "x86_64"',  # its simulated cameras send what is reconstructed
+            'pvapy>=5.4; platform_machine == "x86_64"',  # its simulated cameras
             "playwright>=1.45",  # pages are looked at in a Chromium that is there
             "pyMRAW>=0.32",
             "pytest>=8",

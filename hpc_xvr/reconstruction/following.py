@@ -79,8 +79,8 @@ def follow_run(
 
     Args:
         growing_lr, growing_hr: the recordings, where they do not grow by themselves.
-        publish: is given the frames of each gap when it is made, (number, frame (H, W)), with the
-            numbers that `out` will hold.
+        publish: is given the frames of each gap when it is made: (number of the fast frame, frame
+            (H, W) with values as in `out`).
 
     Raises:
         InputError: as `reconstruct_run`, or a recording cannot be followed; says where the gaps
@@ -134,6 +134,8 @@ class Follower:
         self.publish: Publish | None = None
         self._last: tuple[int, np.ndarray] | None = None
         """The last key frame."""
+        self._numbers = np.empty(0)
+        """Of the frames that the fast camera has sent, lost ones counted."""
         self._since = 0.0
         """When all frames of the last gap were there."""
         self._behind = 0
@@ -236,6 +238,7 @@ class Follower:
         source = self.source
         sharp = _opened(self.hr, source.hr_camera, "--hr")
         fast = _opened(self.lr, source.lr_camera.on_scale_of(source.hr_camera), "--lr")
+        self._numbers = fast.taken()
         return from_recordings(
             self.method, fast, sharp, source.pairing, source.crop, self._grey.agreed
         )
@@ -276,10 +279,10 @@ class Follower:
     def _stored(
         self, numbered: Iterable[tuple[int, np.ndarray]], material: Material
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """The frames in the numbers of the result."""
+        """The frames with the fast camera's numbers, and with values as in the result."""
         calibration = material.calibration
-        for number, frame in numbered:
-            yield number, as_stored(frame, self.wanted.dtype, calibration)
+        for t, frame in numbered:
+            yield round(self._numbers[t]), as_stored(frame, self.wanted.dtype, calibration)
 
     def _make_piece(self, work: Reconstruction, piece: Piece, spool: Spool) -> None:
         loads = list(work.load([piece]))
@@ -402,7 +405,8 @@ def _opened(recording: Growing, reading: CameraReading, option: str) -> Recordin
             f"{recording.path}: holds floating-point numbers, whose white is the largest of the "
             f"whole recording, which is not known yet: state it with {option}-full-scale"
         )
-    return opened
+    lost = [k for k in sorted(recording.lost) if k < recording.frames]
+    return opened.without(lost) if lost else opened
 
 
 @contextmanager

@@ -219,7 +219,9 @@ def test_lost_frames_are_left_out_where_that_is_asked_for(tmp_path, names, log):
     skip = {"lr_camera": CameraReading(missing="skip")}
     with sending(tmp_path, names, sent):
         made = follow(tmp_path, names, source=skip)
-    assert "lr: frames 10 were lost; gaps from there on are made at the end" in log()
+    assert "movie-lr.h5: frames 10 are missing and left out" in log()
+    assert log().count("after the last frame they need") == 5
+    assert f"{FRAMES - 2} of {FRAMES - 1} frames were finished before" in log()
     files = CameraFiles(
         tmp_path / "movie-lr.h5", tmp_path / "movie-hr.h5", pairing=Pairing(float(GAP)), **skip
     )
