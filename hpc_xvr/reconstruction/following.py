@@ -23,7 +23,7 @@ import torch
 from hpc_xvr.config import Config
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.cameras.growing import SETTLED_S, CannotFollow, Growing, growing
-from hpc_xvr.data.pairing.agreement import ALIKE, Grey, compare, grey_of, told
+from hpc_xvr.data.pairing.agreement import ALIKE, Grey, compare, grey_to_match, told
 from hpc_xvr.data.pairing.joining import Pairing, TooFew
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.ranks import ONE_RANK
@@ -359,18 +359,19 @@ class _HeldGrey:
             chosen = sorted(keys)[:-3:-1] if self._undecided else sorted(keys)[:2]
             some = {t: keys[t] for t in sorted(chosen)}
             found = compare(lr, some)
+            grey = grey_to_match(found, name, pairing.match_grey)
             if found is None:  # nothing to be seen in them
                 self._undecided = True
-                return Grey()
+                return grey
             told(found, name, self._gap)
-            self.grey = grey_of(found, name) if pairing.match_grey else Grey()
-            if self.grey != Grey():
+            self.grey, self._match = grey, pairing.match_grey is not False
+            if grey not in (Grey(), pairing.match_grey):
                 logger.warning(
                     "%s: while the cameras record, the grey scale is that of the key frames at "
-                    "frames %s; at the end all gaps are made once more with that of all key frames",
-                    *(name, " and ".join(map(str, some))),
+                    "frames %s; at the end all gaps are made once more with that of all key "
+                    "frames. --match-grey %.6g,%.6g would state it, and spare that",
+                    *(name, " and ".join(map(str, some)), grey.gain, grey.offset),
                 )
-            self._match = pairing.match_grey
         return self.grey
 
     def check(self, material: Material, t: int) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from hpc_xvr.data.cameras import growing as growing_module
 from hpc_xvr.data.cameras.growing import growing
 from hpc_xvr.data.degrade import bin_down
+from hpc_xvr.data.pairing.agreement import Grey
 from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
@@ -140,7 +141,8 @@ def offline(folder, out="movie.tif", ends=".h5", method="bayes", **more):
 
 def source(folder, ends=".h5", **more):
     return CameraFiles(
-        *(folder / f"fast{ends}", folder / f"sharp{ends}"), pairing=Pairing(float(GAP)), **more
+        *(folder / f"fast{ends}", folder / f"sharp{ends}"),
+        **{"pairing": Pairing(float(GAP)), **more},
     )
 
 
@@ -406,9 +408,19 @@ def test_grey_scales_are_held_while_recording_and_those_of_all_key_frames_at_the
     fast, sharp = cameras(gain=1.5)
     write(tmp_path, fast, sharp)
     made = follow(tmp_path)
-    told = log()
-    assert "at the end all gaps are made once more with that of all key frames" in told
+    assert "at the end all gaps are made once more with that of all key frames" in log()
+    assert "made anew" in log()
     assert made.read_bytes() == offline(tmp_path).read_bytes()
+
+
+def test_a_stated_grey_scale_spares_making_gaps_anew(tmp_path, log):
+    fast, sharp = cameras(gain=1.5)
+    write(tmp_path, fast, sharp)
+    stated = {"pairing": Pairing(float(GAP), match_grey=Grey(1.5, 0.001))}
+    made = follow(tmp_path, source=stated)
+    assert "20 of 21 frames were finished before" in log()
+    assert "made anew" not in log()
+    assert made.read_bytes() == offline(tmp_path, source=stated).read_bytes()
 
 
 def test_a_change_of_the_grey_scale_is_told_when_it_comes(tmp_path, log):
