@@ -296,6 +296,9 @@ class Follower:
         """The gap as a file that can be looked at."""
         with disk_errors(self.gaps):
             self.gaps.mkdir(exist_ok=True)
+        if not self._made:
+            for old in self.gaps.glob("[0-9]*-[0-9]*.tif"):  # of another recording, or to be anew
+                remove(old)
         write_sequence(
             self._file(frames),
             spool.frames(pieces),

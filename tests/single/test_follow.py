@@ -346,12 +346,15 @@ def test_a_recording_that_becomes_another_one_ends_it_and_gaps_are_kept(
         with filling(tmp_path, stacks=(fast[:9], sharp), pause=0):
             pass
     second = tmp_path / "movie.tif.gaps/000004-000007.tif"
+    second.parent.mkdir()
+    (second.parent / "000400-000403.tif").touch()  # of another recording
     with once_there(second, lambda: harm(tmp_path)), pytest.raises(InputError) as error:
         follow(tmp_path, ends=ends, silence=20)
     assert words in str(error.value)
     assert f"frames 0 to 7 are kept in {tmp_path}/movie.tif.gaps" in str(error.value)
     assert error.value.exit_code == 2
     assert not (tmp_path / "movie.tif").exists()
+    assert names(second.parent) == ["000000-000003.tif", "000004-000007.tif"]
     whole = tmp_path / "whole"
     whole.mkdir()
     write(whole, fast, sharp)
@@ -513,6 +516,8 @@ def test_the_command_follows_and_refuses_what_does_not_go_with_it(tmp_path, hpc_
     hpc_xvr("reconstruct", "builtin", *files, "--out", tmp_path / "offline.h5")
     with h5py.File(tmp_path / "offline.h5") as file:
         assert (followed == file["exchange/data"][()]).all()
+    said = hpc_xvr("reconstruct", "bayes", *files, *rest[:2], "--silence", 3, code=2)
+    assert "--silence ends what --follow begins" in said.err
     for words in (("--video", "a"), (*files, "--adapt"), ("--pairs", tmp_path / "p.csv")):
         (tmp_path / "p.csv").touch()
         said = hpc_xvr("reconstruct", "bayes", *words, *rest, code=2)

@@ -189,10 +189,14 @@ def together(*numbers):
     ]
 
 
+BOTH_GO = [("lr", None), ("hr", None)]
+
+
 @pytest.mark.parametrize(
     ("sent", "words"),
     [
         (together(*range(14), None), r"pva://xvr-.*:lr: has gone away after 14 frames; finished"),
+        ([*together(*range(14)), BOTH_GO], r"pva://xvr-.*:.r: has gone away after \d+ frames"),
         (together(*range(14), 16), "lr: frame 14 to 15 was lost on the way: give --lr-missing or"),
         (together(*range(14), 3), "lr: has begun to count anew: uniqueId 103 after 113"),
     ],
