@@ -22,7 +22,7 @@ import torch
 
 from hpc_xvr.config import Config
 from hpc_xvr.data.cameras import Recording
-from hpc_xvr.data.cameras.growing import SETTLED_S, CannotFollow, Growing, growing
+from hpc_xvr.data.cameras.growing import CannotFollow, Growing, growing
 from hpc_xvr.data.pairing.agreement import ALIKE, Grey, compare, grey_to_match, told
 from hpc_xvr.data.pairing.joining import Pairing, TooFew
 from hpc_xvr.data.pairing.reading import CameraReading
@@ -51,8 +51,9 @@ START_S = 600.0
 """Seconds that the cameras have to begin."""
 BEHIND = 3
 """Gaps in a row that take longer to make than to record, of which the log tells."""
-RETRIES = 3
-"""Times that frames are read again that could not be read."""
+RETRIES, RETRY_S = 10, 0.1
+"""Times that frames are read again that could not be read, and seconds between; a file that is not
+written in SWMR mode may be caught between two states."""
 LOOK_S = 0.05
 """Seconds between two looks at the recordings; more where a look takes long."""
 
@@ -229,7 +230,7 @@ class Follower:
             self._failures += 1
             if self._failures > RETRIES:
                 raise
-            time.sleep(SETTLED_S)  # it was read between two states
+            time.sleep(RETRY_S)
             self._tried = 0, 0
         return True
 

@@ -592,3 +592,31 @@ def test_it_is_told_that_the_cameras_are_faster(tmp_path, log):
     with writing(tmp_path, pause=0):
         follow(tmp_path)
     assert re.search(r"a gap takes \S+ s to make and \S+ s to record: the result falls", log())
+
+
+@pytest.mark.parametrize("way", ["swmr", "flush"])
+def test_no_frame_is_read_that_is_not_complete(tmp_path, way):
+    """A writer as fast as it can be, and a reader that looks all the time."""
+    truth = np.random.default_rng(0).integers(1, 60000, (400, 24, 32)).astype(np.uint16)
+    np.save(tmp_path / "fast.npy", truth)
+    path = tmp_path / "fast.h5"
+    command = [sys.executable, "-c", WRITER, way, path, tmp_path / "fast.npy", 0, -1]
+    writer = subprocess.Popen(list(map(str, command)))
+    recording, read, until = growing(path), 0, time.monotonic() + 60
+    try:
+        while recording.frames < len(truth):
+            assert time.monotonic() < until, recording.waiting
+            if not recording.look():
+                continue
+            start, stop = max(0, recording.frames - 3), recording.frames
+            try:
+                opened = CameraReading().open_files([path], None, stop)
+                for frame in opened.frames(start):
+                    assert (frame == truth[start]).all(), start
+                    start, read = start + 1, read + 1
+            except InputError:  # between two states; the program reads it again
+                assert way == "flush"
+    finally:
+        writer.kill()
+        writer.wait()
+    assert read >= 6
