@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -15,6 +17,7 @@ from hpc_xvr.cli.common import File
 from hpc_xvr.errors import InputError
 
 if TYPE_CHECKING:
+    from hpc_xvr.data.pairing.agreement import Grey
     from hpc_xvr.data.pairing.joining import Pairing
     from hpc_xvr.data.pairing.reading import CameraReading
     from hpc_xvr.reconstruction.material import Source
@@ -149,11 +152,12 @@ def pairing_options(command: Command) -> Command:
             ),
             click.option(
                 "--match-grey",
-                type=click.Choice(["auto", "off"]),
+                metavar="auto|off|GAIN,OFFSET",
                 default="auto",
                 show_default=True,
                 help="Bring the fast frames to the sharp camera's grey scale where a gain and an "
-                "offset between the two are certain.",
+                "offset between the two are certain; or these: fast = GAIN x sharp + OFFSET, in "
+                "shares of their full scales.",
             ),
             click.option(
                 "--crop",
@@ -255,4 +259,19 @@ def take_pairing(options: dict[str, Any]) -> Pairing:
 
     names = "gap", "lr_start", "registration", "match_grey"
     gap, start, text, match = (options.pop(name) for name in names)
-    return Pairing(gap, start, read_registration(text) if text else None, match == "auto")
+    return Pairing(gap, start, read_registration(text) if text else None, _grey(match))
+
+
+def _grey(text: str) -> bool | Grey:
+    """--match-grey: auto, off, or a gain and an offset."""
+    from hpc_xvr.data.pairing.agreement import Grey
+
+    if text in ("auto", "off"):
+        return text == "auto"
+    with suppress(ValueError):
+        gain, offset = map(float, text.split(","))
+        if 0 < gain < math.inf and math.isfinite(offset):
+            return Grey(gain, offset)
+    raise InputError(
+        f"--match-grey {text}: give auto, off, or GAIN,OFFSET: a number above 0 and a number"
+    )

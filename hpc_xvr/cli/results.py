@@ -278,10 +278,9 @@ def evaluate(
 @click.option(
     "--silence",
     type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
-    show_default=True,
-    help="With --follow: the recordings have ended when no frame has come for so many seconds, "
-    "unless their writers say so before.",
+    metavar="SECONDS",
+    help="With --follow: the recordings have ended when no frame has come for so long, unless "
+    "their writers say so before. [default: 30]",
 )
 @click.option(
     "--adapt",
@@ -312,7 +311,7 @@ def reconstruct(
     force: bool,
     to_recording: bool,
     follow: bool,
-    silence: float,
+    silence: float | None,
     skip_bad: bool,
     which: Literal["newest", "best"],
     **options: Any,
@@ -356,6 +355,8 @@ def reconstruct(
     source = take_source(options)
     serve, out = _channel_out(out)
     follow = follow or serve is not None or _from_channels(source)
+    if silence is not None and not follow:
+        raise InputError("--silence ends what --follow begins: give --follow, too")
     if follow:
         _check_followed(source, pairs, to_recording, out)
     several = (
@@ -389,7 +390,7 @@ def reconstruct(
             movie=movie,
             which=which,
             wanted=wanted,
-            silence=silence,
+            silence=30.0 if silence is None else silence,
         )
         _then_after(what, out, movie)
     else:

@@ -12,6 +12,7 @@ import torch
 
 from hpc_xvr.config import Config, Data
 from hpc_xvr.data.cameras import Recording, open_camera_file
+from hpc_xvr.data.pairing.agreement import Grey
 from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.registration import Registration
@@ -226,6 +227,7 @@ def _camera_files(
 
     lr, hr = (_found(path, by_role[role]) for role in ("lr", "hr"))
     assert lr is not None and hr is not None
+    grey = settings.get("match_grey", True)
     return CameraFiles(
         lr,
         hr,
@@ -235,7 +237,7 @@ def _camera_files(
             settings.get("gap"),
             float(settings.get("start") or 0.0),
             Registration.model_validate(registration) if registration else None,
-            settings.get("match_grey", True) is not False,
+            Grey(*map(float, grey)) if isinstance(grey, list) else grey is not False,
         ),
         crop=bool(settings.get("crop")),
     )

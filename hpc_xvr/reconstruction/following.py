@@ -22,8 +22,8 @@ import torch
 
 from hpc_xvr.config import Config
 from hpc_xvr.data.cameras import Recording
-from hpc_xvr.data.cameras.growing import SETTLED_S, CannotFollow, Growing, growing
-from hpc_xvr.data.pairing.agreement import ALIKE, Grey, compare, grey_of, told
+from hpc_xvr.data.cameras.growing import CannotFollow, Growing, growing
+from hpc_xvr.data.pairing.agreement import ALIKE, Grey, compare, grey_to_match, told
 from hpc_xvr.data.pairing.joining import Pairing, TooFew
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.ranks import ONE_RANK
@@ -51,8 +51,9 @@ START_S = 600.0
 """Seconds that the cameras have to begin."""
 BEHIND = 3
 """Gaps in a row that take longer to make than to record, of which the log tells."""
-RETRIES = 3
-"""Times that frames are read again that could not be read."""
+RETRIES, RETRY_S = 10, 0.1
+"""Times that frames are read again that could not be read, and seconds between; a file that is not
+written in SWMR mode may be caught between two states."""
 LOOK_S = 0.05
 """Seconds between two looks at the recordings; more where a look takes long."""
 
@@ -79,8 +80,8 @@ def follow_run(
 
     Args:
         growing_lr, growing_hr: the recordings, where they do not grow by themselves.
-        publish: is given the frames of each gap when it is made, (number, frame (H, W)), with the
-            numbers that `out` will hold.
+        publish: is given the frames of each gap when it is made: (number of the fast frame, frame
+            (H, W) with values as in `out`).
 
     Raises:
         InputError: as `reconstruct_run`, or a recording cannot be followed; says where the gaps
@@ -134,6 +135,8 @@ class Follower:
         self.publish: Publish | None = None
         self._last: tuple[int, np.ndarray] | None = None
         """The last key frame."""
+        self._numbers = np.empty(0)
+        """Of the frames that the fast camera has sent, lost ones counted."""
         self._since = 0.0
         """When all frames of the last gap were there."""
         self._behind = 0
@@ -227,7 +230,7 @@ class Follower:
             self._failures += 1
             if self._failures > RETRIES:
                 raise
-            time.sleep(SETTLED_S)  # it was read between two states
+            time.sleep(RETRY_S)
             self._tried = 0, 0
         return True
 
@@ -236,6 +239,7 @@ class Follower:
         source = self.source
         sharp = _opened(self.hr, source.hr_camera, "--hr")
         fast = _opened(self.lr, source.lr_camera.on_scale_of(source.hr_camera), "--lr")
+        self._numbers = fast.taken()
         return from_recordings(
             self.method, fast, sharp, source.pairing, source.crop, self._grey.agreed
         )
@@ -276,10 +280,10 @@ class Follower:
     def _stored(
         self, numbered: Iterable[tuple[int, np.ndarray]], material: Material
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """The frames in the numbers of the result."""
+        """The frames with the fast camera's numbers, and with values as in the result."""
         calibration = material.calibration
-        for number, frame in numbered:
-            yield number, as_stored(frame, self.wanted.dtype, calibration)
+        for t, frame in numbered:
+            yield round(self._numbers[t]), as_stored(frame, self.wanted.dtype, calibration)
 
     def _make_piece(self, work: Reconstruction, piece: Piece, spool: Spool) -> None:
         loads = list(work.load([piece]))
@@ -293,6 +297,9 @@ class Follower:
         """The gap as a file that can be looked at."""
         with disk_errors(self.gaps):
             self.gaps.mkdir(exist_ok=True)
+        if not self._made:
+            for old in self.gaps.glob("[0-9]*-[0-9]*.tif"):  # of another recording, or to be anew
+                remove(old)
         write_sequence(
             self._file(frames),
             spool.frames(pieces),
@@ -356,18 +363,19 @@ class _HeldGrey:
             chosen = sorted(keys)[:-3:-1] if self._undecided else sorted(keys)[:2]
             some = {t: keys[t] for t in sorted(chosen)}
             found = compare(lr, some)
+            grey = grey_to_match(found, name, pairing.match_grey)
             if found is None:  # nothing to be seen in them
                 self._undecided = True
-                return Grey()
+                return grey
             told(found, name, self._gap)
-            self.grey = grey_of(found, name) if pairing.match_grey else Grey()
-            if self.grey != Grey():
+            self.grey, self._match = grey, pairing.match_grey is not False
+            if grey not in (Grey(), pairing.match_grey):
                 logger.warning(
                     "%s: while the cameras record, the grey scale is that of the key frames at "
-                    "frames %s; at the end all gaps are made once more with that of all key frames",
-                    *(name, " and ".join(map(str, some))),
+                    "frames %s; at the end all gaps are made once more with that of all key "
+                    "frames. --match-grey %.6g,%.6g would state it, and spare that",
+                    *(name, " and ".join(map(str, some)), grey.gain, grey.offset),
                 )
-            self._match = pairing.match_grey
         return self.grey
 
     def check(self, material: Material, t: int) -> None:
@@ -402,7 +410,8 @@ def _opened(recording: Growing, reading: CameraReading, option: str) -> Recordin
             f"{recording.path}: holds floating-point numbers, whose white is the largest of the "
             f"whole recording, which is not known yet: state it with {option}-full-scale"
         )
-    return opened
+    lost = [k for k in sorted(recording.lost) if k < recording.frames]
+    return opened.without(lost) if lost else opened
 
 
 @contextmanager

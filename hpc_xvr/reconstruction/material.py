@@ -16,7 +16,7 @@ from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.cameras.recording import LEFT_OUT
 from hpc_xvr.data.corpus import Corpus, Video
 from hpc_xvr.data.corpus.layout import VideoInfo
-from hpc_xvr.data.pairing.agreement import Grey, compare, grey_of, told
+from hpc_xvr.data.pairing.agreement import Grey, compare, grey_of, grey_to_match, told
 from hpc_xvr.data.pairing.joining import Pair, Pairing, joined
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
@@ -248,10 +248,9 @@ def _say_if_saturated(pair: Pair, lr: Stream, keys: KeyFrames) -> None:
 def _agreed(lr: Stream, keys: Mapping[int, np.ndarray], name: str, pairing: Pairing) -> Grey:
     """Compare the cameras at the key frames' instants; the grey scale to take out."""
     found = compare(lr, keys)
-    if found is None:
-        return Grey()
-    told(found, name, pairing.gap or math.nan)
-    return grey_of(found, name) if pairing.match_grey else Grey()
+    if found is not None:
+        told(found, name, pairing.gap or math.nan)
+    return grey_to_match(found, name, pairing.match_grey)
 
 
 def _calibration(pair: Pair, grey: Grey) -> Calibration:

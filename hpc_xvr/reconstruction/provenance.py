@@ -18,6 +18,7 @@ from hpc_xvr.config import Config
 from hpc_xvr.data.cameras import camera_files, photron
 from hpc_xvr.data.cameras.recording import guarded
 from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.pairing.agreement import Grey
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import explain_os_error
 from hpc_xvr.log import logger
@@ -189,11 +190,11 @@ def provenance_of(
             files, {role: bool(reading.missing) for role, (_, reading) in cameras.items()}
         )
         pairing = source.pairing
-        registration = pairing.registration
+        registration, grey = pairing.registration, pairing.match_grey
         about.settings |= {
             "gap": pairing.gap,
             "start": pairing.start,
-            "match_grey": pairing.match_grey,
+            "match_grey": [grey.gain, grey.offset] if isinstance(grey, Grey) else grey,
             "crop": source.crop,
         }
     about.registration = registration.model_dump(mode="json") if registration else None

@@ -13,6 +13,7 @@ from scipy.ndimage import gaussian_filter, shift
 
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.pairing.agreement import Grey, compare, grey_of
+from hpc_xvr.evaluate.result import open_result
 
 GAP = 4
 
@@ -186,7 +187,11 @@ def test_matched_greys_make_frames_between_keys_right(hpc_xvr, tmp_path):
     scene = moving(speed=0)[:9]
     fast = as_counts(0.5 * bin_down(scene, 4) + 0.1, 65535)
     keys = as_counts(scene[::GAP], 65535)
-    for options, factor, offset in (((), 1, 0), (("--match-grey", "off"), 0.5, 0.1)):
+    for options, factor, offset in (
+        ((), 1, 0),
+        (("--match-grey", "off"), 0.5, 0.1),
+        (("--match-grey", "0.5,0.1"), 1, 0),
+    ):
         write_out = tmp_path / "o.tif"
         tifffile.imwrite(tmp_path / "f.tif", fast, photometric="minisblack")
         tifffile.imwrite(tmp_path / "s.tif", keys, photometric="minisblack")
@@ -197,7 +202,16 @@ def test_matched_greys_make_frames_between_keys_right(hpc_xvr, tmp_path):
         between = tifffile.imread(write_out)[2] / 65535
         assert between.mean() == pytest.approx(factor * scene.mean() + offset, abs=2e-3)
         text = tifffile.TiffFile(write_out).imagej_metadata["Info"]
-        assert ("grey of the fast camera matched" in text) == (not options)
+        assert ("grey of the fast camera matched" in text) == ("off" not in options)
+    grey = open_result(write_out).material.lr[1].mean()  # as the page reads it again
+    assert grey == pytest.approx(scene.mean(), abs=2e-3)
+    for wrong in ("on", "0,1", "1,nan", "1"):
+        said = hpc_xvr(
+            *("reconstruct", "bicubic", "--lr", tmp_path / "f.tif", "--hr", tmp_path / "s.tif"),
+            *("--gap", GAP, "--out", write_out, "--match-grey", wrong),
+            code=2,
+        )
+        assert "give auto, off, or GAIN,OFFSET" in said.err
 
 
 def test_a_mirrored_camera_is_refused(hpc_xvr, tmp_path):

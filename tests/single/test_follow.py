@@ -19,6 +19,7 @@ from PIL import Image
 from hpc_xvr.data.cameras import growing as growing_module
 from hpc_xvr.data.cameras.growing import growing
 from hpc_xvr.data.degrade import bin_down
+from hpc_xvr.data.pairing.agreement import Grey
 from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
@@ -140,7 +141,8 @@ def offline(folder, out="movie.tif", ends=".h5", method="bayes", **more):
 
 def source(folder, ends=".h5", **more):
     return CameraFiles(
-        *(folder / f"fast{ends}", folder / f"sharp{ends}"), pairing=Pairing(float(GAP)), **more
+        *(folder / f"fast{ends}", folder / f"sharp{ends}"),
+        **{"pairing": Pairing(float(GAP)), **more},
     )
 
 
@@ -344,12 +346,15 @@ def test_a_recording_that_becomes_another_one_ends_it_and_gaps_are_kept(
         with filling(tmp_path, stacks=(fast[:9], sharp), pause=0):
             pass
     second = tmp_path / "movie.tif.gaps/000004-000007.tif"
+    second.parent.mkdir()
+    (second.parent / "000400-000403.tif").touch()  # of another recording
     with once_there(second, lambda: harm(tmp_path)), pytest.raises(InputError) as error:
         follow(tmp_path, ends=ends, silence=20)
     assert words in str(error.value)
     assert f"frames 0 to 7 are kept in {tmp_path}/movie.tif.gaps" in str(error.value)
     assert error.value.exit_code == 2
     assert not (tmp_path / "movie.tif").exists()
+    assert names(second.parent) == ["000000-000003.tif", "000004-000007.tif"]
     whole = tmp_path / "whole"
     whole.mkdir()
     write(whole, fast, sharp)
@@ -406,9 +411,19 @@ def test_grey_scales_are_held_while_recording_and_those_of_all_key_frames_at_the
     fast, sharp = cameras(gain=1.5)
     write(tmp_path, fast, sharp)
     made = follow(tmp_path)
-    told = log()
-    assert "at the end all gaps are made once more with that of all key frames" in told
+    assert "at the end all gaps are made once more with that of all key frames" in log()
+    assert "made anew" in log()
     assert made.read_bytes() == offline(tmp_path).read_bytes()
+
+
+def test_a_stated_grey_scale_spares_making_gaps_anew(tmp_path, log):
+    fast, sharp = cameras(gain=1.5)
+    write(tmp_path, fast, sharp)
+    stated = {"pairing": Pairing(float(GAP), match_grey=Grey(1.5, 0.001))}
+    made = follow(tmp_path, source=stated)
+    assert "20 of 21 frames were finished before" in log()
+    assert "made anew" not in log()
+    assert made.read_bytes() == offline(tmp_path, source=stated).read_bytes()
 
 
 def test_a_change_of_the_grey_scale_is_told_when_it_comes(tmp_path, log):
@@ -501,6 +516,8 @@ def test_the_command_follows_and_refuses_what_does_not_go_with_it(tmp_path, hpc_
     hpc_xvr("reconstruct", "builtin", *files, "--out", tmp_path / "offline.h5")
     with h5py.File(tmp_path / "offline.h5") as file:
         assert (followed == file["exchange/data"][()]).all()
+    said = hpc_xvr("reconstruct", "bayes", *files, *rest[:2], "--silence", 3, code=2)
+    assert "--silence ends what --follow begins" in said.err
     for words in (("--video", "a"), (*files, "--adapt"), ("--pairs", tmp_path / "p.csv")):
         (tmp_path / "p.csv").touch()
         said = hpc_xvr("reconstruct", "bayes", *words, *rest, code=2)
@@ -575,3 +592,31 @@ def test_it_is_told_that_the_cameras_are_faster(tmp_path, log):
     with writing(tmp_path, pause=0):
         follow(tmp_path)
     assert re.search(r"a gap takes \S+ s to make and \S+ s to record: the result falls", log())
+
+
+@pytest.mark.parametrize("way", ["swmr", "flush"])
+def test_no_frame_is_read_that_is_not_complete(tmp_path, way):
+    """A writer as fast as it can be, and a reader that looks all the time."""
+    truth = np.random.default_rng(0).integers(1, 60000, (400, 24, 32)).astype(np.uint16)
+    np.save(tmp_path / "fast.npy", truth)
+    path = tmp_path / "fast.h5"
+    command = [sys.executable, "-c", WRITER, way, path, tmp_path / "fast.npy", 0, -1]
+    writer = subprocess.Popen(list(map(str, command)))
+    recording, read, until = growing(path), 0, time.monotonic() + 60
+    try:
+        while recording.frames < len(truth):
+            assert time.monotonic() < until, recording.waiting
+            if not recording.look():
+                continue
+            start, stop = max(0, recording.frames - 3), recording.frames
+            try:
+                opened = CameraReading().open_files([path], None, stop)
+                for frame in opened.frames(start):
+                    assert (frame == truth[start]).all(), start
+                    start, read = start + 1, read + 1
+            except InputError:  # between two states; the program reads it again
+                assert way == "flush"
+    finally:
+        writer.kill()
+        writer.wait()
+    assert read >= 6

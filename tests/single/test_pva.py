@@ -189,10 +189,14 @@ def together(*numbers):
     ]
 
 
+BOTH_GO = [("lr", None), ("hr", None)]
+
+
 @pytest.mark.parametrize(
     ("sent", "words"),
     [
         (together(*range(14), None), r"pva://xvr-.*:lr: has gone away after 14 frames; finished"),
+        ([*together(*range(14)), BOTH_GO], r"pva://xvr-.*:.r: has gone away after \d+ frames"),
         (together(*range(14), 16), "lr: frame 14 to 15 was lost on the way: give --lr-missing or"),
         (together(*range(14), 3), "lr: has begun to count anew: uniqueId 103 after 113"),
     ],
@@ -219,7 +223,9 @@ def test_lost_frames_are_left_out_where_that_is_asked_for(tmp_path, names, log):
     skip = {"lr_camera": CameraReading(missing="skip")}
     with sending(tmp_path, names, sent):
         made = follow(tmp_path, names, source=skip)
-    assert "lr: frames 10 were lost; gaps from there on are made at the end" in log()
+    assert "movie-lr.h5: frames 10 are missing and left out" in log()
+    assert log().count("after the last frame they need") == 5
+    assert f"{FRAMES - 2} of {FRAMES - 1} frames were finished before" in log()
     files = CameraFiles(
         tmp_path / "movie-lr.h5", tmp_path / "movie-hr.h5", pairing=Pairing(float(GAP)), **skip
     )

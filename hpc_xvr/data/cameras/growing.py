@@ -49,6 +49,8 @@ class Growing(Protocol):
     """Complete ones, from the first on, at the last look."""
     ended: bool
     """Whether its writer has said that no more will come."""
+    lost: set[int]
+    """Frames that will never be there, and count as if they were."""
     waiting: str
     """Why there are no frames yet, or not more."""
 
@@ -126,6 +128,7 @@ class GrowingHdf5:
     links: tuple[Path, ...] = ()
     frames: int = field(default=0, init=False)
     ended: bool = field(default=False, init=False)
+    lost: set[int] = field(default_factory=set, init=False)
     waiting: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
@@ -209,7 +212,7 @@ class GrowingHdf5:
                     "store them in chunks that are allocated as they are written, or reconstruct "
                     "it when it is complete"
                 )
-            frames = stored_frames(item, axis, 0 if self.frames == 0 else self.frames - 1, closed)
+            frames = stored_frames(item, axis, max(self.frames - 1, 0), closed, self.lost)
             for times in time_axes(files, found[0], axis):
                 if times.maxshape == (None,) and len(times):  # they grow, too
                     frames = min(frames, len(times))
@@ -226,6 +229,7 @@ class GrowingFolder:
     path: Path
     frames: int = field(default=0, init=False)
     ended: bool = field(default=False, init=False)
+    lost: set[int] = field(default_factory=set, init=False)
     waiting: str = field(default="", init=False)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import math
 import os
+from collections.abc import Collection
 from contextlib import suppress
 
 import h5py
@@ -137,7 +138,13 @@ def _first_missing(dataset: h5py.Dataset, counts: list[int], axis: int) -> str:
     return f", not all of {frames_named(first * size, min(stop * size, dataset.shape[axis]))}"
 
 
-def stored_frames(dataset: h5py.Dataset, axis: int, known: int = 0, closed: bool = False) -> int:
+def stored_frames(
+    dataset: h5py.Dataset,
+    axis: int,
+    known: int = 0,
+    closed: bool = False,
+    lost: Collection[int] = (),
+) -> int:
     """Frames from the first one on of which all was written, of a dataset in chunks that grows.
 
     A chunk of several frames may be written when some of them are there, so it counts when one
@@ -146,6 +153,7 @@ def stored_frames(dataset: h5py.Dataset, axis: int, known: int = 0, closed: bool
     Args:
         axis: that counts frames.
         known: frames that were there at an earlier look.
+        lost: frames, in chunks of their own, that will never be there and count as if they were.
     """
     size = dataset.chunks[axis]
     starts = [range(0, n, c) for n, c in zip(dataset.shape, dataset.chunks, strict=True)]
@@ -159,7 +167,7 @@ def stored_frames(dataset: h5py.Dataset, axis: int, known: int = 0, closed: bool
         )
 
     row = known // size
-    while row < rows and written(row):
+    while row < rows and (row in lost or written(row)):
         row += 1
     if size > 1 and not closed:
         row = max(row - 1, 0)

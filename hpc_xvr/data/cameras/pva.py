@@ -26,8 +26,8 @@ import numpy as np
 
 from hpc_xvr.data.cameras.growing import CannotFollow, GrowingHdf5
 from hpc_xvr.data.cameras.hdf5_choice import DATA
+from hpc_xvr.data.cameras.recording import spans
 from hpc_xvr.errors import InputError, explain_os_error
-from hpc_xvr.log import logger
 
 REQUEST = "record[queueSize=100]field()"
 """The server keeps so many frames for us if we are late."""
@@ -89,10 +89,7 @@ class Channel(GrowingHdf5):
             if "problem" in said:
                 self._problem = said["problem"]
             elif "lost" in said:
-                logger.warning(
-                    "pva://%s: frames %s were lost; gaps from there on are made at the end",
-                    *(self.channel, said["lost"]),
-                )
+                self.lost.update(range(*said["lost"]))
             elif not self.frames:
                 self.waiting = f"pva://{self.channel}: is there, and has sent no frame yet"
         if not self._problem and not self._finished:
@@ -210,13 +207,13 @@ class _Recorder:
                 f"{data.shape[1:]} {data.dtype}: all must be alike"
             )
         if number > self.count:
-            lost = f"{self.count}" + (f" to {number - 1}" if number - 1 > self.count else "")
+            lost = ", ".join(spans(range(self.count, number)))
             if not self._lenient:
                 raise _Problem(
                     f"frame {lost} was lost on the way: give --lr-missing or --hr-missing to go on "
                     "without, or have the camera send more slowly"
                 )
-            _say(lost=lost)
+            _say(lost=[self.count, number])
         data.resize(number + 1, 0)
         data[number] = frame.values
         data.flush()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -168,10 +168,14 @@ class Recording:
             raise bad[0]
         if not bad and self.numbers is None:
             return self
+        return self.without(bad, f": {next(iter(bad.values()))}" if bad else "")
+
+    def without(self, bad: Collection[int], reason: str = "") -> Recording:
+        """The same recording without some frames, of which it warns; `numbers` and `times_s` keep
+        the times of the others."""
         kept = np.array([k for k in range(len(self)) if k not in bad])
         place = np.arange(len(self)) if self.numbers is None else self.numbers.astype(int)
         left_out = ", ".join(spans(sorted({*range(place[-1] + 1)} - {*place[kept].tolist()})))
-        reason = f": {next(iter(bad.values()))}" if bad else ""
         logger.warning("%s: frames %s are missing and left out%s", self.path, left_out, reason)
 
         def source(start: int, stop: int) -> Iterator[np.ndarray]:

@@ -154,6 +154,13 @@ def told(found: Agreement, name: str, gap: float) -> None:
         )
 
 
+def grey_to_match(found: Agreement | None, name: str, match: bool | Grey) -> Grey:
+    """The gain and offset to take out: those that are stated, or as `grey_of` if `match`."""
+    if isinstance(match, Grey):
+        return match
+    return grey_of(found, name) if match and found is not None else Grey()
+
+
 def grey_of(found: Agreement, name: str) -> Grey:
     """The gain and offset to take out: where they differ from one scale, and are certain.
 

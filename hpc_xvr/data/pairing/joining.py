@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpc_xvr.data.cameras import Recording
+from hpc_xvr.data.pairing.agreement import Grey
 from hpc_xvr.data.registration import Registration
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
@@ -38,13 +39,13 @@ class Pairing:
         registration: where the fast camera's pixels lie on the sharp frames; None: its frames are
             used as they are. Its times hold unless a gap or a start is given.
         match_grey: bring the fast frames to the sharp camera's grey scale where the two differ
-            by a gain and an offset (see `agreement`).
+            by a gain and an offset (see `agreement`), or by those given here.
     """
 
     gap: float | None = None
     start: float | None = None
     registration: Registration | None = None
-    match_grey: bool = True
+    match_grey: bool | Grey = True
     drift: float = 0.0
     """As in `Timing`."""
 
