@@ -87,7 +87,7 @@ setup(
         "docs": [  # the documents and their notebooks; they are built in the tests
             "ipykernel>=6",
             "myst-nb>=1.1",
-            "nbclient>=0.9",
+            "nbclient>=0.10",
             "pydata-sphinx-theme>=0.15",
             "sphinx>=7",
             "sphinx-click>=5",

@@ -33,7 +33,13 @@ def run(path: Path) -> NotebookNode:
     beside = Path(sys.executable).parent  # where this environment's hpc-xvr is
     os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ['PATH']}"
     with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(notebook, timeout=600, kernel_name="python3").execute(cwd=folder)
+        client = NotebookClient(
+            notebook,
+            timeout=600,
+            kernel_name="python3",
+            coalesce_streams=True,  # else as many outputs as a command's text arrives in
+        )
+        client.execute(cwd=folder)
     for cell in notebook.cells:
         cell.metadata = {}  # when it ran
         for output in cell.get("outputs", []):

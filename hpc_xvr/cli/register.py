@@ -9,7 +9,7 @@ import click
 
 from hpc_xvr.cli.cameras import camera_options, links_option, take_readings
 from hpc_xvr.cli.common import Examples, File
-from hpc_xvr.cli.ending import then
+from hpc_xvr.cli.ending import then, typed
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import say
 
@@ -114,8 +114,13 @@ def register(
     write_registration(out, found.registration)
     _show(found.registration)
     say(f"written: {out}; look at {picture}")
-    then("reconstruct", "builtin", "--lr", lr, "--hr", hr, "--registration", out, "--crop",
-         "--out", "MOVIE.tif")  # fmt: skip
+    if len(sharp) < 2:
+        say("one sharp frame makes no movie: reconstruct needs two of them, one on either side")
+        return
+    own = ("out", "overlay", "gap", "near", "affine", "scales", "rotation")
+    clock = [] if found.registration.time else ["--gap", gap or "GAP"]
+    then("reconstruct", "builtin", "--lr", lr, "--hr", hr, *typed(own), *clock,
+         "--registration", out, "--crop", "--out", "MOVIE.tif")  # fmt: skip
 
 
 def _range(text: str) -> tuple[float, float]:

@@ -160,7 +160,8 @@ def streams_of_pair(pair: Pair, scale: int) -> tuple[Stream, KeyFrames]:
         raise InputError(
             f"{sharp.path} shows {height}x{width} pixels and {fast.path} {h}x{w}: scale "
             f"{scale} needs {scale * h}x{scale * w} for it; state with --registration where the "
-            "fast camera's pixels lie on the sharp frames, or use a model of the right scale"
+            "fast camera's pixels lie on the sharp frames (hpc-xvr register finds it), or use a "
+            "model of the right scale"
         )
     if sharp.shape[0] < 2:
         raise TooFew(

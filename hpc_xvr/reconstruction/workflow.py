@@ -478,6 +478,12 @@ def _noted(material: Material, frames: range) -> Calibration:
 def _say_frames(name: str, frames: range, material: Material) -> None:
     size = material.keys.shape
     logger.info("%s: frames %d to %d of %dx%d pixels", name, frames[0], frames[-1], *size)
+    if all(t in material.keys for t in frames):
+        logger.warning(
+            "all of these %d frames are key frames, which are passed through as recorded: nothing "
+            "is reconstructed; check --gap and --frames",
+            len(frames),
+        )
     for side in one_sided(material, frames):
         logger.warning(
             "frames %d to %d lie beyond the outermost key frame: they are made from that one "

@@ -65,7 +65,7 @@ def kinds(cell):
 
 
 def test_stored_notebooks_are_small_and_whole():
-    assert NOTEBOOKS == ["comparing", "own-files"]
+    assert NOTEBOOKS == ["comparing", "own-files", "two-cameras"]
     for name in NOTEBOOKS:
         path = DOCS / "notebooks" / f"{name}.ipynb"
         code = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]

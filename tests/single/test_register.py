@@ -1,6 +1,8 @@
 """Two cameras are registered from what both saw, or refused."""
 
 import math
+import re
+import shlex
 
 import numpy as np
 import pytest
@@ -196,6 +198,21 @@ def test_the_command_writes_a_file_that_reconstruct_takes(files, tmp_path):
     top, left = (Scene.pad + n for n in cut[1:])
     truth = scene.light(8)[top : top + made.shape[1], left : left + made.shape[2]]
     assert np.corrcoef(made[7].ravel() / white, truth.ravel())[0, 1] > 0.8
+
+
+def test_the_command_that_it_names_next_works_as_it_is(files, tmp_path, hpc_xvr, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = files / "fast.tif", files / "sharp.tif"
+    depths = ("--lr-bit-depth", 10, "--hr-bit-depth", 12)
+    said = hpc_xvr("register", *names, "--gap", 4.3, "--out", "cameras.yaml", *depths)
+    (follows,) = re.findall(r"next: hpc-xvr (.*)", said.err)
+    assert "--gap" not in follows  # found, and more exactly
+    hpc_xvr(*shlex.split(follows.replace("builtin", "bayes")), "--frames", "2:4")
+    assert (tmp_path / "MOVIE.tif").exists()
+    for name, path in zip(("fast", "sharp"), names, strict=True):
+        tifffile.imwrite(f"{name}.tif", tifffile.imread(path)[0], photometric="minisblack")
+    said = hpc_xvr("register", "fast.tif", "sharp.tif", "--out", "one.yaml", *depths)
+    assert "next:" not in said.err and "one sharp frame makes no movie" in said.out
 
 
 def test_a_registration_of_other_sizes_is_refused(files, tmp_path):

@@ -149,6 +149,24 @@ def test_where_the_cameras_differ_by_themselves_nobody_is_accused(scene):
     assert compare_frame(shifted, lr[10], camera).contradicts
 
 
+def test_two_real_cameras_without_flat_fields_accuse_nobody(realdata):
+    """One real pair, taken for three fast frames and two sharp ones of a scene that rests."""
+    folder = realdata("tomobank_xfusion_png")
+    sharp, fast = (
+        next(xvr.open_recording(folder / f"rad_00003_{name}_res.png").frames())
+        for name in ("high", "low")
+    )
+    where = xvr.Registration(scale=2.918738, origin=(29.5127, 59.6854), rotation_deg=-0.46281)
+    fast, sharp = np.stack([fast] * 3), np.stack([sharp] * 2)
+    model = xvr.load_model("linear_hr")
+    found = list(xvr.reconstruct_checked(model, fast, sharp, gap=2, registration=where, crop=True))
+    assert [one.contradicts for one in found] == [False] * 3
+    assert found[1].chi_square < 1.2
+    moved = np.stack([sharp[0], np.roll(sharp[0], 9, 1)])  # three fast pixels
+    found = list(xvr.reconstruct_checked(model, fast, moved, gap=2, registration=where, crop=True))
+    assert found[1].contradicts
+
+
 def test_key_frames_that_are_flagged_are_told_as_such(two_files, tmp_path, hpc_xvr):
     lr = tifffile.imread(tmp_path / "lr.tif")
     lr[8] = lr[0, ::-1, ::-1]

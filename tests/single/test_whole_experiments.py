@@ -227,6 +227,16 @@ def test_frames_and_beyond(tmp_path, hpc_xvr):
     assert not [name for name in names(tmp_path) if name.startswith(".")]
 
 
+def test_a_movie_of_key_frames_alone_is_told(tmp_path, hpc_xvr):
+    """As of a corpus whose sharp camera was as fast: nothing would be reconstructed."""
+    write_shot(tmp_path, 9, gap=1)
+    said = hpc_xvr("reconstruct", "detail", *options(tmp_path, 1), "--out", tmp_path / "m.tif").err
+    assert "all of these 9 frames are key frames" in said and "check --gap and --frames" in said
+    write_shot(tmp_path, 9)
+    said = hpc_xvr("reconstruct", "detail", *options(tmp_path), "--out", tmp_path / "m.tif").err
+    assert "are key frames" not in said
+
+
 def test_frames_far_beyond_a_key_frame_are_refused_by_weights_that_know_no_such_gaps():
     sharp = scene(60) / np.float32(4095)
     model = xvr.load_model("builtin", device="cpu")

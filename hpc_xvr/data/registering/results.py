@@ -80,7 +80,7 @@ def write_overlay(
             axis.set_xticks([])
             axis.set_yticks([])
         with replacing(path) as temporary, disk_errors(path):
-            figure.savefig(temporary, dpi=110)
+            figure.savefig(temporary, dpi=110, bbox_inches="tight", pad_inches=0.1)
 
 
 def _stretched(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
