@@ -364,7 +364,9 @@ def main(
         "by_run": by_run,
     }
     if device == "cpu":
-        context["note"] = "a shared machine: minutes depend on who else uses it, ratios less so"
+        context["note"] = (
+            "a shared machine: seconds and efficiencies depend on who else used it, steps do not"
+        )
     file_result("time-to-quality", result, context, out, quick)
 
 
