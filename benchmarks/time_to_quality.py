@@ -23,9 +23,9 @@ caches    before each run (--warm: not) the corpus is taken out of the nodes' pa
           `corpus_in_memory` is the share of it that stayed there
 
 Every run has a log of `:::MLLOG` lines (with mlperf-logging installed: hpc_xvr[mlperf]), which that
-package's checker of MLPerf HPC 3.0 has to accept; mllog_lines.py says what of it applies. Apart
-from the task itself MLPerf's rules differ in this: runs take seconds to minutes, and a run that
-misses its target counts as the slowest, of which one is dropped and two make the figure void.
+package's checker of MLPerf HPC 3.0 has to accept; mllog_lines.py says what of it applies. Other
+than there, staging counts, groups of models are repeated like single ones, and a run that misses
+its target counts as the slowest: one is dropped, two make the figure void.
 """
 
 from __future__ import annotations
@@ -364,7 +364,9 @@ def main(
         "by_run": by_run,
     }
     if device == "cpu":
-        context["note"] = "a shared machine: minutes depend on who else uses it, ratios less so"
+        context["note"] = (
+            "a shared machine: seconds and efficiencies depend on who else used it, steps do not"
+        )
     file_result("time-to-quality", result, context, out, quick)
 
 
