@@ -27,7 +27,7 @@ from hpc_xvr.data.pairing.agreement import ALIKE, Grey, compare, grey_to_match, 
 from hpc_xvr.data.pairing.joining import Pairing, TooFew
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.ranks import ONE_RANK
-from hpc_xvr.errors import InputError
+from hpc_xvr.errors import InputError, PassingError
 from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.factory.weights import Which
 from hpc_xvr.files import disk_errors, remove
@@ -225,6 +225,8 @@ class Follower:
             self._failures = 0
         except TooFew as error:
             self.lr.waiting = str(error)
+        except (PassingError, CannotFollow):
+            raise
         except InputError:
             self.lr.look(), self.hr.look()  # which may tell why
             self._failures += 1
@@ -382,12 +384,15 @@ class _HeldGrey:
         """Compare a further key frame with the fast frames on the grey scale that is held.
 
         Raises:
-            InputError: a mirrored or a negative picture.
+            CannotFollow: a mirrored or a negative picture.
         """
         found = compare(material.lr, {t: material.keys[t]})
         if found is None or self.grey is None:
             return
-        told(found, self._name, self._gap)
+        try:
+            told(found, self._name, self._gap)
+        except InputError as error:
+            raise CannotFollow(str(error)) from None
         if self._match and found.correlation >= ALIKE and not 0.8 < found.grey.gain < 1.25:
             logger.warning(
                 "%s: the cameras' grey scales have changed: at frame %d the fast frames are %.3g "

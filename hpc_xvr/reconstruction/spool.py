@@ -75,7 +75,8 @@ class Spool:
 
         def prepare() -> str:
             folder = self._private()
-            self._lock = WriterLock(folder / _LOCK, str(out))
+            with self._os_errors():
+                self._lock = WriterLock(folder / _LOCK, str(out))
             try:
                 self._begin(folder, dict(facts))
             except BaseException:

@@ -31,6 +31,7 @@ from hpc_xvr.reconstruction.material import CameraFiles
 from hpc_xvr.reconstruction.methods import model_entry
 from hpc_xvr.reconstruction.spool import Spool
 from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_run, reconstruct_with
+from support.disk import fill
 
 CPU = torch.device("cpu")
 GAP, FRAMES = 4, 21
@@ -620,3 +621,32 @@ def test_no_frame_is_read_that_is_not_complete(tmp_path, way):
         writer.kill()
         writer.wait()
     assert read >= 6
+
+
+def test_a_camera_that_is_turned_over_while_it_records_ends_it(tmp_path):
+    fast, sharp = cameras()
+    fast[10:] = fast[10:, ::-1]
+    write(tmp_path, fast, sharp)
+    with pytest.raises(InputError, match=r"fit the sharp ones only upside down.* 0 to 11 are kept"):
+        follow(tmp_path)
+
+
+def test_a_full_disk_ends_it_at_once_and_the_command_can_be_repeated(tmp_path, small_disk, log):
+    fast, sharp = cameras()
+    write(tmp_path, fast, sharp)
+    out = small_disk / "movie.tif"
+    fill(small_disk)
+    with pytest.raises(InputError) as error:
+        follow_run(
+            *("bayes", CPU, source(tmp_path)),
+            out=out,
+            wanted=Wanted(command="as it was"),
+            silence=1.0,
+        )
+    assert error.value.exit_code == 74
+    assert "free some space" in str(error.value)
+    (small_disk / "filler").unlink()
+    made = follow_run(
+        *("bayes", CPU, source(tmp_path)), out=out, wanted=Wanted(command="as it was"), silence=1.0
+    )
+    assert made.read_bytes() == offline(tmp_path).read_bytes()

@@ -491,7 +491,7 @@ def test_a_place_prepared_by_others_is_not_used(tmp_path, hpc_xvr, caplog):
     spool = tmp_path / ".p.tif.unfinished"
     spool.mkdir(0o700)
     (spool / "writer.lock").symlink_to(elsewhere / "new")
-    with pytest.raises(OSError, match=r"symbolic links|Too many"):
+    with pytest.raises(InputError, match=r"symbolic links|Too many"):
         Spool(tmp_path / "p.tif", {}, (1, 1), "uint16", ONE_RANK)
     assert names(elsewhere) == ["mine"]
 

@@ -294,7 +294,8 @@ def receive(channel: str, file: str, lenient: bool) -> None:
         _say(problem=str(problem))
     except OSError as error:
         _say(problem=f"cannot write {file}: {explain_os_error(error)}")
-    recorder.close()
+    with suppress(OSError, RuntimeError):  # a disk that is full
+        recorder.close()
     sys.stdout.flush()
     os._exit(0)  # threads of pvaccess may wait for us to take more
 

@@ -42,8 +42,12 @@ class WriterLock:
                 f"{what or f'corpus {path.parent}'}: is being written by process {name}; wait for "
                 f"it, or delete {path} if it no longer runs"
             )
-        os.ftruncate(self._file, 0)
-        os.pwrite(self._file, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+        except OSError:  # the disk is full
+            os.close(self._file)
+            raise
 
     @staticmethod
     def _lives(host: str, process: str, alone: bool | None) -> bool:
