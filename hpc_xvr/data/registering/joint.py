@@ -55,8 +55,10 @@ SHARE = 0.6
 """Of the sharp frames, that must lie on it."""
 REACH = 6
 """Fast frames, earlier and later, at which the cameras must agree less."""
-LESS = 6.0
+LESS = 5.0
 """By so many deviations."""
+CALMER = 1.2
+"""Deviation, pixels, by which left-overs are smoothed to tell that."""
 UNCERTAIN = 0.25
 """Fast frames by which the instant of a sharp frame may be uncertain."""
 MODEL = 0.02
@@ -236,7 +238,7 @@ class _Problem:
         """How many frames earlier or later the cameras agree best (0: here), and by how many
         deviations they agree less there than here."""
         inside, at, thin = self.seen(state)
-        level = _Level(inside)
+        level = _Level(inside, CALMER)
         pictures, _ = self.sharp(state.blur)
         sharp = {k: level(sampled(pictures[k][0], at / thin - 0.5, inside)) for k in use.tolist()}
         times = np.polynomial.polynomial.polyval(self.u, state.times)
@@ -251,6 +253,7 @@ class _Problem:
                     rests[shift][k] = gain * seen - movie
         here = np.stack(list(rests[0].values()))
         noise = 2.2 * float(np.median(np.abs(here))) ** 2
+        alike = 2 * math.pi * CALMER**2  # pixels that noise has in common, once it is smoothed
         change = np.stack([rest for some in rests.values() for rest in some.values()]).var(0)
         weight = (change / (change + 4 * np.median(change) + 1e-20)) ** 2
         found = []
@@ -262,7 +265,7 @@ class _Problem:
             if len(common) > 2:
                 pair = [one - one.mean(0) for one in pair]
             there, now = (float((one**2 @ weight).sum()) for one in pair)
-            deviation = 2 * noise * math.sqrt(len(common) * float((weight**2).sum()))
+            deviation = 2 * noise * math.sqrt(alike * len(common) * float((weight**2).sum()))
             found.append(((there - now) / max(deviation, 1e-20), shift))
         if not found:
             return 0, 0.0
@@ -445,10 +448,10 @@ class _Problem:
 
 
 class _Level:
-    """Takes the local mean out of pictures that are known at some pixels only."""
+    """Takes the local mean out of pictures that are known at some pixels only, and smooths them."""
 
-    def __init__(self, inside: np.ndarray) -> None:
-        self.inside = inside
+    def __init__(self, inside: np.ndarray, calm: float = 0.0) -> None:
+        self.inside, self.calm = inside, calm
         self.weight = np.maximum(self._mean(inside.astype(np.float32)), 1e-3)[inside]
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
@@ -456,6 +459,9 @@ class _Level:
         picture = np.zeros(self.inside.shape, np.float32)
         picture[self.inside] = values
         rest: np.ndarray = values - self._mean(picture)[self.inside] / self.weight
+        if self.calm:
+            picture[self.inside] = rest
+            rest = gaussian_filter(picture, self.calm, truncate=3)[self.inside]
         return rest
 
     @staticmethod
