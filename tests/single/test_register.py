@@ -15,6 +15,7 @@ import hpc_xvr as xvr
 from hpc_xvr.cli import cli
 from hpc_xvr.data.pairing.joining import Pairing, joined
 from hpc_xvr.data.registering.register import registered
+from hpc_xvr.data.registering.timing import Clock
 from hpc_xvr.data.registration import Registration, Sizes, Timing, read_registration
 from hpc_xvr.errors import InputError
 
@@ -76,12 +77,13 @@ def recordings(sharp, fast, rates=(None, None)):
     )
 
 
-def shot(seed=1, gap=4.3, start=0.6, keys=5):
-    """Sharp frame k is taken at fast frame start + gap k."""
+def shot(seed=1, gap=4.3, start=0.6, keys=5, bend=0.0, speed=1.0):
+    """Sharp frame k is taken at fast frame start + gap k + bend k^2."""
     scene = Scene(seed)
-    sharp = np.stack([scene.sharp(start + gap * k) for k in range(keys)])
-    last = math.ceil(start + gap * (keys - 1)) + 2
-    return sharp, np.stack([scene.fast(t) for t in range(last)])
+    scene.speed = scene.speed * speed
+    at = start + gap * np.arange(keys) + bend * np.arange(keys) ** 2
+    sharp = np.stack([scene.sharp(t) for t in at])
+    return sharp, np.stack([scene.fast(t) for t in range(math.ceil(at[-1]) + 2)])
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,55 @@ def test_place_and_clock_are_found_with_and_without_frame_rates(frames, rates):
     assert found.time is not None
     mine = (np.arange(5) - found.time.lr_start) * found.time.gap
     np.testing.assert_allclose(mine, 0.6 + 4.3 * np.arange(5), atol=0.1)
+
+
+def instants(found: Registration, keys: int) -> np.ndarray:
+    """Fast frames at which sharp ones were taken, by a registration."""
+    assert found.time is not None
+    return Clock(found.time.gap, found.time.lr_start, found.time.drift).of_sharp(np.arange(keys))
+
+
+def test_slow_motion_and_dust_on_one_camera_bias_neither_clock_nor_place():
+    sharp, fast = shot(seed=5, keys=6, speed=0.3)
+    fast = fast.copy()
+    dust = np.random.default_rng(0).integers(0, FAST[0] * FAST[1], 40)
+    fast.reshape(len(fast), -1)[:, dust] -= 60  # of 1023, a third of the scene's contrast
+    found = registered(*recordings(sharp, fast, (4.3e4, 1e4))).registration
+    truth = 0.6 + 4.3 * np.arange(6)
+    aside_by = np.abs(instants(found, 6) - truth).max()
+    assert aside_by < 0.1 and aside(found, TRUTH) < 0.05
+    assert aside_by < 4 * found.found["time_deviation_lr_frames"] < 0.4
+
+
+def test_a_drift_of_the_clock_is_found():
+    sharp, fast = shot(keys=7, gap=3, bend=0.05)
+    found = registered(*recordings(sharp, fast)).registration
+    truth = 0.6 + 3 * np.arange(7) + 0.05 * np.arange(7) ** 2
+    np.testing.assert_allclose(instants(found, 7), truth, atol=0.1)
+
+
+def test_motion_that_fits_no_clock_leaves_the_time_open(frames, caplog):
+    sharp, fast = frames
+    backwards = fast[::-1]
+    found = registered(*recordings(sharp, backwards, (4.3e4, 1e4))).registration
+    assert found.time is None and aside(found, TRUTH) < 0.3
+    assert "when the fast camera started is not known" in caplog.text
+
+
+def test_a_gap_that_motion_contradicts_is_said(frames, caplog):
+    registered(*recordings(*frames, (4.34e4, 1e4)))
+    assert "by what moves, 4.34 by the frame rates" in caplog.text
+
+
+def test_a_clock_is_the_inverse_of_the_instants_it_was_made_from():
+    k = np.arange(8)
+    for bend in (0.0, 0.05):
+        at = 1.5 + 4 * k + bend * k**2
+        clock = Clock.of_instants(k, at, 2 if bend else 1)
+        assert clock is not None and (clock.drift < 0) == (bend > 0)
+        np.testing.assert_allclose(clock.of_sharp(k), at, atol=0.05 if bend else 1e-9)
+        np.testing.assert_allclose(clock.of_fast(clock.of_sharp(k)), k, atol=1e-9)
+    assert Clock.of_instants(k, 1.5 - 4.0 * k, 1) is None
 
 
 @pytest.mark.parametrize("flip", ["none", "rows", "both"])

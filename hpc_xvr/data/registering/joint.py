@@ -45,6 +45,8 @@ NEAR = 1.5
 """Deviation, pixels, of the neighbourhood whose motion is told from noise."""
 KNOWN = 0.0005
 """Of itself, by which a known gap may be wrong (1 sigma)."""
+CONTRARY = 4.0
+"""Deviations from which motion is believed, not the gap."""
 LATE = 0.1
 """Fast frames by which a drift must bend the clock to be told from none."""
 FEW = 6
@@ -55,8 +57,12 @@ SHARE = 0.6
 """Of the sharp frames, that must lie on it."""
 REACH = 6
 """Fast frames, earlier and later, at which the cameras must agree less."""
-LESS = 6.0
+LESS = 5.0
 """By so many deviations."""
+CALMER = 1.2
+"""Deviation, pixels, by which left-overs are smoothed to tell that."""
+SCATTERED = 0.3
+"""Fast frames by which single sharp frames may scatter about the clock."""
 UNCERTAIN = 0.25
 """Fast frames by which the instant of a sharp frame may be uncertain."""
 MODEL = 0.02
@@ -92,6 +98,8 @@ class _Step:
     covariance: np.ndarray
     used: np.ndarray
     """Sharp frames with fast ones around them."""
+    contrary: float
+    """Deviations by which motion contradicts the known gap."""
     late: np.ndarray
     """Fast frames by which each of these alone would be later than the clock says, and the
     deviation of that, (2, used)."""
@@ -159,7 +167,7 @@ class _Problem:
         self.half = max(1.0, float(np.ptp(self.numbers)) / 2)
         self.u = (self.numbers - self.numbers.mean()) / self.half
         self.frame, self.flip, self.scale = frame, place.flip, place.scale
-        self.gap, self.affine = gap, affine
+        self.gap, self.believed, self.affine = gap, True, affine
         self.size = size
         self.factor = max(1.0, math.sqrt(size[0] * size[1] / MOST_PIXELS))
         small, corner = shrunk(np.zeros(size), self.factor)
@@ -206,11 +214,14 @@ class _Problem:
             if solved is None:
                 return None
             state, step = solved
+            if step.contrary > CONTRARY:
+                self.believed, shift = False, 0
+                continue
             shift, clear = self.elsewhere(state, step.used)
             if not shift:
                 break
             state = replace(state, times=state.times + shift * np.eye(len(state.times))[0])
-        if shift or clear < LESS:
+        if shift or step.contrary > CONTRARY or clear < LESS:
             return None
         aside = np.abs(step.late[0]) > np.maximum(ASIDE, 4 * step.late[1])
         if aside.any():  # frames that are not of this clock
@@ -236,7 +247,7 @@ class _Problem:
         """How many frames earlier or later the cameras agree best (0: here), and by how many
         deviations they agree less there than here."""
         inside, at, thin = self.seen(state)
-        level = _Level(inside)
+        level = _Level(inside, CALMER)
         pictures, _ = self.sharp(state.blur)
         sharp = {k: level(sampled(pictures[k][0], at / thin - 0.5, inside)) for k in use.tolist()}
         times = np.polynomial.polynomial.polyval(self.u, state.times)
@@ -249,8 +260,11 @@ class _Problem:
                     movie = level(_between(four, times[k] % 1)[inside])
                     gain = float(seen @ movie) / max(float(seen @ seen), 1e-12)
                     rests[shift][k] = gain * seen - movie
+        if not rests[0]:
+            return 0, 0.0
         here = np.stack(list(rests[0].values()))
         noise = 2.2 * float(np.median(np.abs(here))) ** 2
+        alike = 2 * math.pi * CALMER**2  # pixels that noise has in common, once it is smoothed
         change = np.stack([rest for some in rests.values() for rest in some.values()]).var(0)
         weight = (change / (change + 4 * np.median(change) + 1e-20)) ** 2
         found = []
@@ -262,7 +276,7 @@ class _Problem:
             if len(common) > 2:
                 pair = [one - one.mean(0) for one in pair]
             there, now = (float((one**2 @ weight).sum()) for one in pair)
-            deviation = 2 * noise * math.sqrt(len(common) * float((weight**2).sum()))
+            deviation = 2 * noise * math.sqrt(alike * len(common) * float((weight**2).sum()))
             found.append(((there - now) / max(deviation, 1e-20), shift))
         if not found:
             return 0, 0.0
@@ -270,6 +284,7 @@ class _Problem:
         return (shift if clear < 0 else 0), clear
 
     def _after(self, state: _State, change: np.ndarray, fixed_blur: bool) -> _State:
+        """The state a step further, but no longer one than half a fast frame or one pixel."""
         count = 6 if self.affine else 4
         place, blur, times = np.split(change, [count, count + 1])
         far = max(np.abs(times).max() / 0.5, np.abs(place[:2]).max() / self.scale, 1.0)
@@ -307,20 +322,25 @@ class _Problem:
         change = -inverse @ scores.sum(1)
         covariance = inverse @ (sums @ sums.T) @ inverse.T
         known = len(change) - len(state.times) + 1
-        if self.gap is not None and len(state.times) > 1:  # one more observation (Kalman 1960)
+        contrary = 0.0
+        if (
+            self.believed and self.gap is not None and len(state.times) > 1
+        ):  # one more observation (Kalman 1960)
             expected = self.gap * self.half
             variance = covariance[known, known] + (KNOWN * expected) ** 2
             gain = covariance[:, known] / variance
-            change = change + gain * (expected - state.times[1] - change[known])
+            aside = expected - state.times[1] - change[known]
+            contrary = abs(aside) / math.sqrt(variance)
+            change = change + gain * aside
             covariance = covariance - np.outer(gain, covariance[known])
         # what each frame says of its own instant
-        wander, late = instruments[:, -len(state.times)], slopes[:, -len(state.times)]
-        power = (wander * late).sum(1)
+        wander, speed = instruments[:, -len(state.times)], slopes[:, -len(state.times)]
+        power = (wander * speed).sum(1)
         noise = 1.5 * float(np.median(np.abs(rest)))
         size = np.sqrt((wander**2).sum(1))
-        aside = -(wander * rest).sum(1) / np.where(power > 0, power, np.inf)
-        spread = noise * size / np.maximum(power, 1e-12)
-        return _Step(change, covariance, used, np.stack([aside, spread]))
+        late = -(wander * rest).sum(1) / np.where(power > 0, power, np.inf)
+        spread = noise * size / np.maximum(power, 1e-9 * power.max())
+        return _Step(change, covariance, used, contrary, np.stack([late, spread]))
 
     def seen(self, state: _State) -> tuple[np.ndarray, np.ndarray, int]:
         """Which fast pixels lie on the sharp frames, away from the rim, and where, (2, h, w); and
@@ -413,21 +433,25 @@ class _Problem:
             basis = np.atleast_1d(u)[:, None] ** np.arange(len(state.times))
             return math.sqrt(float(np.einsum("ki,ij,kj->k", basis, covariance, basis).max()))
 
-        worst = math.hypot(deviation(self.u[step.used]), MODEL)
-        if not worst <= UNCERTAIN:
+        # that frames scatter more than noise has them is a clock, or a movie between frames, that
+        # is not as it is taken to be
+        weight = 1 / step.late[1] ** 2
+        scatter = math.sqrt(float(np.average(step.late[0] ** 2, weights=weight)))
+        excess = max(0.0, scatter**2 - 1 / float(weight.mean()))
+        frames = float(weight.sum()) ** 2 / float((weight**2).sum())
+        worst = math.hypot(deviation(self.u[step.used]), math.sqrt(excess / frames), MODEL)
+        if not (worst <= UNCERTAIN and scatter <= SCATTERED):
             return None
-        mean = float(self.numbers.mean())
-        c = np.zeros(3)
-        c[: len(state.times)] = state.times
-        if len(state.times) == 1:
+        order = len(state.times) - 1
+        at = np.polynomial.polynomial.polyval(self.u, state.times)
+        if order:
+            clock = Clock.of_instants(self.numbers, at, order)
+            if clock is None:
+                return None
+        else:
             assert self.gap is not None
-            c[1] = self.gap * self.half
-        bend = c[2] / self.half**2
-        slope = c[1] / self.half - 2 * bend * mean
-        clock = Clock.of_line(bend, slope, c[0] - c[1] * mean / self.half + bend * mean**2)
-        if clock is None:
-            return None
-        at_start = deviation((clock.start - mean) / self.half)
+            clock = Clock(self.gap, float(self.numbers[0] - at[0] / self.gap))
+        at_start = deviation((clock.start - float(self.numbers.mean())) / self.half)
         gap_deviation = math.nan
         if len(state.times) > 1:
             gap_deviation = math.sqrt(covariance[1, 1]) / self.half
@@ -438,17 +462,17 @@ class _Problem:
                 gap_deviation=gap_deviation,
                 start_deviation=at_start / clock.gap,
                 deviation=worst,
-                scatter=float(np.sqrt(np.mean(step.late[0] ** 2))),
+                scatter=scatter,
                 used=len(step.used),
             ),
         )
 
 
 class _Level:
-    """Takes the local mean out of pictures that are known at some pixels only."""
+    """Takes the local mean out of pictures that are known at some pixels only, and smooths them."""
 
-    def __init__(self, inside: np.ndarray) -> None:
-        self.inside = inside
+    def __init__(self, inside: np.ndarray, calm: float = 0.0) -> None:
+        self.inside, self.calm = inside, calm
         self.weight = np.maximum(self._mean(inside.astype(np.float32)), 1e-3)[inside]
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
@@ -456,6 +480,9 @@ class _Level:
         picture = np.zeros(self.inside.shape, np.float32)
         picture[self.inside] = values
         rest: np.ndarray = values - self._mean(picture)[self.inside] / self.weight
+        if self.calm:
+            picture[self.inside] = rest
+            rest = gaussian_filter(picture, self.calm, truncate=3)[self.inside]
         return rest
 
     @staticmethod

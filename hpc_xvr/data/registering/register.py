@@ -45,6 +45,8 @@ SATURATED = 0.5
 UNCERTAIN = 0.5
 """Fast pixels by which a corner may be uncertain."""
 BLURS = 0.4, 0.7, 1.0, 1.4
+CONTRARY = 0.001
+"""Share of the gap by which motion may contradict the one that is stated before it is said."""
 DOUBTFUL = 0.1
 """Fast frames by which the instant of a sharp frame may be uncertain before it is said."""
 CALM = 0.8
@@ -406,6 +408,12 @@ def _refuse(films: _Films, candidate: Candidate | None, near: bool, limits: Limi
 
 def _tell(films: _Films, clock: Clock | None, gap: float | None) -> None:
     if clock is not None:
+        if gap is not None and abs(clock.gap / gap - 1) > CONTRARY:
+            logger.warning(
+                "%s: %.5g fast frames a sharp one by what moves, %.5g by the frame rates or --gap: "
+                "are these right?",
+                *(films.name, clock.gap, gap),
+            )
         if clock.deviation > DOUBTFUL:
             logger.warning(
                 "%s: when the sharp frames were taken is uncertain by up to %.2f fast frames (1 "

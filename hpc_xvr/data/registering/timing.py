@@ -32,15 +32,13 @@ class Clock:
     """Sharp frames."""
 
     @classmethod
-    def of_line(cls, bend: float, slope: float, first: float) -> Clock | None:
-        """The clock by which sharp frame k is taken at fast frame bend k^2 + slope k + first; None
-        where that does not rise."""
-        # the inverse, expanded about fast frame 0
-        root = math.sqrt(max(slope * slope - 4 * bend * first, 0.0))
-        if slope <= 0 or root <= 0:
+    def of_instants(cls, numbers: np.ndarray, at: np.ndarray, order: int) -> Clock | None:
+        """The clock by which sharp frames were taken at the fast frames `at`, with a drift if
+        `order` is 2, without if it is 1; None where `at` does not rise."""
+        if np.any(np.diff(at) <= 0):
             return None
-        start = -2 * first / (slope + root)
-        return cls(root, start, -2 * bend / root)
+        start, rate, *bend = np.polynomial.polynomial.polyfit(at, numbers, order)
+        return cls(float(1 / rate), float(start), float(2 * sum(bend) / rate**2))
 
     def of_fast(self, numbers: np.ndarray) -> np.ndarray:
         u = np.asarray(numbers, float) / self.gap
