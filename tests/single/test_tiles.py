@@ -20,6 +20,7 @@ from hpc_xvr.model.edvr import EDVR
 from hpc_xvr.model.key_propagation import KeyPropagation, MotionStep
 from hpc_xvr.model.tiling import tiles
 from hpc_xvr.model.xvr import SwinXVR
+from hpc_xvr.reconstruction import pipeline
 from hpc_xvr.reconstruction.baselines import BASELINES
 from hpc_xvr.reconstruction.methods import baseline_entry, model_entry, open_method
 from hpc_xvr.reconstruction.pipeline import reconstruct
@@ -312,6 +313,18 @@ def test_a_killed_run_in_tiles_goes_on_bit_for_bit_and_whole_frames_are_not_mixe
     assert out.read_bytes() == whole
     kill()
     assert "had other tile" in hpc_xvr(*tiled[:-2]).err
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_where_memory_runs_out_tiles_are_named(error, tmp_path, hpc_xvr, monkeypatch):
+    def full(*_):
+        raise error("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(pipeline, "_run", full)
+    call = ["reconstruct", "detail", *write_cameras(tmp_path), "--out", tmp_path / "m.tif"]
+    said = hpc_xvr(*call, code=74).err
+    assert "error: out of memory: " in said and "with --tile 1024 or less" in said
+    assert "Traceback" not in said and not (tmp_path / "m.tif").exists()
 
 
 def test_the_api_works_in_tiles():
