@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hpc_xvr.cli import data, fetch, register, results, submit, train
+from hpc_xvr.cli import data, fetch, reconstruct, register, results, submit, train
 from hpc_xvr.cli import view as viewing
 from hpc_xvr.cli.ending import run
 from hpc_xvr.version import __version__
@@ -53,8 +53,8 @@ for _command in (
     register.register,
     train.train,
     results.evaluate,
-    results.reconstruct,
-    results.adapt,
+    reconstruct.reconstruct,
+    reconstruct.adapt,
     results.export,
     results.report,
     viewing.view,
