@@ -411,7 +411,7 @@ def _tell(films: _Films, clock: Clock | None, gap: float | None) -> None:
         if gap is not None and abs(clock.gap / gap - 1) > CONTRARY:
             logger.warning(
                 "%s: %.5g fast frames a sharp one by what moves, %.5g by the frame rates or --gap: "
-                "are these right?",
+                "motion is believed; are these right?",
                 *(films.name, clock.gap, gap),
             )
         if clock.deviation > DOUBTFUL:
