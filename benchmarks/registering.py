@@ -154,9 +154,7 @@ def hr_half(hr: list[int]) -> np.ndarray:
 
 
 class FastCamera:
-    def __init__(
-        self, place: Registration, rng: np.random.Generator, photons: np.ndarray
-    ) -> None:
+    def __init__(self, place: Registration, rng: np.random.Generator, photons: np.ndarray) -> None:
         self.rng, self.scale = rng, place.scale
         self.gain, self.offset = rng.uniform(0.5, 1.2), rng.uniform(0, 0.2)
         self.blur = math.hypot(rng.uniform(0.5, 1.1), 0.29) * place.scale
@@ -376,8 +374,12 @@ def real_data() -> Path | None:
 @click.command(help=usage(__doc__ or ""))
 @click.option("--quick", is_flag=True, help="A few pairs of small cameras.")
 @click.option("--hard", is_flag=True, help="Fewer photons, sharp frames and stated rates.")
-@click.option("--first", default=2000, show_default=True, help="Number of the first experiment; "
-              "0 to 150 and 1000 to 1029 served to tune the method.")
+@click.option(
+    "--first",
+    default=2000,
+    show_default=True,
+    help="Number of the first experiment; 0 to 150 and 1000 to 1029 served to tune the method.",
+)
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Where the result goes.")
 @click.option("--workers", default=2, show_default=True, help="Processes.")
 @click.option("--minutes", default=180.0, show_default=True, help="Pairs not done by then are left "
