@@ -76,7 +76,8 @@ class Joint:
     """What is found together."""
 
     fit: Fit
-    clock: Clock
+    clock: Clock | None
+    """None where motion does not say clearly enough when the frames were taken."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def together(
         affine: six numbers of the place are free, not four.
 
     Returns:
-        None where motion does not say when the frames were taken.
+        None where there is no such place and clock.
     """
     problem = _Problem(keys, key_numbers, frame, place, size, gap, affine)
     at = clock.of_sharp(key_numbers)
@@ -138,14 +139,16 @@ def together(
         solved = problem.searched(_State(place.at(*problem.centre), place.matrix, blur, times))
         if solved is None:
             break
-        state, step = solved
+        state, step, clear = solved
         if order == 2:
             bend, deviation = abs(state.times[2]), math.sqrt(step.covariance[-1, -1])
             if bend < max(LATE, 6 * deviation):
                 break
-        joint = problem.joint(state, step)
-        if joint is not None:
+        joint = problem.joint(state, step, clear)
+        if best is None or joint.clock is not None:
             best = joint
+        if not clear:
+            break
     return best
 
 
@@ -205,8 +208,8 @@ class _Problem:
             self._sharp_of, self._sharp = blur, (pictures, thin)
         return self._sharp
 
-    def searched(self, state: _State) -> tuple[_State, _Step] | None:
-        """The unknowns at which the cameras agree best, if they clearly agree less whole frames
+    def searched(self, state: _State) -> tuple[_State, _Step, bool] | None:
+        """The unknowns at which the cameras agree best, and if they clearly agree less whole frames
         earlier and later."""
         use = np.arange(len(self.keys))
         for _ in range(3):
@@ -221,15 +224,18 @@ class _Problem:
             if not shift:
                 break
             state = replace(state, times=state.times + shift * np.eye(len(state.times))[0])
-        if shift or step.contrary > CONTRARY or clear < LESS:
+        if shift or step.contrary > CONTRARY:
             return None
+        if clear < LESS:
+            return state, step, False
         aside = np.abs(step.late[0]) > np.maximum(ASIDE, 4 * step.late[1])
         if aside.any():  # frames that are not of this clock
             use = step.used[~aside]
             if len(use) < max(1, SHARE * len(step.used)):
                 return None
-            return self.solved(state, use)
-        return state, step
+            solved = self.solved(state, use)
+            return None if solved is None else (*solved, True)
+        return state, step, True
 
     def solved(self, state: _State, use: np.ndarray) -> tuple[_State, _Step] | None:
         """The unknowns at which nothing changes any more."""
@@ -422,8 +428,8 @@ class _Problem:
         )
         return np.array(used), inside, np.stack(rests), slopes, instruments
 
-    def joint(self, state: _State, step: _Step) -> Joint | None:
-        """The result in the units of others, unless it is too uncertain."""
+    def joint(self, state: _State, step: _Step, clear: bool) -> Joint:
+        """The result in the units of others; without a clock that is too uncertain."""
         count = 6 if self.affine else 4
         place = Place(self.flip, state.matrix, state.middle - state.matrix @ self.centre)
         fit = Fit(place, step.covariance[:count, :count], state.blur)
@@ -440,14 +446,14 @@ class _Problem:
         excess = max(0.0, scatter**2 - 1 / float(weight.mean()))
         frames = float(weight.sum()) ** 2 / float((weight**2).sum())
         worst = math.hypot(deviation(self.u[step.used]), math.sqrt(excess / frames), MODEL)
-        if not (worst <= UNCERTAIN and scatter <= SCATTERED):
-            return None
+        if not (clear and worst <= UNCERTAIN and scatter <= SCATTERED):
+            return Joint(fit, None)
         order = len(state.times) - 1
         at = np.polynomial.polynomial.polyval(self.u, state.times)
         if order:
             clock = Clock.of_instants(self.numbers, at, order)
             if clock is None:
-                return None
+                return Joint(fit, None)
         else:
             assert self.gap is not None
             clock = Clock(self.gap, float(self.numbers[0] - at[0] / self.gap))

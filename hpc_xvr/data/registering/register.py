@@ -328,17 +328,17 @@ def _refined(
         return films.fast_frame(numbers[number]) if number in numbers else None
 
     def jointly(place: Place, clock: Clock, blur: float, affine: bool) -> Joint | None:
-        size = films.fast.shape[1:]
         return together(
             *(films.keys, films.key_numbers, frame, size, place, clock, gap, blur, affine)
         )
 
+    size = films.fast.shape[1:]
     found = jointly(place, clock, BLUR, False) if clock is not None else None
-    if found is not None:
-        fit, clock = found.fit, found.clock
-        sheared = jointly(fit.place, clock, fit.blur, True)
+    if found is not None and found.clock is not None:
+        sheared = jointly(found.fit.place, found.clock, found.fit.blur, True)
         if affine and sheared is not None:
             return sheared.fit, sheared.clock
+        fit, clock = found.fit, found.clock
         bent = None if sheared is None else sheared.fit
     else:
         clock = None
@@ -350,8 +350,12 @@ def _refined(
         bent = comparison.refined(fit.place, affine=True)
         if affine:
             return bent, None
+        # means over time are blurred by motion: the place is often surer where it is found together
+        # with a clock, however uncertain that is
+        if found is not None and found.fit.corner_deviation(size) < fit.corner_deviation(size):
+            return found.fit, None
     if bent is not None:
-        _tell_bent(fit, bent, films.fast.shape[1:])
+        _tell_bent(fit, bent, size)
     return fit, clock
 
 
@@ -411,7 +415,7 @@ def _tell(films: _Films, clock: Clock | None, gap: float | None) -> None:
         if gap is not None and abs(clock.gap / gap - 1) > CONTRARY:
             logger.warning(
                 "%s: %.5g fast frames a sharp one by what moves, %.5g by the frame rates or --gap: "
-                "are these right?",
+                "motion is believed; are these right?",
                 *(films.name, clock.gap, gap),
             )
         if clock.deviation > DOUBTFUL:
