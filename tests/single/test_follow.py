@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -28,7 +29,7 @@ from hpc_xvr.model.xvr import SwinXVR
 from hpc_xvr.reconstruction import following
 from hpc_xvr.reconstruction.following import Follower, follow_run
 from hpc_xvr.reconstruction.material import CameraFiles
-from hpc_xvr.reconstruction.methods import model_entry
+from hpc_xvr.reconstruction.methods import model_entry, open_method
 from hpc_xvr.reconstruction.spool import Spool
 from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_run, reconstruct_with
 from support.disk import fill
@@ -151,7 +152,9 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".npy")
 
 
-LATENCY = r"frames (\d+) to (\d+): made (\d+\.\d\d) s after the last frame they need"
+MADE = r"frames (\d+) to (\d+): made(?: \d+\.\d\d s after the last frame|, recorded before)"
+"""A gap that was made while the cameras recorded; on a busy machine the first ones may have been
+there before the first look."""
 
 
 @pytest.fixture
@@ -167,10 +170,8 @@ def test_growing_hdf5_gives_the_same_file_as_the_finished_one(tmp_path, log, cap
     with writing(tmp_path, way, pause=0.1):
         made = follow(tmp_path)
     told = log()
-    assert [found[:2] for found in re.findall(LATENCY, told)] == [
-        (str(t), str(t + GAP - 1)) for t in range(0, FRAMES - 1, GAP)
-    ]
-    assert re.search(r"median 0\.\d\d s, worst \d\.\d\d s \(5 gaps\)", capsys.readouterr().out)
+    assert re.findall(MADE, told) == [(str(t), str(t + GAP - 1)) for t in range(0, FRAMES - 1, GAP)]
+    assert re.search(r"median \d+\.\d\d s, worst \d+\.\d\d s \(\d gaps\)", capsys.readouterr().out)
     assert "20 of 21 frames were finished before" in told
     assert ("the writers have closed both" in told) == (way == "swmr")
     assert {"movie.tif.gaps", ".movie.tif.unfinished"}.isdisjoint(names(tmp_path))
@@ -230,7 +231,7 @@ def test_growing_folders_give_the_same_file_as_finished_ones(tmp_path, log, suff
     with filling(tmp_path, suffix, way):
         made = follow(tmp_path, out="movie.h5", ends="")
     told = log()
-    assert len(re.findall(LATENCY, told)) == 5
+    assert len(re.findall(MADE, told)) == 5
     assert "20 of 21 frames were finished before" in told
     assert "made anew" not in told
     assert "no complete frame has come for 2 s" in told
@@ -590,8 +591,15 @@ def test_windows_that_reach_beyond_a_gap_wait_for_their_frames(tmp_path, log):
 
 
 def test_it_is_told_that_the_cameras_are_faster(tmp_path, log):
-    with writing(tmp_path, pause=0):
-        follow(tmp_path)
+    plain = open_method("bayes", CPU)
+
+    def slow(sample):
+        time.sleep(0.5)
+        return plain.method(sample)
+
+    method = replace(plain, method=slow)
+    with writing(tmp_path, pause=0.05, frames=41):
+        Follower(method, CPU, source(tmp_path), tmp_path / "movie.tif", Wanted(), 2.0).follow()
     assert re.search(r"a gap takes \S+ s to make and \S+ s to record: the result falls", log())
 
 
