@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib.util import find_spec
 
 import google_crc32c
 import h5py
@@ -118,6 +119,15 @@ def test_damaged_inputs_are_read_or_refused(name, child):
     seen, problems = child.ask(name, FIRST, shares(ALL)[name])
     print(name, seen, f"{time.monotonic() - begin:.1f} s")
     assert not problems, "\n".join(problems[:20])
+
+
+@pytest.mark.skipif(find_spec("atheris") is None, reason="atheris is not installed")
+def test_coverage_guides_the_changes(tmp_path):
+    command = [sys.executable, ROOT / "tests/guided_fuzz.py", "registration", "--seconds", "5"]
+    done = subprocess.run([*command, "--keep", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stderr.partition("new_units_added:")[2].split()[0]) > 5
+    assert not list(tmp_path.iterdir())
 
 
 # What was found in this way, by name.
