@@ -264,6 +264,14 @@ def test_yaml_that_no_program_walks_through_is_refused(text, message):
         parse_json("[" * 200 + "]" * 200)
 
 
+@pytest.mark.parametrize("path", ["$$" + "x" * 300, "$HOME/" + "x" * 300, "$$\x01b", "a$b" * 2000])
+def test_paths_that_no_file_can_have_are_taken_or_refused(path):
+    try:
+        load(None, [f"data.corpus={path}"])
+    except InputError as error:
+        assert len(str(error)) <= 2000 and "\n" not in str(error)
+
+
 def test_what_errors_quote_is_cut():
     for use in (
         lambda: load(None, ["x" * 50_000 + "=1"]),
