@@ -102,6 +102,7 @@ setup(
             'mlperf-logging>=4; python_version >= "3.11"',  # accepts the logs of a benchmark
             "mypy>=1.11",
             'nxtomo>=3; python_version >= "3.11"',  # with silx, reads NeXus of ours
+            'ome-zarr-models>=1; python_version >= "3.11"',  # checks OME-Zarr of ours
             "pims>=0.7",  # its reading of .cine files is what ours is compared with
             'pvapy>=5.4; platform_machine == "x86_64"',  # simulated cameras that send frames
             "playwright>=1.45",  # pages are looked at in a Chromium that is there
