@@ -729,8 +729,9 @@ def test_numbers_that_stand_for_missing_pixels(name, tmp_path):
     np.testing.assert_array_equal(stack(recording), np.delete(frames, 3, 0))
     frames[3, 2, 1] = 7
     same(write(tmp_path / "b.h5", data=frames, **{name: np.uint16(65535)}), frames)
-    scaled = write(tmp_path / "c.h5", scale_factor=0.5, **{name: FRAMES[4, 0, 0]})
-    refused(scaled, "frame 4 holds 1 pixels without a value")
+    frames[3, 2, 1] = 65535  # stored; the value is half of it
+    scaled = write(tmp_path / "c.h5", data=frames, scale_factor=0.5, **{name: np.uint16(65535)})
+    refused(scaled, "frame 3 holds 1 pixels without a value")
 
 
 def test_the_mask_of_a_detector_is_no_frame_and_is_told(tmp_path, caplog):
