@@ -72,7 +72,8 @@ def test_two_ranks_share_the_gaps_and_write_the_same_file(engine, folder, saved,
     shares = engine.gather(list(pieces))
     assert sorted(map(len, shares)) == [5, 6] and len({*shares[0], *shares[1]}) == 11
     if engine.is_root:
-        alone = folder / f"{what}-alone.tif"
+        alone = folder / "alone" / out.name  # the file names the one beside it
+        alone.parent.mkdir(exist_ok=True)
         reconstruct_with(method, CPU, cameras(folder / "s0"), out=alone)
         assert out.read_bytes() == alone.read_bytes()
         assert not [name for name in names(folder) if name.startswith(".")]
