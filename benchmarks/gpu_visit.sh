@@ -224,11 +224,11 @@ part3() { measure frames "$(left 12)"; }
 # Everything on a CPU, in an environment like that machine's: Python 3.12, its torch, no MPI
 # library, no Horovod, no kernels of ours, no network.
 rehearse() {
-    local like short="" work reach=()
+    local like short="" reach=()
     [ "${1:-}" = --short ] && short=1
     like=$(lookalike) || { echo "$like"; [ -n "$short" ] && exit 0; exit 2; }
     [ -d "$visit/wheels" ] || (PYTHONPATH=$root XVR_VIDEOS=${short:+4} prepare) || exit 2
-    work=$(mktemp -d)
+    work=$(mktemp -d) # not local: it goes when the script ends
     trap 'rm -rf "$work"' EXIT
     # A copy, as it would arrive there: what git knows, and .visit. No built kernels.
     git ls-files -z --cached --others --exclude-standard | xargs -0 -r ls -d 2>/dev/null |

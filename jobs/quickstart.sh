@@ -54,7 +54,7 @@ video=$(python -c "
 from hpc_xvr.data.corpus import Corpus
 print(Corpus('$corpus').split('test')[0].id)")
 mkdir -p "$run/reconstruction"
-hpc-xvr reconstruct "$run" --video "$video" --out "$run/reconstruction/$video.tif" \
+hpc-xvr reconstruct "$run" --video "$video" --gap 20 --out "$run/reconstruction/$video.tif" \
     --movie "$run/reconstruction/$video.webp"
 since "reconstruct"
 

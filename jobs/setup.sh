@@ -91,6 +91,11 @@ xvr_setup() {
     stamp=$xvr_venv/.hpc_xvr
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "setup: installing into $xvr_venv (some minutes, once)"
+        # venv would leave an environment of another python in pieces
+        local base='import os, sys; print(os.path.realpath(sys._base_executable))'
+        [ ! -e "$xvr_venv/bin/python3" ] ||
+            [ "$("$xvr_venv/bin/python3" -c "$base" 2>/dev/null)" = "$("$python" -c "$base")" ] ||
+            { xvr_fail "$xvr_venv was made with another python; delete it, or set PYTHON to that one"; return; }
         "$python" -m venv "$xvr_venv" ||
             { xvr_fail "$python cannot make a virtual environment; install its venv package"; return; }
         export PATH=$xvr_venv/bin:$PATH
