@@ -174,9 +174,7 @@ def check_gaps(
                 f"{method.name}: frames are asked for up to {sides} beyond the outermost key "
                 f"frame, with these weights {method.longest_gap // 2} can be made"
             )
-            if not force:
-                raise InputError(f"{problem}; choose them with --frames, or try with --force")
-            logger.warning("%s: look at the result with care", problem)
+            _refuse(problem, "choose them with --frames", force)
     gaps = [b - a for a, b in pairwise(times) if frames is None or common(range(a + 1, b), frames)]
     widest = max(gaps, default=0)
     if method.longest_gap is None or widest <= method.longest_gap:
@@ -185,8 +183,13 @@ def check_gaps(
         f"{method.name}: key frames lie up to {widest} fast frames apart, these weights were "
         f"trained for {method.longest_gap} at most"
     )
+    _refuse(problem, "check --gap, use other weights", force)
+
+
+def _refuse(problem: str, advice: str, force: bool) -> None:
+    """Refuse, or, if that is wanted all the same, warn."""
     if not force:
-        raise InputError(f"{problem}; check --gap, use other weights, or try with --force")
+        raise InputError(f"{problem}; {advice}, or try with --force")
     logger.warning("%s: look at the result with care", problem)
 
 

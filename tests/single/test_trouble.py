@@ -273,6 +273,24 @@ def test_an_environment_whose_python_is_unreachable_is_not_a_missing_one(tmp_pat
     assert not (tmp_path / "bin/pip").exists()
 
 
+def test_an_environment_of_another_python_is_left_as_it_is(tmp_path):
+    """setup.sh: venv would change what it is made for, and keep its links to the other one."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").write_text("#!/bin/sh\necho /other/python3.11\n")
+    (tmp_path / "bin/python3").chmod(0o755)
+    (tmp_path / "pyvenv.cfg").write_text("home = /other\n")
+    done = subprocess.run(
+        ["bash", str(ROOT / "jobs/setup.sh")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HPC_XVR_VENV": str(tmp_path)},
+    )
+    assert done.returncode == 2, done.stdout
+    assert f"{tmp_path} was made with another python" in done.stderr
+    assert (tmp_path / "pyvenv.cfg").read_text() == "home = /other\n"
+    assert not (tmp_path / "bin/pip").exists()
+
+
 def test_a_python_that_cannot_run_is_not_called_too_old(tmp_path):
     (tmp_path / "python").write_text("#!/bin/sh\nexit 127\n")
     (tmp_path / "python").chmod(0o755)
