@@ -215,11 +215,10 @@ class KeyPropagation(nn.Module):
         low = gap.lr[: gap.batch, 1:-1][:, part].flatten(0, 1)[:, None]  # B*n, 1, h, w
         ahead, back = self._carried(gap, path, part)  # B, n, M, H, W
         frames = ahead.shape[1]
-        keys = torch.stack(gap.key.chunk(2), dim=1)[:, :, 0]  # B, 2, H, W
-        still = keys[:, None].expand(-1, frames, -1, -1, -1)
         fused = self._fused(
             low,
-            torch.cat((ahead, back, still), dim=2).flatten(0, 1),  # B*n, 2M+2, H, W
+            torch.cat((ahead, back), dim=2).flatten(0, 1),  # B*n, 2M, H, W
+            torch.stack(gap.key.chunk(2), dim=1)[:, :, 0],
             [said[:, part].flatten(0, 1) for said in path.both_ways(path.steps)],
             frame_features[: gap.batch, part].flatten(0, 1),
             gap.distance[: gap.batch, part].flatten(0, 1),
@@ -229,29 +228,32 @@ class KeyPropagation(nn.Module):
     def _fused(
         self,
         low: Tensor,
-        candidates: Tensor,
+        carried: Tensor,
+        keys: Tensor,
         said: Sequence[Tensor],
         frame_features: Tensor,
         distance: Tensor,
     ) -> Tensor:
-        """(K, 1, h, w), (K, 2M+2, H, W), two of (K, C, h, w), (K, C, h, w), (K, 2) -> (K, 1, H, W)
-        still without its greys."""
+        """(B*n, 1, h, w), (B*n, 2M, H, W), (B, 2, H, W), two of (B*n, C, h, w), (B*n, C, h, w),
+        (B*n, 2) -> (B*n, 1, H, W) still without its greys."""
         bicubic = _enlarge(low, self.scale)
+        frames = len(low) // len(keys)
+        still = _for_each(F.pixel_unshuffle(keys, self.scale), frames)
+        pictures = [F.pixel_unshuffle(carried, self.scale), still]
+        pictures.append(F.pixel_unshuffle(bicubic, self.scale))
         numbers = frame_features.dtype
         seen = torch.cat(
             (
                 *said,
                 frame_features,
-                *(
-                    (F.pixel_unshuffle(t, self.scale) - low).to(numbers)
-                    for t in (candidates, bicubic)
-                ),
+                *((picture - low).to(numbers) for picture in pictures),
                 _maps(distance, low).to(numbers),
             ),
             dim=1,
         )
         maps = self._choice(_channels_last(seen))
-        return self.choose(maps, bicubic, candidates)
+        details = detail(carried, self.scale), _for_each(detail(keys, self.scale), frames)
+        return self.choose(maps, bicubic, torch.cat(details, dim=1))
 
     def _in_tiles(self, gap: Gap, side: int) -> Tensor:
         """The frames, (B, N, 1, H, W), in their greys. Each step of the motion is made of whole
@@ -285,9 +287,9 @@ class KeyPropagation(nn.Module):
                     if way == ahead:
                         frame_features = known[0]
                 low = part_of(gap.lr[ahead, n + 1, None], part)
-                candidates = torch.cat((*carried, part_of(keys, part, s)), dim=1)
+                both_carried, still = torch.cat(carried, dim=1), part_of(keys, part, s)
                 distance = gap.distance[ahead, n]
-                fused = self._fused(low, candidates, said, frame_features, distance)
+                fused = self._fused(low, both_carried, still, said, frame_features, distance)
                 part_of(out[:, n], tile.core, s).copy_(tile.cut(gap.grey(fused[:, None])[:, 0], s))
         return out
 
@@ -371,8 +373,9 @@ class KeyPropagation(nn.Module):
         key = gap.key.float()
         warped = key.expand(-1, self.motions, -1, -1)
         flows, carried, steps = [], [], []
-        for n in range(frame_features.shape[1]):
-            flow, said = self.motion(frame_features[:, n], gap.lr[:, n + 1, None], warped, flow)
+        lows = gap.lr[:, 1:-1, None].unbind(1)
+        for features, low in zip(frame_features.unbind(1), lows, strict=True):
+            flow, said = self.motion(features, low, warped, flow)
             warped = warp_along(key, flow, self.scale)
             flows.append(flow)
             steps.append(said)
@@ -492,9 +495,9 @@ class MotionStep(nn.Module):
 class Choice(nn.Module):
     """Decides for every sharp pixel whose detail it takes.
 
-    out = bicubic + sum_k w_k (candidate_k - bicubic(bin(candidate_k))) + residual, where the w_k
-    and the weight of taking none add up to 1: the fast camera has the last word on everything it
-    can see, the candidates give the detail that it cannot.
+    out = bicubic + sum_k w_k detail(candidate_k) + residual, where the w_k and the weight of taking
+    none add up to 1: the fast camera has the last word on everything it can see, the candidates
+    give the detail that it cannot.
     """
 
     def __init__(self, features: int, candidates: int, scale: int) -> None:
@@ -502,24 +505,21 @@ class Choice(nn.Module):
         self.candidates, self.scale = candidates, scale
         self.conv = nn.Conv2d(features, scale**2 * (candidates + 2), 3, padding=1)
 
-    def forward(self, maps: Tensor, bicubic: Tensor, candidates: Tensor) -> Tensor:
+    def forward(self, maps: Tensor, bicubic: Tensor, details: Tensor) -> Tensor:
         """What `conv` gave (K, s2*(candidates + 2), h, w), (K, 1, H, W), (K, candidates, H, W)
         -> (K, 1, H, W)"""
         maps = F.pixel_shuffle(maps.float(), self.scale)
-        weights = maps[:, :-1].softmax(dim=1)[:, :-1]
-        candidates = candidates.float()
-        detail = candidates - _enlarge(F.avg_pool2d(candidates, self.scale), self.scale)
-        return bicubic + (weights * detail).sum(1, keepdim=True) + maps[:, -1:]
+        weights, residual = maps.split((self.candidates + 1, 1), dim=1)
+        weights = weights.softmax(dim=1)[:, :-1]
+        return bicubic + (weights * details).sum(1, keepdim=True) + residual
 
 
 def chain(flow: Tensor, further: Tensor, corner: tuple[int, int] = (0, 0)) -> Tensor:
     """Motion so far (K, 2M, h, w), and from there on (K, 2M, h', w') in the part of the grid that
     begins at `corner` -> both together, (K, 2M, h', w')."""
-    moved = [
-        warp(so_far, d, corner) + d
-        for so_far, d in zip(flow.split(2, dim=1), further.split(2, dim=1), strict=True)
-    ]
-    return torch.cat(moved, dim=1)
+    so_far, d = (f.unflatten(1, (-1, 2)).flatten(0, 1) for f in (flow, further))  # K*M, 2, h, w
+    moved = warp(so_far, d, corner) + d
+    return moved.unflatten(0, (len(flow), -1)).flatten(1, 2)
 
 
 def warp(image: Tensor, flow: Tensor, corner: tuple[int, int] = (0, 0)) -> Tensor:
@@ -531,9 +531,9 @@ def warp(image: Tensor, flow: Tensor, corner: tuple[int, int] = (0, 0)) -> Tenso
         torch.arange(first, first + n, device=image.device, dtype=torch.float32)
         for first, n in zip(corner, flow.shape[-2:], strict=True)
     )
-    across = (2 * (x + flow[:, 0]) + 1) / width - 1  # K, H', W'
-    down = (2 * (y[:, None] + flow[:, 1]) + 1) / height - 1
-    places = torch.stack((across, down), dim=-1)
+    here = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # H', W', 2
+    there = here + flow.permute(0, 2, 3, 1)  # K, H', W', 2
+    places = (2 * there + 1) / there.new_tensor((width, height)) - 1
     return F.grid_sample(image, places, "bilinear", "border", align_corners=False)
 
 
@@ -545,7 +545,21 @@ def warp_along(key: Tensor, flow: Tensor, scale: int, corner: tuple[int, int] = 
     """
     fields = F.interpolate(flow, scale_factor=scale, mode="bilinear", align_corners=False) * scale
     place = corner[0] * scale, corner[1] * scale
-    return torch.cat([warp(key, field, place) for field in fields.split(2, dim=1)], dim=1)
+    fields = fields.unflatten(1, (-1, 2))  # K, M, 2, H', W'
+    keys = key.expand(-1, fields.shape[1], -1, -1).flatten(0, 1)[:, None]  # K*M, 1, H, W
+    return warp(keys, fields.flatten(0, 1), place).unflatten(0, fields.shape[:2])[:, :, 0]
+
+
+def detail(pictures: Tensor, scale: int) -> Tensor:
+    """What the fast camera cannot see of (K, C, H, W): what binning and bicubic interpolation
+    lose."""
+    pictures = pictures.float()
+    return pictures - _enlarge(F.avg_pool2d(pictures, scale), scale)
+
+
+def _for_each(of_gap: Tensor, frames: int) -> Tensor:
+    """What is the same in all frames of a gap, (B, ...), for each of them, (B*frames, ...)."""
+    return of_gap[:, None].expand(-1, frames, *of_gap.shape[1:]).flatten(0, 1)
 
 
 def _enlarge(x: Tensor, scale: int) -> Tensor:
