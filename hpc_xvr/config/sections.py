@@ -96,6 +96,10 @@ class Simulate(Section):
     """Share of the recordings in each split."""
     lr_stream: bool = True
     """Record each scene with a second, fast low-resolution camera too (the `lr` stream)."""
+    light: tuple[float, float] = (1.0, 1.0)
+    """Range of the light, drawn logarithmically for each recording: 1 is that of single pulses, at
+    which noise is 1 to 3 % of full scale; slower cameras and brighter beams have ten to a thousand
+    times as much, and so less noise."""
     scale: Positive = 4
     """Pixel size of the low-resolution camera / pixel size of the high-resolution one."""
     store: Literal["zarr", "hdf5"] = "zarr"
@@ -111,6 +115,8 @@ class Simulate(Section):
         total = sum(camera.share for camera in self.cameras.values())
         if abs(total - 1) > 1e-6:
             raise ValueError(f"shares of cameras must add up to 1, they add up to {total:g}")
+        if not 0.01 <= self.light[0] <= self.light[1] <= 1e6:
+            raise ValueError(f"light must be low <= high within 0.01..1e6, got {list(self.light)}")
         for name in self.cameras:
             size = self.size_of(name)
             if size[1] % self.scale or size[2] % self.scale:

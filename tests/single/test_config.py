@@ -49,6 +49,7 @@ def test_later_overrides_win_and_values_are_typed(tmp_path):
         ("model.embed_dim=100", ["embed_dim 100", "heads 3"]),
         ("train.micro_batch=3", ["global_batch 10", "micro_batch 3"]),
         ("data.photons_log10=[5,2]", ["low <= high"]),
+        ("simulate={light: [10, 1]}", ["light", "low <= high", "[10.0, 1.0]"]),
         ("train=3", ["train"]),
         ("train.steps", ["section.key=value"]),
         ("train.steps.more=3", ["train.steps"]),

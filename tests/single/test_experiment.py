@@ -370,6 +370,17 @@ def test_neither_camera_alone_is_enough_and_detail_transfer_beats_both(videos):
 # Reproducibility
 
 
+def test_more_light_is_less_noise_in_both_cameras_and_else_the_same():
+    usual, bright, quiet = (
+        simulate_video("layers", SMALL, seed=3, light=(light, light)) for light in (1, 100, 1e6)
+    )
+    for camera in ("frames", "lr"):
+        few, many, truth = (np.float64(getattr(v, camera)) for v in (usual, bright, quiet))
+        assert np.std(few - truth) > 8 * np.std(many - truth) > 0
+    drawn = [Experiment("layers", SMALL, seed, light=(1, 1000)).light for seed in range(40)]
+    assert 1 <= min(drawn) < 10 and 100 < max(drawn) <= 1000  # logarithmically
+
+
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_seed_fixes_every_bit(scene):
     first = simulate_video(scene, SMALL, seed=3)

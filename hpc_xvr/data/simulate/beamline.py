@@ -136,6 +136,11 @@ class SimulatedCamera:
             rng=rng,
         )
 
+    def brighten(self, light: float) -> None:
+        """Let it gather `light` times as much at full scale, in more or larger wells."""
+        self.photons *= light
+        self.read_noise /= light**0.5
+
     @property
     def spread(self) -> float:
         """Sigma of all its blur, in its own pixels."""
@@ -211,6 +216,10 @@ class Beamline:
         self.flicker = rng.uniform(0.001, 0.005) * rng.standard_normal(scene.frames)
         """Change of the beam's brightness from frame to frame."""
         self.beam = np.float32(self.open_beam) * self._flat_field()
+
+    def brighten(self, light: float) -> None:
+        """Let `light` times as many x rays make the same frames."""
+        self.quanta = np.float32(self.quanta * light)
 
     def _flat_field(self) -> np.ndarray:
         """The beam without sample (H, W), brightest about 1: profile, stripes, marks, round edge.

@@ -267,7 +267,13 @@ def _make_all(
 
 def _make(simulate: config.Simulate, corpus: Path, item: Planned) -> ClipEntry:
     experiment = Experiment(
-        item.scene, item.size, item.seed, simulate.scale, simulate.lr_stream, item.camera
+        item.scene,
+        item.size,
+        item.seed,
+        simulate.scale,
+        simulate.lr_stream,
+        item.camera,
+        simulate.light,
     )
     return write_clip(
         corpus,

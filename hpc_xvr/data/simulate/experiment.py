@@ -25,6 +25,7 @@ class Experiment:
         size: frames, height and width (T, H, W) of the high-resolution recording.
         scale: pixel size of the low-resolution camera / that of the high-resolution one.
         camera: which of SENSORS is the high-resolution one.
+        light: range of the light, drawn logarithmically; 1 is that of single pulses.
 
     Raises:
         InputError: unknown scene, or H or W is not a multiple of scale.
@@ -38,6 +39,7 @@ class Experiment:
         scale: int = 4,
         lr_stream: bool = True,
         camera: str = "sa-z",
+        light: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         if scene not in SCENES:
             raise InputError(f"scene {scene!r}: choose one of {', '.join(SCENES)}")
@@ -46,7 +48,7 @@ class Experiment:
             raise InputError(
                 f"size {tuple(size)}: height and width must be positive multiples of scale {scale}"
             )
-        streams = [np.random.default_rng([seed, list(SCENES).index(scene), i]) for i in range(4)]
+        streams = [np.random.default_rng([seed, list(SCENES).index(scene), i]) for i in range(5)]
         sensor = SENSORS[camera]
         sample = SCENES[scene]((height, width), frames, streams[0])
         self.scene, self.seed, self.scale, self.sensor, self.sample = (
@@ -63,6 +65,10 @@ class Experiment:
         self.fast = SimulatedCamera.of(
             LR_SENSOR, (height // scale, width // scale), scale, streams[3]
         )
+        self.light = float(np.exp(streams[4].uniform(*np.log(light))))
+        self.line.brighten(self.light)
+        self.sharp.brighten(self.light)
+        self.fast.brighten(self.light)
         self.lr = np.empty((frames, *self.fast.shape), np.uint16) if lr_stream else None
         """(T, H/scale, W/scale) uint16, 0..2**LR_SENSOR.bit_depth - 1, filled as `frames` go by;
         pixel (i, j) covers the scale x scale pixels of a frame from (scale i, scale j)."""
@@ -92,6 +98,7 @@ class Experiment:
                 "material": self.sample.material,
                 "energy_kev": round(self.line.energy, 2),
                 "distance_m": round(self.sample.distance, 3),
+                "light": round(self.light, 3),
             },
         }
         if self.lr is not None:
