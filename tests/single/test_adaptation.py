@@ -14,11 +14,13 @@ import torch
 from hpc_xvr.adaptation import MARGIN, Triples, _triples, adapt
 from hpc_xvr.config import load
 from hpc_xvr.data.degrade import bin_down
+from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.simulate.experiment import simulate_video
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.weights import Trained, read_weights, write_weights
-from hpc_xvr.reconstruction.material import Material
+from hpc_xvr.reconstruction import workflow
+from hpc_xvr.reconstruction.material import CameraFiles, Material
 from hpc_xvr.reconstruction.methods import baseline_entry, model_entry, open_method
 from hpc_xvr.reconstruction.provenance import weights_sha256
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream
@@ -146,6 +148,38 @@ def test_gaps_that_are_too_long_are_refused_or_told(tmp_path, hpc_xvr):
     out.unlink()
     said = hpc_xvr(*call, "--hr", tmp_path / "12.tif", "--gap", 12, "--tile", 32)
     assert "24 frames apart, small was trained for 20" in said.out + said.err
+
+
+def test_a_reconstruction_killed_after_adapting_goes_on_with_its_weights(tmp_path, monkeypatch):
+    counts = simulate_video("bubbles", (29, 64, 64), 3, lr_stream=False).frames
+    lr = np.rint(bin_down(counts.astype(np.float32), 4)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "hr.tif", counts[::GAP], photometric="minisblack")
+    tifffile.imwrite(tmp_path / "lr.tif", lr, photometric="minisblack")
+    weights = tmp_path / "small.safetensors"
+    write_weights(weights, Trained(network().state_dict(), CONFIG, 7), {})
+    source = CameraFiles(tmp_path / "lr.tif", tmp_path / "hr.tif", pairing=Pairing(GAP))
+    seeds = iter(range(10))
+
+    def refine(method, material):
+        """Other weights each time."""
+        return adapt(method, material, steps=20, seed=next(seeds)).method
+
+    def run(name):
+        out = tmp_path / name
+        workflow.reconstruct_run(weights, torch.device("cpu"), source, out=out, refine=refine)
+        return tifffile.imread(out)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(workflow, "_make", killed)
+        run("a.tif")
+    a = run("a.tif")
+    assert next(seeds) == 1, "adapted once"
+    seeds = iter(range(10))
+    np.testing.assert_array_equal(run("b.tif"), a)
+    assert "adapted" in json.loads((tmp_path / "a.tif.json").read_text())["settings"]
 
 
 def test_the_commands(tmp_path, hpc_xvr):
