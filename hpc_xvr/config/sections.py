@@ -318,7 +318,8 @@ class Train(Section):
     """Let GPUs multiply float32 numbers as TF32 (10 bits of mantissa)."""
     compile: Literal["none", "parts", "blocks"] = "none"
     """torch.compile for the kernels between matrix products (parts) or for whole transformer
-    blocks (blocks). Needs a C++ compiler on CPUs, Triton on GPUs, and a minute at the start."""
+    blocks (blocks). Needs a C++ compiler on CPUs, Triton on GPUs, and a minute at the start; blocks
+    of key_propagation are compiled once more for many a length of gap."""
     recompute: Literal["none", "mlp", "blocks"] = "none"
     """Activation checkpointing: keep fewer activations and compute them again in the backward
     pass; those of the MLPs, or all of each transformer block. `hpc-xvr train --find-batch` shows
@@ -332,8 +333,8 @@ class Train(Section):
     nonfinite_limit: Positive = 10
     """Steps in a row with a non-finite gradient (each is skipped) before the run stops."""
     weights: File | None = None
-    """Start from these weights: a checkpoint of ours or of the authors' program, a file of
-    `hpc-xvr export`, or `builtin` (`builtin:NAME`)."""
+    """Start from these weights: a run folder, a checkpoint of ours or of the authors' program, a
+    file of `hpc-xvr export`, or `builtin` (`builtin:NAME`)."""
 
     @model_validator(mode="after")
     def _fits(self) -> Train:

@@ -277,18 +277,26 @@ def _listed(names: list[str], most: int = 5) -> str:
 
 
 def initial_weights(model: nn.Module, path: Path) -> None:
-    """Start from a checkpoint of ours, a file of `export_weights`, built-in weights, or a
-    checkpoint of the authors' program (config key train.weights).
+    """Start from a run folder, a checkpoint of ours, a file of `export_weights`, built-in weights,
+    or a checkpoint of the authors' program (config key train.weights).
 
     Raises:
         InputError: unreadable, or of another architecture.
     """
     path = file_of(path)
     try:
-        state = _read_exported(path) if _is_exported(path) else checkpoint.load(path)
-    except checkpoint.CorruptCheckpoint:
-        try:
-            state = {"model": _authors_model(path).state_dict()}
-        except InputError as error:
-            raise InputError(f"train.weights: {error}") from None
+        state = _first_state(path)
+    except InputError as error:
+        raise InputError(f"train.weights: {error}") from None
     load_weights(model, state, path)
+
+
+def _first_state(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        return {"model": read_weights(path).weights}
+    if _is_exported(path):
+        return _read_exported(path)
+    try:
+        return checkpoint.load(path)
+    except checkpoint.CorruptCheckpoint:
+        return {"model": _authors_model(path).state_dict()}

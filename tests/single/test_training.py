@@ -403,8 +403,14 @@ def test_a_run_may_start_from_the_weights_of_another(train, tmp_path):
     _, second = train(
         "train.steps=1", "optim.lr=1e-12", "optim.lr_min=0", f"train.weights={path}", name="second"
     )
+    still = ["train.steps=1", "optim.lr=1e-12", "optim.lr_min=0"]
+    _, folder = train(*still, f"train.weights={tmp_path / 'run'}", name="from-a-folder")
     for name, value in first["ema"].items():
         torch.testing.assert_close(second["model"][name], value, atol=1e-9, rtol=0)
+        assert torch.equal(folder["model"][name], second["model"][name])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"train\.weights: .*empty: is not a run folder"):
+        train(f"train.weights={tmp_path / 'empty'}", name="from-an-empty-one")
     with pytest.raises(InputError, match="another architecture"):
         train("model.embed_dim=12", f"train.weights={path}", name="third")
 
