@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -19,9 +21,10 @@ from torch import Tensor
 from hpc_xvr import metrics
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger, progress_bar
-from hpc_xvr.model.key_propagation import Carried, KeyPropagation
+from hpc_xvr.model.key_propagation import KeyPropagation
 from hpc_xvr.reconstruction.material import Material
 from hpc_xvr.reconstruction.methods import NamedMethod, model_entry
+from hpc_xvr.reconstruction.tiles import whole_windows
 from hpc_xvr.train.objective import carried, charbonnier
 
 MARGIN = 0.05
@@ -37,6 +40,8 @@ WARMUP = 10
 CARRIED_WEIGHT = 0.1
 LOOK_EVERY = 20
 """Steps between two looks at the key frames held back."""
+MEMORY = 2**30
+"""Bytes of frames to learn from that are kept, about; the others are read again."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,52 @@ class Triple:
     place: int
     """Of the truth among the T - 2 frames between the others."""
 
+    @property
+    def here(self) -> slice:
+        """The same as a slice."""
+        return slice(self.place, self.place + 1)
+
+
+class Triples:
+    """Triples of a recording, read when they are needed; some are kept.
+
+    Args:
+        times: of the three key frames of each.
+        memory: bytes of those that are kept.
+    """
+
+    def __init__(
+        self, material: Material, times: Sequence[tuple[int, int, int]], memory: int = MEMORY
+    ) -> None:
+        self._material, self._times = material, times
+        _, h, w = material.lr.shape
+        height, width = material.keys.shape
+        one = 4 * ((self.longest_gap + 1) * h * w + 3 * height * width)
+        self._kept = lru_cache(max(1, memory // one))(self._read)
+
+    @property
+    def longest_gap(self) -> int:
+        """From the first to the last key frame of a triple."""
+        return max(last - first for first, _, last in self._times)
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def __getitem__(self, i: int) -> Triple:
+        return self._kept(*self._times[i])
+
+    def __iter__(self) -> Iterator[Triple]:
+        return (self[i] for i in range(len(self)))
+
+    def _read(self, first: int, between: int, last: int) -> Triple:
+        lr, keys = self._material.lr, self._material.keys
+        return Triple(
+            np.stack([lr[t] for t in range(first, last + 1)]).astype(np.float32, copy=False),
+            np.stack([keys[first], keys[last]]).astype(np.float32, copy=False),
+            np.asarray(keys[between], np.float32),
+            between - first - 1,
+        )
+
 
 def adapt(
     method: NamedMethod,
@@ -89,6 +140,7 @@ def adapt(
     steps: int = 120,
     minutes: float = 3.0,
     seed: int = 0,
+    tile: int | None = None,
 ) -> Adapted:
     """Fine-tune a model on a recording.
 
@@ -96,8 +148,11 @@ def adapt(
         method: one of `key_propagation`; it is left as it is.
         material: the streams of both cameras.
         steps: optimizer steps at most.
-        minutes: no further step is begun after this time.
+        minutes: no further step is begun after this time; a last look at the key frames held back
+            follows.
         seed: of the crops.
+        tile: side in sharp pixels of the tiles that key frames held back are made in; None: whole
+            frames.
 
     Raises:
         InputError: fewer than four key frames, or a method that cannot be adapted.
@@ -108,7 +163,20 @@ def adapt(
             f"adapt: {method.name} is {method.title}; only weights of key_propagation can be "
             "adapted, such as builtin"
         )
+    side = None
+    if tile is not None:
+        side = whole_windows(method.name, model, tile) // model.scale
+    end = time.monotonic() + 60 * minutes
     learned, held = _triples(material)
+    for t in material.keys:  # those that show nothing are refused before minutes of work
+        _ = material.keys[t]
+    widest = held.longest_gap
+    if method.longest_gap is not None and widest > method.longest_gap:
+        logger.warning(
+            "adapt: key frames are made at twice the gap, from others %d frames apart, %s was "
+            "trained for %d: less may be gained than with shorter gaps",
+            *(widest, method.name, method.longest_gap),
+        )
     logger.info(
         "adapt: %d key frames to learn from, %d held back to tell whether it helps",
         len(learned),
@@ -116,20 +184,20 @@ def adapt(
     )
     bf16 = method.precision == "bf16"
     best = {name: value.clone() for name, value in model.state_dict().items()}
-    before = after = _score(model, held, bf16)
+    before = after = _score(model, held, bf16, side)
     kept, student = 0, copy.deepcopy(model)
     optimizer = torch.optim.Adam(student.parameters(), lr=RATE, betas=(0.9, 0.99))
     rng = np.random.default_rng(seed)
-    end = time.monotonic() + 60 * minutes
     with progress_bar("adapt", steps, "steps") as advance:
         for step in range(1, steps + 1):
             rate = RATE * min(1.0, step / WARMUP) * (1 - 0.9 * step / steps)
             optimizer.param_groups[0]["lr"] = rate
-            _learn(student.train(), optimizer, learned[rng.integers(len(learned))], rng, bf16)
+            triple = learned[int(rng.integers(len(learned)))]
+            _learn(student.train(), optimizer, triple, rng, bf16)
             advance(1)
             late = time.monotonic() > end
             if step % LOOK_EVERY == 0 or step == steps or late:
-                now = _score(student.eval(), held, bf16)
+                now = _score(student.eval(), held, bf16, side)
                 logger.info("adapt: step %d of %d, %+.2f dB", step, steps, now - before)
                 if now > after and now >= before + MARGIN:
                     after, kept = now, step
@@ -143,7 +211,7 @@ def adapt(
     return Adapted(adapted, best, before, after, kept)
 
 
-def _triples(material: Material) -> tuple[list[Triple], list[Triple]]:
+def _triples(material: Material) -> tuple[Triples, Triples]:
     """To learn from, and held back: every third, at most HELD_BACK, spread over the recording."""
     times = sorted(material.keys)
     whole = [(a, b, c) for (a, b), (_, c) in pairwise(pairwise(times))]
@@ -155,16 +223,8 @@ def _triples(material: Material) -> tuple[list[Triple], list[Triple]]:
     middle = list(range(1, len(whole), 3))
     chosen = {middle[i] for i in np.linspace(0, len(middle) - 1, HELD_BACK).round().astype(int)}
 
-    def read(first: int, between: int, last: int) -> Triple:
-        return Triple(
-            np.stack([material.lr[t] for t in range(first, last + 1)]),
-            np.stack([material.keys[first], material.keys[last]]),
-            np.asarray(material.keys[between]),
-            between - first - 1,
-        )
-
-    held = [read(*whole[i]) for i in sorted(chosen)]
-    return [read(*times) for i, times in enumerate(whole) if i not in chosen], held
+    learned = [times for i, times in enumerate(whole) if i not in chosen]
+    return Triples(material, learned), Triples(material, [whole[i] for i in sorted(chosen)])
 
 
 def _learn(
@@ -184,9 +244,7 @@ def _learn(
         for arrays in zip(*((c.lr, c.keys, c.truth) for c in crops), strict=True)
     )
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        out = model(lr[:, :, None], keys[:, :, None])
-    here = slice(crops[0].place, crops[0].place + 1)
-    out = Carried(*(pictures[:, here] for pictures in out))
+        out = model(lr[:, :, None], keys[:, :, None], only=crops[0].here)
     target = truth[:, None, None]
     loss = charbonnier(out.frames, target) + CARRIED_WEIGHT * carried(out, target)
     optimizer.zero_grad()
@@ -210,8 +268,8 @@ def _crop(triple: Triple, scale: int, rng: np.random.Generator) -> Triple:
     return Triple(lr, keys, cut(triple.truth, scale), triple.place)
 
 
-def _score(model: KeyPropagation, triples: list[Triple], bf16: bool) -> float:
-    """Mean PSNR (dB) of whole frames."""
+def _score(model: KeyPropagation, triples: Triples, bf16: bool, tile: int | None) -> float:
+    """Mean PSNR (dB) of whole frames; `tile`: made in tiles of this side, in fast pixels."""
     device = next(model.parameters()).device
     found = []
     for triple in triples:
@@ -220,7 +278,7 @@ def _score(model: KeyPropagation, triples: list[Triple], bf16: bool) -> float:
             for x in (triple.lr, triple.keys)
         )
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            frame = model(lr, keys).frames[0, triple.place, 0]
+            frame = model(lr, keys, tile, triple.here).frames[0, 0, 0]
         score = metrics.psnr_float(frame.float().clamp(0, 1).cpu().numpy(), triple.truth)
         found.append(min(score, 100.0))  # a frame that stands still tells nothing
     return float(np.mean(found))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -211,7 +213,7 @@ def reconstruct(
             check_movie(movie)
     patient = Dist(timeout_s=7 * 86400)  # ranks may have very different shots
     comm = connect(engine or "auto", device or configured_device(what), patient)
-    refine = _adapted if to_recording else None
+    refine = partial(_adapted, tile=tile) if to_recording else None
     if several:
         assert isinstance(source, CameraFiles)
         _reconstruct_several(what, which, source, pairs, comm, out, movie, wanted, refine, skip_bad)
@@ -407,10 +409,10 @@ def _beside(path: Path, mark: str) -> Path:
     return path.with_name(f"{path.stem}-{mark}{path.suffix}")
 
 
-def _adapted(method: NamedMethod, material: Material) -> NamedMethod:
+def _adapted(method: NamedMethod, material: Material, tile: int | None = None) -> NamedMethod:
     from hpc_xvr.adaptation import adapt
 
-    adapted = adapt(method, material)
+    adapted = adapt(method, material, tile=tile)
     say(f"adapt: {adapted.told()}")
     return adapted.method
 
@@ -438,6 +440,17 @@ def _adapted(method: NamedMethod, material: Material) -> NamedMethod:
     help="Stop earlier, after this time.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the crops that are learned from.")
+@click.option(
+    "--tile",
+    type=click.IntRange(1),
+    metavar="PIXELS",
+    help="Make the key frames held back in tiles, as in `hpc-xvr reconstruct`.",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Go on where key frames lie further apart than the weights were trained for.",
+)
 @which_checkpoint
 @device_of_run
 def adapt(
@@ -447,6 +460,8 @@ def adapt(
     steps: int,
     minutes: float,
     seed: int,
+    tile: int | None,
+    force: bool,
     which: Literal["newest", "best"],
     **options: Any,
 ) -> None:
@@ -460,10 +475,11 @@ def adapt(
     """
     from hpc_xvr.adaptation import adapt as run
     from hpc_xvr.distributed.launch import discover
-    from hpc_xvr.factory.weights import Trained, check_weights_name, write_weights
+    from hpc_xvr.factory.weights import Trained, check_weights_name, read_weights, write_weights
     from hpc_xvr.files import check_new_file
-    from hpc_xvr.reconstruction.material import material_of
+    from hpc_xvr.reconstruction.material import check_gaps, material_of
     from hpc_xvr.reconstruction.methods import open_method
+    from hpc_xvr.reconstruction.provenance import command_line, provenance_of
 
     if discover().size > 1:
         raise InputError("adapt runs in one process; start it without mpirun")
@@ -472,10 +488,18 @@ def adapt(
     check_new_file(out)
     comm = connect("serial", device or configured_device(what))
     method = open_method(what, comm.device, which)
-    adapted = run(method, material_of(method, source), steps=steps, minutes=minutes, seed=seed)
+    material = material_of(method, source)
+    check_gaps(method, list(material.keys), force)
+    adapted = run(method, material, steps=steps, minutes=minutes, seed=seed, tile=tile)
     assert method.config, "no method without learning can be adapted"
-    trained = Trained(adapted.state, method.config, method.step)
-    write_weights(out, trained, {"weights": "averaged", "adapted": adapted.told()})
+    command = command_line(["hpc-xvr", *sys.argv[1:]])
+    how = {"steps": steps, "minutes": minutes, "seed": seed}
+    origin = provenance_of(method, source, command, **how).origin()
+    _, named, where = str(what).partition("=")
+    old = read_weights(Path(where) if named else what, which)
+    trained = Trained(adapted.state, method.config, method.step, old.facts)
+    about = {"adapted": adapted.told(), "adapted_to": json.dumps(origin), "command": command}
+    write_weights(out, trained, {"weights": "averaged", **old.facts, **about})
     say(f"adapt: {adapted.told()}")
     say(f"written: {out}")
     of_adapt = ("out", "steps", "minutes", "seed", "which")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -205,10 +206,15 @@ def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) ->
     """
     from hpc_xvr.factory.weights import check_weights_name, export_weights
     from hpc_xvr.files import check_new_file
+    from hpc_xvr.reconstruction.baselines import BASELINES
+    from hpc_xvr.reconstruction.provenance import command_line
 
+    if str(run) in BASELINES and not run.exists():
+        raise InputError(f"{run}: is a method without learning; it has no weights to export")
     check_weights_name(out)
     check_new_file(out)
-    trained = export_weights(run, out, which, raw)
+    command = command_line(["hpc-xvr", *sys.argv[1:]])
+    trained = export_weights(run, out, which, raw, command)
     count = sum(value.numel() for value in trained.weights.values())
     say(f"written: {out} (step {trained.step}, {count:,} numbers)")
     then("reconstruct", out, *TWO_CAMERAS)

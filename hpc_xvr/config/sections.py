@@ -155,13 +155,13 @@ class Data(Section):
     """The same: up to this, only every n-th frame of a recording is taken for some samples, so that
     motion is faster. 1: never."""
     regrey: bool = True
-    """The same: show samples in other greys too (negative, other contrast, other gamma)."""
+    """The same: show binned samples in other greys too (negative, other contrast, other gamma)."""
     misregistration: Fraction = 0.0
     """The same: largest shift of binned low-resolution frames against the sharp ones, in pixels of
     the fast camera; drawn for a fifth of the samples, the others fit exactly."""
     grey_mismatch: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """The same: largest relative difference of the two cameras' gains, and of their offsets as a
-    share of full scale."""
+    share of full scale, of binned frames."""
     lr_source: Literal["binned", "recorded"] = "binned"
     """binned: simulate the fast camera from the sharp frames. recorded: its own stream."""
     noise: NoiseKind = "poisson"
@@ -324,7 +324,8 @@ class Train(Section):
     """Let GPUs multiply float32 numbers as TF32 (10 bits of mantissa)."""
     compile: Literal["none", "parts", "blocks"] = "none"
     """torch.compile for the kernels between matrix products (parts) or for whole transformer
-    blocks (blocks). Needs a C++ compiler on CPUs, Triton on GPUs, and a minute at the start."""
+    blocks (blocks). Needs a C++ compiler on CPUs, Triton on GPUs, and a minute at the start; blocks
+    of key_propagation are compiled once more for many a length of gap."""
     recompute: Literal["none", "mlp", "blocks"] = "none"
     """Activation checkpointing: keep fewer activations and compute them again in the backward
     pass; those of the MLPs, or all of each transformer block. `hpc-xvr train --find-batch` shows
@@ -338,8 +339,8 @@ class Train(Section):
     nonfinite_limit: Positive = 10
     """Steps in a row with a non-finite gradient (each is skipped) before the run stops."""
     weights: File | None = None
-    """Start from these weights: a checkpoint of ours or of the authors' program, a file of
-    `hpc-xvr export`, or `builtin` (`builtin:NAME`)."""
+    """Start from these weights: a run folder, a checkpoint of ours or of the authors' program, a
+    file of `hpc-xvr export`, or `builtin` (`builtin:NAME`)."""
 
     @model_validator(mode="after")
     def _fits(self) -> Train:
@@ -472,21 +473,21 @@ class Config(Section):
     fetch: Fetch = Fetch()
 
     @model_validator(mode="after")
-    def _edvr(self) -> Config:
-        if self.model.name == "swin_xvr":
-            return self
-        for key, value, multiple in (
-            ("data.scale", self.data.scale, 4),
-            ("data.patch", self.data.patch, 16),
-            ("validation.patch", self.validation.patch, 16),
-        ):
-            if value % multiple:
-                raise ValueError(
-                    f"{key} {value}: model.name {self.model.name} needs a multiple of {multiple}"
-                )
-        if self.model.base != "none":
+    def _suits_model(self) -> Config:
+        name = self.model.name
+        if name in ("edvr", "edvr_stf"):
+            for key, value, multiple in (
+                ("data.scale", self.data.scale, 4),
+                ("data.patch", self.data.patch, 16),
+                ("validation.patch", self.validation.patch, 16),
+            ):
+                if value % multiple:
+                    raise ValueError(
+                        f"{key} {value}: model.name {name} needs a multiple of {multiple}"
+                    )
+        if name != "swin_xvr" and self.model.base != "none":
             raise ValueError(
-                f"model.base {self.model.base}: {self.model.name} adds its own base; set it to none"
+                f"model.base {self.model.base}: {name} adds its own base; set it to none"
             )
         return self
 

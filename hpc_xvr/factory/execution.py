@@ -71,7 +71,10 @@ def compile_model(model: nn.Module, kind: Compile, device: torch.device) -> None
         return
     blocks = [module for module in model.modules() if isinstance(module, SwinBlock)]
     if not blocks:
-        raise InputError(f"train.compile {kind}: only swin_xvr can be compiled; set it to none")
+        raise InputError(
+            f"train.compile {kind}: only swin_xvr and "
+            "key_propagation can be compiled; set it to none"
+        )
     _check_compiler(f"train.compile {kind}", "set it to none", device)
     allow_many_forms()
     compiled = torch.compile(add_norm) if kind == "parts" else None
@@ -100,7 +103,9 @@ def recompute_activations(model: nn.Module, kind: Recompute) -> None:
     """
     blocks = [module for module in model.modules() if isinstance(module, SwinBlock)]
     if kind != "none" and not blocks:
-        raise InputError(f"train.recompute {kind}: only swin_xvr has it; set it to none")
+        raise InputError(
+            f"train.recompute {kind}: only swin_xvr and key_propagation have it; set it to none"
+        )
     for block in blocks:
         block.recompute = kind
 

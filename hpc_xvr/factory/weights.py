@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from hpc_xvr.version import __version__
 Which = Literal["newest", "best"]
 SUFFIX = ".safetensors"
 FORMAT = "hpc_xvr weights 1"
+ORIGIN = ("license", "trained", "weights", "adapted", "adapted_to")
+"""What a file of weights says of where they come from: files made of it say it, too."""
 
 
 def model_of_run(run: Path, which: Which = "newest") -> tuple[Network, Config, int]:
@@ -82,6 +84,8 @@ class Trained:
     weights: dict[str, torch.Tensor]
     config: Config
     step: int
+    facts: dict[str, str] = field(default_factory=dict)
+    """What a file of weights says of itself besides, such as its licence."""
 
 
 def read_weights(run: Path, which: Which = "newest", raw: bool = False) -> Trained:
@@ -103,7 +107,7 @@ def read_weights(run: Path, which: Which = "newest", raw: bool = False) -> Train
         )
     weights = state["model"] if raw or not state.get("ema") else state["ema"]
     _check_fit(config, weights, path)
-    return Trained(weights, config, state["step"])
+    return Trained(weights, config, state["step"], state.get("facts", {}))
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -150,15 +154,22 @@ def _check_fit(config: Config, weights: dict[str, Any], path: Path) -> None:
     _refuse_mismatch(shapes, weights, path)
 
 
-def export_weights(run: Path, out: Path, which: Which = "newest", raw: bool = False) -> Trained:
+def export_weights(
+    run: Path, out: Path, which: Which = "newest", raw: bool = False, command: str = ""
+) -> Trained:
     """Write the weights and the config of a run to a safetensors file, whole or not at all.
+
+    Args:
+        run, which, raw: see `read_weights`.
+        command: the command line, stored with them.
 
     Raises:
         InputError: as `model_of_run`; `out` has another suffix or cannot be written.
     """
     check_weights_name(out)
     trained = read_weights(run, which, raw)
-    write_weights(out, trained, {"weights": "raw" if raw else "averaged"})
+    kind = trained.facts.get("weights") or ("raw" if raw else "averaged")
+    write_weights(out, trained, {"weights": kind, "command": command})
     return trained
 
 
@@ -172,18 +183,19 @@ def write_weights(out: Path, trained: Trained, facts: dict[str, str]) -> None:
     """Write a file that can take the place of a run folder, whole or not at all.
 
     Args:
-        facts: what else it says of itself.
+        facts: what else it says of itself, besides what the file says that they come from.
 
     Raises:
         InputError: `out` has another suffix or cannot be written.
     """
     check_weights_name(out)
     about = {
+        **trained.facts,
         "format": FORMAT,
         "step": str(trained.step),
         "config": json.dumps(trained.config.model_dump(mode="json")),
         "version": __version__,
-        **facts,
+        **{name: text for name, text in facts.items() if text},
     }
     data = safetensors.torch.save({k: v.contiguous() for k, v in trained.weights.items()}, about)
     write_atomic(out, lambda file: file.write(data))
@@ -206,6 +218,7 @@ def _read_exported(path: Path) -> dict[str, Any]:
             names = file.keys()
             shapes = {n: torch.empty(file.get_slice(n).get_shape(), device="meta") for n in names}
             _check_fit(config, shapes, path)  # before anything is read into memory
+            state["facts"] = {name: facts[name] for name in ORIGIN if name in facts}
             return state | {"model": {name: file.get_tensor(name) for name in names}}
     except InputError:
         raise
@@ -264,18 +277,26 @@ def _listed(names: list[str], most: int = 5) -> str:
 
 
 def initial_weights(model: nn.Module, path: Path) -> None:
-    """Start from a checkpoint of ours, a file of `export_weights`, built-in weights, or a
-    checkpoint of the authors' program (config key train.weights).
+    """Start from a run folder, a checkpoint of ours, a file of `export_weights`, built-in weights,
+    or a checkpoint of the authors' program (config key train.weights).
 
     Raises:
         InputError: unreadable, or of another architecture.
     """
     path = file_of(path)
     try:
-        state = _read_exported(path) if _is_exported(path) else checkpoint.load(path)
-    except checkpoint.CorruptCheckpoint:
-        try:
-            state = {"model": _authors_model(path).state_dict()}
-        except InputError as error:
-            raise InputError(f"train.weights: {error}") from None
+        state = _first_state(path)
+    except InputError as error:
+        raise InputError(f"train.weights: {error}") from None
     load_weights(model, state, path)
+
+
+def _first_state(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        return {"model": read_weights(path).weights}
+    if _is_exported(path):
+        return _read_exported(path)
+    try:
+        return checkpoint.load(path)
+    except checkpoint.CorruptCheckpoint:
+        return {"model": _authors_model(path).state_dict()}

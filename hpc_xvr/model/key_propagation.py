@@ -172,7 +172,9 @@ class KeyPropagation(nn.Module):
         """The same of the choice by what it sees: a convolution, blocks, two convolutions."""
         return reach_of_windows(2, len(self.stage.blocks), self.stage.window) + 1
 
-    def forward(self, lr: Tensor, hr: Tensor, tile: int | None = None) -> Carried:
+    def forward(
+        self, lr: Tensor, hr: Tensor, tile: int | None = None, only: slice = slice(None)
+    ) -> Carried:
         """Reconstruct.
 
         In eval mode a few frames are fused at a time, and large ones in bands, so that memory grows
@@ -184,10 +186,10 @@ class KeyPropagation(nn.Module):
             tile: in eval mode: work in tiles of this side, in low-resolution pixels. Only the
                 frames and the motion then take memory that grows with them. The result is the same
                 to rounding: greys and motion are those of whole frames.
+            only: which of the T - 2 frames between are made; the motion is followed through all.
 
         Returns:
-            The T - 2 frames between and, in training mode, the key frames as they were carried to
-            each of them.
+            These frames and, in training mode, the key frames as they were carried to each of them.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -195,22 +197,20 @@ class KeyPropagation(nn.Module):
         self._check(lr, hr)
         gap = self._normalised(lr, hr)
         if tile and not self.training:
-            return Carried(self._in_tiles(gap, tile))
+            return Carried(self._in_tiles(gap, tile, only))
         frame_features = self.frames(gap)  # 2B, N, C, h, w
         path = self._follow(gap, frame_features)
         if self.training:
-            out = self._fuse(gap, frame_features, path)
-            ahead, back = path.both_ways(path.warped)
+            out = self._fuse(gap, frame_features, path, only)
+            ahead, back = self._carried(gap, path, only)
             return Carried(gap.grey(out), gap.grey(ahead), gap.grey(back))
-        batch, frames = hr.shape[0], frame_features.shape[1]
-        at_once = max(1, PART // (batch * lr.shape[-2] * lr.shape[-1]))
-        parts = [slice(n, min(n + at_once, frames)) for n in range(0, frames, at_once)]
+        first, last, _ = only.indices(frame_features.shape[1])
+        at_once = max(1, PART // (hr.shape[0] * lr.shape[-2] * lr.shape[-1]))
+        parts = [slice(n, min(n + at_once, last)) for n in range(first, last, at_once)]
         outs = [self._fuse(gap, frame_features, path, part) for part in parts]
         return Carried(gap.grey(torch.cat(outs, dim=1)))
 
-    def _fuse(
-        self, gap: Gap, frame_features: Tensor, path: Path, part: slice = slice(None)
-    ) -> Tensor:
+    def _fuse(self, gap: Gap, frame_features: Tensor, path: Path, part: slice) -> Tensor:
         """The frames of `part`, (B, n, 1, H, W), still without their greys."""
         low = gap.lr[: gap.batch, 1:-1][:, part].flatten(0, 1)[:, None]  # B*n, 1, h, w
         ahead, back = self._carried(gap, path, part)  # B, n, M, H, W
@@ -255,9 +255,9 @@ class KeyPropagation(nn.Module):
         details = detail(carried, self.scale), _for_each(detail(keys, self.scale), frames)
         return self.choose(maps, bicubic, torch.cat(details, dim=1))
 
-    def _in_tiles(self, gap: Gap, side: int) -> Tensor:
-        """The frames, (B, N, 1, H, W), in their greys. Each step of the motion is made of whole
-        frames, tile by tile, so that it does not matter how far things move."""
+    def _in_tiles(self, gap: Gap, side: int, only: slice) -> Tensor:
+        """The frames of `only`, (B, n, 1, H, W), in their greys. Each step of the motion is made of
+        whole frames, tile by tile, so that it does not matter how far things move."""
         h, w = gap.lr.shape[-2:]
         frames, s, both = gap.lr.shape[1] - 2, self.scale, slice(None)
         flow = gap.key.new_zeros(2 * gap.batch, frames, 2 * self.motions, h, w, dtype=torch.float32)
@@ -271,10 +271,11 @@ class KeyPropagation(nn.Module):
                 core.copy_(
                     chain(before, tile.cut(further), (tile.core[0].start, tile.core[1].start))
                 )
-        out = gap.key.new_empty(gap.batch, frames, 1, s * h, s * w)
+        first, last, _ = only.indices(frames)
+        out = gap.key.new_empty(gap.batch, last - first, 1, s * h, s * w)
         keys = torch.stack(gap.key.chunk(2), dim=1)[:, :, 0]  # B, 2, H, W
         ahead, back = slice(0, gap.batch), slice(gap.batch, None)
-        for n in range(frames):
+        for n in range(first, last):
             for tile in tiles((h, w), side, self.halo, self.stage.window):
                 part, said, carried, frame_features = tile.around, [], [], torch.empty(0)
                 for way, own in ((ahead, n), (back, frames - 1 - n)):  # in its own order of time
@@ -290,7 +291,8 @@ class KeyPropagation(nn.Module):
                 both_carried, still = torch.cat(carried, dim=1), part_of(keys, part, s)
                 distance = gap.distance[ahead, n]
                 fused = self._fused(low, both_carried, still, said, frame_features, distance)
-                part_of(out[:, n], tile.core, s).copy_(tile.cut(gap.grey(fused[:, None])[:, 0], s))
+                made = tile.cut(gap.grey(fused[:, None])[:, 0], s)
+                part_of(out[:, n - first], tile.core, s).copy_(made)
         return out
 
     def _seen_by_step(
@@ -310,7 +312,8 @@ class KeyPropagation(nn.Module):
     def _carried(self, gap: Gap, path: Path, part: slice) -> tuple[Tensor, Tensor]:
         """The key frames as they were carried to the frames of `part`, from either side."""
         if self.training:
-            return path.both_ways(path.warped)
+            ahead, back = path.both_ways(path.warped)
+            return ahead[:, part], back[:, part]
         ahead, back = (flow[:, part] for flow in path.both_ways(path.flow))  # B, n, 2M, h, w
         flow = torch.cat((ahead, back))
         key = gap.key.float()[:, None].expand(-1, flow.shape[1], -1, -1, -1)

@@ -46,14 +46,8 @@ def in_tiles(entry: NamedMethod, side: int | None) -> NamedMethod:
             "that no tile would come out as in the whole frame; leave --tile out, or take other "
             "weights"
         )
-    window = model.stage.window if isinstance(model, KeyPropagation) else model.window
-    window *= model.scale
-    if side < window:
-        raise InputError(
-            f"--tile {side}: {entry.name} looks at windows of {window} sharp pixels; give at least "
-            "so many"
-        )
-    side = side // window * window
+    window = _window(model)
+    side = whole_windows(entry.name, model, side)
     halo = -(-model.halo * model.scale // window) * window
     logger.info(
         "tiles of %dx%d sharp pixels, made with %d around them: up to %.3g times the work of whole "
@@ -61,6 +55,26 @@ def in_tiles(entry: NamedMethod, side: int | None) -> NamedMethod:
         *(side, side, halo, ((side + 2 * halo) / side) ** 2),
     )
     return replace(entry, method=as_method(model, TiledModel(side // model.scale))[0])
+
+
+def whole_windows(name: str, model: KeyPropagation | SwinXVR, side: int) -> int:
+    """The side of tiles that hold whole windows, in sharp pixels, up to `side`.
+
+    Raises:
+        InputError: it is smaller than a window.
+    """
+    window = _window(model)
+    if side < window:
+        raise InputError(
+            f"--tile {side}: {name} looks at windows of {window} sharp pixels; give at least so "
+            "many"
+        )
+    return side // window * window
+
+
+def _window(model: KeyPropagation | SwinXVR) -> int:
+    coarse = model.stage.window if isinstance(model, KeyPropagation) else model.window
+    return coarse * model.scale
 
 
 class TiledModel:

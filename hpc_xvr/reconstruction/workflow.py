@@ -210,6 +210,7 @@ def reconstruct_with(
                 method, source, wanted.command, dtype=wanted.dtype, force=wanted.force
             )
             about.settings |= {"tile": wanted.tile} if wanted.tile else {}
+            about.settings |= {"adapted": True} if refine else {}
             about.extra["key_frames"] = [t for t in keys if t in frames]
 
         def write(made: Iterator[np.ndarray]) -> None:

@@ -67,6 +67,31 @@ def test_same_losses_and_weights_as_one_rank(engine, settings, precision, rtol, 
     assert max(moved) > 1e-4  # the runs did train
 
 
+def test_whole_gaps_on_two_ranks_as_on_one(engine, settings):
+    """Both ranks draw the same gap in each step; only the order of additions differs."""
+    cfg = settings(
+        "run",
+        "model={name: key_propagation, embed_dim: 16, depths: [1], heads: 1, motion_features: 8,"
+        " frame_features: 8, step_features: 4}",
+        "data.gaps=[2, 7]",
+        "data.misregistration=0.5",
+        "data.grey_mismatch=0.05",
+        "data.hr_noise=poisson",
+        "train.loss=charbonnier",
+        "train.precision=float64",
+        "optim.clip_norm=0.05",
+        "optim.skip_norm=1.0",
+        "train.steps=5",
+        "checkpoint.every=5",
+    )
+    losses, state = train(cfg, engine)
+    expected_losses, expected = one_rank(cfg)
+    assert losses == pytest.approx(expected_losses, rel=1e-11)
+    for part in ("model", "ema"):
+        for name, value in expected[part].items():
+            torch.testing.assert_close(state[part][name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_a_run_of_two_ranks_goes_on_with_one(engine, settings):
     """Four steps on two ranks and two on one see the samples of six on one."""
     cfg = settings("run", "train.precision=float64", "train.steps=6", "checkpoint.every=2")

@@ -1,22 +1,28 @@
 """Weights adapted to a recording: better on key frames they have not seen, or left as they were."""
 
+import json
 import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import tifffile
 import torch
 
-from hpc_xvr.adaptation import MARGIN, _triples, adapt
+from hpc_xvr.adaptation import MARGIN, Triples, _triples, adapt
 from hpc_xvr.config import load
 from hpc_xvr.data.degrade import bin_down
+from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.simulate.experiment import simulate_video
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.weights import Trained, read_weights, write_weights
-from hpc_xvr.reconstruction.material import Material
+from hpc_xvr.reconstruction import workflow
+from hpc_xvr.reconstruction.material import CameraFiles, Material
 from hpc_xvr.reconstruction.methods import baseline_entry, model_entry, open_method
+from hpc_xvr.reconstruction.provenance import weights_sha256
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream
 from hpc_xvr.reconstruction.writers import Calibration
 
@@ -105,6 +111,77 @@ def test_what_cannot_be_adapted_is_refused():
         adapt(baseline_entry("bayes"), material(spray()))
 
 
+def test_what_is_learned_from_does_not_pile_up_in_memory():
+    """A long recording: frames are read when they are needed, within bounds."""
+    read = []
+    whole = material(np.random.default_rng(0).random((41, 8, 8), np.float32))
+    counted = replace(
+        whole, keys=KeyFrames(list(whole.keys), (8, 8), lambda t: read.append(t) or whole.keys[t])
+    )
+    times = [(a, a + GAP, a + 2 * GAP) for a in range(0, 33, GAP)]
+    small = Triples(counted, times, memory=1)
+    assert read == [] and small.longest_gap == 2 * GAP and len(small) == 9
+    for _ in range(2):
+        np.testing.assert_array_equal(small[1].truth, whole.keys[8])
+    assert read == [4, 12, 8]  # the last one is kept
+    _ = small[0], small[1]
+    assert len(read) == 9
+    large = Triples(counted, times)
+    _ = list(large), list(large)
+    assert len(read) == 9 + 3 * 9
+
+
+def test_gaps_that_are_too_long_are_refused_or_told(tmp_path, hpc_xvr):
+    """Key frames to learn from are made at twice the gap."""
+    counts = simulate_video("crack", (125, 32, 32), 3, lr_stream=False).frames
+    lr = np.rint(bin_down(counts.astype(np.float32), 4)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "lr.tif", lr, photometric="minisblack")
+    weights, out = tmp_path / "small.safetensors", tmp_path / "mine.safetensors"
+    write_weights(weights, Trained(network().state_dict(), CONFIG, 7), {})  # gaps up to 20
+    for gap in (31, 12):
+        tifffile.imwrite(tmp_path / f"{gap}.tif", counts[::gap], photometric="minisblack")
+    call = ["adapt", weights, "--lr", tmp_path / "lr.tif", "--steps", 1, "--out", out]
+    call += ["--lr-bit-depth", 12, "--hr-bit-depth", 12]
+    long = [*call, "--hr", tmp_path / "31.tif", "--gap", 31]
+    assert "up to 31 fast frames apart" in hpc_xvr(*long, code=2).err and not out.exists()
+    hpc_xvr(*long, "--force")
+    out.unlink()
+    said = hpc_xvr(*call, "--hr", tmp_path / "12.tif", "--gap", 12, "--tile", 32)
+    assert "24 frames apart, small was trained for 20" in said.out + said.err
+
+
+def test_a_reconstruction_killed_after_adapting_goes_on_with_its_weights(tmp_path, monkeypatch):
+    counts = simulate_video("bubbles", (29, 64, 64), 3, lr_stream=False).frames
+    lr = np.rint(bin_down(counts.astype(np.float32), 4)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "hr.tif", counts[::GAP], photometric="minisblack")
+    tifffile.imwrite(tmp_path / "lr.tif", lr, photometric="minisblack")
+    weights = tmp_path / "small.safetensors"
+    write_weights(weights, Trained(network().state_dict(), CONFIG, 7), {})
+    source = CameraFiles(tmp_path / "lr.tif", tmp_path / "hr.tif", pairing=Pairing(GAP))
+    seeds = iter(range(10))
+
+    def refine(method, material):
+        """Other weights each time."""
+        return adapt(method, material, steps=20, seed=next(seeds)).method
+
+    def run(name):
+        out = tmp_path / name
+        workflow.reconstruct_run(weights, torch.device("cpu"), source, out=out, refine=refine)
+        return tifffile.imread(out)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(workflow, "_make", killed)
+        run("a.tif")
+    a = run("a.tif")
+    assert next(seeds) == 1, "adapted once"
+    seeds = iter(range(10))
+    np.testing.assert_array_equal(run("b.tif"), a)
+    assert "adapted" in json.loads((tmp_path / "a.tif.json").read_text())["settings"]
+
+
 def test_the_commands(tmp_path, hpc_xvr):
     """`adapt` writes weights that `reconstruct` takes, and gets what `reconstruct --adapt` does."""
     counts = simulate_video("bubbles", (29, 64, 64), 3, lr_stream=False).frames
@@ -112,7 +189,8 @@ def test_the_commands(tmp_path, hpc_xvr):
     tifffile.imwrite(tmp_path / "hr.tif", counts[::GAP], photometric="minisblack")
     tifffile.imwrite(tmp_path / "lr.tif", lr, photometric="minisblack")
     model = network()
-    write_weights(tmp_path / "small.safetensors", Trained(model.state_dict(), CONFIG, 7), {})
+    about = {"license": "CC0-1.0", "weights": "raw"}
+    write_weights(tmp_path / "small.safetensors", Trained(model.state_dict(), CONFIG, 7), about)
     source = ["--lr", tmp_path / "lr.tif", "--hr", tmp_path / "hr.tif", "--gap", GAP]
     source += ["--lr-bit-depth", 12, "--hr-bit-depth", 12]
 
@@ -120,6 +198,17 @@ def test_the_commands(tmp_path, hpc_xvr):
     said = hpc_xvr("adapt", tmp_path / "small.safetensors", *source, "--out", mine).out
     assert "(+" in said and f"written: {mine}" in said
     assert read_weights(mine).step == 7 and open_method(mine).longest_gap == 20
+    hpc_xvr("export", mine, "--out", tmp_path / "copy.safetensors")
+    with safetensors.safe_open(tmp_path / "copy.safetensors", "pt") as file:
+        facts = file.metadata()  # licence and origin go with the weights
+    assert facts["license"] == "CC0-1.0" and facts["weights"] == "raw"
+    assert "(+" in facts["adapted"] and facts["command"].startswith("hpc-xvr")
+    origin = json.loads(facts["adapted_to"])
+    assert [s["role"] for s in origin["sources"]] == ["lr", "hr"]
+    assert origin["settings"]["steps"] == 120 and origin["settings"]["gap"] == GAP
+    old = safetensors.torch.load_file(tmp_path / "small.safetensors")
+    model.load_state_dict(old)
+    assert origin["method"]["weights_sha256"] == weights_sha256(model)
     for what, out in (("mine", "a.tif"), ("small", "b.tif"), ("small", "c.tif")):
         extra = ["--adapt"] if out == "b.tif" else []
         weights = tmp_path / f"{what}.safetensors"

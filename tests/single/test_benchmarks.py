@@ -168,6 +168,18 @@ def test_the_benchmark_of_gaps(tmp_path):
     assert 0 < result["train_share_of_products"] < 1 and result["train_tflop_s"] > 0
 
 
+def test_recordings_that_were_never_trained_on(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "held_out.py"), "--quick"]
+    command += ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    subprocess.run(command, check=True, capture_output=True, timeout=280)
+    for name, settings in (("held-out", None), ("held-out-misfit", "evaluate.misregistration=0.5")):
+        rows = (tmp_path / "results" / name / "evaluation.csv").read_text().splitlines()[1:]
+        assert len(rows) == 5 * 2 * 7  # recordings, gaps, methods
+        how = json.loads((tmp_path / "results" / name / "how.json").read_text())
+        assert (settings in how["commands"][-1]) if settings else "misreg" not in str(how)
+        assert str(tmp_path) not in str(how)
+
+
 def test_the_benchmark_of_registering(tmp_path):
     out = tmp_path / "result.json"
     command = [sys.executable, str(BENCHMARKS / "registering.py"), "--quick", "--json", str(out)]

@@ -88,6 +88,24 @@ def test_a_scene_that_stands_still_stays_as_sharp_as_its_key_frames():
     assert min(psnr(ours[t], sharp[t]) for t in range(1, 12)) > 45
 
 
+@pytest.mark.parametrize("size", [(2, 2), (9, 5), (2, 30)])
+def test_frames_of_a_few_pixels(size, tmp_path, hpc_xvr):
+    """Of 8x8 sharp pixels and more, also where they are compared and looked at."""
+    h, w = size
+    frames = np.random.default_rng(0).integers(100, 60_000, (13, 4 * h, 4 * w)).astype(np.uint16)
+    lr = np.rint(bin_down(frames.astype(np.float32), 4)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "hr.tif", frames[::4], photometric="minisblack")
+    tifffile.imwrite(tmp_path / "lr.tif", lr, photometric="minisblack")
+    source = ["--lr", tmp_path / "lr.tif", "--hr", tmp_path / "hr.tif", "--gap", 4]
+    out = tmp_path / "out.tif"
+    doubts = ["--check", "--uncertainty", tmp_path / "s.h5"]
+    hpc_xvr("reconstruct", "builtin", *source, "--out", out, *doubts)
+    assert tifffile.imread(out).shape == frames.shape
+    mine = tmp_path / "mine.safetensors"
+    hpc_xvr("adapt", "builtin", *source, "--steps", 1, "--out", mine)
+    assert mine.exists()
+
+
 def test_by_name_in_every_command(shot, files, tmp_path, hpc_xvr):
     out = tmp_path / "movie.tif"
     hpc_xvr("reconstruct", "builtin", *files, "--gap", GAP, "--out", out)

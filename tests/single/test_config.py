@@ -108,6 +108,13 @@ def test_edvr_is_refused_what_it_cannot_do():
             config.load(None, [*edvr, override])
 
 
+def test_key_propagation_takes_either_scale_and_any_patch():
+    for override in ("data.scale=2", "data.patch=40", "validation.patch=20"):
+        config.load(None, ["model={name: key_propagation, depths: [2]}", override])
+    with pytest.raises(InputError, match=r"model\.base"):
+        config.load(None, ["model={name: key_propagation, depths: [2], base: bayes}"])
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         config.load(tmp_path / "none.yaml")

@@ -1,5 +1,6 @@
 """The documents: they build without a warning, and what they say can be done."""
 
+import csv
 import json
 import os
 import re
@@ -232,3 +233,158 @@ def test_modules_that_moved_are_where_the_changelog_says():
     for new in re.findall(r"^\| `[^|]*\| ([^|]*) \|$", changelog(), re.MULTILINE):
         for name in re.findall(r"`([\w./*]+)`", new):
             assert list(Path(ROOT, "hpc_xvr").glob(name.rstrip("/"))), name
+
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def scores(name):
+    """(gap, noise) -> recording's scene or None for all -> method -> mean PSNR (dB)."""
+    found = {}
+    with (RESULTS / name / "evaluation.csv").open() as file:
+        for row in csv.DictReader(file):
+            for scene in (row["scene"], None):
+                by = found.setdefault((int(row["gap"]), row["noise"]), {}).setdefault(scene, {})
+                by.setdefault(row["method"], []).append(float(row["psnr"]))
+    return {
+        condition: {
+            scene: {method: sum(psnr) / len(psnr) for method, psnr in methods.items()}
+            for scene, methods in scenes.items()
+        }
+        for condition, scenes in found.items()
+    }
+
+
+def table(page, head):
+    """Rows of the table whose first line begins so: first cell -> the numbers in each other one."""
+    lines = (ROOT / page).read_text().partition(f"\n{head}")[2].partition("\n\n")[0].splitlines()
+    rows = [line.replace("*", "").strip("|").split("|") for line in lines[2:]]
+    assert rows, f"{page} has no table {head}"
+    return {
+        cells[0].strip(): [list(map(float, re.findall(r"[-+]?\d+\.\d+", c))) for c in cells[1:]]
+        for cells in rows
+    }
+
+
+def best_other(methods):
+    return max(psnr for name, psnr in methods.items() if name != "builtin")
+
+
+def rounded(value, places):
+    """As a table has it, perhaps rounded twice."""
+    return pytest.approx(value, abs=0.56 * 10**-places)
+
+
+PLAIN = {
+    "bicubic": "bicubic",
+    "detail transfer": "detail",
+    "interpolation between key frames": "linear_hr",
+    "detail transfer where nothing has moved": "adaptive",
+    "Bayesian fusion": "bayes",
+}
+SIX = [(gap, noise) for gap in (8, 20, 40) for noise in ("none", "1000")]
+
+
+def test_simulated_scores_are_those_that_were_filed():
+    found, misfit = scores("held-out"), scores("held-out-misfit")
+    own = PLAIN | {"key propagation": "builtin"}
+    for title, cells in table("docs/explanation/results.md", "| | gap 8 | gap 8, 1000").items():
+        for condition, (told,) in zip(SIX, cells, strict=True):
+            assert told == rounded(found[condition][None][own[title]], 2), (title, condition)
+    text = (DOCS / "explanation" / "results.md").read_text()
+    told = re.findall(r"(\d\d\.\d\d)\s+against\s+(\d\d\.\d\d)\s+at\s+gap\s+(\d+)", text)
+    assert len(told) == 2
+    for ours, best, gap in told:
+        by = misfit[int(gap), "none"][None]
+        assert (float(ours), float(best)) == (
+            rounded(by["builtin"], 2),
+            rounded(by["linear_hr"], 2),
+        )
+        assert best_other(by) == by["linear_hr"]
+    card = table("hpc_xvr/factory/builtin_weights/README.md", "| | gap 8 |")
+    told = card["20 held-out simulated recordings"]
+    for condition, (psnr, better) in zip(SIX, told, strict=False):
+        by = found[condition][None]
+        assert psnr == rounded(by["builtin"], 2)
+        assert better == rounded(by["builtin"] - best_other(by), 1)
+
+
+def test_scores_on_real_sequences_are_those_that_were_filed():
+    found = scores("real-sequences")
+    limits = json.loads((RESULTS / "real-sequences" / "limits.json").read_text())
+    conditions = [(4, "none"), (8, "none"), (20, "none"), (8, "1000")]
+    rows = table("docs/explanation/results.md", "| | gap 4 | gap 8 | gap 20 |")
+
+    def better(condition):
+        return {
+            scene: by["builtin"] - best_other(by) for scene, by in found[condition].items() if scene
+        }
+
+    means = rows.pop("mean difference")
+    assert {name.partition(",")[0] for name in rows} == set(limits)
+    for title, cells in rows.items():
+        scene = title.partition(",")[0]
+        assert cells[4][0] == rounded(limits[scene], 1)
+        for condition, told in zip(conditions, cells, strict=False):
+            if scene not in found[condition]:
+                assert told == []
+                continue
+            psnr, more = told
+            assert psnr == rounded(found[condition][scene]["builtin"], 2), (scene, condition)
+            assert more == rounded(better(condition)[scene], 1), (scene, condition)
+    for condition, (told,) in zip(conditions, means[:4], strict=True):
+        by = better(condition)
+        assert told == rounded(sum(by.values()) / len(by), 1)
+    card = table("hpc_xvr/factory/builtin_weights/README.md", "| | gap 8 |")
+    mean = next(cells for name, cells in card.items() if "real sequences" in name)
+    for condition, average, worst in zip(SIX, mean, card["the worst of them"], strict=False):
+        by = better(condition)
+        assert average[0] == rounded(sum(by.values()) / len(by), 1)
+        assert worst[0] == rounded(min(by.values()), 1)
+
+
+def test_scores_of_the_readme_are_those_that_were_filed():
+    simulated, misfit, real = (
+        scores(name) for name in ("held-out", "held-out-misfit", "real-sequences")
+    )
+    clean, noisy, aside, *sequences = table("README.md", "| | bicubic | Bayesian fusion |").items()
+    for (_, cells), by in (
+        (clean, simulated[8, "none"][None]),
+        (noisy, simulated[8, "1000"][None]),
+        (aside, misfit[8, "none"][None]),
+        *((row, real[8, "none"][row[0].partition(" (")[0]]) for row in sequences),
+    ):
+        for (told,), method in zip(cells, ("bicubic", "bayes", "adaptive", "builtin"), strict=True):
+            assert told == rounded(by[method], 1), method
+
+
+def test_scores_at_equal_cost_are_those_that_were_filed():
+    found = scores("compare-reduced")
+    titles = PLAIN | {
+        "SWIN-XVR sequence, without a base as published": "swin_sequence",
+        "SWIN-XVR centre, without a base as published": "swin_centre",
+        "EDVR-STF": "edvr_stf",
+        "EDVR": "edvr",
+        "SWIN-XVR on top of the last (`model.base=adaptive`)": "swin_adaptive",
+        "SWIN-XVR on top of Bayesian fusion (`model.base=bayes`)": "swin_bayes",
+        "key propagation": "key_propagation",
+    }
+    rows = table("docs/explanation/results.md", "| | GFLOP a frame | gap 8 |")
+    for title, (_, *cells) in rows.items():
+        for condition, (told,) in zip(SIX, cells, strict=False):
+            assert told == rounded(found[condition][None][titles[title]], 2), (title, condition)
+
+
+def test_gains_of_adapting_are_those_that_were_filed():
+    lines = (RESULTS / "adapting" / "table.md").read_text().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    gains = {(name, int(gap), noise): float(gain) for name, gap, noise, _, gain, *_ in cells}
+    conditions = [(4, "none"), (4, "1e3"), (8, "none"), (8, "1e3")]
+    rows = table("docs/explanation/results.md", "| | gap 4 | gap 4, 1000 photons |")
+    told = {
+        (title.partition(",")[0], *condition): cell[0]
+        for title, row in rows.items()
+        for condition, cell in zip(conditions, row, strict=True)
+        if cell
+    }
+    assert told == gains

@@ -1,5 +1,6 @@
 """Simulated experiments: the physics against closed forms, the cameras, the recordings."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -400,6 +401,45 @@ def test_a_scene_may_be_asked_for_any_moment_in_any_order(scene):
     assert np.array_equal(make.thickness(8.3), late)
     assert np.array_equal(make.thickness(0.2), early)
     assert late.dtype == np.float32 and late.min() >= 0 and late.max() < 5e-3
+
+
+def test_layers_move_through_each_other_in_every_way():
+    scenes = [SCENES["layers"](SMALL[1:], 48, np.random.default_rng(seed)) for seed in range(40)]
+    layers = [layer for scene in scenes for layer in scene.layers[1:]]
+    assert 0.15 < np.mean([layer.hides for layer in layers]) < 0.5  # opaque ones
+    for end in (0, 1):  # some appear, some vanish
+        assert 0.1 < np.mean([np.isfinite(layer.life[end]) for layer in layers]) < 0.3
+    assert np.std([layer.turn for layer in layers]) > 0.01
+    assert np.std([layer.growth for layer in layers]) > 0.003
+    ways = [np.subtract(layer.place(47), layer.place(0)) for layer in layers]
+    assert np.mean([np.hypot(*way) > 10 for way in ways]) > 0.4
+    ranges = [np.ptp([scene.brightness(t) for t in range(48)]) for scene in scenes]
+    assert 0.3 < np.mean(np.array(ranges) > 0.002) < 0.7  # beams that drift
+    assert max(ranges) < 0.2
+    scene = scenes[0]
+    _, front = scene.layers[0], scene.layers[1]
+    for hides in (True, False):
+        scene.layers = [scene.layers[0], replace(front, hides=hides, life=(-np.inf, np.inf))]
+        scene.layers[1].mask[:] = 1
+        behind, before = (scene._seen(layer, 0)[0] for layer in scene.layers)
+        inside = scene._seen(scene.layers[1], 0)[1] == 1
+        assert inside.any()
+        wanted = before if hides else before + behind
+        np.testing.assert_allclose(
+            scene.thickness(0)[inside], (scene.bulk * wanted)[inside], rtol=1e-5
+        )
+
+
+def test_a_beam_that_drifts_is_seen_by_both_cameras():
+    class Drifting(Slab):
+        def brightness(self, t):
+            return 1 + 0.02 * t
+
+    scene = Drifting((32, 32), 6, np.random.default_rng(0))
+    beam = Beamline(scene, np.random.default_rng(1))
+    beam.flicker[:] = 0
+    found = np.array([beam.exposed(t).mean() for t in range(6)])
+    np.testing.assert_allclose(found / found[0], 1 + 0.02 * np.arange(6), rtol=1e-4)
 
 
 def test_powder_is_neither_lost_nor_doubled_as_it_leaves_the_bed():

@@ -117,6 +117,9 @@ def test_recorded_streams_are_taken_at_their_times(tmp_path):
     keys = sample["hr"][:, 0, 0, 0]
     torch.testing.assert_close(sample["lr"][[0, -1], 0, 0, 0], keys)
     torch.testing.assert_close(sample["lr"][1:-1, 0, 0, 0], sample["target"][:, 0, 0, 0])
+    for key in ("misregistration", "grey_mismatch"):  # not left out in silence
+        with pytest.raises(InputError, match=f"data.{key} 0.1: .*set it to 0"):
+            GapSamples(tmp_path / "c", data.model_copy(update={key: 0.1}), 1, 0)
 
 
 def test_recordings_that_are_too_short_are_named(marked):

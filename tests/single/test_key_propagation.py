@@ -185,3 +185,20 @@ def test_parts_and_bands_give_the_same_frames(blocks, monkeypatch):
             carried = model(lr, hr)
             torch.testing.assert_close(carried.frames, wanted, rtol=0, atol=2e-5)
             assert carried.forward is None and carried.backward is None
+
+
+@pytest.mark.parametrize("only", [slice(0, 2), slice(3, 4), slice(None)])
+def test_some_frames_of_a_gap_alone(only):
+    """As they are among all of them, in training, in eval mode and in tiles."""
+    model = small(attention="explicit")
+    with torch.no_grad():
+        model.motion.last.weight.normal_(std=0.1)
+        model.choose.conv.weight.normal_(std=0.1)
+    lr, hr = gap(7, 16, 11, batch=2)
+    whole = model(lr, hr)
+    for wanted, found in zip(whole, model(lr, hr, only=only), strict=True):
+        torch.testing.assert_close(found, wanted[:, only], rtol=0, atol=2e-5)
+    with torch.inference_mode():
+        for tile in (None, 8):
+            found = model.eval()(lr, hr, tile, only).frames
+            torch.testing.assert_close(found, whole.frames[:, only], rtol=0, atol=2e-5)

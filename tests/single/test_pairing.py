@@ -160,6 +160,28 @@ def test_what_the_fast_camera_did_not_see_is_cut_or_refused(tmp_path):
     assert video.lr_shape == (4, 15, 22) and video.info.lr_times == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("lost", [(1, 0), (0, 3), (3, 2)])
+def test_a_fast_pixel_that_sticks_out_of_the_sharp_frame_is_cut_too(tmp_path, lost):
+    """A sharp frame a few rows or columns short, without a registration."""
+    whole_frames = smooth((3, 96, 128))
+    fast = np.rint(bin_down(whole_frames.astype(np.float32), 4)).astype(np.uint16)
+    height, width = 96 - lost[0], 128 - lost[1]
+    sharp = np.ascontiguousarray(whole_frames[:, :height, :width])
+    paths = write_pair(tmp_path, sharp, fast)
+    one = {"lr": [paths[1]], "pairing": Pairing(1)}
+    with pytest.raises(InputError, match="pass --crop"):
+        ingest([paths[0]], tmp_path / "c", **one)
+    ingest([paths[0]], tmp_path / "c", crop=True, **one)
+    rows, columns = height // 4, width // 4
+    frames, lr = whole(Corpus(tmp_path / "c")["shot"])
+    np.testing.assert_array_equal(frames, whole_frames[:, : 4 * rows, : 4 * columns])
+    np.testing.assert_array_equal(lr, fast[:, :rows, :columns])
+    more = write_pair(tmp_path, sharp, np.pad(fast, ((0, 0), (0, 1), (0, 0))), "more")
+    ingest([more[0]], tmp_path / "c", crop=True, lr=[more[1]], pairing=Pairing(1))
+    with pytest.raises(InputError, match="low-resolution frames are"):  # another view
+        Corpus(tmp_path / "c")["more"].require_lr(4)
+
+
 @pytest.mark.parametrize(
     "pairing, words",
     [

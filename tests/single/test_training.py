@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpc_xvr import checkpoint, log
 from hpc_xvr.config import Optim, Train, check, load
 from hpc_xvr.data.corpus import Corpus
+from hpc_xvr.data.samples.gaps import GapSamples
 from hpc_xvr.data.samples.sample import window_sample
 from hpc_xvr.data.samples.training import TrainingSamples
 from hpc_xvr.data.simulate.corpus import simulate_corpus
@@ -250,8 +251,10 @@ class HostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_reads_nothing_back_from_the_device(tmp_path, pulse_corpus):
-    trainer = resumed(tmp_path / "run", pulse_corpus, "optim.clip_norm=1.0", resume=False)
+@pytest.mark.parametrize("kind", ["windows", "gaps"])
+def test_a_step_reads_nothing_back_from_the_device(tmp_path, pulse_corpus, kind):
+    options = ["optim.clip_norm=1.0"] if kind == "windows" else [*GAPS, "optim.skip_norm=1.0"]
+    trainer = resumed(tmp_path / "run", pulse_corpus, *options, resume=False)
     batches = trainer.batches()
     with HostReads() as reads:
         for step in range(2):
@@ -261,6 +264,70 @@ def test_a_step_reads_nothing_back_from_the_device(tmp_path, pulse_corpus):
         assert float(trainer.learner.norm) > 0
     assert len(reads.seen) == 1, "it would have been seen"
     trainer.close()
+
+
+GAPS = [
+    "model={name: key_propagation, embed_dim: 16, depths: [1], heads: 1, motion_features: 8,"
+    " frame_features: 8, step_features: 4}",
+    "data.gaps=[2, 7]",
+    "train.loss=charbonnier",
+    "optim.clip_norm=0.05",
+    "optim.ema=0.9",
+]
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("precision", ["float32", "auto", "float64"])
+def test_key_propagation_trained_validated_and_resumed(train, tmp_path, scale, precision):
+    """Killed after four steps and resumed, it ends with the same weights, bit for bit."""
+    options = [*GAPS, f"data.scale={scale}", f"train.precision={precision}", "data.patch=24"]
+    options += ["simulate.lr_stream=false"]
+    lines, whole = train(*options)
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [3, 6]
+    for step in (5, 6):  # as if it had been killed between them and step 4
+        checkpoint.path_of(tmp_path / "run/checkpoints", step).unlink(missing_ok=True)
+    run = load(tmp_path / "run/config.yaml")
+    trainer = Trainer(run, Comm(), resume=True)
+    assert trainer.progress.step == 4
+    assert trainer.run()
+    trainer.close()
+    again = checkpoint.load(checkpoint.path_of(tmp_path / "run/checkpoints", 6))
+    for part in ("model", "ema"):
+        for name, value in whole[part].items():
+            assert torch.equal(again[part][name], value), name
+
+
+def test_a_gap_s_loss_is_that_of_its_frames_and_of_the_carried_keys(train):
+    lines, state = train(*GAPS, "train.steps=1", "train.carried_weight=0.3")
+    cfg = check(state["config"], "checkpoint")
+    samples = GapSamples(cfg.data.corpus, cfg.data, 4, cfg.run.seed)
+    four = [samples[0, slot] for slot in range(4)]
+    batch = {name: torch.stack([s[name] for s in four]) for name in four[0]}
+    torch.manual_seed(cfg.run.seed)
+    out = build_model(cfg).train()(batch["lr"], batch["hr"])
+
+    def off(frames):
+        return ((frames - batch["target"]) ** 2 + 1e-6).sqrt()
+
+    loss = off(out.frames).mean()
+    for carried in (out.forward, out.backward):
+        loss = loss + 0.3 / 2 * off(carried).amin(2).mean()
+    first = next(line for line in lines if line["kind"] == "train")
+    assert first["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_steps_with_a_gradient_above_skip_norm_change_nothing(train):
+    _, one = train(*GAPS, "train.steps=1", "optim.skip_norm=1e-9", name="skipped")
+    cfg = check(one["config"], "checkpoint")
+    torch.manual_seed(cfg.run.seed)
+    for name, value in build_model(cfg).state_dict().items():
+        assert torch.equal(one["model"][name], value) and torch.equal(one["ema"][name], value)
+    with pytest.raises(InputError, match="3 steps in a row without usable gradients"):
+        train(*GAPS, "optim.skip_norm=1e-9", "train.nonfinite_limit=3", name="ended")
+    _, taken = train(*GAPS, "train.steps=1", "optim.skip_norm=1e9", name="taken")
+    assert not all(torch.equal(taken["model"][n], v) for n, v in one["model"].items())
 
 
 def test_skipped_steps_are_counted_reported_and_end_the_run_after_too_many(monkeypatch):
@@ -336,8 +403,14 @@ def test_a_run_may_start_from_the_weights_of_another(train, tmp_path):
     _, second = train(
         "train.steps=1", "optim.lr=1e-12", "optim.lr_min=0", f"train.weights={path}", name="second"
     )
+    still = ["train.steps=1", "optim.lr=1e-12", "optim.lr_min=0"]
+    _, folder = train(*still, f"train.weights={tmp_path / 'run'}", name="from-a-folder")
     for name, value in first["ema"].items():
         torch.testing.assert_close(second["model"][name], value, atol=1e-9, rtol=0)
+        assert torch.equal(folder["model"][name], second["model"][name])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"train\.weights: .*empty: is not a run folder"):
+        train(f"train.weights={tmp_path / 'empty'}", name="from-an-empty-one")
     with pytest.raises(InputError, match="another architecture"):
         train("model.embed_dim=12", f"train.weights={path}", name="third")
 

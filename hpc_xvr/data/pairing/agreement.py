@@ -31,6 +31,8 @@ BETTER = 2.0
 CONTRAST = 0.005
 """Deviation of a binned key frame, of its largest value, up to which nothing can be compared. Not
 of full scale: 10-bit counts in 16 bit are all dark."""
+SMALLEST = 6
+"""Pixels on the shorter side of a fast frame below which there are too few to compare."""
 BLURS = 0.3, 0.45, 0.6, 0.75, 0.9, 1.1, 1.4, 1.7, 2.1
 """Deviations of Gaussians, fast pixels, by which the fast camera may be blurred more than a binned
 sharp frame."""
@@ -84,7 +86,7 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         fast: frames (h, w) in [0, 1].
         keys: fast frame number -> key frame (s h, s w) in [0, 1], with s a whole number.
 
-    Returns None if no key frame has contrast enough.
+    Returns None if no key frame has contrast enough, or frames are too small to tell.
     """
     times = list(keys)
     chosen = np.unique(np.linspace(0, len(times) - 1, LOOKED_AT).round().astype(int))
@@ -92,6 +94,8 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
     for number in chosen:
         t = times[number]
         frame, key = fast[t], keys[t]
+        if min(frame.shape) < SMALLEST:
+            continue
         low = bin_down(key, key.shape[0] // frame.shape[0])
         if low.std() <= CONTRAST * low.max():
             continue

@@ -116,7 +116,8 @@ def joined(
     sharp recording is cut to the frames that have a fast frame beside them.
 
     Args:
-        crop: cut what the fast camera did not see; without it that is an error.
+        crop: cut what the fast camera did not see, and fast pixels that are only in part on the
+            sharp frames; without it that is an error.
         growing: more frames will come; sharp ones behind the fast ones are cut.
 
     Raises:
@@ -145,6 +146,7 @@ def joined(
                 f"to {left + view[1]} of {width}: pass --crop to cut the sharp frames to that"
                 + _advice(len(times), sharp.shape[0], last)
             )
+        fast = _within(fast, (height, width), view, scale) if not how.registration else fast
         sharp = sharp.cut(*view, top=top, left=left, first=first, last=last)
     white = sharp.full_scale
     alike = fast.full_scale < white <= ONE_UNIT * fast.full_scale
@@ -234,6 +236,16 @@ def _advice(fast: int, sharp: int, last: int) -> str:
     if sharp > fast:
         return "; or are the two files swapped?"
     return f", or give a gap of at most {(fast - 1) / (sharp - 1):g} if that one is wrong"
+
+
+def _within(fast: Recording, size: tuple[int, int], view: tuple[int, int], scale: int) -> Recording:
+    """The fast frames without a last row or column that is only in part on sharp frames of `size`,
+    which are cut to `view`."""
+    cut = [
+        part // scale if seen == -(-side // scale) else seen
+        for seen, side, part in zip(fast.shape[1:], size, view, strict=True)
+    ]
+    return fast if cut == list(fast.shape[1:]) else fast.cut(*cut)
 
 
 def _field_of_view(

@@ -34,6 +34,12 @@ class GapSamples(TrainingSamples):
     def __init__(
         self, corpus: Corpus | Path | str, data: config.Data, global_batch: int, seed: int
     ) -> None:
+        for key in ("misregistration", "grey_mismatch"):
+            if data.lr_source == "recorded" and getattr(data, key):
+                raise InputError(
+                    f"data.{key} {getattr(data, key):g}: is for binned frames, those of "
+                    "data.lr_source recorded have their own; set it to 0"
+                )
         # Any frame with one on each side can lie within a gap.
         super().__init__(
             corpus, data.model_copy(update={"lr_frames": 1}), "centre", global_batch, seed

@@ -258,7 +258,7 @@ class Beamline:
         total = self.state(t + float(instants[0]))
         for dt in instants[1:]:
             total += self.state(t + float(dt))
-        total *= np.float32((1 + self.flicker[t]) / _STATES)
+        total *= np.float32((1 + self.flicker[t]) * self.scene.brightness(t) / _STATES)
         return gaussian_filter(total, (0, self.penumbra), truncate=3, mode="nearest")
 
     def frames(self) -> Iterator[np.ndarray]:

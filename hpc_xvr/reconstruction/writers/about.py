@@ -65,6 +65,16 @@ class Provenance:
     """Name -> picture (H, W) of floats. HDF5, NeXus and OME-Zarr hold them; beside other formats
     they are files `<out>.NAME.tif`."""
 
+    def origin(self) -> dict[str, Any]:
+        """What made it of what, in values of JSON."""
+        return {
+            "command": printable(self.command),
+            "method": plain(self.method),
+            "settings": plain(self.settings),
+            "sources": plain(self.sources),
+            "registration": plain(self.registration),
+        }
+
 
 @dataclass
 class Result:
@@ -111,11 +121,7 @@ class Result:
         """The JSON text of the result; to be asked for after the last frame."""
         about = {
             "version": __version__,
-            "command": printable(self.about.command),
-            "method": plain(self.about.method),
-            "settings": plain(self.about.settings),
-            "sources": plain(self.about.sources),
-            "registration": plain(self.about.registration),
+            **self.about.origin(),
             "extra": plain(self.about.extra),
             "per_frame": self.per_frame(),
             "maps": sorted(self.about.maps),

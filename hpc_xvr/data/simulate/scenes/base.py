@@ -59,3 +59,7 @@ class Scene(ABC):
     @abstractmethod
     def thickness(self, t: float) -> np.ndarray:
         """Projected thickness (H, W) in m at time t (frames); any t, in any order."""
+
+    def brightness(self, t: float) -> float:
+        """Of the beam at time t (frames), relative to what it is on average: slow changes of it."""
+        return 1.0

@@ -2,8 +2,8 @@
 
 A radiograph adds up what lies behind each other, so most layers are transparent; some hide what is
 behind them. They drift, speed up, sway, turn, grow and shrink, appear and vanish over a ground that
-stands still or moves itself. Networks that learn motion from these carry over to recordings unlike
-any that they have seen.
+stands still or moves itself, in a beam whose brightness may drift. Networks that learn motion from
+these carry over to recordings unlike any that they have seen.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ class Layers(Scene):
             place = self._path(rng, 0.0, middle=True)
             dirt = np.full((n, n), rng.uniform(0.1, 0.4), np.float32)
             self.layers.append(Layer(dirt, spots, place, 0, 0, (-np.inf, np.inf), False))
+        self._drift = rng.uniform(0, 0.05) * (rng.random() < 0.5)
+        self._beam = wobble(rng, 100, 400)
 
     def _path(
         self, rng: np.random.Generator, fastest: float, middle: bool = False
@@ -105,6 +107,9 @@ class Layers(Scene):
         if rng.random() < 0.2:
             end = rng.uniform(0, self.frames)
         return start, end
+
+    def brightness(self, t: float) -> float:
+        return 1 + self._drift * float(self._beam(t)[0])
 
     def thickness(self, t: float) -> np.ndarray:
         total = np.zeros(self.shape, np.float32)
