@@ -188,6 +188,7 @@ def evaluate(
     hpc-xvr export runs/quickstart --out quickstart.safetensors
     hpc-xvr export runs/mine --checkpoint best --raw --out mine.safetensors
     hpc-xvr export builtin --out base.safetensors
+    hpc-xvr export builtin --mean-with runs/mine --out both.safetensors
     hpc-xvr reconstruct quickstart.safetensors --lr fast.tif --hr sharp.tif \\
         --gap 20 --out movie.tif
 """,
@@ -197,8 +198,17 @@ def evaluate(
 @click.option(
     "--raw", is_flag=True, help="The weights of the last step instead of their moving average."
 )
+@click.option(
+    "--mean-with",
+    type=File(),
+    metavar="WEIGHTS",
+    help="Write the mean of RUN's weights and these, where one was trained on from the other: what "
+    "was learned anew, with less of the old forgotten.",
+)
 @which_checkpoint
-def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) -> None:
+def export(
+    run: Path, out: Path, raw: bool, mean_with: Path | None, which: Literal["newest", "best"]
+) -> None:
     """Write the trained weights of RUN (or builtin), with its config, to one file.
 
     The file holds only numbers and text, so it is safe to share. It can replace RUN in `evaluate`
@@ -214,7 +224,7 @@ def export(run: Path, out: Path, raw: bool, which: Literal["newest", "best"]) ->
     check_weights_name(out)
     check_new_file(out)
     command = command_line(["hpc-xvr", *sys.argv[1:]])
-    trained = export_weights(run, out, which, raw, command)
+    trained = export_weights(run, out, which, raw, command, mean_with)
     count = sum(value.numel() for value in trained.weights.values())
     say(f"written: {out} (step {trained.step}, {count:,} numbers)")
     then("reconstruct", out, *TWO_CAMERAS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,22 +155,46 @@ def _check_fit(config: Config, weights: dict[str, Any], path: Path) -> None:
 
 
 def export_weights(
-    run: Path, out: Path, which: Which = "newest", raw: bool = False, command: str = ""
+    run: Path,
+    out: Path,
+    which: Which = "newest",
+    raw: bool = False,
+    command: str = "",
+    mean_with: Path | None = None,
 ) -> Trained:
     """Write the weights and the config of a run to a safetensors file, whole or not at all.
 
     Args:
         run, which, raw: see `read_weights`.
         command: the command line, stored with them.
+        mean_with: other weights of the same network; the mean of both is written.
 
     Raises:
-        InputError: as `model_of_run`; `out` has another suffix or cannot be written.
+        InputError: as `model_of_run`; `out` has another suffix or cannot be written; the other
+            weights are of another network.
     """
     check_weights_name(out)
     trained = read_weights(run, which, raw)
+    if mean_with is not None:
+        trained = _mean(run, trained, mean_with, read_weights(mean_with, which, raw))
     kind = trained.facts.get("weights") or ("raw" if raw else "averaged")
     write_weights(out, trained, {"weights": kind, "command": command})
     return trained
+
+
+def _mean(name: Path, one: Trained, other_name: Path, other: Trained) -> Trained:
+    """Halfway between weights of which one was trained on from the other: what the second has
+    learned, and most of what it has forgotten (Wortsman et al., arXiv:2109.01903)."""
+    if one.config.model != other.config.model or one.config.data.scale != other.config.data.scale:
+        raise InputError(
+            f"{other_name}: is another network than {name}, so there is no mean of the two; give "
+            "weights whose training went on from the same ones (train.weights)"
+        )
+    weights = {
+        key: (value + other.weights[key]) / 2 if value.is_floating_point() else value
+        for key, value in one.weights.items()
+    }
+    return replace(one, weights=weights)
 
 
 def check_weights_name(out: Path) -> None:

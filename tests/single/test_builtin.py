@@ -1,6 +1,7 @@
 """Weights that come with the package, by name, and methods without learning, by theirs."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hpc_xvr.data.simulate.experiment import simulate_video
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.builtin import builtin_names, file_of
-from hpc_xvr.factory.weights import initial_weights, read_weights
+from hpc_xvr.factory.weights import initial_weights, read_weights, write_weights
 from hpc_xvr.metrics import psnr
 from hpc_xvr.reconstruction import pipeline
 from hpc_xvr.reconstruction.baselines import BASELINES
@@ -189,3 +190,26 @@ def test_frames_that_cannot_be_right_are_refused(shot):
         xvr.load_model("builtin:huge")
     with pytest.raises(InputError, match=r"scale 4 needs 192x192"):
         make(bin_down(sharp, 2), sharp[::GAP])
+
+
+def test_the_mean_of_two_weights(tmp_path, hpc_xvr):
+    base = read_weights("builtin")
+    moved = {key: value + 1 for key, value in base.weights.items()}
+    write_weights(tmp_path / "moved.safetensors", replace(base, weights=moved), {})
+    out = tmp_path / "mean.safetensors"
+    hpc_xvr("export", "builtin", "--mean-with", tmp_path / "moved.safetensors", "--out", out)
+    found = read_weights(out)
+    for key, value in base.weights.items():
+        assert torch.allclose(found.weights[key], value + 0.5, atol=1e-6)
+    assert found.config == base.config
+    with safetensors.safe_open(out, "pt") as file:
+        assert "--mean-with" in file.metadata()["command"]
+    model = base.config.model.model_copy(update={"depths": [1]})
+    small = build_model(base.config.model_copy(update={"model": model}))
+    other = replace(base, config=base.config.model_copy(update={"model": model}))
+    other = replace(other, weights=small.state_dict())
+    write_weights(tmp_path / "small.safetensors", other, {})
+    call = ["export", "builtin", "--mean-with", tmp_path / "small.safetensors"]
+    said = hpc_xvr(*call, "--out", tmp_path / "none.safetensors", code=2)
+    assert "is another network than builtin" in said.err
+    assert not (tmp_path / "none.safetensors").exists()
