@@ -202,7 +202,7 @@ def reconstruct(
     several = (
         isinstance(source, CameraFiles)
         and not follow
-        and (pairs is not None or _several(source, out))
+        and _several(source, out, pairs)
     )
     if not several:
         check_sequence(out, dtype)
@@ -315,17 +315,18 @@ def _span(text: str | None) -> tuple[int | None, int | None]:
     return (int(start) if start else None), (int(stop) if stop else None)
 
 
-def _several(source: CameraFiles, out: Path) -> bool:
+def _several(source: CameraFiles, out: Path, pairs: Path | None) -> bool:
     """Are there many shots? Then `out` is a folder or a pattern."""
     from hpc_xvr.reconstruction.recordings import NAME, holds_several
 
     pattern = NAME in str(out) or out.is_dir()
-    if not holds_several(source):
+    if pairs is None and not holds_several(source):
         return pattern and source.lr.is_dir() and source.hr.is_dir()
     if not pattern and out.suffix:
+        where = f"{pairs} may name" if pairs else f"{source.lr} and {source.hr} hold"
         raise InputError(
-            f"--out {out}: {source.lr} and {source.hr} hold several recordings; give a folder, or "
-            "a pattern such as results/{name}" + out.suffix
+            f"--out {out}: {where} several recordings; give a folder, or a pattern such as "
+            "results/{name}" + out.suffix
         )
     return True
 

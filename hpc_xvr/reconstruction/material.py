@@ -36,6 +36,8 @@ from hpc_xvr.reconstruction.writers import (
 
 SATURATED = 0.005
 """Share of pixels at the largest count that is told."""
+_LISTED = 8
+"""Fast frames that show nothing, after which no more are listed."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,13 @@ def from_recordings(
     pair = joined(sharp, fast, pairing, scale, crop, growing=agreed is not None)
     lr, keys = streams_of_pair(pair, scale)
     if agreed is None:
-        _say_if_saturated(pair, lr, keys)
+        _look_at_greys(pair, lr, keys)
     name = f"{sharp.path} with {fast.path}"
-    grey = (agreed or _agreed)(lr, keys, name, pairing)
+    if agreed is None:
+        slow, quick = sharp.frame_rate_hz, fast.frame_rate_hz
+        grey = _agreed(lr, keys, name, pairing, quick / slow if slow and quick else None)
+    else:
+        grey = agreed(lr, keys, name, pairing)
     matched = Stream(lr.shape, lambda t: grey.matched(lr[t]))
     return _material(method, (matched, keys), _calibration(pair, grey))
 
@@ -199,46 +205,66 @@ def _material(
     calibration: Calibration,
     truth: Callable[[int], np.ndarray] | None = None,
 ) -> Material:
-    """The input of a reconstruction; networks that carry key frames refuse those that show
-    nothing."""
+    """The input of a reconstruction, of whose frames it is said if they show nothing. Such a key
+    frame is refused by networks that carry key frames, and where others show something."""
     lr, keys = streams
     told: set[str] = set()
 
     def checked(frame: np.ndarray, name: str) -> np.ndarray:
-        if frame.min() == frame.max() and name not in told:
+        if _empty(frame) and name not in told and len(told) <= _LISTED:
             told.add(name)
             logger.warning(
-                "%s: all its pixels are %g of full scale: was it lost, or not exposed?",
+                "%s: all its pixels are %g of full scale: was it lost, or not exposed?%s",
                 *(name, frame.flat[0]),
+                " Further ones are not listed." if len(told) > _LISTED else "",
             )
         return frame
 
     def key(t: int) -> np.ndarray:
         frame = keys[t]
-        if method.lr_frames == WHOLE_GAP:
-            return _with_a_picture(frame, t)
+        if _empty(frame) and (
+            method.lr_frames == WHOLE_GAP or not all(_empty(keys[n]) for n in _beside(keys, t))
+        ):
+            raise InputError(
+                f"the key frame at frame {t}: all its pixels are {frame.flat[0]:g} of full scale, "
+                "so it shows nothing; was it lost, or not exposed? leave it out of the recording"
+            )
         return checked(frame, f"the key frame at frame {t}")
 
     fast = Stream(lr.shape, lambda t: checked(lr[t], f"frame {t} of the fast camera"))
     return Material(fast, KeyFrames(list(keys), keys.shape, key), calibration, truth)
 
 
-def _with_a_picture(frame: np.ndarray, t: int) -> np.ndarray:
-    if frame.min() == frame.max():
-        raise InputError(
-            f"the key frame at frame {t}: all its pixels are {frame.flat[0]:g} of full scale, so "
-            "there is nothing to carry; was it lost, or not exposed? leave it out"
-        )
-    return frame
+def _empty(frame: np.ndarray) -> bool:
+    return bool(frame.min() == frame.max())
 
 
-def _say_if_saturated(pair: Pair, lr: Stream, keys: KeyFrames) -> None:
-    """Warn of counts that are the largest possible in more than a few pixels of some frames."""
+def _beside(keys: KeyFrames, t: int) -> list[int]:
+    """The key frames before and after one."""
+    times = list(keys)
+    at = times.index(t)
+    return [*times[max(0, at - 1) : at], *times[at + 1 : at + 2]]
+
+
+def _look_at_greys(pair: Pair, lr: Stream, keys: KeyFrames) -> None:
+    """Warn of counts that are the largest possible in more than a few pixels of some frames.
+
+    Raises:
+        InputError: one camera shows nothing at all: only black, only white, or one grey where the
+            other camera sees something.
+    """
     times = list(keys)[:: -(-len(keys) // 4)]
-    for recording, frames in (
+    cameras = (
         (pair.fast, [lr[t] for t in times]),
         (pair.sharp, [keys[t] for t in times]),
-    ):
+    )
+    empty = [all(map(_empty, frames)) for _, frames in cameras]
+    for (recording, frames), nothing in zip(cameras, empty, strict=True):
+        if nothing and (not all(empty) or {float(frame.flat[0]) for frame in frames} <= {0.0, 1.0}):
+            raise InputError(
+                f"{recording.path}: all pixels are equal, in each of {len(frames)} frames that "
+                "were looked at: was the beam off, or is it another camera's file?"
+            )
         share = float(np.mean([frame >= 1 for frame in frames]))
         if share > SATURATED and not recording.in_floats():
             logger.warning(
@@ -248,11 +274,21 @@ def _say_if_saturated(pair: Pair, lr: Stream, keys: KeyFrames) -> None:
             )
 
 
-def _agreed(lr: Stream, keys: Mapping[int, np.ndarray], name: str, pairing: Pairing) -> Grey:
-    """Compare the cameras at the key frames' instants; the grey scale to take out."""
+def _agreed(
+    lr: Stream,
+    keys: Mapping[int, np.ndarray],
+    name: str,
+    pairing: Pairing,
+    rates: float | None = None,
+) -> Grey:
+    """Compare the cameras at the key frames' instants; the grey scale to take out.
+
+    Args:
+        rates: the gap as the frame rates say, if they are known.
+    """
     found = compare(lr, keys)
     if found is not None:
-        told(found, name, pairing.gap or math.nan)
+        told(found, name, pairing.gap or math.nan, rates)
     return grey_to_match(found, name, pairing.match_grey)
 
 

@@ -278,10 +278,51 @@ def test_dead_pixels_do_not_make_greys_uncertain(hpc_xvr, tmp_path):
 def test_frames_without_a_picture_are_told(hpc_xvr, tmp_path):
     scene = moving(17)
     fast, keys = bin_down(scene, 4), scene[::GAP].copy()
-    fast[6], keys[2] = 0, 0.5
+    fast[6] = 0
     _, said = reconstruct(hpc_xvr, tmp_path, fast, keys)
     assert "frame 6 of the fast camera: all its pixels are 0 of full scale" in said
+
+
+def test_a_lost_key_frame_is_refused(hpc_xvr, tmp_path):
+    scene = moving(17)
+    keys = scene[::GAP].copy()
+    keys[2] = 0.5
+    _, said = reconstruct(hpc_xvr, tmp_path, bin_down(scene, 4), keys, code=2)
     assert "the key frame at frame 8: all its pixels are 0.5" in said
+
+
+@pytest.mark.parametrize("camera", ["fast", "sharp"])
+@pytest.mark.parametrize("level", [0, 700])
+def test_a_camera_that_saw_nothing_is_refused(hpc_xvr, tmp_path, camera, level):
+    fast, keys = (as_counts(x, 65535) for x in (bin_down(moving(17), 4), moving(17)[::GAP]))
+    (fast if camera == "fast" else keys)[:] = level
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, keys, code=2)
+    assert re.search(f"{camera}.tif: all pixels are equal, in each of . frames", said)
+    if not level:
+        fast[:], keys[:] = 0, 0
+        _, said = reconstruct(hpc_xvr, tmp_path, fast, keys, code=2)
+        assert "all pixels are equal" in said
+
+
+def test_a_log_is_not_flooded_by_many_lost_frames(hpc_xvr, tmp_path):
+    fast = bin_down(moving(41), 4)
+    fast[np.arange(41) % GAP > 0] = 0
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, moving(41)[::GAP])
+    assert said.count("was it lost") == 9
+    assert said.count("Further ones are not listed") == 1
+
+
+def test_a_gap_that_pictures_and_rates_contradict_is_refused(hpc_xvr, tmp_path):
+    scene = moving(41)
+    rates = "--lr-frame-rate", 12e3, "--hr-frame-rate", 4e3
+    fast, keys = bin_down(scene, 4), scene[:31:3]  # as the rates say, but GAP is stated
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, keys, *rates, code=2)
+    assert "instead of 4 would explain it; the frame rates, too, say 3" in said
+    # one of the two alone may be wrong
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, keys)
+    assert "would explain it" in said
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, scene[::GAP], *rates)
+    assert "one is wrong" in said
 
 
 def test_saturated_cameras_are_told(hpc_xvr, tmp_path):

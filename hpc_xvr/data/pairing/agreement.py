@@ -17,6 +17,8 @@ from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
+CONTRADICTION = 0.02
+"""Relative difference between a given gap and that of the frame rates that is worth a warning."""
 LOOKED_AT = 8
 """Key frames that are compared, spread over the recording."""
 REACH = 8
@@ -121,11 +123,15 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
     )
 
 
-def told(found: Agreement, name: str, gap: float) -> None:
+def told(found: Agreement, name: str, gap: float, rates: float | None = None) -> None:
     """Warn of what does not fit, with the likely cause.
 
+    Args:
+        rates: the gap as the frame rates say, if they are known.
+
     Raises:
-        InputError: a mirrored or a negative picture: nothing right could come of it.
+        InputError: a mirrored or a negative picture, or a gap that both the pictures and the frame
+            rates contradict: nothing right could come of it.
     """
     if found.turned:
         raise InputError(
@@ -139,6 +145,11 @@ def told(found: Agreement, name: str, gap: float) -> None:
         )
     off = [(number, lag) for number, lag in found.lags if lag]
     if len(off) > len(found.lags) / 2:
+        if rates and abs(gap / rates - 1) > CONTRADICTION:
+            raise InputError(
+                f"{name}: {_cause(off, gap)}; the frame rates, too, say {rates:g}: give that "
+                "--gap or, where the files state wrong rates, --lr-frame-rate and --hr-frame-rate"
+            )
         logger.warning("%s: %s", name, _cause(off, gap))
     elif max(map(abs, found.shift)) > 0.5:
         logger.warning(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpc_xvr.data.cameras import Recording
-from hpc_xvr.data.pairing.agreement import Grey
+from hpc_xvr.data.pairing.agreement import CONTRADICTION, Grey
 from hpc_xvr.data.registration import Registration
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
@@ -18,8 +18,6 @@ from hpc_xvr.log import logger
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-CONTRADICTION = 0.02
-"""Relative difference between a given gap and that of the frame rates that is worth a warning."""
 ONE_UNIT = 4.0
 """Ratio of the full scales of floating-point files up to which they are taken to have one unit; a
 larger one would leave the darker camera few grey levels."""
