@@ -301,14 +301,29 @@ def _calibration(pair: Pair, grey: Grey) -> Calibration:
         white, unit = float(2**sharp.bit_depth - 1), "counts"
     left_out = fast.metadata.get(LEFT_OUT)
     missing = (f"missing frames of the fast camera: {left_out}",) if left_out else ()
+    cut = _cut_note(pair)
+    if cut:
+        logger.info("%s with %s: %s", sharp.path, fast.path, *cut)
     return Calibration(
         fast.frame_rate_hz,
         sharp.pixel_size_um,
         white,
         unit=unit,
         times_s=fast.times_s,
-        notes=(*missing, *_grey_notes(grey)),
+        notes=(*cut, *missing, *_grey_notes(grey)),
         bit_depth=None if floats else sharp.bit_depth,
+    )
+
+
+def _cut_note(pair: Pair) -> tuple[str, ...]:
+    """Which part of the sharp camera's frames the result shows, if not all."""
+    (_, top, left), size = pair.origin["hr_cut_from"], pair.origin["hr_camera_size"]
+    height, width = pair.sharp.shape[1:]
+    if [height, width] == list(size):
+        return ()
+    return (
+        f"shows rows {top} to {top + height - 1} of {size[0]} and columns {left} to "
+        f"{left + width - 1} of {size[1]} of the sharp camera: outside, the fast one saw nothing",
     )
 
 
