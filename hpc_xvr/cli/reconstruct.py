@@ -131,7 +131,8 @@ if TYPE_CHECKING:
 @click.option(
     "--force",
     is_flag=True,
-    help="Go on where key frames lie further apart than the weights were trained for.",
+    help="Go on where key frames lie further apart than the weights were trained for, or the two "
+    "cameras do not agree.",
 )
 @click.option("--skip-bad", is_flag=True, help="Of many shots, skip those that cannot be used.")
 @which_checkpoint
@@ -199,11 +200,7 @@ def reconstruct(
         raise InputError("--silence ends what --follow begins: give --follow, too")
     if follow:
         _check_followed(source, pairs, to_recording, out)
-    several = (
-        isinstance(source, CameraFiles)
-        and not follow
-        and _several(source, out, pairs)
-    )
+    several = isinstance(source, CameraFiles) and not follow and _several(source, out, pairs)
     if not several:
         check_sequence(out, dtype)
         asked.verify(out)
@@ -463,7 +460,7 @@ def adapt(
     from hpc_xvr.distributed.launch import discover
     from hpc_xvr.factory.weights import Trained, check_weights_name, write_weights
     from hpc_xvr.files import check_new_file
-    from hpc_xvr.reconstruction.material import material_of
+    from hpc_xvr.reconstruction.material import check_agreement, material_of
     from hpc_xvr.reconstruction.methods import open_method
 
     if discover().size > 1:
@@ -473,7 +470,9 @@ def adapt(
     check_new_file(out)
     comm = connect("serial", device or configured_device(what))
     method = open_method(what, comm.device, which)
-    adapted = run(method, material_of(method, source), steps=steps, minutes=minutes, seed=seed)
+    material = material_of(method, source)
+    check_agreement(material)
+    adapted = run(method, material, steps=steps, minutes=minutes, seed=seed)
     assert method.config, "no method without learning can be adapted"
     trained = Trained(adapted.state, method.config, method.step)
     write_weights(out, trained, {"weights": "averaged", "adapted": adapted.told()})

@@ -80,6 +80,8 @@ class Material:
     places: np.ndarray | None = field(default=None, repr=False, compare=False)
     """Place of each frame of `lr` in a result that has a frame of NaN where one is missing; None:
     it has none."""
+    doubt: str = ""
+    """What certainly does not fit between the cameras, see `check_agreement`."""
 
 
 def material_of(method: NamedMethod, source: Source) -> Material:
@@ -150,11 +152,13 @@ def from_recordings(
     name = f"{sharp.path} with {fast.path}"
     if agreed is None:
         slow, quick = sharp.frame_rate_hz, fast.frame_rate_hz
-        grey = _agreed(lr, keys, name, pairing, quick / slow if slow and quick else None)
+        rates = quick / slow if slow and quick else None
+        grey, doubt = _agreed(lr, keys, name, pairing, rates)
     else:
-        grey = agreed(lr, keys, name, pairing)
+        grey, doubt = agreed(lr, keys, name, pairing), ""
     matched = Stream(lr.shape, lambda t: grey.matched(lr[t]))
-    return _material(method, (matched, keys), _calibration(pair, grey))
+    material = _material(method, (matched, keys), _calibration(pair, grey))
+    return replace(material, doubt=doubt)
 
 
 def check_gaps(
@@ -192,10 +196,20 @@ def check_gaps(
     _refuse(problem, "check --gap, use other weights", force)
 
 
+def check_agreement(material: Material, force: bool = False) -> None:
+    """Refuse cameras that certainly do not show the same at one time; `force`: warn.
+
+    Raises:
+        InputError: says what does not fit, and what to check.
+    """
+    if material.doubt:
+        _refuse(material.doubt, "", force)
+
+
 def _refuse(problem: str, advice: str, force: bool) -> None:
     """Refuse, or, if that is wanted all the same, warn."""
     if not force:
-        raise InputError(f"{problem}; {advice}, or try with --force")
+        raise InputError(f"{problem}{advice and '; '}{advice}, or try with --force")
     logger.warning("%s: look at the result with care", problem)
 
 
@@ -280,16 +294,16 @@ def _agreed(
     name: str,
     pairing: Pairing,
     rates: float | None = None,
-) -> Grey:
-    """Compare the cameras at the key frames' instants; the grey scale to take out.
+) -> tuple[Grey, str]:
+    """Compare the cameras at the key frames' instants; the grey scale to take out, and what
+    certainly does not fit.
 
     Args:
         rates: the gap as the frame rates say, if they are known.
     """
     found = compare(lr, keys)
-    if found is not None:
-        told(found, name, pairing.gap or math.nan, rates)
-    return grey_to_match(found, name, pairing.match_grey)
+    doubt = told(found, name, pairing.gap or math.nan, rates) if found else ""
+    return grey_to_match(found, name, pairing.match_grey), doubt
 
 
 def _calibration(pair: Pair, grey: Grey) -> Calibration:
@@ -357,9 +371,9 @@ def _from_own_stream(method: NamedMethod, video: Video) -> Material:
     info = video.info
     steps = np.diff(info.lr_times or [])
     interval = float(np.median(steps)) if len(steps) else math.nan
-    found, grey = compare(lr, keys), Grey()
+    found, grey, doubt = compare(lr, keys), Grey(), ""
     if found is not None:
-        told(found, name, 1 / interval)
+        doubt = told(found, name, 1 / interval)
         grey = grey_of(found, name)
     rate, times = info.metadata.get("lr_frame_rate_hz"), None
     if info.frame_rate_hz:
@@ -372,7 +386,8 @@ def _from_own_stream(method: NamedMethod, video: Video) -> Material:
         notes=_grey_notes(grey),
         bit_depth=info.bit_depth,
     )
-    return _material(method, (Stream(lr.shape, lambda t: grey.matched(lr[t])), keys), calibration)
+    matched = Stream(lr.shape, lambda t: grey.matched(lr[t]))
+    return replace(_material(method, (matched, keys), calibration), doubt=doubt)
 
 
 def _white(info: VideoInfo) -> tuple[float, str]:

@@ -25,7 +25,13 @@ from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.factory.weights import Which
 from hpc_xvr.files import check_spared, remove_partials
 from hpc_xvr.log import logger, progress_bar
-from hpc_xvr.reconstruction.material import Material, Source, check_gaps, material_of
+from hpc_xvr.reconstruction.material import (
+    Material,
+    Source,
+    check_agreement,
+    check_gaps,
+    material_of,
+)
 from hpc_xvr.reconstruction.methods import NamedMethod, model_entry, open_method
 from hpc_xvr.reconstruction.overlap import Behind, Beside, Stopped, ahead
 from hpc_xvr.reconstruction.pipeline import Piece, Reconstruction, common
@@ -87,7 +93,8 @@ class Wanted:
             is, and the end.
         beyond: also frames before the first and after the last key frame, from that one alone.
         dtype: of the numbers in the file, see `write_sequence`.
-        force: go on where key frames lie further apart than the weights were trained for.
+        force: go on where key frames lie further apart than the weights were trained for, or the
+            cameras do not agree.
         alone: the movie shows the result only.
         command: the command line, stored with the result.
         trust: what is to be told of how far the result may be believed.
@@ -162,9 +169,10 @@ def reconstruct_with(
     files = [path for path in (out, *beside, *asked) if path]
 
     def look() -> tuple[Material, range]:
-        check_spared(files, read_places(method, source))
         material = material_of(method, source)
+        check_spared(files, read_places(method, source))
         frames = chosen_frames(material, wanted, str(out))
+        check_agreement(material, wanted.force)
         check_gaps(method, list(material.keys), wanted.force, frames)
         check_sequence(out, wanted.dtype)  # before minutes of work
         if movie:

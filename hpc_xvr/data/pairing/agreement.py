@@ -30,6 +30,14 @@ RELATED, TOO_FAR = 0.3, 3.0
 would be seen."""
 BETTER = 2.0
 """What another place or time must leave less of, as a ratio of variances, to be told."""
+STEADY = 0.8
+"""Correlation of fast frames with their neighbours above which noise is not what makes them unlike
+the sharp ones: noise that leaves them a correlation of 0.5 would leave their neighbours 0.25."""
+FAR, LATE = 1.0, 2.0
+"""Fast pixels beside the sharp picture, and fast frames beside its instant, from which on a movie
+would be wrong."""
+SMALLEST = 4
+"""Side of fast frames below which nothing can be compared."""
 CONTRAST = 0.005
 """Deviation of a binned key frame, of its largest value, up to which nothing can be compared. Not
 of full scale: 10-bit counts in 16 bit are all dark."""
@@ -77,6 +85,11 @@ class Agreement:
     """Key frame's number, and how many fast frames later the one comes that fits it best."""
     turned: str
     """Name in TURNED if the fast frames fit only in this way, else empty."""
+    usual_shift: tuple[float, float] = (0.0, 0.0)
+    """The same as `shift`, but the median: where most key frames lie, not one."""
+    steady: float = 0.0
+    """Correlation of the fast frames with their neighbours in time: high if they show more than
+    noise."""
 
 
 def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agreement | None:
@@ -86,11 +99,13 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         fast: frames (h, w) in [0, 1].
         keys: fast frame number -> key frame (s h, s w) in [0, 1], with s a whole number.
 
-    Returns None if no key frame has contrast enough.
+    Returns None if no key frame has contrast enough, or the frames are too small.
     """
     times = list(keys)
+    if min(fast[times[0]].shape) < SMALLEST:
+        return None
     chosen = np.unique(np.linspace(0, len(times) - 1, LOOKED_AT).round().astype(int))
-    fits, lags, ways = [], [], []
+    fits, lags, ways, alike = [], [], [], []
     for number in chosen:
         t = times[number]
         frame, key = fast[t], keys[t]
@@ -102,6 +117,8 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         left = {other: _left(low, fast[other]) for other in around}
         best = min(left, key=lambda other: left[other])
         lags.append((int(number), best - t if left[t] > BETTER * left[best] else 0))
+        beside = max(0, t - 1) if t + 1 == len(fast) else t + 1
+        alike.append(_correlation(frame, fast[beside]) if beside != t else 0.0)
         turned = {name: _left(low[way], frame) for name, way in TURNED.items()}
         name = min(turned, key=lambda way: turned[way])
         ways.append(name if left[t] > BETTER * turned[name] else "")
@@ -120,18 +137,20 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         (float(down), float(right)),
         tuple(lags),
         usual,
+        (float(np.median([fit[3] for fit in fits])), float(np.median([fit[4] for fit in fits]))),
+        float(np.mean(alike)),
     )
 
 
-def told(found: Agreement, name: str, gap: float, rates: float | None = None) -> None:
-    """Warn of what does not fit, with the likely cause.
+def told(found: Agreement, name: str, gap: float, rates: float | None = None) -> str:
+    """Warn of what does not fit, with the likely cause; return what certainly does not, and would
+    make a wrong movie, as "what: what to do", else nothing.
 
     Args:
         rates: the gap as the frame rates say, if they are known.
 
     Raises:
-        InputError: a mirrored or a negative picture, or a gap that both the pictures and the frame
-            rates contradict: nothing right could come of it.
+        InputError: a mirrored or a negative picture: nothing right could come of it.
     """
     if found.turned:
         raise InputError(
@@ -144,25 +163,38 @@ def told(found: Agreement, name: str, gap: float, rates: float | None = None) ->
             f"{found.correlation:.2f}): is one of them an attenuation, or stored with white as 0?"
         )
     off = [(number, lag) for number, lag in found.lags if lag]
+    aside = max(map(abs, found.shift))
     if len(off) > len(found.lags) / 2:
+        problem = f"{name}: {_cause(off, gap)}"
+        certain = float(np.median([abs(lag) for _, lag in off])) >= LATE
         if rates and abs(gap / rates - 1) > CONTRADICTION:
-            raise InputError(
-                f"{name}: {_cause(off, gap)}; the frame rates, too, say {rates:g}: give that "
-                "--gap or, where the files state wrong rates, --lr-frame-rate and --hr-frame-rate"
-            )
-        logger.warning("%s: %s", name, _cause(off, gap))
-    elif max(map(abs, found.shift)) > 0.5:
-        logger.warning(
-            "%s: the fast camera's picture lies %+.1f rows and %+.1f columns of fast pixels beside "
-            "the sharp one's: check --registration",
-            *(name, *found.shift),
+            problem += f"; the frame rates, too, say {rates:g}"
+            certain = True
+    elif aside > 0.5:
+        problem = (
+            f"{name}: the fast camera's picture lies {found.shift[0]:+.1f} rows and "
+            f"{found.shift[1]:+.1f} columns of fast pixels beside the sharp one's: check "
+            "--registration (hpc-xvr register finds it)"
         )
+        certain = max(map(abs, found.usual_shift)) >= FAR
     elif found.correlation < 0.5:
-        logger.warning(
-            "%s: the fast frames hardly resemble the sharp ones (correlation %.2f): noise, or do "
-            "the two recordings not belong together? check --gap, --lr-start and --registration",
-            *(name, found.correlation),
+        certain = found.steady > STEADY
+        other = (
+            f"although they resemble each other ({found.steady:.2f})"
+            if certain
+            else "noise, or do the two recordings not belong together?"
         )
+        problem = (
+            f"{name}: the fast frames hardly resemble the sharp ones (correlation "
+            f"{found.correlation:.2f}), {other}: check the files, --gap, --lr-start, "
+            "--registration and flat fields"
+        )
+    else:
+        return ""
+    if not certain:
+        logger.warning("%s", problem)
+        return ""
+    return problem
 
 
 def grey_to_match(found: Agreement | None, name: str, match: bool | Grey) -> Grey:
