@@ -179,15 +179,15 @@ def told(found: Agreement, name: str, gap: float, rates: float | None = None) ->
         certain = max(map(abs, found.usual_shift)) >= FAR
     elif found.correlation < 0.5:
         certain = found.steady > STEADY
-        other = (
-            f"although they resemble each other ({found.steady:.2f})"
+        cause = (
+            f", although they resemble each other ({found.steady:.2f}): do"
             if certain
-            else "noise, or do the two recordings not belong together?"
+            else ": noise, or do"
         )
         problem = (
             f"{name}: the fast frames hardly resemble the sharp ones (correlation "
-            f"{found.correlation:.2f}), {other}: check the files, --gap, --lr-start, "
-            "--registration and flat fields"
+            f"{found.correlation:.2f}){cause} the two recordings not belong together? check --gap, "
+            "--lr-start, --registration and flat fields"
         )
     else:
         return ""
