@@ -318,6 +318,25 @@ def test_frames_without_a_picture_are_told(hpc_xvr, tmp_path):
     assert "frame 6 of the fast camera: all its pixels are 0 of full scale" in said
 
 
+def test_a_stated_grey_that_key_frames_contradict_is_told(hpc_xvr, tmp_path):
+    scene = moving(17)
+    cameras = 0.5 * bin_down(scene, 4), scene[::GAP]
+    white = "--lr-full-scale", 1, "--hr-full-scale", 1
+    _, said = reconstruct(hpc_xvr, tmp_path, *cameras, *white, "--match-grey", "0.5,0.01")
+    assert "--match-grey states" not in said
+    for stated in ("0.7,0", "0.5,0.1"):
+        _, said = reconstruct(hpc_xvr, tmp_path, *cameras, *white, "--match-grey", stated)
+        assert "but the key frames say 0.5 x sharp" in said
+
+
+def test_pixel_sizes_that_contradict_the_scale_are_told(hpc_xvr, tmp_path):
+    cameras = bin_down(moving(17), 4), moving(17)[::GAP]
+    for size, wrong in ((8.5, False), (2, True)):
+        sizes = "--lr-pixel-size", size, "--hr-pixel-size", 2
+        _, said = reconstruct(hpc_xvr, tmp_path, *cameras, *sizes)
+        assert ("a fast pixel is 1 sharp ones wide, but it is 4" in said) == wrong
+
+
 def test_a_lost_key_frame_is_refused(hpc_xvr, tmp_path):
     scene = moving(17)
     keys = scene[::GAP].copy()

@@ -198,8 +198,20 @@ def told(found: Agreement, name: str, gap: float, rates: float | None = None) ->
 
 
 def grey_to_match(found: Agreement | None, name: str, match: bool | Grey) -> Grey:
-    """The gain and offset to take out: those that are stated, or as `grey_of` if `match`."""
+    """The gain and offset to take out: those that are stated, or as `grey_of` if `match`.
+
+    Warns where the key frames certainly have others than those that are stated."""
     if isinstance(match, Grey):
+        if found is not None and found.correlation >= ALIKE and found.spread <= 0.1:
+            seen = found.grey.gain * found.level + found.grey.offset
+            aside = abs(match.gain * found.level + match.offset - seen)
+            unlike = abs(match.gain / found.grey.gain - 1) > 0.2
+            if unlike or aside > max(0.05 * found.level, 0.1 * found.contrast) * found.grey.gain:
+                logger.warning(
+                    "%s: --match-grey states fast = %.4g x sharp %+.4f, but the key frames say "
+                    "%.4g x sharp %+.4f: frames beside key frames may flicker",
+                    *(name, match.gain, match.offset, found.grey.gain, found.grey.offset),
+                )
         return match
     return grey_of(found, name) if match and found is not None else Grey()
 
