@@ -19,7 +19,7 @@ from hpc_xvr.data.registering.register import registered
 from hpc_xvr.data.registration import Registration, read_registration
 from hpc_xvr.distributed.comm import device_of
 from hpc_xvr.distributed.launch import discover
-from hpc_xvr.reconstruction.material import Material, check_gaps, from_recordings
+from hpc_xvr.reconstruction.material import Material, check_agreement, check_gaps, from_recordings
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
 from hpc_xvr.reconstruction.streams import remembered
 from hpc_xvr.reconstruction.tiles import in_tiles
@@ -175,7 +175,8 @@ def reconstruct(
         match_grey: bring the fast frames to the sharp camera's grey scale where a gain and an
             offset between the two are certain.
         crop: cut the sharp frames to what the fast camera saw and to multiples of the scale.
-        force: go on where key frames lie further apart than the model was trained for.
+        force: go on where key frames lie further apart than the model was trained for, or the
+            cameras do not agree.
         frames: first one and the one after the last; only gaps that hold some of them are computed.
         beyond: also the frames before the first and after the last key frame, from that one alone.
         tile: make frames in tiles of so many sharp pixels a side, with what they depend on around
@@ -191,6 +192,7 @@ def reconstruct(
     """
     material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
     chosen = chosen_frames(material, Wanted(frames, beyond), "reconstruct")
+    check_agreement(material, force)
     check_gaps(model.method, list(material.keys), force, chosen)
     return frames_of(in_tiles(model.method, tile), material, model.device, chosen)
 
@@ -270,6 +272,7 @@ def reconstruct_checked(
         InputError: the recordings do not fit each other or the model.
     """
     material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
+    check_agreement(material, force)
     check_gaps(model.method, list(material.keys), force)
     lr, keys = remembered(material.lr, material.keys)
     material = replace(material, lr=lr, keys=keys)
@@ -323,6 +326,7 @@ def check_keys(
     material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
     lr, keys = remembered(material.lr, material.keys)
     held_out.left_out(list(keys))
+    check_agreement(material, force)
     check_gaps(model.method, list(keys), force)
     around = surroundings(keys, observe(lr, keys))
     return held_out.check(model.method, lr, keys, around, model.device)

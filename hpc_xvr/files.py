@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -152,6 +152,27 @@ def check_new_file(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file")
     _check_open(path, path.absolute().parent)
+
+
+def check_spared(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise InputError if what is written would replace what is read, or lie in a folder of it.
+
+    Args:
+        inputs: files, and folders whose contents are read.
+    """
+    there = [path.resolve() for path in inputs if path.exists()]
+    for out in outputs:
+        real = out.resolve()
+        for source in there:
+            same = out.exists() and out.samefile(source)
+            if same or real == source or real in source.parents:
+                raise InputError(
+                    f"{out}: would replace {source}, which is read: choose another name"
+                )
+            if source.is_dir() and source in real.parents:
+                raise InputError(
+                    f"{out}: would lie in {source}, whose files are read: choose another folder"
+                )
 
 
 def check_new_folder(path: Path) -> None:

@@ -205,16 +205,21 @@ def take_source(options: dict[str, Any]) -> Source:
     pairing = take_pairing(options)
     lr, hr, video, corpus, crop = (options.pop(n) for n in ("lr", "hr", "video", "corpus", "crop"))
     if lr and hr and not video:
+        if corpus:
+            raise InputError(
+                "--corpus is for --video: leave it out for camera files (--lr and --hr)"
+            )
         return CameraFiles(lr, hr, lr_camera, hr_camera, pairing, crop)
     if not video or lr or hr:
         raise InputError(
             "give either --lr and --hr (two camera files) or --video (a recording of the corpus)"
         )
     stated = {**lr_camera.described(), **hr_camera.described()}
-    if stated or pairing.start or pairing.registration or crop:
+    matched = pairing.match_grey is not True
+    if stated or pairing.start or pairing.registration or matched or crop:
         raise InputError(
-            "options of cameras, --lr-start, --registration and --crop are for camera files "
-            "(--lr and --hr); leave them out for a recording of a corpus"
+            "options of cameras, --lr-start, --registration, --match-grey and --crop are for "
+            "camera files (--lr and --hr); leave them out for a recording of a corpus"
         )
     return CorpusRecording(corpus, video, pairing.gap)
 

@@ -133,7 +133,8 @@ if TYPE_CHECKING:
 @click.option(
     "--force",
     is_flag=True,
-    help="Go on where key frames lie further apart than the weights were trained for.",
+    help="Go on where key frames lie further apart than the weights were trained for, or the two "
+    "cameras do not agree.",
 )
 @click.option("--skip-bad", is_flag=True, help="Of many shots, skip those that cannot be used.")
 @which_checkpoint
@@ -201,11 +202,7 @@ def reconstruct(
         raise InputError("--silence ends what --follow begins: give --follow, too")
     if follow:
         _check_followed(source, pairs, to_recording, out)
-    several = (
-        isinstance(source, CameraFiles)
-        and not follow
-        and (pairs is not None or _several(source, out))
-    )
+    several = isinstance(source, CameraFiles) and not follow and _several(source, out, pairs)
     if not several:
         check_sequence(out, dtype)
         asked.verify(out)
@@ -317,17 +314,18 @@ def _span(text: str | None) -> tuple[int | None, int | None]:
     return (int(start) if start else None), (int(stop) if stop else None)
 
 
-def _several(source: CameraFiles, out: Path) -> bool:
+def _several(source: CameraFiles, out: Path, pairs: Path | None) -> bool:
     """Are there many shots? Then `out` is a folder or a pattern."""
     from hpc_xvr.reconstruction.recordings import NAME, holds_several
 
     pattern = NAME in str(out) or out.is_dir()
-    if not holds_several(source):
+    if pairs is None and not holds_several(source):
         return pattern and source.lr.is_dir() and source.hr.is_dir()
     if not pattern and out.suffix:
+        where = f"{pairs} may name" if pairs else f"{source.lr} and {source.hr} hold"
         raise InputError(
-            f"--out {out}: {source.lr} and {source.hr} hold several recordings; give a folder, or "
-            "a pattern such as results/{name}" + out.suffix
+            f"--out {out}: {where} several recordings; give a folder, or a pattern such as "
+            "results/{name}" + out.suffix
         )
     return True
 
@@ -477,7 +475,7 @@ def adapt(
     from hpc_xvr.distributed.launch import discover
     from hpc_xvr.factory.weights import Trained, check_weights_name, read_weights, write_weights
     from hpc_xvr.files import check_new_file
-    from hpc_xvr.reconstruction.material import check_gaps, material_of
+    from hpc_xvr.reconstruction.material import check_agreement, check_gaps, material_of
     from hpc_xvr.reconstruction.methods import open_method
     from hpc_xvr.reconstruction.provenance import command_line, provenance_of
 
@@ -490,6 +488,7 @@ def adapt(
     method = open_method(what, comm.device, which)
     material = material_of(method, source)
     check_gaps(method, list(material.keys), force)
+    check_agreement(material, force)
     adapted = run(method, material, steps=steps, minutes=minutes, seed=seed, tile=tile)
     assert method.config, "no method without learning can be adapted"
     command = command_line(["hpc-xvr", *sys.argv[1:]])

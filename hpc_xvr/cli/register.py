@@ -89,13 +89,14 @@ def register(
     from hpc_xvr.data.registering.register import registered
     from hpc_xvr.data.registering.results import write_overlay, write_registration
     from hpc_xvr.data.registration import read_registration
-    from hpc_xvr.files import check_new_file
+    from hpc_xvr.files import check_new_file, check_spared
 
     picture = overlay or out.with_suffix(".png")
     if picture == out:
         raise InputError(f"{out}: the result and --overlay must be two files")
     check_new_file(out)
     check_new_file(picture)
+    check_spared([out, picture], [lr, hr])
     hr_camera, lr_camera = take_readings(options)
     rough = read_registration(near) if near else None
     sharp = hr_camera.open(hr)

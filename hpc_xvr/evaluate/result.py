@@ -125,6 +125,9 @@ def open_result(path: Path, sources: bool = True) -> Result:
         recording = open_camera_file(path, missing=True)
     about = _read(_beside(path))
     trust = _read(path.with_name(f"{path.stem}-trust.json"))
+    if trust.get("result", path.name) != path.name:
+        logger.warning("%s-trust.json is that of %s: left out", path.stem, trust["result"])
+        trust = {}
     frames = _dict(about.get("frames"))
     places = np.rint(recording.taken()).astype(int)
     count, *_ = [*_list(frames.get("shape")), None]

@@ -30,7 +30,7 @@ from hpc_xvr.data.ranks import ONE_RANK
 from hpc_xvr.errors import InputError, PassingError
 from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.factory.weights import Which
-from hpc_xvr.files import disk_errors, remove
+from hpc_xvr.files import check_spared, disk_errors, remove
 from hpc_xvr.log import logger, say
 from hpc_xvr.reconstruction.material import (
     CameraFiles,
@@ -120,6 +120,7 @@ class Follower:
         silence: float,
     ) -> None:
         check_sequence(out, wanted.dtype)
+        check_spared([out], [source.lr, source.hr])
         self.method, self.device, self.source = method, device, source
         self.out, self.wanted, self.silence = out, wanted, silence
         self.lr, self.hr = (

@@ -36,6 +36,8 @@ from hpc_xvr.reconstruction.writers import (
 
 SATURATED = 0.005
 """Share of pixels at the largest count that is told."""
+_LISTED = 8
+"""Fast frames that show nothing, after which no more are listed."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Material:
     places: np.ndarray | None = field(default=None, repr=False, compare=False)
     """Place of each frame of `lr` in a result that has a frame of NaN where one is missing; None:
     it has none."""
+    doubt: str = ""
+    """What certainly does not fit between the cameras, see `check_agreement`."""
 
 
 def material_of(method: NamedMethod, source: Source) -> Material:
@@ -144,11 +148,17 @@ def from_recordings(
     pair = joined(sharp, fast, pairing, scale, crop, growing=agreed is not None)
     lr, keys = streams_of_pair(pair, scale)
     if agreed is None:
-        _say_if_saturated(pair, lr, keys)
+        _look_at_greys(pair, lr, keys)
     name = f"{sharp.path} with {fast.path}"
-    grey = (agreed or _agreed)(lr, keys, name, pairing)
+    if agreed is None:
+        slow, quick = sharp.frame_rate_hz, fast.frame_rate_hz
+        rates = quick / slow if slow and quick else None
+        grey, doubt = _agreed(lr, keys, name, pairing, rates)
+    else:
+        grey, doubt = agreed(lr, keys, name, pairing), ""
     matched = Stream(lr.shape, lambda t: grey.matched(lr[t]))
-    return _material(method, (matched, keys), _calibration(pair, grey))
+    material = _material(method, (matched, keys), _calibration(pair, grey))
+    return replace(material, doubt=doubt)
 
 
 def check_gaps(
@@ -186,10 +196,20 @@ def check_gaps(
     _refuse(problem, "check --gap, use other weights", force)
 
 
+def check_agreement(material: Material, force: bool = False) -> None:
+    """Refuse cameras that certainly do not show the same at one time; `force`: warn.
+
+    Raises:
+        InputError: says what does not fit, and what to check.
+    """
+    if material.doubt:
+        _refuse(material.doubt, "", force)
+
+
 def _refuse(problem: str, advice: str, force: bool) -> None:
     """Refuse, or, if that is wanted all the same, warn."""
     if not force:
-        raise InputError(f"{problem}; {advice}, or try with --force")
+        raise InputError(f"{problem}{advice and '; '}{advice}, or try with --force")
     logger.warning("%s: look at the result with care", problem)
 
 
@@ -199,46 +219,66 @@ def _material(
     calibration: Calibration,
     truth: Callable[[int], np.ndarray] | None = None,
 ) -> Material:
-    """The input of a reconstruction; networks that carry key frames refuse those that show
-    nothing."""
+    """The input of a reconstruction, of whose frames it is said if they show nothing. Such a key
+    frame is refused by networks that carry key frames, and where others show something."""
     lr, keys = streams
     told: set[str] = set()
 
     def checked(frame: np.ndarray, name: str) -> np.ndarray:
-        if frame.min() == frame.max() and name not in told:
+        if _empty(frame) and name not in told and len(told) <= _LISTED:
             told.add(name)
             logger.warning(
-                "%s: all its pixels are %g of full scale: was it lost, or not exposed?",
+                "%s: all its pixels are %g of full scale: was it lost, or not exposed?%s",
                 *(name, frame.flat[0]),
+                " Further ones are not listed." if len(told) > _LISTED else "",
             )
         return frame
 
     def key(t: int) -> np.ndarray:
         frame = keys[t]
-        if method.lr_frames == WHOLE_GAP:
-            return _with_a_picture(frame, t)
+        if _empty(frame) and (
+            method.lr_frames == WHOLE_GAP or not all(_empty(keys[n]) for n in _beside(keys, t))
+        ):
+            raise InputError(
+                f"the key frame at frame {t}: all its pixels are {frame.flat[0]:g} of full scale, "
+                "so it shows nothing; was it lost, or not exposed? leave it out of the recording"
+            )
         return checked(frame, f"the key frame at frame {t}")
 
     fast = Stream(lr.shape, lambda t: checked(lr[t], f"frame {t} of the fast camera"))
     return Material(fast, KeyFrames(list(keys), keys.shape, key), calibration, truth)
 
 
-def _with_a_picture(frame: np.ndarray, t: int) -> np.ndarray:
-    if frame.min() == frame.max():
-        raise InputError(
-            f"the key frame at frame {t}: all its pixels are {frame.flat[0]:g} of full scale, so "
-            "there is nothing to carry; was it lost, or not exposed? leave it out"
-        )
-    return frame
+def _empty(frame: np.ndarray) -> bool:
+    return bool(frame.min() == frame.max())
 
 
-def _say_if_saturated(pair: Pair, lr: Stream, keys: KeyFrames) -> None:
-    """Warn of counts that are the largest possible in more than a few pixels of some frames."""
+def _beside(keys: KeyFrames, t: int) -> list[int]:
+    """The key frames before and after one."""
+    times = list(keys)
+    at = times.index(t)
+    return [*times[max(0, at - 1) : at], *times[at + 1 : at + 2]]
+
+
+def _look_at_greys(pair: Pair, lr: Stream, keys: KeyFrames) -> None:
+    """Warn of counts that are the largest possible in more than a few pixels of some frames.
+
+    Raises:
+        InputError: one camera shows nothing at all: only black, only white, or one grey where the
+            other camera sees something.
+    """
     times = list(keys)[:: -(-len(keys) // 4)]
-    for recording, frames in (
+    cameras = (
         (pair.fast, [lr[t] for t in times]),
         (pair.sharp, [keys[t] for t in times]),
-    ):
+    )
+    empty = [all(map(_empty, frames)) for _, frames in cameras]
+    for (recording, frames), nothing in zip(cameras, empty, strict=True):
+        if nothing and (not all(empty) or {float(frame.flat[0]) for frame in frames} <= {0.0, 1.0}):
+            raise InputError(
+                f"{recording.path}: all pixels are equal, in each of {len(frames)} frames that "
+                "were looked at: was the beam off, or is it another camera's file?"
+            )
         share = float(np.mean([frame >= 1 for frame in frames]))
         if share > SATURATED and not recording.in_floats():
             logger.warning(
@@ -248,12 +288,22 @@ def _say_if_saturated(pair: Pair, lr: Stream, keys: KeyFrames) -> None:
             )
 
 
-def _agreed(lr: Stream, keys: Mapping[int, np.ndarray], name: str, pairing: Pairing) -> Grey:
-    """Compare the cameras at the key frames' instants; the grey scale to take out."""
+def _agreed(
+    lr: Stream,
+    keys: Mapping[int, np.ndarray],
+    name: str,
+    pairing: Pairing,
+    rates: float | None = None,
+) -> tuple[Grey, str]:
+    """Compare the cameras at the key frames' instants; the grey scale to take out, and what
+    certainly does not fit.
+
+    Args:
+        rates: the gap as the frame rates say, if they are known.
+    """
     found = compare(lr, keys)
-    if found is not None:
-        told(found, name, pairing.gap or math.nan)
-    return grey_to_match(found, name, pairing.match_grey)
+    doubt = told(found, name, pairing.gap or math.nan, rates) if found else ""
+    return grey_to_match(found, name, pairing.match_grey), doubt
 
 
 def _calibration(pair: Pair, grey: Grey) -> Calibration:
@@ -265,14 +315,29 @@ def _calibration(pair: Pair, grey: Grey) -> Calibration:
         white, unit = float(2**sharp.bit_depth - 1), "counts"
     left_out = fast.metadata.get(LEFT_OUT)
     missing = (f"missing frames of the fast camera: {left_out}",) if left_out else ()
+    cut = _cut_note(pair)
+    if cut:
+        logger.info("%s with %s: %s", sharp.path, fast.path, *cut)
     return Calibration(
         fast.frame_rate_hz,
         sharp.pixel_size_um,
         white,
         unit=unit,
         times_s=fast.times_s,
-        notes=(*missing, *_grey_notes(grey)),
+        notes=(*cut, *missing, *_grey_notes(grey)),
         bit_depth=None if floats else sharp.bit_depth,
+    )
+
+
+def _cut_note(pair: Pair) -> tuple[str, ...]:
+    """Which part of the sharp camera's frames the result shows, if not all."""
+    (_, top, left), size = pair.origin["hr_cut_from"], pair.origin["hr_camera_size"]
+    height, width = pair.sharp.shape[1:]
+    if [height, width] == list(size):
+        return ()
+    return (
+        f"shows rows {top} to {top + height - 1} of {size[0]} and columns {left} to "
+        f"{left + width - 1} of {size[1]} of the sharp camera: outside, the fast one saw nothing",
     )
 
 
@@ -306,9 +371,9 @@ def _from_own_stream(method: NamedMethod, video: Video) -> Material:
     info = video.info
     steps = np.diff(info.lr_times or [])
     interval = float(np.median(steps)) if len(steps) else math.nan
-    found, grey = compare(lr, keys), Grey()
+    found, grey, doubt = compare(lr, keys), Grey(), ""
     if found is not None:
-        told(found, name, 1 / interval)
+        doubt = told(found, name, 1 / interval)
         grey = grey_of(found, name)
     rate, times = info.metadata.get("lr_frame_rate_hz"), None
     if info.frame_rate_hz:
@@ -321,7 +386,8 @@ def _from_own_stream(method: NamedMethod, video: Video) -> Material:
         notes=_grey_notes(grey),
         bit_depth=info.bit_depth,
     )
-    return _material(method, (Stream(lr.shape, lambda t: grey.matched(lr[t])), keys), calibration)
+    matched = Stream(lr.shape, lambda t: grey.matched(lr[t]))
+    return replace(_material(method, (matched, keys), calibration), doubt=doubt)
 
 
 def _white(info: VideoInfo) -> tuple[float, str]:

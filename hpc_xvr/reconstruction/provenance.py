@@ -22,7 +22,7 @@ from hpc_xvr.data.pairing.agreement import Grey
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import explain_os_error
 from hpc_xvr.log import logger
-from hpc_xvr.reconstruction.material import CorpusRecording, Source
+from hpc_xvr.reconstruction.material import CameraFiles, CorpusRecording, Source
 from hpc_xvr.reconstruction.methods import NamedMethod
 from hpc_xvr.reconstruction.writers import Provenance
 from hpc_xvr.text import printable
@@ -209,12 +209,29 @@ def facts_of(source: Source) -> str:
     else:
         cameras = source.lr_camera, source.hr_camera
         facts = [repr(source.pairing), source.crop, *(c.described() for c in cameras)]
-        recordings: list[tuple[Path | str, CameraReading]]
-        recordings = [(source.lr, cameras[0]), (source.hr, cameras[1])]
-        recordings += [(f, c) for c in cameras for f in (c.flat, c.dark) if f]
-        for path, camera in recordings:
-            for file in _with_header(camera_files(path, bool(camera.missing))[0]):
-                for one in _inside(file):
-                    found = one.stat()
-                    facts.append([str(one.resolve()), found.st_size, found.st_mtime_ns])
+        for file in _files_of(source):
+            for one in _inside(file):
+                found = one.stat()
+                facts.append([str(one.resolve()), found.st_size, found.st_mtime_ns])
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def read_places(method: NamedMethod, source: Source) -> list[Path]:
+    """The files that a reconstruction reads, and the folders all of whose files it reads."""
+    if isinstance(source, CorpusRecording):
+        return [Path(source.corpus or (method.config or Config()).data.corpus)]
+    folders = [path for path in map(Path, (source.lr, source.hr)) if path.is_dir()]
+    return [*folders, *_files_of(source)]
+
+
+def _files_of(source: CameraFiles) -> list[Path]:
+    """The files of both cameras, and of their flat and dark fields."""
+    cameras = source.lr_camera, source.hr_camera
+    recordings: list[tuple[Path | str, CameraReading]]
+    recordings = [(source.lr, cameras[0]), (source.hr, cameras[1])]
+    recordings += [(f, c) for c in cameras for f in (c.flat, c.dark) if f]
+    return [
+        file
+        for path, camera in recordings
+        for file in _with_header(camera_files(path, bool(camera.missing))[0])
+    ]

@@ -157,11 +157,12 @@ def streams_of_pair(pair: Pair, scale: int) -> tuple[Stream, KeyFrames]:
     h, w = fast.shape[1:]
     height, width = sharp.shape[1:]
     if (height, width) != (scale * h, scale * w):
+        swapped = "; or are the two files swapped?" if h > height or w > width else ""
         raise InputError(
             f"{sharp.path} shows {height}x{width} pixels and {fast.path} {h}x{w}: scale "
             f"{scale} needs {scale * h}x{scale * w} for it; state with --registration where the "
             "fast camera's pixels lie on the sharp frames (hpc-xvr register finds it), or use a "
-            "model of the right scale"
+            f"model of the right scale{swapped}"
         )
     if sharp.shape[0] < 2:
         raise TooFew(

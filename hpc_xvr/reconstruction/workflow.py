@@ -23,13 +23,19 @@ from hpc_xvr.data.ranks import ONE_RANK, Ranks
 from hpc_xvr.errors import BAD_INPUT, InputError, PassingError
 from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.factory.weights import Which
-from hpc_xvr.files import remove_partials
+from hpc_xvr.files import check_spared, remove_partials
 from hpc_xvr.log import logger, progress_bar
-from hpc_xvr.reconstruction.material import Material, Source, check_gaps, material_of
+from hpc_xvr.reconstruction.material import (
+    Material,
+    Source,
+    check_agreement,
+    check_gaps,
+    material_of,
+)
 from hpc_xvr.reconstruction.methods import NamedMethod, model_entry, open_method
 from hpc_xvr.reconstruction.overlap import Behind, Beside, Stopped, ahead
 from hpc_xvr.reconstruction.pipeline import Piece, Reconstruction, common
-from hpc_xvr.reconstruction.provenance import facts_of, provenance_of
+from hpc_xvr.reconstruction.provenance import facts_of, provenance_of, read_places
 from hpc_xvr.reconstruction.spool import Spool
 from hpc_xvr.reconstruction.streams import (
     remembered,
@@ -87,7 +93,8 @@ class Wanted:
             is, and the end.
         beyond: also frames before the first and after the last key frame, from that one alone.
         dtype: of the numbers in the file, see `write_sequence`.
-        force: go on where key frames lie further apart than the weights were trained for.
+        force: go on where key frames lie further apart than the weights were trained for, or the
+            cameras do not agree.
         alone: the movie shows the result only.
         command: the command line, stored with the result.
         trust: what is to be told of how far the result may be believed.
@@ -157,10 +164,15 @@ def reconstruct_with(
     """
 
     whole, method = method, ranks.together(lambda: in_tiles(method, wanted.tile))
+    beside = out.with_name(f"{out.name}.json"), trust_file(out)
+    asked = movie, wanted.trust.uncertainty, wanted.trust.maps
+    files = [path for path in (out, *beside, *asked) if path]
 
     def look() -> tuple[Material, range]:
         material = material_of(method, source)
+        check_spared(files, read_places(method, source))
         frames = chosen_frames(material, wanted, str(out))
+        check_agreement(material, wanted.force)
         check_gaps(method, list(material.keys), wanted.force, frames)
         check_sequence(out, wanted.dtype)  # before minutes of work
         if movie:
@@ -190,10 +202,8 @@ def reconstruct_with(
     spool = Spool(out, facts, keys.shape, kind, ranks)
     keep = True
     if ranks.rank == 0:  # what killed calls have left
-        beside = out.with_name(f"{out.name}.json"), trust_file(out)
-        for path in (out, *beside, movie, wanted.trust.uncertainty, wanted.trust.maps):
-            if path:
-                remove_partials(path)
+        for path in files:
+            remove_partials(path)
     try:
         if refine:
             refined = _refined(refine, whole, material, spool, ranks)

@@ -235,23 +235,58 @@ def test_a_negative_is_refused(hpc_xvr, tmp_path):
     assert "negative" in said
 
 
-def test_a_wrong_start_and_a_wrong_gap_are_told(hpc_xvr, tmp_path):
+def forced(hpc_xvr, folder, fast, keys, *options):
+    """What is said of cameras that do not agree, which only --force accepts."""
+    _, said = reconstruct(hpc_xvr, folder, fast, keys, *options, code=2)
+    refused = said.partition("hpc-xvr: error: ")[2]
+    assert refused.endswith(", or try with --force\n") and refused.count("\n") == 1
+    refused = refused.removesuffix(", or try with --force\n")
+    _, said = reconstruct(hpc_xvr, folder, fast, keys, *options, "--force")
+    assert f"{refused}: look at the result with care" in said
+    (folder / "out.tif").unlink()
+    return refused
+
+
+def test_a_wrong_start_and_a_wrong_gap_are_refused(hpc_xvr, tmp_path):
     scene = moving(33, speed=1.5, grain=4)
-    _, said = reconstruct(hpc_xvr, tmp_path, bin_down(scene[2:], 4), scene[:29:GAP])
+    said = forced(hpc_xvr, tmp_path, bin_down(scene[2:], 4), scene[:29:GAP])
     assert "check --lr-start" in said
-    _, said = reconstruct(hpc_xvr, tmp_path, bin_down(scene, 4), scene[: 31 : GAP + 1])
+    said = forced(hpc_xvr, tmp_path, bin_down(scene, 4), scene[: 31 : GAP + 1])
     assert "--gap of about 5 instead of 4" in said
 
 
-def test_a_shift_and_strangers_are_told(hpc_xvr, tmp_path):
+def test_a_shift_is_refused(hpc_xvr, tmp_path):
     scene = moving(17, speed=0, side=128, grain=6)
     moved = np.roll(scene, (8, -4), (1, 2))
-    _, said = reconstruct(hpc_xvr, tmp_path, bin_down(moved, 4), scene[::GAP])
+    said = forced(hpc_xvr, tmp_path, bin_down(moved, 4), scene[::GAP])
     rows, columns = map(float, re.search(r"lies (\S+) rows and (\S+) columns", said).groups())
     assert (rows, columns) == pytest.approx((2, -1), abs=0.3)
+    _, said = reconstruct(hpc_xvr, tmp_path, bin_down(np.roll(scene, 3, 2), 4), scene[::GAP])
+    assert "lies" in said and "columns of fast pixels beside" in said
+    keys = scene[::GAP].copy()
+    keys[2] = np.roll(keys[2], 40, 1)  # one of five
+    reconstruct(hpc_xvr, tmp_path, bin_down(scene, 4), keys)
+
+
+def test_strangers_are_refused_unless_it_may_be_noise(hpc_xvr, tmp_path):
+    scene = moving(17, speed=0, side=128, grain=6)
+    other = bin_down(np.transpose(scene, (0, 2, 1)), 4)
+    assert "although they resemble each other" in forced(hpc_xvr, tmp_path, other, scene[::GAP])
     strange = np.random.default_rng(5).uniform(0, 1, scene.shape).astype(np.float32)
     _, said = reconstruct(hpc_xvr, tmp_path, bin_down(strange, 4), scene[::GAP])
     assert "hardly resemble the sharp ones" in said
+    noisy = bin_down(scene, 4)
+    noisy = noisy + np.random.default_rng(5).normal(0, 2.5 * noisy.std(), noisy.shape)
+    _, said = reconstruct(hpc_xvr, tmp_path, noisy.astype(np.float32) + 1, scene[::GAP] + 1)
+    assert "noise, or do the two recordings not belong together" in said
+
+
+def test_an_overlap_too_small_to_compare_is_no_crash(hpc_xvr, tmp_path):
+    scene = moving(9, speed=0)
+    where = "{scale: 4, origin: [60, 0]}"
+    options = "--registration", where, "--crop"
+    result, _ = reconstruct(hpc_xvr, tmp_path, bin_down(scene, 4), scene[::GAP], *options)
+    assert result.shape == (9, 4, 64)
 
 
 def test_greys_that_change_from_key_to_key_are_left_alone(hpc_xvr, tmp_path):
@@ -284,10 +319,68 @@ def test_dead_pixels_do_not_make_greys_uncertain(hpc_xvr, tmp_path):
 def test_frames_without_a_picture_are_told(hpc_xvr, tmp_path):
     scene = moving(17)
     fast, keys = bin_down(scene, 4), scene[::GAP].copy()
-    fast[6], keys[2] = 0, 0.5
+    fast[6] = 0
     _, said = reconstruct(hpc_xvr, tmp_path, fast, keys)
     assert "frame 6 of the fast camera: all its pixels are 0 of full scale" in said
+
+
+def test_a_stated_grey_that_key_frames_contradict_is_told(hpc_xvr, tmp_path):
+    scene = moving(17)
+    cameras = 0.5 * bin_down(scene, 4), scene[::GAP]
+    white = "--lr-full-scale", 1, "--hr-full-scale", 1
+    _, said = reconstruct(hpc_xvr, tmp_path, *cameras, *white, "--match-grey", "0.5,0.01")
+    assert "--match-grey states" not in said
+    for stated in ("0.7,0", "0.5,0.1"):
+        _, said = reconstruct(hpc_xvr, tmp_path, *cameras, *white, "--match-grey", stated)
+        assert "but the key frames say 0.5 x sharp" in said
+
+
+def test_pixel_sizes_that_contradict_the_scale_are_told(hpc_xvr, tmp_path):
+    cameras = bin_down(moving(17), 4), moving(17)[::GAP]
+    for size, wrong in ((8.5, False), (2, True)):
+        sizes = "--lr-pixel-size", size, "--hr-pixel-size", 2
+        _, said = reconstruct(hpc_xvr, tmp_path, *cameras, *sizes)
+        assert ("a fast pixel is 1 sharp ones wide, but it is 4" in said) == wrong
+
+
+def test_a_lost_key_frame_is_refused(hpc_xvr, tmp_path):
+    scene = moving(17)
+    keys = scene[::GAP].copy()
+    keys[2] = 0.5
+    _, said = reconstruct(hpc_xvr, tmp_path, bin_down(scene, 4), keys, code=2)
     assert "the key frame at frame 8: all its pixels are 0.5" in said
+
+
+@pytest.mark.parametrize("camera", ["fast", "sharp"])
+@pytest.mark.parametrize("level", [0, 700])
+def test_a_camera_that_saw_nothing_is_refused(hpc_xvr, tmp_path, camera, level):
+    fast, keys = (as_counts(x, 65535) for x in (bin_down(moving(17), 4), moving(17)[::GAP]))
+    (fast if camera == "fast" else keys)[:] = level
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, keys, code=2)
+    assert re.search(f"{camera}.tif: all pixels are equal, in each of . frames", said)
+    if not level:
+        fast[:], keys[:] = 0, 0
+        _, said = reconstruct(hpc_xvr, tmp_path, fast, keys, code=2)
+        assert "all pixels are equal" in said
+
+
+def test_a_log_is_not_flooded_by_many_lost_frames(hpc_xvr, tmp_path):
+    fast = bin_down(moving(41), 4)
+    fast[np.arange(41) % GAP > 0] = 0
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, moving(41)[::GAP])
+    assert said.count("was it lost") == 9
+    assert said.count("Further ones are not listed") == 1
+
+
+def test_a_gap_that_pictures_and_rates_contradict_is_refused(hpc_xvr, tmp_path):
+    scene = moving(41)
+    rates = "--lr-frame-rate", 12e3, "--hr-frame-rate", 4e3
+    fast, keys = bin_down(scene, 4), scene[:31:3]  # as the rates say, but GAP is stated
+    said = forced(hpc_xvr, tmp_path, fast, keys, *rates)
+    assert "instead of 4 would explain it; the frame rates, too, say 3" in said
+    # the rates alone may be wrong
+    _, said = reconstruct(hpc_xvr, tmp_path, fast, scene[::GAP], *rates)
+    assert "one is wrong" in said
 
 
 def test_saturated_cameras_are_told(hpc_xvr, tmp_path):

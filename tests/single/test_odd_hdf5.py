@@ -750,6 +750,25 @@ def test_the_mask_of_a_detector_is_no_frame_and_is_told(tmp_path, caplog):
     refused(write(tmp_path / "c.h5", data=counts), "if that value marks bad ones", bit_depth=12)
 
 
+@pytest.mark.parametrize(
+    ("times", "unit", "told"),
+    [
+        ([0, 1, 2, 3, 4, np.inf], "s", "time stamp of frame 5 is inf"),
+        ([0, 1, np.nan, 3, 4, 5], "s", "time stamp of frame 2 is nan"),
+        ([0, 1, 3, 2, 4, 5], "s", "run backwards after frame 2"),
+        ([0, 1, 2], "s", "has 3 values for 6 frames and is not used"),
+        ([0, 1, 2, 3, 4, 5], "turns", "holds no numbers in s or the like"),
+    ],
+)
+def test_odd_times_are_told_and_not_used(tmp_path, caplog, times, unit, told):
+    path = nexus(tmp_path / "a.h5", time=np.array(times, float))
+    with h5py.File(path, "a") as file:
+        file["entry/data/time"].attrs["units"] = unit
+    recording = open_camera_file(path)
+    assert recording.times_s is None and recording.frame_rate_hz is None
+    assert caplog.text.count(told) == 1
+
+
 @pytest.mark.parametrize("kind", ["nexus", "exchange", "scale"])
 def test_time_axes(tmp_path, kind, caplog):
     path, times = tmp_path / "a.h5", np.array([5.0, 6, 7, 9, 10, 11])

@@ -361,11 +361,12 @@ def test_two_recordings_that_do_not_belong_together(fast, sharp, gap, words):
 
 def test_the_gap_is_stated_or_that_of_the_rates_or_the_models_own(caplog):
     caplog.set_level("INFO", "hpc_xvr")
-    dark = np.zeros((3, 16, 16), "u1")
+    still = np.arange(16, dtype="u1") * np.ones((3, 16, 1), "u1")
+    small = np.repeat(still[:, :4, 1::4][:1], 41, 0)
 
     def gap_of(pairing, fast_rate, slow_rate):
-        fast, sharp = (camera(n, np.zeros((s, 4, 4), "u1"), 8)[0] for n, s in (("f", 41), ("s", 3)))
-        sharp = replace(sharp, shape=(3, 16, 16), source=lambda a, b: iter(dark[a:b]))
+        fast, sharp = (camera(n, small[:s], 8)[0] for n, s in (("f", 41), ("s", 3)))
+        sharp = replace(sharp, shape=(3, 16, 16), source=lambda a, b: iter(still[a:b]))
         fast = replace(fast, frame_rate_hz=fast_rate)
         sharp = replace(sharp, frame_rate_hz=slow_rate)
         caplog.clear()

@@ -163,8 +163,10 @@ def test_two_real_cameras_without_flat_fields_accuse_nobody(realdata):
     assert [one.contradicts for one in found] == [False] * 3
     assert found[1].chi_square < 1.2
     moved = np.stack([sharp[0], np.roll(sharp[0], 9, 1)])  # three fast pixels
-    found = list(xvr.reconstruct_checked(model, fast, moved, gap=2, registration=where, crop=True))
-    assert found[1].contradicts
+    given = {"gap": 2, "registration": where, "crop": True}
+    with pytest.raises(InputError, match="columns of fast pixels beside"):
+        xvr.reconstruct_checked(model, fast, moved, **given)
+    assert list(xvr.reconstruct_checked(model, fast, moved, **given, force=True))[1].contradicts
 
 
 def test_key_frames_that_are_flagged_are_told_as_such(two_files, tmp_path, hpc_xvr):

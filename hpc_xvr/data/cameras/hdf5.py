@@ -391,19 +391,24 @@ def _stamps(
     if axis is None or len(stack.parts) > 1:
         return None
     length = files.item(found.place).shape[axis]
-    for item in time_axes(files, found, axis):
+    for item in dict.fromkeys(time_axes(files, found, axis)):
         more = growing and item.maxshape == (None,) and len(item) >= stack.shape[0]
-        if len(item) != length and not more:
-            continue
         unit, name = text(item.attrs.get("units")), str(item.name).rpartition("/")[2]
         factor = units.factor(unit, "s")
-        if factor is None and not unit and name.lower() in ("t", "time", "times", "timestamps"):
-            logger.warning(
-                "%s: its time axis %s has no unit (attribute units) and is not used",
-                *(files.path, item.name),
-            )
-        if factor is not None and item.dtype.kind in "iuf" and not item.is_virtual:
+        numbers = item.dtype.kind in "iuf" and not item.is_virtual
+        fits = more or len(item) == length
+        if fits and factor is not None and numbers:
             return np.asarray(item[: stack.shape[0]], np.float64) * factor
+        if name.lower() in ("t", "time", "times", "timestamps"):
+            if not fits:
+                problem = f"has {len(item)} values for {length} frames"
+            elif not unit:
+                problem = "has no unit (attribute units)"
+            else:
+                problem = f"holds no numbers in s or the like, but {item.dtype} in {unit!r}"
+            logger.warning(
+                "%s: its time axis %s %s and is not used", files.path, item.name, problem
+            )
     return None
 
 

@@ -10,7 +10,8 @@ from hpc_xvr.log import logger
 
 
 def frame_times(path: Path, stamps: np.ndarray) -> np.ndarray | None:
-    """Seconds from the first frame, (T,) float64; None, with a warning, of stamps that do not rise.
+    """Seconds from the first frame, (T,) float64; None, with a warning, of stamps that are not
+    numbers or do not rise.
 
     Warns where they jump.
 
@@ -19,8 +20,16 @@ def frame_times(path: Path, stamps: np.ndarray) -> np.ndarray | None:
     """
     if len(stamps) < 2 or (stamps == stamps[0]).all():
         return None
+    if not np.isfinite(stamps).all():
+        k = int(np.flatnonzero(~np.isfinite(stamps))[0])
+        logger.warning(
+            "%s: the time stamp of frame %d is %g: they are not used, and all frames are taken as "
+            "equally spaced in time",
+            *(path, k, stamps[k]),
+        )
+        return None
     steps = np.diff(stamps)
-    late = np.flatnonzero(~(steps > 0))
+    late = np.flatnonzero(steps <= 0)
     if len(late):
         k = int(late[0])
         logger.warning(

@@ -17,6 +17,8 @@ from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 
+CONTRADICTION = 0.02
+"""Relative difference between a given gap and that of the frame rates that is worth a warning."""
 LOOKED_AT = 8
 """Key frames that are compared, spread over the recording."""
 REACH = 8
@@ -28,6 +30,12 @@ RELATED, TOO_FAR = 0.3, 3.0
 would be seen."""
 BETTER = 2.0
 """What another place or time must leave less of, as a ratio of variances, to be told."""
+STEADY = 0.8
+"""Correlation of fast frames with their neighbours above which noise is not what makes them unlike
+the sharp ones: noise that leaves them a correlation of 0.5 would leave their neighbours 0.25."""
+FAR, LATE = 1.0, 2.0
+"""Fast pixels beside the sharp picture, and fast frames beside its instant, from which on a movie
+would be wrong."""
 CONTRAST = 0.005
 """Deviation of a binned key frame, of its largest value, up to which nothing can be compared. Not
 of full scale: 10-bit counts in 16 bit are all dark."""
@@ -77,6 +85,11 @@ class Agreement:
     """Key frame's number, and how many fast frames later the one comes that fits it best."""
     turned: str
     """Name in TURNED if the fast frames fit only in this way, else empty."""
+    usual_shift: tuple[float, float] = (0.0, 0.0)
+    """The same as `shift`, but the median: where most key frames lie, not one."""
+    steady: float = 0.0
+    """Correlation of the fast frames with their neighbours in time: high if they show more than
+    noise."""
 
 
 def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agreement | None:
@@ -86,11 +99,11 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         fast: frames (h, w) in [0, 1].
         keys: fast frame number -> key frame (s h, s w) in [0, 1], with s a whole number.
 
-    Returns None if no key frame has contrast enough, or frames are too small to tell.
+    Returns None if no key frame has contrast enough, or frames are too small.
     """
     times = list(keys)
     chosen = np.unique(np.linspace(0, len(times) - 1, LOOKED_AT).round().astype(int))
-    fits, lags, ways = [], [], []
+    fits, lags, ways, alike = [], [], [], []
     for number in chosen:
         t = times[number]
         frame, key = fast[t], keys[t]
@@ -104,6 +117,8 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         left = {other: _left(low, fast[other]) for other in around}
         best = min(left, key=lambda other: left[other])
         lags.append((int(number), best - t if left[t] > BETTER * left[best] else 0))
+        beside = max(0, t - 1) if t + 1 == len(fast) else t + 1
+        alike.append(_correlation(frame, fast[beside]) if beside != t else 0.0)
         turned = {name: _left(low[way], frame) for name, way in TURNED.items()}
         name = min(turned, key=lambda way: turned[way])
         ways.append(name if left[t] > BETTER * turned[name] else "")
@@ -122,11 +137,17 @@ def compare(fast: Sequence[np.ndarray], keys: Mapping[int, np.ndarray]) -> Agree
         (float(down), float(right)),
         tuple(lags),
         usual,
+        (float(np.median([fit[3] for fit in fits])), float(np.median([fit[4] for fit in fits]))),
+        float(np.mean(alike)),
     )
 
 
-def told(found: Agreement, name: str, gap: float) -> None:
-    """Warn of what does not fit, with the likely cause.
+def told(found: Agreement, name: str, gap: float, rates: float | None = None) -> str:
+    """Warn of what does not fit, with the likely cause; return what certainly does not, and would
+    make a wrong movie, as "what: what to do", else nothing.
+
+    Args:
+        rates: the gap as the frame rates say, if they are known.
 
     Raises:
         InputError: a mirrored or a negative picture: nothing right could come of it.
@@ -142,25 +163,55 @@ def told(found: Agreement, name: str, gap: float) -> None:
             f"{found.correlation:.2f}): is one of them an attenuation, or stored with white as 0?"
         )
     off = [(number, lag) for number, lag in found.lags if lag]
+    aside = max(map(abs, found.shift))
     if len(off) > len(found.lags) / 2:
-        logger.warning("%s: %s", name, _cause(off, gap))
-    elif max(map(abs, found.shift)) > 0.5:
-        logger.warning(
-            "%s: the fast camera's picture lies %+.1f rows and %+.1f columns of fast pixels beside "
-            "the sharp one's: check --registration",
-            *(name, *found.shift),
+        problem = f"{name}: {_cause(off, gap)}"
+        certain = float(np.median([abs(lag) for _, lag in off])) >= LATE
+        if rates and abs(gap / rates - 1) > CONTRADICTION:
+            problem += f"; the frame rates, too, say {rates:g}"
+            certain = True
+    elif aside > 0.5:
+        problem = (
+            f"{name}: the fast camera's picture lies {found.shift[0]:+.1f} rows and "
+            f"{found.shift[1]:+.1f} columns of fast pixels beside the sharp one's: check "
+            "--registration (hpc-xvr register finds it)"
         )
+        certain = max(map(abs, found.usual_shift)) >= FAR
     elif found.correlation < 0.5:
-        logger.warning(
-            "%s: the fast frames hardly resemble the sharp ones (correlation %.2f): noise, or do "
-            "the two recordings not belong together? check --gap, --lr-start and --registration",
-            *(name, found.correlation),
+        certain = found.steady > STEADY
+        cause = (
+            f", although they resemble each other ({found.steady:.2f}): do"
+            if certain
+            else ": noise, or do"
         )
+        problem = (
+            f"{name}: the fast frames hardly resemble the sharp ones (correlation "
+            f"{found.correlation:.2f}){cause} the two recordings not belong together? check --gap, "
+            "--lr-start, --registration and flat fields"
+        )
+    else:
+        return ""
+    if not certain:
+        logger.warning("%s", problem)
+        return ""
+    return problem
 
 
 def grey_to_match(found: Agreement | None, name: str, match: bool | Grey) -> Grey:
-    """The gain and offset to take out: those that are stated, or as `grey_of` if `match`."""
+    """The gain and offset to take out: those that are stated, or as `grey_of` if `match`.
+
+    Warns where the key frames certainly have others than those that are stated."""
     if isinstance(match, Grey):
+        if found is not None and found.correlation >= ALIKE and found.spread <= 0.1:
+            seen = found.grey.gain * found.level + found.grey.offset
+            aside = abs(match.gain * found.level + match.offset - seen)
+            unlike = abs(match.gain / found.grey.gain - 1) > 0.2
+            if unlike or aside > max(0.05 * found.level, 0.1 * found.contrast) * found.grey.gain:
+                logger.warning(
+                    "%s: --match-grey states fast = %.4g x sharp %+.4f, but the key frames say "
+                    "%.4g x sharp %+.4f: frames beside key frames may flicker",
+                    *(name, match.gain, match.offset, found.grey.gain, found.grey.offset),
+                )
         return match
     return grey_of(found, name) if match and found is not None else Grey()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hpc_xvr.data.cameras import Recording
-from hpc_xvr.data.pairing.agreement import Grey
+from hpc_xvr.data.pairing.agreement import CONTRADICTION, Grey
 from hpc_xvr.data.registration import Registration
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
@@ -18,8 +18,9 @@ from hpc_xvr.log import logger
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
-CONTRADICTION = 0.02
-"""Relative difference between a given gap and that of the frame rates that is worth a warning."""
+UNLIKE = 0.1
+"""Relative difference between the pixel sizes' ratio and the scale that is worth a warning; lenses
+enlarge not quite as much as is written on them."""
 ONE_UNIT = 4.0
 """Ratio of the full scales of floating-point files up to which they are taken to have one unit; a
 larger one would leave the darker camera few grey levels."""
@@ -127,6 +128,7 @@ def joined(
     if how.registration:
         how.registration.check_sizes(name, fast.shape[1:], sharp.shape[1:])
     how = how.timed(name)
+    _say_if_sizes_contradict(name, sharp, fast, how.registration)
     times = _times(name, sharp, fast, how)
     first, last = _together(name, times, sharp.shape[0])
     height, width = sharp.shape[1:]
@@ -172,6 +174,20 @@ def joined(
         fast = _resampled(fast, how.registration, (top, left), view, scale)
     origin = {key: value for key, value in about.items() if value is not None}
     return Pair(sharp, fast, times - first, how.registration, origin)
+
+
+def _say_if_sizes_contradict(
+    name: str, sharp: Recording, fast: Recording, registration: Registration | None
+) -> None:
+    """Warn of pixel sizes, which say how large a fast pixel is, that do not fit the frames."""
+    scale = registration.scale if registration else sharp.shape[1] / fast.shape[1]
+    small, large = sharp.pixel_size_um, fast.pixel_size_um
+    if small and large and abs(large / small / scale - 1) > UNLIKE:
+        logger.warning(
+            "%s: the pixel sizes (%g and %g um) say that a fast pixel is %.3g sharp ones wide, but "
+            "it is %.3g: one is wrong (--lr-pixel-size and --hr-pixel-size state them)",
+            *(name, large, small, large / small, scale),
+        )
 
 
 def _times(name: str, sharp: Recording, fast: Recording, how: Pairing) -> np.ndarray:

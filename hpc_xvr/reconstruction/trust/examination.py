@@ -76,7 +76,7 @@ class Asked:
                     f"{self.maps}: maps are written as HDF5; end the name in {' or '.join(MAPS)}"
                 )
             check_folder(self.maps)
-        names = [path.absolute() for path in (out, self.uncertainty, self.maps) if path]
+        names = [path.resolve() for path in (out, self.uncertainty, self.maps) if path]
         if len(set(names)) < len(names):
             raise InputError(
                 f"{out}: movie, uncertainty and maps need a file each; give them different names"
@@ -306,6 +306,8 @@ def flags_of(out: Path) -> tuple[int, int] | None:
     """How many frames of a result are flagged, and of how many; None: that is not known."""
     try:
         found = parse_json(trust_file(out).read_text())
+        if found["result"] != out.name:
+            return None
         consistency = found["consistency"]
         flags = len(consistency["contradicts"]), len(consistency["frames"])
         return flags if found["camera"]["known"] else None
@@ -386,7 +388,8 @@ def examining(
             sinks.append(writer)
         yield Examining(found, examiner, sinks)
     found.tell()
-    text = json.dumps(found.as_dict(), indent=1) + "\n"
+    # m.tif and m.h5 have the same trust file: it says whose it is
+    text = json.dumps({"result": out.name, **found.as_dict()}, indent=1) + "\n"
     write_atomic(trust_file(out), lambda file: file.write(text.encode()))
     for path in (asked.uncertainty, asked.maps, trust_file(out)):
         if path:

@@ -223,6 +223,8 @@ def _unevenness(seen: np.ndarray, frames: np.ndarray) -> np.ndarray | None:
         for other in (frames, seen)
     )
     level = float(np.square(seen).mean())
+    if not level:
+        return None
     gain: np.ndarray = (both + 0.01 * level) / (own + 0.01 * level)
     left, before = (float((weight * np.square(frames - g * seen)).mean()) for g in (gain, 1.0))
     return gain if left < 0.95 * before and np.abs(gain - 1).max() > UNEVEN else None
