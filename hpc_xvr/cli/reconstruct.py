@@ -123,6 +123,13 @@ if TYPE_CHECKING:
     "their writers say so before. [default: 30]",
 )
 @click.option(
+    "--wait",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="With --follow: time that the cameras have to begin. [default: 600, but a pva:// channel "
+    "must be there within 10]",
+)
+@click.option(
     "--adapt",
     "to_recording",
     is_flag=True,
@@ -152,6 +159,7 @@ def reconstruct(
     to_recording: bool,
     follow: bool,
     silence: float | None,
+    wait: float | None,
     skip_bad: bool,
     which: Literal["newest", "best"],
     **options: Any,
@@ -197,6 +205,8 @@ def reconstruct(
     follow = follow or serve is not None or _from_channels(source)
     if silence is not None and not follow:
         raise InputError("--silence ends what --follow begins: give --follow, too")
+    if wait is not None and not follow:
+        raise InputError("--wait is for cameras that are yet to record: give --follow, too")
     if follow:
         _check_followed(source, pairs, to_recording, out)
     several = (
@@ -231,6 +241,7 @@ def reconstruct(
             which=which,
             wanted=wanted,
             silence=30.0 if silence is None else silence,
+            wait=wait,
         )
         _then_after(what, out, movie)
     else:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hpc_xvr.data.cameras.pva import Channel, channel_of, published
+from hpc_xvr.data.cameras.pva import THERE_S, Channel, channel_of, published
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 from hpc_xvr.reconstruction.following import follow_run
@@ -23,6 +23,7 @@ def follow_channels(
     *,
     out: Path,
     serve: str | None = None,
+    wait: float | None = None,
     **more: Any,
 ) -> Path:
     """As `follow_run`, of cameras whose paths may be pva://CHANNEL: their frames are recorded
@@ -31,6 +32,8 @@ def follow_channels(
     Args:
         serve: channel to which the frames are sent gap by gap; their uniqueId is the number of the
             fast frame.
+        wait: seconds that the cameras have to begin, and channels to be there; None: `THERE_S` for
+            channels.
 
     Raises:
         InputError: as `follow_run`; there is a recording of an earlier run; pvapy is not installed.
@@ -52,12 +55,16 @@ def follow_channels(
             name = channel_of(getattr(source, role))
             assert name is not None
             reading = source.lr_camera if role == "lr" else source.hr_camera
-            channels[f"growing_{role}"] = Channel(name, file, bool(reading.missing))
+            channels[f"growing_{role}"] = Channel(
+                *(name, file, bool(reading.missing)), THERE_S if wait is None else wait
+            )
             stack.callback(channels[f"growing_{role}"].finish)
             logger.info("pva://%s: is recorded in %s", name, file)
         publish = stack.enter_context(published(serve))
         try:
-            return follow_run(what, device, recorded, out=out, publish=publish, **channels, **more)
+            return follow_run(
+                what, device, recorded, out=out, publish=publish, wait=wait, **channels, **more
+            )
         except InputError as error:
             there = [str(file) for file in files.values() if file.exists()]
             if not there:

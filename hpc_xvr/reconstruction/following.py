@@ -48,7 +48,7 @@ from hpc_xvr.version import __version__
 
 Publish = Callable[[Iterable[tuple[int, np.ndarray]]], None]
 START_S = 600.0
-"""Seconds that the cameras have to begin."""
+"""Seconds that the cameras have to begin, if nothing else is stated."""
 BEHIND = 3
 """Gaps in a row that take longer to make than to record, of which the log tells."""
 RETRIES, RETRY_S = 10, 0.1
@@ -68,6 +68,7 @@ def follow_run(
     which: Which = "newest",
     wanted: Wanted,
     silence: float = 30.0,
+    wait: float | None = None,
     growing_lr: Growing | None = None,
     growing_hr: Growing | None = None,
     publish: Publish | None = None,
@@ -76,9 +77,10 @@ def follow_run(
 
     While they grow, each gap lies as a TIFF stack in the folder `<out>.gaps`, which goes when `out`
     is complete. It ends when the writers have closed their files (HDF5 in SWMR mode), or no
-    complete frame has come for `silence` seconds; they have `START_S` to begin.
+    complete frame has come for `silence` seconds; they have `wait` seconds to begin.
 
     Args:
+        wait: None: `START_S`.
         growing_lr, growing_hr: the recordings, where they do not grow by themselves.
         publish: is given the frames of each gap when it is made: (number of the fast frame, frame
             (H, W) with values as in `out`).
@@ -89,7 +91,7 @@ def follow_run(
     """
     method = open_method(what, device, which)
     use_threads((method.config or Config()).run.threads)
-    follower = Follower(method, device, source, out, wanted, silence)
+    follower = Follower(method, device, source, out, wanted, silence, wait)
     follower.lr, follower.hr = growing_lr or follower.lr, growing_hr or follower.hr
     follower.publish = publish
     try:
@@ -118,10 +120,12 @@ class Follower:
         out: Path,
         wanted: Wanted,
         silence: float,
+        wait: float | None = None,
     ) -> None:
         check_sequence(out, wanted.dtype)
         self.method, self.device, self.source = method, device, source
         self.out, self.wanted, self.silence = out, wanted, silence
+        self.wait = max(silence, START_S) if wait is None else wait
         self.lr, self.hr = (
             growing(path, camera.dataset, tuple(map(Path, camera.allow_links)))
             for path, camera in ((source.lr, source.lr_camera), (source.hr, source.hr_camera))
@@ -157,7 +161,7 @@ class Follower:
                 begun = time.monotonic()
                 there = self.lr.frames and self.hr.frames
                 more = any([self.lr.look(), self.hr.look()])
-                limit = self.silence if there else max(self.silence, START_S)
+                limit = self.silence if there else self.wait
                 if not more and begun - last > limit:
                     break
                 took = time.monotonic() - begun
@@ -181,7 +185,8 @@ class Follower:
         silent = f"no complete frame has come for {limit:g} s"
         for recording in (self.lr, self.hr):
             if not recording.frames:
-                raise InputError(f"{recording.waiting}; {silent}")
+                longer = "" if there else "; --wait gives it longer to begin"
+                raise InputError(f"{recording.waiting}; {silent}{longer}")
         logger.info("%s; %s; %s", silent, self.lr.waiting, self.hr.waiting)
 
     def with_what_is_kept(self, error: InputError) -> InputError:
