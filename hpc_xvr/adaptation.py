@@ -22,6 +22,7 @@ from hpc_xvr.log import logger, progress_bar
 from hpc_xvr.model.key_propagation import Carried, KeyPropagation
 from hpc_xvr.reconstruction.material import Material
 from hpc_xvr.reconstruction.methods import NamedMethod, model_entry
+from hpc_xvr.reconstruction.tiles import in_tiles
 from hpc_xvr.train.objective import carried, charbonnier
 
 MARGIN = 0.05
@@ -93,7 +94,8 @@ def adapt(
     """Fine-tune a model on a recording.
 
     Args:
-        method: one of `key_propagation`; it is left as it is.
+        method: one of `key_propagation`; it is left as it is. If it works in tiles, key frames
+            that are held back are made in them.
         material: the streams of both cameras.
         steps: optimizer steps at most.
         minutes: no further step is begun after this time.
@@ -116,8 +118,9 @@ def adapt(
     )
     bf16 = method.precision == "bf16"
     best = {name: value.clone() for name, value in model.state_dict().items()}
-    before = after = _score(model, held, bf16)
-    kept, student = 0, copy.deepcopy(model)
+    before = after = _score(method, held)
+    kept, student = 0, copy.deepcopy(model).eval()
+    tried = in_tiles(model_entry(method.name, student, method.precision), method.tile, quiet=True)
     optimizer = torch.optim.Adam(student.parameters(), lr=RATE, betas=(0.9, 0.99))
     rng = np.random.default_rng(seed)
     end = time.monotonic() + 60 * minutes
@@ -129,7 +132,8 @@ def adapt(
             advance(1)
             late = time.monotonic() > end
             if step % LOOK_EVERY == 0 or step == steps or late:
-                now = _score(student.eval(), held, bf16)
+                student.eval()
+                now = _score(tried, held)
                 logger.info("adapt: step %d of %d, %+.2f dB", step, steps, now - before)
                 if now > after and now >= before + MARGIN:
                     after, kept = now, step
@@ -210,17 +214,19 @@ def _crop(triple: Triple, scale: int, rng: np.random.Generator) -> Triple:
     return Triple(lr, keys, cut(triple.truth, scale), triple.place)
 
 
-def _score(model: KeyPropagation, triples: list[Triple], bf16: bool) -> float:
+def _score(method: NamedMethod, triples: list[Triple]) -> float:
     """Mean PSNR (dB) of whole frames."""
-    device = next(model.parameters()).device
+    assert method.network is not None
+    device = next(method.network.parameters()).device
     found = []
     for triple in triples:
-        lr, keys = (
-            torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)[None, :, None]
-            for x in (triple.lr, triple.keys)
-        )
+        sample = {
+            name: torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(device)[None, :, None]
+            for name, x in (("lr", triple.lr), ("hr", triple.keys))
+        }
+        bf16 = method.precision == "bf16"
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            frame = model(lr, keys).frames[0, triple.place, 0]
+            frame = method.method(sample)[0, triple.place, 0]
         score = metrics.psnr_float(frame.float().clamp(0, 1).cpu().numpy(), triple.truth)
         found.append(min(score, 100.0))  # a frame that stands still tells nothing
     return float(np.mean(found))

@@ -258,6 +258,7 @@ def reconstruct_checked(
     force: bool = False,
     enforce: bool = False,
     check: HeldOut | None = None,
+    tile: int | None = None,
 ) -> Iterator[CheckedFrame]:
     """Reconstruct as `reconstruct`, and look at each frame.
 
@@ -265,6 +266,7 @@ def reconstruct_checked(
         enforce: make the frames agree with the fast camera's, within their noise. `contradicts`
             and what belongs to it are those of the frame before that.
         check: what `check_keys` gave for this recording; scales the deviations.
+        tile: as for `reconstruct`.
 
     Raises:
         InputError: the recordings do not fit each other or the model.
@@ -281,7 +283,7 @@ def reconstruct_checked(
         deviations=True,
         factor=check.factor if check else 1.0,
     )
-    frames = frames_of(model.method, material, model.device)
+    frames = frames_of(in_tiles(model.method, tile), material, model.device)
     return (_checked(examiner.look(t, frame)) for t, frame in frames)
 
 
@@ -310,6 +312,7 @@ def check_keys(
     match_grey: bool = True,
     crop: bool = False,
     force: bool = False,
+    tile: int | None = None,
 ) -> HeldOut:
     """Leave out every other key frame, make it from its neighbours at twice the gap, and compare it
     with what was recorded: an estimate of the movie's error on the safe side.
@@ -325,7 +328,7 @@ def check_keys(
     held_out.left_out(list(keys))
     check_gaps(model.method, list(keys), force)
     around = surroundings(keys, observe(lr, keys))
-    return held_out.check(model.method, lr, keys, around, model.device)
+    return held_out.check(in_tiles(model.method, tile), lr, keys, around, model.device)
 
 
 def _material(

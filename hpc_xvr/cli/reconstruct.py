@@ -21,6 +21,7 @@ from hpc_xvr.cli.common import (
     which_checkpoint,
 )
 from hpc_xvr.cli.common import engine as engine_option
+from hpc_xvr.cli.common import tile as tile_option
 from hpc_xvr.cli.ending import then, typed
 from hpc_xvr.cli.trust import take_asked, trust_options
 from hpc_xvr.errors import InputError
@@ -100,13 +101,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="The fast camera beside the result (and the truth if it is known), or the result alone.",
 )
-@click.option(
-    "--tile",
-    type=click.IntRange(1),
-    metavar="PIXELS",
-    help="Make the frames in tiles of so many sharp pixels a side, with what they depend on around "
-    "them: for frames that take more memory than there is. The result is the same to rounding.",
-)
+@tile_option
 @trust_options
 @click.option(
     "--follow",
@@ -449,6 +444,7 @@ def _adapted(method: NamedMethod, material: Material) -> NamedMethod:
     help="Stop earlier, after this time.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the crops that are learned from.")
+@tile_option
 @which_checkpoint
 @device_of_run
 def adapt(
@@ -458,6 +454,7 @@ def adapt(
     steps: int,
     minutes: float,
     seed: int,
+    tile: int | None,
     which: Literal["newest", "best"],
     **options: Any,
 ) -> None:
@@ -475,6 +472,7 @@ def adapt(
     from hpc_xvr.files import check_new_file
     from hpc_xvr.reconstruction.material import material_of
     from hpc_xvr.reconstruction.methods import open_method
+    from hpc_xvr.reconstruction.tiles import in_tiles
 
     if discover().size > 1:
         raise InputError("adapt runs in one process; start it without mpirun")
@@ -482,7 +480,7 @@ def adapt(
     check_weights_name(out)
     check_new_file(out)
     comm = connect("serial", device or configured_device(what))
-    method = open_method(what, comm.device, which)
+    method = in_tiles(open_method(what, comm.device, which), tile)
     adapted = run(method, material_of(method, source), steps=steps, minutes=minutes, seed=seed)
     assert method.config, "no method without learning can be adapted"
     trained = Trained(adapted.state, method.config, method.step)
