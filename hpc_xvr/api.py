@@ -13,13 +13,15 @@ import torch
 from hpc_xvr.config import Config
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.cameras.arrays import ArrayLike
+from hpc_xvr.data.cameras.pva import channel_of
 from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.registering.register import registered
 from hpc_xvr.data.registration import Registration, read_registration
 from hpc_xvr.distributed.comm import device_of
 from hpc_xvr.distributed.launch import discover
-from hpc_xvr.reconstruction.material import Material, check_gaps, from_recordings
+from hpc_xvr.errors import InputError
+from hpc_xvr.reconstruction.material import CameraFiles, Material, check_gaps, from_recordings
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
 from hpc_xvr.reconstruction.streams import remembered
 from hpc_xvr.reconstruction.tiles import in_tiles
@@ -28,6 +30,7 @@ from hpc_xvr.reconstruction.trust.examination import Examiner, Looked
 from hpc_xvr.reconstruction.trust.held_out import HeldOut
 from hpc_xvr.reconstruction.trust.observation import observe
 from hpc_xvr.reconstruction.trust.uncertainty import surroundings
+from hpc_xvr.reconstruction.watching import Watched, frames_as_they_come
 from hpc_xvr.reconstruction.workflow import Wanted, chosen_frames, frames_of
 
 
@@ -195,6 +198,60 @@ def reconstruct(
     return frames_of(in_tiles(model.method, tile), material, model.device, chosen)
 
 
+def follow(
+    model: Model,
+    fast: str | Path,
+    sharp: str | Path,
+    *,
+    fast_camera: CameraReading | None = None,
+    sharp_camera: CameraReading | None = None,
+    gap: float | None = None,
+    start: float | None = None,
+    registration: Registration | dict[str, Any] | str | Path | None = None,
+    match_grey: bool = True,
+    crop: bool = False,
+    force: bool = False,
+    frames: tuple[int | None, int | None] = (None, None),
+    tile: int | None = None,
+    silence: float = 30.0,
+    wait: float | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Reconstruct as `reconstruct` while the cameras record: each gap as soon as its second key
+    frame is there.
+
+    Args:
+        fast, sharp: recordings that grow: HDF5 files, or folders of numbered images; they need not
+            be there yet.
+        fast_camera, sharp_camera: how they are read, where the files do not say it themselves.
+        silence: the recordings have ended when no frame has come for so many seconds, unless their
+            writers say so before.
+        wait: seconds that the cameras have to begin. Default: 600.
+
+    Yields:
+        (t, frame) as `reconstruct`, the frames of a gap one after the other. The grey scales of the
+        cameras are compared at the first two key frames, and so held; `reconstruct` compares them
+        at all, which may give slightly other frames.
+
+    Raises:
+        InputError: a recording does not begin, cannot be followed, shrinks or vanishes, or the two
+            do not fit each other or the model.
+    """
+    for path in (fast, sharp):
+        if channel_of(path):
+            raise InputError(
+                f"{path}: a channel is followed by the command, which can send the frames on to "
+                "Python: hpc-xvr reconstruct ... --out pva://NAME"
+            )
+    pairing = _pairing(gap, start, registration, match_grey)
+    reading = fast_camera or CameraReading(), sharp_camera or CameraReading()
+    source = CameraFiles(Path(fast), Path(sharp), *reading, pairing, crop)
+    method = in_tiles(model.method, tile)
+    watched = Watched(
+        *(method, model.device, source, frames), force=force, silence=silence, wait=wait
+    )
+    return frames_as_they_come(watched)
+
+
 def register(
     fast: Recording | ArrayLike,
     sharp: Recording | ArrayLike,
@@ -341,12 +398,21 @@ def _material(
     match_grey: bool,
     crop: bool,
 ) -> Material:
+    pairing = _pairing(gap, start, registration, match_grey)
+    return from_recordings(model.method, _recording(fast), _recording(sharp), pairing, crop)
+
+
+def _pairing(
+    gap: float | None,
+    start: float | None,
+    registration: Registration | dict[str, Any] | str | Path | None,
+    match_grey: bool,
+) -> Pairing:
     if isinstance(registration, dict):
         registration = Registration.model_validate(registration)
     elif isinstance(registration, (str, Path)):
         registration = read_registration(str(registration))
-    pairing = Pairing(gap, start, registration, match_grey)
-    return from_recordings(model.method, _recording(fast), _recording(sharp), pairing, crop)
+    return Pairing(gap, start, registration, match_grey)
 
 
 def _recording(source: Recording | ArrayLike) -> Recording:

@@ -226,8 +226,6 @@ def reconstruct(
         from hpc_xvr.reconstruction.channels import follow_channels
 
         assert isinstance(source, CameraFiles)
-        if comm.size > 1:
-            raise InputError("--follow runs in one process; start it without mpirun")
         follow_channels(
             *(what, comm.device, source),
             out=out,
@@ -237,8 +235,10 @@ def reconstruct(
             wanted=wanted,
             silence=30.0 if silence is None else silence,
             wait=wait,
+            ranks=comm,
         )
-        _then_after(what, out, movie)
+        if comm.is_root:
+            _then_after(what, out, movie)
     else:
         reconstruct_run(
             what,
@@ -286,10 +286,15 @@ def _from_channels(source: Source) -> bool:
 def _check_followed(source: Source, pairs: Path | None, to_recording: bool, out: Path) -> None:
     """Refuse what cannot be done while the cameras record."""
     from hpc_xvr.reconstruction.material import CameraFiles
-    from hpc_xvr.reconstruction.recordings import NAME
+    from hpc_xvr.reconstruction.recordings import NAME, holds_several
 
-    if pairs is not None or not isinstance(source, CameraFiles) or NAME in str(out):
-        raise InputError("--follow is for one recording of each camera, --lr and --hr")
+    if not isinstance(source, CameraFiles):
+        raise InputError("--follow is for what two cameras record, --lr and --hr, not for --video")
+    if pairs is not None or NAME in str(out) or holds_several(source):
+        raise InputError(
+            "--follow is for one shot, a recording of each camera (--lr and --hr): of several, "
+            "start a command for each, or reconstruct them together when they are complete"
+        )
     if to_recording:
         raise InputError(
             "--follow with --adapt: weights are adapted to a complete recording; adapt them to an "

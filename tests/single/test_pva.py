@@ -237,6 +237,29 @@ def test_lost_frames_are_left_out_where_that_is_asked_for(tmp_path, names, log):
     assert len(tifffile.imread(made)) == FRAMES - 1
 
 
+def test_two_ranks_share_the_gaps_of_channels_and_know_of_frames_that_are_lost(tmp_path, names):
+    lr, hr = (f"pva://{names[role]}" for role in ("lr", "hr"))
+    options = ["--gap", GAP, "--lr-missing", "skip", "--silence", 5, "--wait", 60]
+    command = ["mpirun", "-n", 2, "--oversubscribe", sys.executable, "-m", "hpc_xvr", "reconstruct"]
+    command += ["bayes", "--lr", lr, "--hr", hr, *options, "--out", tmp_path / "movie.tif"]
+    with sending(tmp_path, names, together(*range(10), *range(11, FRAMES)), delay=12):
+        done = subprocess.run(
+            list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"frames (\d+) to \d+: made", done.stderr) == ["0", "4", "8", "11", "15"]
+    assert f"{FRAMES - 2} of {FRAMES - 1} frames were finished before" in done.stderr
+    skip = {"lr_camera": CameraReading(missing="skip")}
+    files = CameraFiles(
+        tmp_path / "movie-lr.h5", tmp_path / "movie-hr.h5", pairing=Pairing(float(GAP)), **skip
+    )
+    (tmp_path / "offline").mkdir()
+    offline = reconstruct_run(
+        "bayes", CPU, files, out=tmp_path / "offline" / "movie.tif", wanted=Wanted()
+    )
+    assert (tifffile.imread(tmp_path / "movie.tif") == tifffile.imread(offline)).all()
+
+
 def test_a_camera_that_was_recording_before_us_is_refused(tmp_path, names):
     with sending(tmp_path, names, together(*range(200)), delay=0):
         time.sleep(3)
