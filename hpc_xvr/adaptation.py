@@ -140,19 +140,17 @@ def adapt(
     steps: int = 120,
     minutes: float = 3.0,
     seed: int = 0,
-    tile: int | None = None,
 ) -> Adapted:
     """Fine-tune a model on a recording.
 
     Args:
-        method: one of `key_propagation`; it is left as it is.
+        method: one of `key_propagation`; it is left as it is. If it works in tiles, key frames
+            that are held back are made in them.
         material: the streams of both cameras.
         steps: optimizer steps at most.
         minutes: no further step is begun after this time; a last look at the key frames held back
             follows.
         seed: of the crops.
-        tile: side in sharp pixels of the tiles that key frames held back are made in; None: whole
-            frames.
 
     Raises:
         InputError: fewer than four key frames, or a method that cannot be adapted.
@@ -164,8 +162,8 @@ def adapt(
             "adapted, such as builtin"
         )
     side = None
-    if tile is not None:
-        side = whole_windows(method.name, model, tile) // model.scale
+    if method.tile:
+        side = whole_windows(method.name, model, method.tile) // model.scale
     end = time.monotonic() + 60 * minutes
     learned, held = _triples(material)
     for t in material.keys:  # those that show nothing are refused before minutes of work

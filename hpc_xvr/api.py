@@ -13,13 +13,21 @@ import torch
 from hpc_xvr.config import Config
 from hpc_xvr.data.cameras import Recording
 from hpc_xvr.data.cameras.arrays import ArrayLike
+from hpc_xvr.data.cameras.pva import channel_of
 from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.data.registering.register import registered
 from hpc_xvr.data.registration import Registration, read_registration
 from hpc_xvr.distributed.comm import device_of
 from hpc_xvr.distributed.launch import discover
-from hpc_xvr.reconstruction.material import Material, check_agreement, check_gaps, from_recordings
+from hpc_xvr.errors import InputError
+from hpc_xvr.reconstruction.material import (
+    CameraFiles,
+    Material,
+    check_agreement,
+    check_gaps,
+    from_recordings,
+)
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
 from hpc_xvr.reconstruction.streams import remembered
 from hpc_xvr.reconstruction.tiles import in_tiles
@@ -28,6 +36,7 @@ from hpc_xvr.reconstruction.trust.examination import Examiner, Looked
 from hpc_xvr.reconstruction.trust.held_out import HeldOut
 from hpc_xvr.reconstruction.trust.observation import observe
 from hpc_xvr.reconstruction.trust.uncertainty import surroundings
+from hpc_xvr.reconstruction.watching import Watched, frames_as_they_come
 from hpc_xvr.reconstruction.workflow import Wanted, chosen_frames, frames_of
 
 
@@ -197,6 +206,60 @@ def reconstruct(
     return frames_of(in_tiles(model.method, tile), material, model.device, chosen)
 
 
+def follow(
+    model: Model,
+    fast: str | Path,
+    sharp: str | Path,
+    *,
+    fast_camera: CameraReading | None = None,
+    sharp_camera: CameraReading | None = None,
+    gap: float | None = None,
+    start: float | None = None,
+    registration: Registration | dict[str, Any] | str | Path | None = None,
+    match_grey: bool = True,
+    crop: bool = False,
+    force: bool = False,
+    frames: tuple[int | None, int | None] = (None, None),
+    tile: int | None = None,
+    silence: float = 30.0,
+    wait: float | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Reconstruct as `reconstruct` while the cameras record: each gap as soon as its second key
+    frame is there.
+
+    Args:
+        fast, sharp: recordings that grow: HDF5 files, or folders of numbered images; they need not
+            be there yet.
+        fast_camera, sharp_camera: how they are read, where the files do not say it themselves.
+        silence: the recordings have ended when no frame has come for so many seconds, unless their
+            writers say so before.
+        wait: seconds that the cameras have to begin. Default: 600.
+
+    Yields:
+        (t, frame) as `reconstruct`, the frames of a gap one after the other. The grey scales of the
+        cameras are compared at the first two key frames, and so held; `reconstruct` compares them
+        at all, which may give slightly other frames.
+
+    Raises:
+        InputError: a recording does not begin, cannot be followed, shrinks or vanishes, or the two
+            do not fit each other or the model.
+    """
+    for path in (fast, sharp):
+        if channel_of(path):
+            raise InputError(
+                f"{path}: a channel is followed by the command, which can send the frames on to "
+                "Python: hpc-xvr reconstruct ... --out pva://NAME"
+            )
+    pairing = _pairing(gap, start, registration, match_grey)
+    reading = fast_camera or CameraReading(), sharp_camera or CameraReading()
+    source = CameraFiles(Path(fast), Path(sharp), *reading, pairing, crop)
+    method = in_tiles(model.method, tile)
+    watched = Watched(
+        *(method, model.device, source, frames), force=force, silence=silence, wait=wait
+    )
+    return frames_as_they_come(watched)
+
+
 def register(
     fast: Recording | ArrayLike,
     sharp: Recording | ArrayLike,
@@ -260,6 +323,7 @@ def reconstruct_checked(
     force: bool = False,
     enforce: bool = False,
     check: HeldOut | None = None,
+    tile: int | None = None,
 ) -> Iterator[CheckedFrame]:
     """Reconstruct as `reconstruct`, and look at each frame.
 
@@ -267,6 +331,7 @@ def reconstruct_checked(
         enforce: make the frames agree with the fast camera's, within their noise. `contradicts`
             and what belongs to it are those of the frame before that.
         check: what `check_keys` gave for this recording; scales the deviations.
+        tile: as for `reconstruct`.
 
     Raises:
         InputError: the recordings do not fit each other or the model.
@@ -284,7 +349,7 @@ def reconstruct_checked(
         deviations=True,
         factor=check.factor if check else 1.0,
     )
-    frames = frames_of(model.method, material, model.device)
+    frames = frames_of(in_tiles(model.method, tile), material, model.device)
     return (_checked(examiner.look(t, frame)) for t, frame in frames)
 
 
@@ -313,6 +378,7 @@ def check_keys(
     match_grey: bool = True,
     crop: bool = False,
     force: bool = False,
+    tile: int | None = None,
 ) -> HeldOut:
     """Leave out every other key frame, make it from its neighbours at twice the gap, and compare it
     with what was recorded: an estimate of the movie's error on the safe side.
@@ -329,7 +395,7 @@ def check_keys(
     check_agreement(material, force)
     check_gaps(model.method, list(keys), force)
     around = surroundings(keys, observe(lr, keys))
-    return held_out.check(model.method, lr, keys, around, model.device)
+    return held_out.check(in_tiles(model.method, tile), lr, keys, around, model.device)
 
 
 def _material(
@@ -342,12 +408,21 @@ def _material(
     match_grey: bool,
     crop: bool,
 ) -> Material:
+    pairing = _pairing(gap, start, registration, match_grey)
+    return from_recordings(model.method, _recording(fast), _recording(sharp), pairing, crop)
+
+
+def _pairing(
+    gap: float | None,
+    start: float | None,
+    registration: Registration | dict[str, Any] | str | Path | None,
+    match_grey: bool,
+) -> Pairing:
     if isinstance(registration, dict):
         registration = Registration.model_validate(registration)
     elif isinstance(registration, (str, Path)):
         registration = read_registration(str(registration))
-    pairing = Pairing(gap, start, registration, match_grey)
-    return from_recordings(model.method, _recording(fast), _recording(sharp), pairing, crop)
+    return Pairing(gap, start, registration, match_grey)
 
 
 def _recording(source: Recording | ArrayLike) -> Recording:

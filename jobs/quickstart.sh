@@ -56,6 +56,14 @@ print(Corpus('$corpus').split('test')[0].id)")
 mkdir -p "$run/reconstruction"
 hpc-xvr reconstruct "$run" --video "$video" --gap 20 --out "$run/reconstruction/$video.tif" \
     --movie "$run/reconstruction/$video.webp"
+python - "$run/reconstruction/$video.tif.json" <<'PYTHON'
+import json, sys
+about = json.load(open(sys.argv[1]))
+frames, keys = about["frames"]["shape"][0], len(about["extra"]["key_frames"])
+if frames < 2 * keys:
+    sys.exit(f"{sys.argv[1]}: {keys} of {frames} frames are key frames, as recorded: no movie was made")
+print(f"{frames - keys} of {frames} frames are reconstructed, {keys} are key frames")
+PYTHON
 since "reconstruct"
 
 hpc-xvr report "$run"

@@ -115,3 +115,12 @@ def connect(engine: str, device: str, dist: Dist | None = None, folder: Path | N
 def connected() -> Comm | None:
     """The connection to the other ranks, if a command has made one."""
     return _comm
+
+
+tile = click.option(
+    "--tile",
+    type=click.IntRange(1),
+    metavar="PIXELS",
+    help="Make the frames in tiles of so many sharp pixels a side, with what they depend on around "
+    "them: for frames that take more memory than there is. The result is the same to rounding.",
+)

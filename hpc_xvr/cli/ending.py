@@ -25,7 +25,7 @@ from hpc_xvr.text import printable
 
 NO_MEMORY = (
     "out of memory: end other programs, take fewer ranks a node, set train.micro_batch or "
-    "data.workers lower, or reconstruct with --tile 1024 or less"
+    "data.workers lower, or reconstruct, adapt or evaluate with --tile 1024 or less"
 )
 
 

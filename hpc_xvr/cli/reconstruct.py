@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +22,7 @@ from hpc_xvr.cli.common import (
     which_checkpoint,
 )
 from hpc_xvr.cli.common import engine as engine_option
+from hpc_xvr.cli.common import tile as tile_option
 from hpc_xvr.cli.ending import then, typed
 from hpc_xvr.cli.trust import take_asked, trust_options
 from hpc_xvr.errors import InputError
@@ -102,13 +102,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="The fast camera beside the result (and the truth if it is known), or the result alone.",
 )
-@click.option(
-    "--tile",
-    type=click.IntRange(1),
-    metavar="PIXELS",
-    help="Make the frames in tiles of so many sharp pixels a side, with what they depend on around "
-    "them: for frames that take more memory than there is. The result is the same to rounding.",
-)
+@tile_option
 @trust_options
 @click.option(
     "--follow",
@@ -123,6 +117,13 @@ if TYPE_CHECKING:
     metavar="SECONDS",
     help="With --follow: the recordings have ended when no frame has come for so long, unless "
     "their writers say so before. [default: 30]",
+)
+@click.option(
+    "--wait",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="With --follow: time that the cameras have to begin. [default: 600, but a pva:// channel "
+    "must be there within 10]",
 )
 @click.option(
     "--adapt",
@@ -155,6 +156,7 @@ def reconstruct(
     to_recording: bool,
     follow: bool,
     silence: float | None,
+    wait: float | None,
     skip_bad: bool,
     which: Literal["newest", "best"],
     **options: Any,
@@ -200,6 +202,8 @@ def reconstruct(
     follow = follow or serve is not None or _from_channels(source)
     if silence is not None and not follow:
         raise InputError("--silence ends what --follow begins: give --follow, too")
+    if wait is not None and not follow:
+        raise InputError("--wait is for cameras that are yet to record: give --follow, too")
     if follow:
         _check_followed(source, pairs, to_recording, out)
     several = isinstance(source, CameraFiles) and not follow and _several(source, out, pairs)
@@ -210,7 +214,7 @@ def reconstruct(
             check_movie(movie)
     patient = Dist(timeout_s=7 * 86400)  # ranks may have very different shots
     comm = connect(engine or "auto", device or configured_device(what), patient)
-    refine = partial(_adapted, tile=tile) if to_recording else None
+    refine = _adapted if to_recording else None
     if several:
         assert isinstance(source, CameraFiles)
         _reconstruct_several(what, which, source, pairs, comm, out, movie, wanted, refine, skip_bad)
@@ -220,8 +224,6 @@ def reconstruct(
         from hpc_xvr.reconstruction.channels import follow_channels
 
         assert isinstance(source, CameraFiles)
-        if comm.size > 1:
-            raise InputError("--follow runs in one process; start it without mpirun")
         follow_channels(
             *(what, comm.device, source),
             out=out,
@@ -230,8 +232,11 @@ def reconstruct(
             which=which,
             wanted=wanted,
             silence=30.0 if silence is None else silence,
+            wait=wait,
+            ranks=comm,
         )
-        _then_after(what, out, movie)
+        if comm.is_root:
+            _then_after(what, out, movie)
     else:
         reconstruct_run(
             what,
@@ -279,10 +284,15 @@ def _from_channels(source: Source) -> bool:
 def _check_followed(source: Source, pairs: Path | None, to_recording: bool, out: Path) -> None:
     """Refuse what cannot be done while the cameras record."""
     from hpc_xvr.reconstruction.material import CameraFiles
-    from hpc_xvr.reconstruction.recordings import NAME
+    from hpc_xvr.reconstruction.recordings import NAME, holds_several
 
-    if pairs is not None or not isinstance(source, CameraFiles) or NAME in str(out):
-        raise InputError("--follow is for one recording of each camera, --lr and --hr")
+    if not isinstance(source, CameraFiles):
+        raise InputError("--follow is for what two cameras record, --lr and --hr, not for --video")
+    if pairs is not None or NAME in str(out) or holds_several(source):
+        raise InputError(
+            "--follow is for one shot, a recording of each camera (--lr and --hr): of several, "
+            "start a command for each, or reconstruct them together when they are complete"
+        )
     if to_recording:
         raise InputError(
             "--follow with --adapt: weights are adapted to a complete recording; adapt them to an "
@@ -407,10 +417,10 @@ def _beside(path: Path, mark: str) -> Path:
     return path.with_name(f"{path.stem}-{mark}{path.suffix}")
 
 
-def _adapted(method: NamedMethod, material: Material, tile: int | None = None) -> NamedMethod:
+def _adapted(method: NamedMethod, material: Material) -> NamedMethod:
     from hpc_xvr.adaptation import adapt
 
-    adapted = adapt(method, material, tile=tile)
+    adapted = adapt(method, material)
     say(f"adapt: {adapted.told()}")
     return adapted.method
 
@@ -438,12 +448,7 @@ def _adapted(method: NamedMethod, material: Material, tile: int | None = None) -
     help="Stop earlier, after this time.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the crops that are learned from.")
-@click.option(
-    "--tile",
-    type=click.IntRange(1),
-    metavar="PIXELS",
-    help="Make the key frames held back in tiles, as in `hpc-xvr reconstruct`.",
-)
+@tile_option
 @click.option(
     "--force",
     is_flag=True,
@@ -478,6 +483,7 @@ def adapt(
     from hpc_xvr.reconstruction.material import check_agreement, check_gaps, material_of
     from hpc_xvr.reconstruction.methods import open_method
     from hpc_xvr.reconstruction.provenance import command_line, provenance_of
+    from hpc_xvr.reconstruction.tiles import in_tiles
 
     if discover().size > 1:
         raise InputError("adapt runs in one process; start it without mpirun")
@@ -485,11 +491,11 @@ def adapt(
     check_weights_name(out)
     check_new_file(out)
     comm = connect("serial", device or configured_device(what))
-    method = open_method(what, comm.device, which)
+    method = in_tiles(open_method(what, comm.device, which), tile)
     material = material_of(method, source)
     check_gaps(method, list(material.keys), force)
     check_agreement(material, force)
-    adapted = run(method, material, steps=steps, minutes=minutes, seed=seed, tile=tile)
+    adapted = run(method, material, steps=steps, minutes=minutes, seed=seed)
     assert method.config, "no method without learning can be adapted"
     command = command_line(["hpc-xvr", *sys.argv[1:]])
     how = {"steps": steps, "minutes": minutes, "seed": seed}

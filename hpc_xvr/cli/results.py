@@ -19,6 +19,7 @@ from hpc_xvr.cli.common import (
     which_checkpoint,
 )
 from hpc_xvr.cli.common import engine as engine_option
+from hpc_xvr.cli.common import tile as tile_option
 from hpc_xvr.cli.ending import then
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import say
@@ -119,6 +120,7 @@ def _data_of(weights: Path) -> tuple[str, ...]:
     is_flag=True,
     help="Score everything again, not only what an earlier call did not finish.",
 )
+@tile_option
 @settings
 @click.option(
     "--device",

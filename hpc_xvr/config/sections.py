@@ -422,6 +422,9 @@ class Evaluate(Section):
     pixels of the fast camera; each recording in a direction of its own."""
     pictures: NotNegative = 3
     """Recordings of each corpus that pictures are made of."""
+    tile: Annotated[int, Field(ge=1)] | None = None
+    """Side in sharp pixels of the tiles that frames are made in, where whole ones take more memory
+    than there is. Default: whole frames."""
 
     @model_validator(mode="before")
     @classmethod

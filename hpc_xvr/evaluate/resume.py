@@ -88,5 +88,6 @@ def key_of(unit: Unit, method: NamedMethod, setting: Setting) -> str:
         setting.seed,
         setting.hr_noise.name,
         setting.misregistration,
+        *([method.tile] if method.tile else []),  # equal to rounding, but not in time
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]

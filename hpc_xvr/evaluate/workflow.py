@@ -23,6 +23,7 @@ from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.factory.weights import Which
 from hpc_xvr.log import logger, progress_bar
 from hpc_xvr.reconstruction.methods import NamedMethod, open_methods
+from hpc_xvr.reconstruction.tiles import in_tiles
 
 
 def evaluate(
@@ -59,6 +60,7 @@ def evaluate(
         _check_settings(earlier, settings, out)
         methods = open_methods([*wanted.methods, *what], comm.device, which)
         check_methods(methods, config.data)
+        methods = {name: in_tiles(method, wanted.tile) for name, method in methods.items()}
         return methods, units, {} if restart else cells.load()
 
     settings = _settings(config, comm)
@@ -233,6 +235,7 @@ def _settings(config: Config, comm: Comm) -> dict[str, Any]:
         "seed": config.run.seed,
         "device": str(comm.device),
         "ranks": comm.size,
+        "tile": config.evaluate.tile,
     }
 
 

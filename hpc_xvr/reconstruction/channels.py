@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from hpc_xvr.data.cameras.pva import Channel, channel_of, published
+from hpc_xvr.data.cameras.pva import THERE_S, Channel, channel_of, published
+from hpc_xvr.data.ranks import ONE_RANK, Ranks
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 from hpc_xvr.reconstruction.following import follow_run
@@ -23,41 +24,61 @@ def follow_channels(
     *,
     out: Path,
     serve: str | None = None,
+    wait: float | None = None,
+    ranks: Ranks = ONE_RANK,
     **more: Any,
 ) -> Path:
     """As `follow_run`, of cameras whose paths may be pva://CHANNEL: their frames are recorded
-    beside `out`, in STEM-lr.h5 and STEM-hr.h5, which stay.
+    beside `out`, in STEM-lr.h5 and STEM-hr.h5, which stay; by rank 0, the others read them there.
 
     Args:
         serve: channel to which the frames are sent gap by gap; their uniqueId is the number of the
             fast frame.
+        wait: seconds that the cameras have to begin, and channels to be there; None: `THERE_S` for
+            channels.
 
     Raises:
         InputError: as `follow_run`; there is a recording of an earlier run; pvapy is not installed.
     """
-    files: dict[str, Any] = {}
-    for role, path in (("lr", source.lr), ("hr", source.hr)):
-        if channel_of(path) is None:
-            continue
-        files[role] = out.with_name(f"{out.stem}-{role}.h5")
-        if files[role].exists():
-            raise InputError(
-                f"{files[role]}: is there from an earlier run: move it, or reconstruct it without "
-                f"pva:// (--{role} {files[role]})"
-            )
-    recorded = replace(source, **files)
+    names = {"lr": channel_of(source.lr), "hr": channel_of(source.hr)}
+    files = {role: out.with_name(f"{out.stem}-{role}.h5") for role, name in names.items() if name}
+
+    def check_new() -> None:
+        for role, file in files.items():
+            if file.exists():
+                raise InputError(
+                    f"{file}: is there from an earlier run: move it, or reconstruct it without "
+                    f"pva:// (--{role} {file})"
+                )
+
+    ranks.on_root(check_new)
+    recorded = replace(source, lr=files.get("lr", source.lr), hr=files.get("hr", source.hr))
     with ExitStack() as stack:
         channels: dict[str, Any] = {}
-        for role, file in files.items():
-            name = channel_of(getattr(source, role))
-            assert name is not None
-            reading = source.lr_camera if role == "lr" else source.hr_camera
-            channels[f"growing_{role}"] = Channel(name, file, bool(reading.missing))
-            stack.callback(channels[f"growing_{role}"].finish)
-            logger.info("pva://%s: is recorded in %s", name, file)
-        publish = stack.enter_context(published(serve))
+        publish = None
+        if ranks.rank == 0:
+            for role, file in files.items():
+                name = names[role]
+                assert name is not None
+                reading = source.lr_camera if role == "lr" else source.hr_camera
+                channels[f"growing_{role}"] = Channel(
+                    *(name, file, bool(reading.missing)), THERE_S if wait is None else wait
+                )
+                stack.callback(channels[f"growing_{role}"].finish)
+                logger.info("pva://%s: is recorded in %s", name, file)
+            publish = stack.enter_context(published(serve))
         try:
-            return follow_run(what, device, recorded, out=out, publish=publish, **channels, **more)
+            return follow_run(
+                what,
+                device,
+                recorded,
+                out=out,
+                publish=publish,
+                wait=wait,
+                ranks=ranks,
+                **channels,
+                **more,
+            )
         except InputError as error:
             there = [str(file) for file in files.values() if file.exists()]
             if not there:

@@ -1,19 +1,18 @@
 """Reconstruct while the cameras record: each gap as soon as its second key frame is there.
 
-The recordings are read as if they ended with the last complete frame; of the pieces of work that
-this gives, those that more frames cannot change are made and kept with a checksum of the frames
-they are made of. When the recordings have ended, they are reconstructed as any others, and the
-pieces whose checksums fit need not be made again: the result is the same file.
+Gaps are kept with a checksum of the frames they are made of. When the recordings have ended, they
+are reconstructed as any others, and the pieces whose checksums fit need not be made again: the
+result is the same file.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -21,41 +20,27 @@ import numpy as np
 import torch
 
 from hpc_xvr.config import Config
-from hpc_xvr.data.cameras import Recording
-from hpc_xvr.data.cameras.growing import CannotFollow, Growing, growing
-from hpc_xvr.data.pairing.agreement import ALIKE, Grey, compare, grey_to_match, told
-from hpc_xvr.data.pairing.joining import Pairing, TooFew
-from hpc_xvr.data.pairing.reading import CameraReading
-from hpc_xvr.data.ranks import ONE_RANK
-from hpc_xvr.errors import InputError, PassingError
+from hpc_xvr.data.cameras.growing import Growing
+from hpc_xvr.data.ranks import ONE_RANK, Ranks
+from hpc_xvr.errors import InputError
 from hpc_xvr.factory.execution import use_threads
 from hpc_xvr.factory.weights import Which
 from hpc_xvr.files import check_spared, disk_errors, remove
 from hpc_xvr.log import logger, say
-from hpc_xvr.reconstruction.material import (
-    CameraFiles,
-    Material,
-    check_gaps,
-    from_recordings,
-)
+from hpc_xvr.reconstruction.material import CameraFiles
 from hpc_xvr.reconstruction.methods import NamedMethod, open_method
 from hpc_xvr.reconstruction.pipeline import Piece, Reconstruction
-from hpc_xvr.reconstruction.spool import Spool
-from hpc_xvr.reconstruction.streams import KeyFrames, Stream
-from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_with, work_of
-from hpc_xvr.reconstruction.writers import as_stored, check_sequence, write_sequence
+from hpc_xvr.reconstruction.spool import ABOUT, Spool
+from hpc_xvr.reconstruction.tiles import in_tiles
+from hpc_xvr.reconstruction.watching import Gap, Watched, each_message_once
+from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_with
+from hpc_xvr.reconstruction.writers import Calibration, as_stored, check_sequence, write_sequence
+from hpc_xvr.text import parse_json
 from hpc_xvr.version import __version__
 
 Publish = Callable[[Iterable[tuple[int, np.ndarray]]], None]
-START_S = 600.0
-"""Seconds that the cameras have to begin."""
 BEHIND = 3
 """Gaps in a row that take longer to make than to record, of which the log tells."""
-RETRIES, RETRY_S = 10, 0.1
-"""Times that frames are read again that could not be read, and seconds between; a file that is not
-written in SWMR mode may be caught between two states."""
-LOOK_S = 0.05
-"""Seconds between two looks at the recordings; more where a look takes long."""
 
 
 def follow_run(
@@ -68,47 +53,74 @@ def follow_run(
     which: Which = "newest",
     wanted: Wanted,
     silence: float = 30.0,
+    wait: float | None = None,
     growing_lr: Growing | None = None,
     growing_hr: Growing | None = None,
     publish: Publish | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> Path:
-    """As `reconstruct_run` in one process, of recordings that are being written.
+    """As `reconstruct_run`, of recordings that are being written. All ranks call it alike and share
+    the gaps.
 
     While they grow, each gap lies as a TIFF stack in the folder `<out>.gaps`, which goes when `out`
     is complete. It ends when the writers have closed their files (HDF5 in SWMR mode), or no
-    complete frame has come for `silence` seconds; they have `START_S` to begin.
+    complete frame has come for `silence` seconds; they have `wait` seconds to begin.
 
     Args:
-        growing_lr, growing_hr: the recordings, where they do not grow by themselves.
+        wait: None: `START_S`.
+        growing_lr, growing_hr: the recordings, where they do not grow by themselves; on rank 0,
+            the others follow the files of `source`.
         publish: is given the frames of each gap when it is made: (number of the fast frame, frame
-            (H, W) with values as in `out`).
+            (H, W) with values as in `out`), on rank 0.
 
     Raises:
         InputError: as `reconstruct_run`, or a recording cannot be followed; says where the gaps
             are that were finished.
     """
-    method = open_method(what, device, which)
+    method = ranks.together(lambda: open_method(what, device, which))
     use_threads((method.config or Config()).run.threads)
-    follower = Follower(method, device, source, out, wanted, silence)
-    follower.lr, follower.hr = growing_lr or follower.lr, growing_hr or follower.hr
+    follower = ranks.together(
+        lambda: Follower(method, device, source, out, wanted, silence, wait, ranks)
+    )
+    watched = follower.watched
+    watched.lr, watched.hr = growing_lr or watched.lr, growing_hr or watched.hr
     follower.publish = publish
     try:
-        with _each_message_once():
+        with each_message_once():
             try:
                 follower.follow()
             finally:
-                for recording in (follower.lr, follower.hr):
+                for recording in (watched.lr, watched.hr):
                     recording.finish()
-        reconstruct_with(method, device, source, out=out, movie=movie, wanted=wanted)
+        reconstruct_with(method, device, source, out=out, movie=movie, wanted=wanted, ranks=ranks)
     except InputError as error:
         raise follower.with_what_is_kept(error) from None
-    follower.tell_latencies()
-    follower.remove_gaps()
+    if ranks.rank == 0:
+        follower.tell_latencies()
+        follower.remove_gaps()
     return out
 
 
+@dataclass(frozen=True)
+class _Due:
+    """What is to be told of a gap when it is finished."""
+
+    since: float
+    """When all that it depends on was there."""
+    pieces: list[Piece]
+    shape: tuple[int, int]
+    calibration: Calibration
+    last: tuple[int, np.ndarray] | None
+    """The key frame that it ends with, if it is to be published."""
+
+
 class Follower:
-    """Makes the gaps of recordings that grow."""
+    """Makes the gaps of recordings that grow: of several ranks each its share, and rank 0 tells
+    what has become of them.
+
+    Beside the pieces (see `Spool`) lies `news.json` as long as the others are to go on: which
+    frames are lost, as rank 0 has heard it.
+    """
 
     def __init__(
         self,
@@ -118,72 +130,131 @@ class Follower:
         out: Path,
         wanted: Wanted,
         silence: float,
+        wait: float | None = None,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         check_sequence(out, wanted.dtype)
         check_spared([out], [source.lr, source.hr])
-        self.method, self.device, self.source = method, device, source
-        self.out, self.wanted, self.silence = out, wanted, silence
-        self.lr, self.hr = (
-            growing(path, camera.dataset, tuple(map(Path, camera.allow_links)))
-            for path, camera in ((source.lr, source.lr_camera), (source.hr, source.hr_camera))
+        self.method, self.device, self.source = in_tiles(method, wanted.tile), device, source
+        self.out, self.wanted, self._ranks = out, wanted, ranks
+        if ranks.rank:  # rank 0 says when it is over
+            silence = wait = math.inf
+        self.watched = Watched(
+            *(self.method, device, source, wanted.frames),
+            force=wanted.force,
+            silence=silence,
+            wait=wait,
         )
         self.gaps = out.with_name(f"{out.name}.gaps")
+        self.publish: Publish | None = None
         self._begun = time.time()
         self._latencies: list[float] = []
+        self._seen: dict[range, None] = {}
+        """Gaps that are made, or are for another rank."""
+        self._mine: dict[range, tuple[float, float]] = {}
+        """Those that this rank has made: when, and what it took, in seconds."""
+        self._awaited: dict[range, _Due] = {}
+        """Those that are not told of yet."""
         self._made: dict[range, None] = {}
-        """Gaps that are finished."""
-        self._grey = _HeldGrey()
-        self.publish: Publish | None = None
+        """Those that are finished."""
         self._last: tuple[int, np.ndarray] | None = None
         """The last key frame."""
-        self._numbers = np.empty(0)
-        """Of the frames that the fast camera has sent, lost ones counted."""
         self._since = 0.0
         """When all frames of the last gap were there."""
         self._behind = 0
         """Gaps in a row that took longer to make than to record."""
-        self._spool: Spool | None = None
-        self._failures = 0
-        self._needed = 2, 2
-        """Frames of the fast and the sharp camera with which there may be something to do."""
-        self._tried = 0, 0
-        """What there was when that was last looked for."""
+        self._told_lost: dict[str, list[int]] = {}
+        self._cleared = False
 
     def follow(self) -> None:
-        """Make gaps until the recordings have ended."""
-        last, told = time.monotonic(), ""
-        logger.info("following %s and %s", self.lr.path, self.hr.path)
+        """Make gaps until the recordings have ended; all ranks call it."""
+        facts = {
+            "method": self.method.fingerprint,
+            "adaptation": "no",
+            "sources": f"growing: {self.source!r}",
+            "numbers": self.wanted.dtype,
+            "tile": str(self.wanted.tile),
+            "device": self.device.type,
+            "version": __version__,
+        }
+        kind = "uint16" if self.wanted.dtype == "uint16" else "float32"
+        self._spool = Spool(self.out, facts, (0, 0), kind, self._ranks)
+        self._news = self._spool.folder / "news.json"
         try:
-            while True:
-                begun = time.monotonic()
-                there = self.lr.frames and self.hr.frames
-                more = any([self.lr.look(), self.hr.look()])
-                limit = self.silence if there else max(self.silence, START_S)
-                if not more and begun - last > limit:
-                    break
-                took = time.monotonic() - begun
-                if self._advance() or more:
-                    last = time.monotonic()
-                if self.lr.ended and self.hr.ended:
-                    logger.info("the writers have closed both recordings")
-                    return
-                if not there:
-                    waiting = (self.hr if self.lr.frames else self.lr).waiting
-                    if waiting != told:
-                        told = waiting
-                        logger.info("waiting: %s", told)
-                if not more:
-                    time.sleep(max(LOOK_S, 2 * took))
+            self._ranks.on_root(self._tell_lost)
+            self._ranks.together(self._follow if self._ranks.rank == 0 else self._help)
         finally:
-            if self._spool is not None:
-                self._spool.close(keep=True)
-            if self.publish and self._last is not None:
-                self.publish([self._last])
-        silent = f"no complete frame has come for {limit:g} s"
-        for recording in (self.lr, self.hr):
-            if not recording.frames:
-                raise InputError(f"{recording.waiting}; {silent}")
-        logger.info("%s; %s; %s", silent, self.lr.waiting, self.hr.waiting)
+            if self._ranks.rank == 0:
+                self._deliver()
+                self._spool.close(keep=not self._spool.is_empty())
+                if self.publish and self._last is not None:
+                    self.publish([self._last])
+
+    def _follow(self) -> None:
+        try:
+            for ready in self.watched.looks(self._seen):
+                if ready:
+                    self._clear()
+                self._awaited.update((gap.frames, self._due(gap)) for gap in ready)
+                self._tell_lost()
+                self._make_mine(ready)
+                self._deliver()
+                if self._ranks.size > 1 and self._spool.failed():
+                    return  # the rank that failed says why
+        finally:
+            self._news.unlink(missing_ok=True)
+
+    def _help(self) -> None:
+        try:
+            for ready in self.watched.looks(self._seen):
+                if not self._news.exists():
+                    return
+                self._read_lost()
+                self._make_mine(ready)
+        except BaseException:
+            self._spool.fail()
+            raise
+
+    def _tell_lost(self) -> None:
+        """Let the other ranks know which frames will never be there."""
+        lost = {"lr": sorted(self.watched.lr.lost), "hr": sorted(self.watched.hr.lost)}
+        if self._ranks.size == 1 or lost == self._told_lost:
+            return
+        self._told_lost = lost
+        beside = self._news.with_name(f".{self._news.name}")
+        with disk_errors(self._news):
+            beside.write_text(json.dumps(lost))
+            beside.replace(self._news)
+
+    def _read_lost(self) -> None:
+        with suppress(OSError, ValueError):  # replaced just now; it is read again
+            found = parse_json(self._news.read_text())
+            assert isinstance(found, dict)
+            self.watched.lr.lost.update(found["lr"])
+            self.watched.hr.lost.update(found["hr"])
+
+    def _make_mine(self, ready: list[Gap]) -> None:
+        """Make this rank's share of these gaps."""
+        try:
+            for gap in ready:
+                if gap.number % self._ranks.size == self._ranks.rank:
+                    self._make(gap)
+                else:
+                    self._seen[gap.frames] = None
+        except InputError as error:
+            self._deliver()
+            self.watched.again(error)
+
+    def _make(self, gap: Gap) -> None:
+        begun = time.monotonic()
+        self._spool.shape = gap.material.keys.shape
+        for piece in gap.pieces:
+            self._make_piece(gap.work, piece)
+        self._write(gap)
+        self._seen[gap.frames] = None
+        self._mine[gap.frames] = time.time(), time.monotonic() - begun
+        self.watched.was_made(gap)
+        self._deliver()
 
     def with_what_is_kept(self, error: InputError) -> InputError:
         """The error, and where the finished gaps are."""
@@ -215,224 +286,98 @@ class Follower:
     def _file(self, frames: range) -> Path:
         return self.gaps / f"{frames.start:06d}-{frames.stop - 1:06d}.tif"
 
-    def _advance(self) -> bool:
-        """Make what can be made now; returns whether it was looked for."""
-        there = self.lr.frames, self.hr.frames
-        if there == self._tried or not all(np.greater_equal(there, self._needed)):
-            return False
-        self._tried = there
-        try:
-            self._make(self._material())
-            self._failures = 0
-        except TooFew as error:
-            self.lr.waiting = str(error)
-        except (PassingError, CannotFollow):
-            raise
-        except InputError:
-            self.lr.look(), self.hr.look()  # which may tell why
-            self._failures += 1
-            if self._failures > RETRIES:
-                raise
-            time.sleep(RETRY_S)
-            self._tried = 0, 0
-        return True
-
-    def _material(self) -> Material:
-        """The recordings up to their last complete frames."""
-        source = self.source
-        sharp = _opened(self.hr, source.hr_camera, "--hr")
-        fast = _opened(self.lr, source.lr_camera.on_scale_of(source.hr_camera), "--lr")
-        self._numbers = fast.taken()
-        return from_recordings(
-            self.method, fast, sharp, source.pairing, source.crop, self._grey.agreed
-        )
-
-    def _make(self, material: Material) -> None:
-        """Make the pieces that no further frame can change, gap by gap."""
-        times = sorted(material.keys)
-        start = self.wanted.frames[0] or 0
-        stop = min(self.wanted.frames[1] or times[-1], times[-1])
-        asked = range(max(start, times[0]), stop)
-        work = work_of(self.method, material, self.device, asked)
-        check_gaps(self.method, times, self.wanted.force, asked)
-        spool = self._opened_spool(material.keys.shape)
-        by_gap: dict[tuple[int, int], list[Piece]] = {}
-        for piece in work.pieces():
-            by_gap.setdefault(piece.keys, []).append(piece)
-        for keys, pieces in by_gap.items():
-            frames = range(pieces[0].frames.start, pieces[-1].frames.stop)
-            if frames in self._made:
-                continue
-            needed = max(work.depends_on(piece) for piece in pieces)
-            if needed >= len(material.lr):
-                self._needed = needed + 1, 2
+    def _deliver(self) -> None:
+        """Tell of gaps that are finished, in order of time, whoever has made them, and publish
+        them."""
+        if self._ranks.rank:
+            return
+        for frames, due in list(self._awaited.items()):
+            finished = self._finished(frames)
+            if finished is None:
                 return
-            begun = time.monotonic()
-            for piece in pieces:
-                self._make_piece(work, piece, spool)
-            self._write(material, frames, spool, pieces)
+            del self._awaited[frames]
+            self._told(frames, due.since, finished)
             if self.publish:
-                self.publish(self._stored(zip(frames, spool.frames(pieces), strict=True), material))
-                key = np.clip(material.keys[keys[1]], 0, 1)
-                self._last = next(self._stored([(keys[1], key)], material))
-            since = max(self.lr.since(needed + 1), self.hr.since(times.index(keys[1]) + 1))
-            self._told(frames, since, time.monotonic() - begun)
-            self._grey.check(material, keys[1])
-        self._needed = times[-1] + int(min(np.diff(times))) + 1, len(times) + 1
+                assert due.last
+                self._spool.shape = due.shape
+                made = zip(frames, self._spool.frames(due.pieces), strict=True)
+                self.publish(self._stored(made, due.calibration))
+                self._last = next(self._stored([due.last], due.calibration))
+
+    def _due(self, gap: Gap) -> _Due:
+        keys, last = gap.material.keys, None
+        if self.publish:
+            last = gap.keys[1], np.clip(keys[gap.keys[1]], 0, 1)
+        return _Due(gap.since, gap.pieces, keys.shape, gap.material.calibration, last)
+
+    def _finished(self, frames: range) -> float | None:
+        """When a gap was finished; None: it is not."""
+        if frames in self._mine:
+            return self._mine[frames][0]
+        if frames not in self._seen:  # for this rank, and not made
+            return None
+        try:
+            return self._file(frames).stat().st_mtime
+        except OSError:
+            return None
 
     def _stored(
-        self, numbered: Iterable[tuple[int, np.ndarray]], material: Material
+        self, numbered: Iterable[tuple[int, np.ndarray]], calibration: Calibration
     ) -> Iterator[tuple[int, np.ndarray]]:
         """The frames with the fast camera's numbers, and with values as in the result."""
-        calibration = material.calibration
         for t, frame in numbered:
-            yield round(self._numbers[t]), as_stored(frame, self.wanted.dtype, calibration)
+            yield round(self.watched.numbers[t]), as_stored(frame, self.wanted.dtype, calibration)
 
-    def _make_piece(self, work: Reconstruction, piece: Piece, spool: Spool) -> None:
+    def _make_piece(self, work: Reconstruction, piece: Piece) -> None:
         loads = list(work.load([piece]))
         made_of = work.made_of(piece, loads)
-        if spool.has(piece, lambda _: made_of):
+        if self._spool.has(piece, lambda _: made_of):
             return
         frames = [frame for _, frame in work.run(loads)]
-        spool.save(piece, frames, made_of)
+        self._spool.save(piece, frames, made_of)
 
-    def _write(self, material: Material, frames: range, spool: Spool, pieces: list[Piece]) -> None:
+    def _clear(self) -> None:
+        """Delete gaps of another recording, or that are to be anew, before the first one."""
+        if self._cleared:
+            return
+        self._cleared = True
+        begun = (self._spool.folder / ABOUT).stat().st_mtime
+        for old in self.gaps.glob("[0-9]*-[0-9]*.tif"):
+            with suppress(FileNotFoundError):
+                if old.stat().st_mtime < begun:
+                    remove(old)
+
+    def _write(self, gap: Gap) -> None:
         """The gap as a file that can be looked at."""
         with disk_errors(self.gaps):
             self.gaps.mkdir(exist_ok=True)
-        if not self._made:
-            for old in self.gaps.glob("[0-9]*-[0-9]*.tif"):  # of another recording, or to be anew
-                remove(old)
         write_sequence(
-            self._file(frames),
-            spool.frames(pieces),
-            len(frames),
-            material.calibration,
-            frames.start,
+            self._file(gap.frames),
+            self._spool.frames(gap.pieces),
+            len(gap.frames),
+            gap.material.calibration,
+            gap.frames.start,
             self.wanted.dtype,
         )
 
-    def _told(self, frames: range, since: float, took: float) -> None:
-        """Note that a gap is finished, all frames of which were there at a time, and which took so
-        many seconds."""
+    def _told(self, frames: range, since: float, finished: float) -> None:
+        """Note that a gap is finished, all frames of which were there at a time."""
         self._made[frames] = None
         if since < self._begun:
             logger.info("frames %d to %d: made, recorded before", frames[0], frames[-1])
             return
-        interval, self._since = since - (self._since or self._begun), since
-        self._behind = self._behind + 1 if took > interval else 0
-        if self._behind == BEHIND:
-            logger.warning(
-                "a gap takes %.2g s to make and %.2g s to record: the result falls behind the "
-                "cameras",
-                *(took, interval),
-            )
-        self._latencies.append(max(0.0, time.time() - since))
+        if frames in self._mine:
+            took = self._mine[frames][1]
+            interval, self._since = since - (self._since or self._begun), since
+            self._behind = self._behind + 1 if took > interval else 0
+            if self._behind == BEHIND:
+                logger.warning(
+                    "a gap takes %.2g s to make and %.2g s to record: the result falls behind the "
+                    "cameras",
+                    *(took, interval),
+                )
+        self._latencies.append(max(0.0, finished - since))
         logger.info(
             "frames %d to %d: made %.2f s after the last frame they need",
             *(frames[0], frames[-1], self._latencies[-1]),
         )
-
-    def _opened_spool(self, shape: tuple[int, int]) -> Spool:
-        if self._spool is None:
-            facts = {
-                "method": self.method.fingerprint,
-                "adaptation": "no",
-                "sources": f"growing: {self.source!r}",
-                "numbers": self.wanted.dtype,
-                "device": self.device.type,
-                "version": __version__,
-            }
-            kind = "uint16" if self.wanted.dtype == "uint16" else "float32"
-            self._spool = Spool(self.out, facts, shape, kind, ONE_RANK)
-        return self._spool
-
-
-@dataclass
-class _HeldGrey:
-    """The relation of the cameras' grey scales as the first two key frames give it, held for those
-    that follow, which are compared with it."""
-
-    grey: Grey | None = None
-    _undecided: bool = False
-    _name: str = ""
-    _gap: float = math.nan
-    _match: bool = True
-
-    def agreed(self, lr: Stream, keys: KeyFrames, name: str, pairing: Pairing) -> Grey:
-        """What is taken out."""
-        self._name, self._gap = name, pairing.gap or math.nan
-        if self.grey is None:
-            chosen = sorted(keys)[:-3:-1] if self._undecided else sorted(keys)[:2]
-            some = {t: keys[t] for t in sorted(chosen)}
-            found = compare(lr, some)
-            grey = grey_to_match(found, name, pairing.match_grey)
-            if found is None:  # nothing to be seen in them
-                self._undecided = True
-                return grey
-            told(found, name, self._gap)
-            self.grey, self._match = grey, pairing.match_grey is not False
-            if grey not in (Grey(), pairing.match_grey):
-                logger.warning(
-                    "%s: while the cameras record, the grey scale is that of the key frames at "
-                    "frames %s; at the end all gaps are made once more with that of all key "
-                    "frames. --match-grey %.6g,%.6g would state it, and spare that",
-                    *(name, " and ".join(map(str, some)), grey.gain, grey.offset),
-                )
-        return self.grey
-
-    def check(self, material: Material, t: int) -> None:
-        """Compare a further key frame with the fast frames on the grey scale that is held.
-
-        Raises:
-            CannotFollow: a mirrored or a negative picture.
-        """
-        found = compare(material.lr, {t: material.keys[t]})
-        if found is None or self.grey is None:
-            return
-        try:
-            told(found, self._name, self._gap)
-        except InputError as error:
-            raise CannotFollow(str(error)) from None
-        if self._match and found.correlation >= ALIKE and not 0.8 < found.grey.gain < 1.25:
-            logger.warning(
-                "%s: the cameras' grey scales have changed: at frame %d the fast frames are %.3g "
-                "times what the first key frames led to: frames around it flicker",
-                *(self._name, t, found.grey.gain),
-            )
-
-
-def _opened(recording: Growing, reading: CameraReading, option: str) -> Recording:
-    """The complete frames of a recording.
-
-    Raises:
-        CannotFollow: its grey scale is only known when it is complete.
-    """
-    whole = replace(reading, missing=None)
-    dataset = getattr(recording, "dataset", None)
-    opened = whole.open_files(recording.files(), dataset, recording.frames)
-    if opened.scale_measured:
-        raise CannotFollow(
-            f"{recording.path}: holds floating-point numbers, whose white is the largest of the "
-            f"whole recording, which is not known yet: state it with {option}-full-scale"
-        )
-    lost = [k for k in sorted(recording.lost) if k < recording.frames]
-    return opened.without(lost) if lost else opened
-
-
-@contextmanager
-def _each_message_once() -> Iterator[None]:
-    """The recordings are opened again and again; what is said of them is said once."""
-    said: set[str] = set()
-
-    def new(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        known = text in said
-        said.add(text)
-        return not known
-
-    logger.addFilter(new)
-    try:
-        yield
-    finally:
-        logger.removeFilter(new)

@@ -53,6 +53,8 @@ class NamedMethod:
     """What it was trained with, as far as that is known."""
     step: int = 0
     """Optimizer steps that it was trained for; 0 if unknown."""
+    tile: int | None = None
+    """Side in sharp pixels of the tiles that it works in, see `in_tiles`; None: whole frames."""
 
     @property
     def longest_gap(self) -> int | None:

@@ -37,11 +37,12 @@ from hpc_xvr.reconstruction.pipeline import Piece
 from hpc_xvr.text import parse_json
 
 FULL = 65535
-MADE_BY = ("method", "adaptation", "numbers", "device", "version")
+MADE_BY = ("method", "adaptation", "numbers", "tile", "device", "version")
 """Facts that, with the frames it is made of, decide a piece."""
 _POLL = 0.005, 0.2
 """Seconds between two looks for a piece: at first, and at most."""
 _LOCK = "writer.lock"
+ABOUT = "about.json"
 _HEAD = 64
 """Bytes of a piece's first line, at most."""
 
@@ -99,7 +100,7 @@ class Spool:
 
     def _begin(self, folder: Path, facts: dict[str, str]) -> None:
         """Keep the pieces of the same command, delete all else."""
-        about = folder / "about.json"
+        about = folder / ABOUT
         found: dict[str, str] | None = None
         with contextlib.suppress(OSError, ValueError):
             found = parse_json(about.read_text())
@@ -227,6 +228,10 @@ class Spool:
     def failed(self) -> bool:
         """Has any rank given up?"""
         return any(self.folder.glob("failed-*"))
+
+    def is_empty(self) -> bool:
+        """Does it hold no piece?"""
+        return not any(self.folder.glob("[0-9]*-[0-9]*"))
 
     def close(self, keep: bool) -> None:
         """Leave; without `keep` the pieces are deleted. The rank that opened it for all does."""

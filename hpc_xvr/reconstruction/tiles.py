@@ -25,8 +25,11 @@ from hpc_xvr.reconstruction.methods import NamedMethod
 from hpc_xvr.reconstruction.pipeline import Method, as_method
 
 
-def in_tiles(entry: NamedMethod, side: int | None) -> NamedMethod:
-    """The same method, working in tiles of `side` sharp pixels; None: in whole frames.
+def in_tiles(entry: NamedMethod, side: int | None, quiet: bool = False) -> NamedMethod:
+    """The same method, working in tiles of `side` sharp pixels; None: as it does.
+
+    Args:
+        quiet: the log does not say what it costs, as it was said before.
 
     Raises:
         InputError: it cannot.
@@ -39,7 +42,7 @@ def in_tiles(entry: NamedMethod, side: int | None) -> NamedMethod:
         if baseline.halo is None:
             logger.info("%s: works in tiles of its own; --tile changes nothing", entry.name)
             return entry
-        return replace(entry, method=_baseline_in_tiles(baseline, baseline.halo, side))
+        return replace(entry, method=_baseline_in_tiles(baseline, baseline.halo, side), tile=side)
     if not isinstance(model, (KeyPropagation, SwinXVR)):
         raise InputError(
             f"--tile {side}: {entry.name} ({entry.title}) can look up features at any distance, so "
@@ -47,14 +50,16 @@ def in_tiles(entry: NamedMethod, side: int | None) -> NamedMethod:
             "weights"
         )
     window = _window(model)
-    side = whole_windows(entry.name, model, side)
+    asked, side = side, whole_windows(entry.name, model, side)
     halo = -(-model.halo * model.scale // window) * window
-    logger.info(
-        "tiles of %dx%d sharp pixels, made with %d around them: up to %.3g times the work of whole "
-        "frames",
-        *(side, side, halo, ((side + 2 * halo) / side) ** 2),
-    )
-    return replace(entry, method=as_method(model, TiledModel(side // model.scale))[0])
+    if not quiet:
+        logger.info(
+            "%s: tiles of %dx%d sharp pixels, made with %d around them: up to %.3g times the work "
+            "of whole frames",
+            *(entry.name, side, side, halo, ((side + 2 * halo) / side) ** 2),
+        )
+    method, _ = as_method(model, TiledModel(side // model.scale))
+    return replace(entry, method=method, tile=asked)
 
 
 def whole_windows(name: str, model: KeyPropagation | SwinXVR, side: int) -> int:

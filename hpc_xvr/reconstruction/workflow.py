@@ -163,7 +163,7 @@ def reconstruct_with(
     Returns False if the result was there already, as `ledger` says.
     """
 
-    whole, method = method, ranks.together(lambda: in_tiles(method, wanted.tile))
+    method = ranks.together(lambda: in_tiles(method, wanted.tile))
     beside = out.with_name(f"{out.name}.json"), trust_file(out)
     asked = movie, wanted.trust.uncertainty, wanted.trust.maps
     files = [path for path in (out, *beside, *asked) if path]
@@ -206,8 +206,7 @@ def reconstruct_with(
             remove_partials(path)
     try:
         if refine:
-            refined = _refined(refine, whole, material, spool, ranks)
-            method = in_tiles(refined, wanted.tile)
+            method = _refined(refine, method, material, spool, ranks)
         name = f"{method.name} at step {method.step}" if method.step else method.title
         if ranks.rank == 0:
             _say_frames(name, frames, material)
@@ -547,7 +546,8 @@ def _refined(
     assert network is not None
     network.load_state_dict(torch.load(file, weights_only=True))
     refined = model_entry(method.name, network.eval(), method.precision)
-    return replace(refined, config=method.config, step=method.step)
+    refined = replace(refined, config=method.config, step=method.step)
+    return in_tiles(refined, method.tile, quiet=True)
 
 
 def _show(

@@ -17,6 +17,7 @@ import tifffile
 import torch
 from PIL import Image
 
+import hpc_xvr as xvr
 from hpc_xvr.data.cameras import growing as growing_module
 from hpc_xvr.data.cameras.growing import growing
 from hpc_xvr.data.degrade import bin_down
@@ -26,7 +27,7 @@ from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 from hpc_xvr.model.xvr import SwinXVR
-from hpc_xvr.reconstruction import following
+from hpc_xvr.reconstruction import watching
 from hpc_xvr.reconstruction.following import Follower, follow_run
 from hpc_xvr.reconstruction.material import CameraFiles
 from hpc_xvr.reconstruction.methods import model_entry, open_method
@@ -474,7 +475,7 @@ def refused(folder, match, **more):
 
 
 def test_what_cannot_be_followed_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(following, "START_S", 0.3)
+    monkeypatch.setattr(watching, "START_S", 0.3)
     fast, sharp = cameras()
     refused(tmp_path, "fast.h5: is not there yet; no complete frame has come for 0.3 s")
     refused(tmp_path, "fast.tif: cannot be followed, as it is not known which", ends=".tif")
@@ -639,6 +640,16 @@ def test_a_camera_that_is_turned_over_while_it_records_ends_it(tmp_path):
         follow(tmp_path)
 
 
+def test_cameras_that_look_elsewhere_are_refused_at_the_first_key_frames(tmp_path, log):
+    fast, sharp = cameras()
+    write(tmp_path, np.roll(fast, 3, axis=2), sharp)
+    with pytest.raises(InputError, match=r"beside the sharp one's: check --registration .*--force"):
+        follow(tmp_path)
+    assert "movie.tif" not in names(tmp_path)
+    follow(tmp_path, force=True)
+    assert "look at the result with care" in log.text and "movie.tif" in names(tmp_path)
+
+
 def test_a_full_disk_ends_it_at_once_and_the_command_can_be_repeated(tmp_path, small_disk, log):
     fast, sharp = cameras()
     write(tmp_path, fast, sharp)
@@ -658,3 +669,56 @@ def test_a_full_disk_ends_it_at_once_and_the_command_can_be_repeated(tmp_path, s
         *("bayes", CPU, source(tmp_path)), out=out, wanted=Wanted(command="as it was"), silence=1.0
     )
     assert made.read_bytes() == offline(tmp_path).read_bytes()
+
+
+# From Python
+
+
+def test_python_gets_the_frames_as_they_come(tmp_path):
+    model = xvr.load_model("bayes", device="cpu")
+    frames, there = {}, 0
+    with writing(tmp_path, pause=0.1):
+        files = tmp_path / "fast.h5", tmp_path / "sharp.h5"
+        for t, frame in xvr.follow(model, *files, gap=GAP, silence=3.0, wait=60):
+            if not frames:
+                with h5py.File(files[0], "r", swmr=True, locking=False) as file:
+                    there = len(file["exchange/data"])
+            assert t not in frames
+            frames[t] = frame
+    assert 0 < there < FRAMES, "the first frames came when all was recorded"
+    assert list(frames) == list(range(FRAMES))
+    for t, frame in xvr.reconstruct(model, *map(xvr.open_recording, files), gap=GAP):
+        assert (frame == frames[t]).all(), t
+
+
+def test_python_gets_folders_in_part_and_what_hangs_on_the_end(tmp_path):
+    torch.manual_seed(0)
+    network = SwinXVR(5, embed_dim=8, depths=(1,), heads=1, window=2, up_features=4).eval()
+    method = model_entry("tiny", network)
+    model = replace(xvr.load_model("bayes", device="cpu"), method=method)
+    fast, sharp = cameras()
+    write(tmp_path, fast, sharp)
+    files = tmp_path / "fast.h5", tmp_path / "sharp.h5"
+    followed = dict(xvr.follow(model, *files, gap=GAP, silence=0.5, frames=(6, FRAMES)))
+    assert list(followed) == list(range(6, FRAMES))
+    for t, frame in xvr.reconstruct(model, *map(xvr.open_recording, files), gap=GAP):
+        assert t < 6 or (frame == followed[t]).all(), t
+
+
+def test_python_is_refused_what_cannot_be_followed(tmp_path):
+    model = xvr.load_model("bayes", device="cpu")
+    with pytest.raises(InputError, match=r"fast.h5: is not there yet; no complete .* 0.3 s"):
+        list(xvr.follow(model, tmp_path / "fast.h5", tmp_path / "sharp.h5", gap=GAP, wait=0.3))
+    with pytest.raises(InputError, match="pva://a: a channel is followed by the command"):
+        xvr.follow(model, "pva://a", "pva://b", gap=GAP)
+
+
+def test_several_shots_are_refused_while_they_are_recorded(tmp_path, hpc_xvr):
+    for name in ("fast", "sharp"):
+        (tmp_path / name).mkdir()
+        for shot in ("one", "two"):
+            stack = np.zeros((3, 8, 8), np.uint16)
+            tifffile.imwrite(tmp_path / name / f"{shot}.tif", stack, photometric="minisblack")
+    call = ["reconstruct", "bayes", "--lr", tmp_path / "fast", "--hr", tmp_path / "sharp"]
+    said = hpc_xvr(*call, "--gap", GAP, "--out", tmp_path / "out.h5", "--follow", code=2).err
+    assert "--follow is for one shot" in said and "start a command for each" in said

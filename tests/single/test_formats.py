@@ -204,6 +204,25 @@ def test_silx_and_h5web_show_nexus_as_a_movie(tmp_path, movie):
         np.testing.assert_allclose(found.signal[()] / 65535, movie, atol=1e-5)
 
 
+def test_the_label_of_nexus_says_what_the_stored_numbers_are(tmp_path, movie):
+    for kind, label in (
+        ("uint16", "transmission, value of 65535: 1.25"),
+        ("float32", "transmission"),
+    ):
+        path = write_sequence(tmp_path / f"{kind}.nxs", iter(movie), 5, TRANSMISSION, dtype=kind)
+        with h5py.File(path) as file:
+            assert file["entry/data/data"].attrs["long_name"] == label
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_may_lead_upwards(tmp_path, movie, name, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "there").mkdir()
+    path = write_sequence(Path("../there") / name, iter(movie), 5, COUNTS, 7)
+    np.testing.assert_allclose(physical(xvr.open_recording(path)) / 4095, movie, atol=1e-4)
+
+
 def test_nxtomo_reads_nexus(tmp_path, movie):
     module = pytest.importorskip("nxtomo.application.nxtomo", reason="nxtomo is not installed")
     path = write_sequence(tmp_path / "m.nxs", iter(movie), 5, COUNTS, 7)

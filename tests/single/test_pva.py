@@ -21,7 +21,6 @@ from hpc_xvr.data.pairing.joining import Pairing
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
-from hpc_xvr.reconstruction import following
 from hpc_xvr.reconstruction.channels import follow_channels
 from hpc_xvr.reconstruction.material import CameraFiles
 from hpc_xvr.reconstruction.workflow import Wanted, reconstruct_run
@@ -105,7 +104,7 @@ def follow(folder, names, **more):
         source(names, **more.pop("source", {})),
         out=folder / "movie.tif",
         wanted=Wanted(),
-        **{"silence": 4.0, **more},
+        **{"silence": 4.0, "wait": 60.0, **more},
     )
 
 
@@ -238,6 +237,29 @@ def test_lost_frames_are_left_out_where_that_is_asked_for(tmp_path, names, log):
     assert len(tifffile.imread(made)) == FRAMES - 1
 
 
+def test_two_ranks_share_the_gaps_of_channels_and_know_of_frames_that_are_lost(tmp_path, names):
+    lr, hr = (f"pva://{names[role]}" for role in ("lr", "hr"))
+    options = ["--gap", GAP, "--lr-missing", "skip", "--silence", 5, "--wait", 60]
+    command = ["mpirun", "-n", 2, "--oversubscribe", sys.executable, "-m", "hpc_xvr", "reconstruct"]
+    command += ["bayes", "--lr", lr, "--hr", hr, *options, "--out", tmp_path / "movie.tif"]
+    with sending(tmp_path, names, together(*range(10), *range(11, FRAMES)), delay=12):
+        done = subprocess.run(
+            list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"frames (\d+) to \d+: made", done.stderr) == ["0", "4", "8", "11", "15"]
+    assert f"{FRAMES - 2} of {FRAMES - 1} frames were finished before" in done.stderr
+    skip = {"lr_camera": CameraReading(missing="skip")}
+    files = CameraFiles(
+        tmp_path / "movie-lr.h5", tmp_path / "movie-hr.h5", pairing=Pairing(float(GAP)), **skip
+    )
+    (tmp_path / "offline").mkdir()
+    offline = reconstruct_run(
+        "bayes", CPU, files, out=tmp_path / "offline" / "movie.tif", wanted=Wanted()
+    )
+    assert (tifffile.imread(tmp_path / "movie.tif") == tifffile.imread(offline)).all()
+
+
 def test_a_camera_that_was_recording_before_us_is_refused(tmp_path, names):
     with sending(tmp_path, names, together(*range(200)), delay=0):
         time.sleep(3)
@@ -279,16 +301,48 @@ def test_floats_are_sent_as_they_are_stored(names):
     assert (received[-1]["value"][0]["floatValue"].reshape(3, 4) == frame).all()
 
 
-def test_the_command_takes_channels(tmp_path, names, hpc_xvr, monkeypatch):
-    monkeypatch.setattr(following, "START_S", 3.0)
+def test_the_command_takes_channels_and_refuses_one_that_is_not_there(
+    tmp_path, names, hpc_xvr, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     options = "--lr", f"pva://{names['lr']}", "--hr", f"pva://{names['hr']}", "--gap", GAP
-    out = "--out", f"pva://{names['out']}", "--silence", 1
+    out = "--out", f"pva://{names['out']}", "--silence", 1, "--wait", 3
     said = hpc_xvr("reconstruct", "bayes", *options, *out, code=2)
     kept = names["out"].replace(":", "-")
     assert f"frames are sent to {names['out']} and kept in {kept}.h5" in said.out
     assert f"is recorded in {kept}-lr.h5" in said.err
-    assert said.err.splitlines()[-1].endswith(
-        f"pva://{names['lr']}: no such channel so far; no complete frame has come for 3 s"
+    assert said.err.splitlines()[-1] == (
+        f"hpc-xvr: error: pva://{names['lr']}: no such channel so far (check that it is served, "
+        "its name, and EPICS_PVA_ADDR_LIST); no complete frame has come for 3 s; --wait gives it "
+        "longer to begin"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_channel_that_is_missing_ends_it_by_default_within_seconds(tmp_path, names):
+    """The other camera's is there, and is recorded meanwhile."""
+    missing = {**names, "hr": names["hr"] + "-typing-error"}
+    fast = [[("lr", t)] for t in range(6)]
+    with sending(tmp_path, names, fast), pytest.raises(InputError) as error:
+        begun = time.monotonic()
+        follow(tmp_path, missing, wait=None)
+    assert f"pva://{missing['hr']}: no such channel so far (" in str(error.value)
+    assert "it was looked for 10 s long; --wait gives it longer" in str(error.value)
+    assert f"what was recorded is kept in {tmp_path}/movie-lr.h5: rec" in str(error.value)
+    assert error.value.exit_code == 2
+    assert time.monotonic() - begun < 120  # ten seconds, on a machine that has time
+
+
+def test_a_channel_that_is_there_may_send_its_first_frame_later(tmp_path, names):
+    with sending(tmp_path, names, together(*range(FRAMES)), delay=10):
+        asked = pva.Channel(names["lr"])
+        asked.setTimeout(60)
+        asked.get("field()")
+        served = Channel(names["lr"], tmp_path / "lr.h5", False, wait=2.0)
+        try:
+            end = time.monotonic() + 60
+            while not served.look():
+                assert time.monotonic() < end
+                time.sleep(0.1)
+        finally:
+            served.finish()

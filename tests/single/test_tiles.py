@@ -13,6 +13,7 @@ import tifffile
 import torch
 
 import hpc_xvr as xvr
+from hpc_xvr.data.corpus.writer import CorpusWriter
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.errors import InputError
 from hpc_xvr.model import key_propagation
@@ -24,7 +25,7 @@ from hpc_xvr.reconstruction import pipeline
 from hpc_xvr.reconstruction.baselines import BASELINES
 from hpc_xvr.reconstruction.methods import baseline_entry, model_entry, open_method
 from hpc_xvr.reconstruction.pipeline import reconstruct
-from hpc_xvr.reconstruction.tiles import in_tiles
+from hpc_xvr.reconstruction.tiles import TiledModel, in_tiles
 
 EXACT = 1e-4
 """Of full scale: what rounding in another order may make of float32."""
@@ -52,14 +53,19 @@ def propagation(scale=4, blocks=2, **options):
     return any_weights(KeyPropagation(scale, blocks=blocks, window=4, **sizes, **options), 0.02)
 
 
-def two_cameras(frames, h, w, scale, seed=0):
-    """A smooth scene that drifts: (T, h, w) and its first and last sharp frame."""
-    rng = np.random.default_rng(seed)
+def scene_of(frames, h, w, scale, rng):
+    """A smooth scene that drifts, (T, scale*h, scale*w)."""
     field = rng.random((scale * h, scale * (w + frames)), np.float32)
     for axis in (0, 1):
         field = sum(np.roll(field, i, axis) for i in range(5)) / 5
     field = (field - field.mean()) / field.std() * 0.12 + 0.5
-    sharp = np.stack([field[:, scale * t : scale * (t + w)] for t in range(frames)]).clip(0, 1)
+    return np.stack([field[:, scale * t : scale * (t + w)] for t in range(frames)]).clip(0, 1)
+
+
+def two_cameras(frames, h, w, scale, seed=0):
+    """(T, h, w) of such a scene, and its first and last sharp frame."""
+    rng = np.random.default_rng(seed)
+    sharp = scene_of(frames, h, w, scale, rng)
     lr = bin_down(sharp, scale) + 0.01 * rng.standard_normal((frames, h, w), np.float32)
     return lr.clip(0, 1), {0: sharp[0], frames - 1: sharp[-1]}
 
@@ -276,6 +282,65 @@ def test_key_frames_are_checked_in_tiles_too(tmp_path, hpc_xvr):
     assert psnr[0] == pytest.approx(psnr[1], abs=0.01)
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A recording of 9 frames of 96 x 160 pixels."""
+    scene = np.rint(4095 * scene_of(9, 24, 40, 4, np.random.default_rng(0))).astype(np.uint16)
+    path = tmp_path_factory.mktemp("corpus") / "corpus"
+    info = {"camera": "test", "bit_depth": 12, "scene": "made", "split": "test"}
+    with CorpusWriter(path) as writer:
+        writer.add("one", scene, scene.shape, scene.dtype, {**info, "source": "simulated"})
+    return path
+
+
+def rows_of(folder):
+    rows = json.loads((folder / "evaluation.json").read_text())["rows"]
+    return {row["method"]: row for row in rows}
+
+
+def test_methods_are_compared_in_tiles_too(corpus, tmp_path, hpc_xvr):
+    call = ["evaluate", "builtin", "detail", "--corpus", corpus, "--gap", 8, "--out"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    hpc_xvr(*call, whole)
+    said = hpc_xvr(*call, parts, "--tile", 32).err
+    assert "builtin: tiles of 32x32 sharp pixels, made with 128 around them" in said
+    a, b = rows_of(whole), rows_of(parts)
+    assert set(a) == set(b) == {"builtin", "detail"}
+    for name, row in a.items():
+        for metric in ("psnr", "ssim", "aad", "flicker"):
+            assert b[name][metric] == pytest.approx(row[metric], rel=5e-3), (name, metric)
+    assert json.loads((parts / "evaluation.json").read_text())["settings"]["tile"] == 32
+    assert "in tiles of 32 sharp pixels" in (parts / "comparison.html").read_text()
+    assert "2 rows to be made" in hpc_xvr(*call, parts).err, "times would be those of tiles"
+    said = hpc_xvr(*call, tmp_path / "none", "--tile", 8, code=2).err
+    assert "--tile 8: builtin looks at windows of 32 sharp pixels; give at least so many" in said
+
+
+def test_weights_are_adapted_with_tiles_too(tmp_path, hpc_xvr, monkeypatch):
+    rng = np.random.default_rng(0)
+    sharp = scene_of(17, 24, 40, 4, rng)
+    for name, stack in (("fast", bin_down(sharp, 4)), ("sharp", sharp[::4])):
+        tifffile.imwrite(tmp_path / f"{name}.tif", np.rint(65535 * stack).astype(np.uint16))
+    cameras = ["--lr", tmp_path / "fast.tif", "--hr", tmp_path / "sharp.tif", "--gap", 4]
+    sides = []
+    monkeypatch.setattr(KeyPropagation, "_in_tiles", recorded(KeyPropagation._in_tiles, sides))
+    call = ["adapt", "builtin", *cameras, "--steps", 1, "--out"]
+    whole = hpc_xvr(*call, tmp_path / "whole.safetensors").out
+    assert not sides
+    parts = hpc_xvr(*call, tmp_path / "parts.safetensors", "--tile", 32).out
+    assert len(sides) >= 2 and set(sides) == {32 // 4}
+    a, b = (float(re.search(r"(\d+\.\d+) (?:->|dB)", said)[1]) for said in (whole, parts))
+    assert a == pytest.approx(b, abs=0.05)
+
+
+def recorded(method, sides):
+    def seen(self, gap, side, only):
+        sides.append(side)
+        return method(self, gap, side, only)
+
+    return seen
+
+
 SLOWLY = """
 import sys, time
 from hpc_xvr.reconstruction import pipeline
@@ -335,3 +400,22 @@ def test_the_api_works_in_tiles():
     parts = dict(xvr.reconstruct(model, fast, sharp, gap=4, tile=32))
     assert list(parts) == list(whole)
     assert max(np.abs(parts[t] - whole[t]).max() for t in whole) < ROUNDED
+
+
+def test_the_api_checks_in_tiles():
+    rng = np.random.default_rng(0)
+    sharp = scene_of(17, 24, 40, 4, rng)
+    fast = bin_down(sharp, 4) + 0.01 * rng.standard_normal((17, 24, 40), np.float32)
+    cameras = fast.clip(0, 1), sharp[::4]
+    model = xvr.load_model("builtin", device="cpu")
+    whole = xvr.check_keys(model, *cameras, gap=4)
+    parts = xvr.check_keys(model, *cameras, gap=4, tile=32)
+    assert not np.array_equal(whole.error, parts.error), "tiles were not used"
+    assert np.abs(whole.error - parts.error).max() < ROUNDED
+    assert whole.mean_psnr == pytest.approx(parts.mean_psnr, abs=0.05)
+    a = list(xvr.reconstruct_checked(model, *cameras, gap=4, check=whole))
+    b = list(xvr.reconstruct_checked(model, *cameras, gap=4, check=whole, tile=32))
+    assert [one.t for one in a] == [one.t for one in b] == list(range(17))
+    assert 0 < max(np.abs(x.frame - y.frame).max() for x, y in zip(a, b, strict=True)) < ROUNDED
+    for x, y in zip(a, b, strict=True):
+        assert x.chi_square == pytest.approx(y.chi_square, abs=0.05)

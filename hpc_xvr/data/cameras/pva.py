@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,6 +43,8 @@ sys.path[:], *arguments = json.loads(sys.argv[1])
 from {__name__} import receive
 receive(*arguments)
 """
+THERE_S = 10.0
+"""Seconds within which a channel must be there: servers offer theirs before cameras record."""
 _END_S = 20
 """Seconds that a process has to close its file."""
 
@@ -64,12 +67,15 @@ class Channel(GrowingHdf5):
 
     Args:
         lenient: frames may be lost.
+        wait: seconds within which it must be there.
     """
 
-    def __init__(self, channel: str, file: Path, lenient: bool) -> None:
+    def __init__(self, channel: str, file: Path, lenient: bool, wait: float = THERE_S) -> None:
         super().__init__(file, DATA)
-        self.channel, self._lenient = channel, lenient
+        self.channel, self._wait = channel, wait
         self._problem, self._finished = "", False
+        self._asked: float | None = None
+        """When it was first asked for; None: not yet, or it is there."""
         path = [str(Path(folder).absolute()) for folder in sys.path if folder]
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-c", _START, json.dumps([path, channel, str(file), lenient])],
@@ -78,7 +84,10 @@ class Channel(GrowingHdf5):
             text=True,
             start_new_session=True,  # Ctrl-C is for the program; the end of its input ends it
         )
-        self.waiting = f"pva://{channel}: no such channel so far"
+        self.waiting = (
+            f"pva://{channel}: no such channel so far (check that it is served, its name, and "
+            "EPICS_PVA_ADDR_LIST)"
+        )
         self._reader = threading.Thread(target=self._read, name="pva", daemon=True)
         self._reader.start()
 
@@ -90,7 +99,10 @@ class Channel(GrowingHdf5):
                 self._problem = said["problem"]
             elif "lost" in said:
                 self.lost.update(range(*said["lost"]))
-            elif not self.frames:
+            elif "asked" in said:
+                self._asked = time.monotonic()
+            else:
+                self._asked = None
                 self.waiting = f"pva://{self.channel}: is there, and has sent no frame yet"
         if not self._problem and not self._finished:
             self._problem = "the process that receives it has ended"
@@ -101,6 +113,11 @@ class Channel(GrowingHdf5):
         self.ended = False  # a channel does not say when its recording ends
         if problem and not more:
             raise CannotFollow(f"pva://{self.channel}: {problem}")
+        asked = self._asked
+        if asked is not None and time.monotonic() - asked > self._wait:
+            raise CannotFollow(
+                f"{self.waiting}; it was looked for {self._wait:g} s long; --wait gives it longer"
+            )
         return more
 
     def finish(self) -> None:
@@ -278,6 +295,7 @@ def receive(channel: str, file: str, lenient: bool) -> None:
     source = pvaccess.Channel(channel, pvaccess.PVA)
     source.setConnectionCallback(arrived.put)
     source.monitor(take, REQUEST)
+    _say(asked=True)
     there = False
     try:
         while (item := arrived.get()) is not None:

@@ -39,7 +39,7 @@ would be wrong."""
 CONTRAST = 0.005
 """Deviation of a binned key frame, of its largest value, up to which nothing can be compared. Not
 of full scale: 10-bit counts in 16 bit are all dark."""
-SMALLEST = 6
+SMALLEST = 4
 """Pixels on the shorter side of a fast frame below which there are too few to compare."""
 BLURS = 0.3, 0.45, 0.6, 0.75, 0.9, 1.1, 1.4, 1.7, 2.1
 """Deviations of Gaussians, fast pixels, by which the fast camera may be blurred more than a binned

@@ -29,7 +29,7 @@ def write(path: Path, result: Result) -> None:
         detector = _group(_group(entry, "instrument", "NXinstrument"), "detector", "NXdetector")
         frames = frames_dataset(detector, "data", result)
         frames.attrs["interpretation"] = "image"
-        frames.attrs["long_name"] = result.meaning() if calibration.unit else "transmission"
+        frames.attrs["long_name"] = _label(result)
         for name in ("image_key", "image_key_control"):
             detector[name] = np.zeros(count, np.int32)  # projections
         sample = _group(entry, "sample", "NXsample")
@@ -73,6 +73,15 @@ def write(path: Path, result: Result) -> None:
         note = _group(process, "note", "NXnote")
         store_about(note, result)
         note["type"] = "application/json"
+
+
+def _label(result: Result) -> str:
+    """What viewers write beside the colours, which they show of the numbers that are stored."""
+    if result.calibration.unit:
+        return result.meaning()
+    return (
+        "transmission" if result.stored_full_scale is None else f"transmission, {result.meaning()}"
+    )
 
 
 def _group(parent: h5py.Group, name: str, kind: str) -> h5py.Group:

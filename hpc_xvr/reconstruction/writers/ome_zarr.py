@@ -94,7 +94,7 @@ def _create(
     return tensorstore.open(
         {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str(path.absolute())},
+            "kvstore": {"driver": "file", "path": str(path.resolve())},
             "metadata": {
                 "shape": list(shape),
                 "data_type": kind.name,

@@ -58,7 +58,7 @@ class ZarrStore:
             )
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str((path / name).absolute())},
+            "kvstore": {"driver": "file", "path": str((path / name).resolve())},
             "recheck_cached_data": False,
             "recheck_cached_metadata": False,
             "fill_missing_data_reads": False,
