@@ -471,7 +471,7 @@ def adapt(
     comm = connect("serial", device or configured_device(what))
     method = open_method(what, comm.device, which)
     material = material_of(method, source)
-    check_agreement(material)
+    check_agreement(material.doubt)
     adapted = run(method, material, steps=steps, minutes=minutes, seed=seed)
     assert method.config, "no method without learning can be adapted"
     trained = Trained(adapted.state, method.config, method.step)

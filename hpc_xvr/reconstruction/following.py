@@ -35,6 +35,7 @@ from hpc_xvr.log import logger, say
 from hpc_xvr.reconstruction.material import (
     CameraFiles,
     Material,
+    check_agreement,
     check_gaps,
     from_recordings,
 )
@@ -132,7 +133,7 @@ class Follower:
         self._latencies: list[float] = []
         self._made: dict[range, None] = {}
         """Gaps that are finished."""
-        self._grey = _HeldGrey()
+        self._grey = _HeldGrey(wanted.force)
         self.publish: Publish | None = None
         self._last: tuple[int, np.ndarray] | None = None
         """The last key frame."""
@@ -359,6 +360,9 @@ class _HeldGrey:
     _gap: float = math.nan
     _match: bool = True
 
+    def __init__(self, force: bool = False) -> None:
+        self._force = force
+
     def agreed(self, lr: Stream, keys: KeyFrames, name: str, pairing: Pairing) -> Grey:
         """What is taken out."""
         self._name, self._gap = name, pairing.gap or math.nan
@@ -370,7 +374,7 @@ class _HeldGrey:
             if found is None:  # nothing to be seen in them
                 self._undecided = True
                 return grey
-            told(found, name, self._gap)
+            check_agreement(told(found, name, self._gap), self._force)
             self.grey, self._match = grey, pairing.match_grey is not False
             if grey not in (Grey(), pairing.match_grey):
                 logger.warning(
@@ -391,7 +395,7 @@ class _HeldGrey:
         if found is None or self.grey is None:
             return
         try:
-            told(found, self._name, self._gap)
+            check_agreement(told(found, self._name, self._gap), force=True)  # of one key frame
         except InputError as error:
             raise CannotFollow(str(error)) from None
         if self._match and found.correlation >= ALIKE and not 0.8 < found.grey.gain < 1.25:
