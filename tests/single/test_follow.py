@@ -642,7 +642,7 @@ def test_a_camera_that_is_turned_over_while_it_records_ends_it(tmp_path):
 def test_cameras_that_do_not_agree_end_it_at_their_second_key_frame(tmp_path, log):
     fast, sharp = cameras()
     write(tmp_path, np.roll(fast, 2, 2), sharp)
-    with pytest.raises(InputError, match="hardly resemble the sharp ones.*or try with --force"):
+    with pytest.raises(InputError, match=r"hardly resemble the sharp ones.*or try with --force"):
         follow(tmp_path)
     assert not (tmp_path / "movie.tif").exists() and not list(tmp_path.glob("movie.tif.gaps/*"))
     follow(tmp_path, force=True)
