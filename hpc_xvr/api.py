@@ -201,7 +201,7 @@ def reconstruct(
     """
     material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
     chosen = chosen_frames(material, Wanted(frames, beyond), "reconstruct")
-    check_agreement(material, force)
+    check_agreement(material.doubt, force)
     check_gaps(model.method, list(material.keys), force, chosen)
     return frames_of(in_tiles(model.method, tile), material, model.device, chosen)
 
@@ -337,7 +337,7 @@ def reconstruct_checked(
         InputError: the recordings do not fit each other or the model.
     """
     material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
-    check_agreement(material, force)
+    check_agreement(material.doubt, force)
     check_gaps(model.method, list(material.keys), force)
     lr, keys = remembered(material.lr, material.keys)
     material = replace(material, lr=lr, keys=keys)
@@ -392,7 +392,7 @@ def check_keys(
     material = _material(model, fast, sharp, gap, start, registration, match_grey, crop)
     lr, keys = remembered(material.lr, material.keys)
     held_out.left_out(list(keys))
-    check_agreement(material, force)
+    check_agreement(material.doubt, force)
     check_gaps(model.method, list(keys), force)
     around = surroundings(keys, observe(lr, keys))
     return held_out.check(in_tiles(model.method, tile), lr, keys, around, model.device)

@@ -494,7 +494,7 @@ def adapt(
     method = in_tiles(open_method(what, comm.device, which), tile)
     material = material_of(method, source)
     check_gaps(method, list(material.keys), force)
-    check_agreement(material, force)
+    check_agreement(material.doubt, force)
     adapted = run(method, material, steps=steps, minutes=minutes, seed=seed)
     assert method.config, "no method without learning can be adapted"
     command = command_line(["hpc-xvr", *sys.argv[1:]])

@@ -196,14 +196,17 @@ def check_gaps(
     _refuse(problem, "check --gap, use other weights", force)
 
 
-def check_agreement(material: Material, force: bool = False) -> None:
+def check_agreement(doubt: str, force: bool = False) -> None:
     """Refuse cameras that certainly do not show the same at one time; `force`: warn.
+
+    Args:
+        doubt: see `Material`.
 
     Raises:
         InputError: says what does not fit, and what to check.
     """
-    if material.doubt:
-        _refuse(material.doubt, "", force)
+    if doubt:
+        _refuse(doubt, "", force)
 
 
 def _refuse(problem: str, advice: str, force: bool) -> None:

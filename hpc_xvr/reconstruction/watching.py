@@ -24,7 +24,13 @@ from hpc_xvr.data.pairing.joining import Pairing, TooFew
 from hpc_xvr.data.pairing.reading import CameraReading
 from hpc_xvr.errors import InputError, PassingError
 from hpc_xvr.log import logger
-from hpc_xvr.reconstruction.material import CameraFiles, Material, check_gaps, from_recordings
+from hpc_xvr.reconstruction.material import (
+    CameraFiles,
+    Material,
+    check_agreement,
+    check_gaps,
+    from_recordings,
+)
 from hpc_xvr.reconstruction.methods import NamedMethod
 from hpc_xvr.reconstruction.pipeline import Piece, Reconstruction
 from hpc_xvr.reconstruction.streams import KeyFrames, Stream
@@ -288,10 +294,10 @@ class _HeldGrey:
             if found is None:  # nothing to be seen in them
                 self._undecided = True
                 return grey
-            if doubt := told(found, name, self._gap):
-                if not self.force:
-                    raise CannotFollow(f"{doubt}, or try with --force")
-                logger.warning("%s: look at the result with care", doubt)
+            try:
+                check_agreement(told(found, name, self._gap), self.force)
+            except InputError as error:
+                raise CannotFollow(str(error)) from None
             self.grey, self._match = grey, pairing.match_grey is not False
             if grey not in (Grey(), pairing.match_grey):
                 logger.warning(
@@ -312,11 +318,9 @@ class _HeldGrey:
         if found is None or self.grey is None:
             return
         try:
-            doubt = told(found, self._name, self._gap)
+            check_agreement(told(found, self._name, self._gap), force=True)  # of one key frame
         except InputError as error:
             raise CannotFollow(str(error)) from None
-        if doubt:
-            logger.warning("%s: look at the result with care", doubt)
         if self._match and found.correlation >= ALIKE and not 0.8 < found.grey.gain < 1.25:
             logger.warning(
                 "%s: the cameras' grey scales have changed: at frame %d the fast frames are %.3g "

@@ -172,7 +172,7 @@ def reconstruct_with(
         material = material_of(method, source)
         check_spared(files, read_places(method, source))
         frames = chosen_frames(material, wanted, str(out))
-        check_agreement(material, wanted.force)
+        check_agreement(material.doubt, wanted.force)
         check_gaps(method, list(material.keys), wanted.force, frames)
         check_sequence(out, wanted.dtype)  # before minutes of work
         if movie:

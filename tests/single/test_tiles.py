@@ -25,7 +25,7 @@ from hpc_xvr.reconstruction import pipeline
 from hpc_xvr.reconstruction.baselines import BASELINES
 from hpc_xvr.reconstruction.methods import baseline_entry, model_entry, open_method
 from hpc_xvr.reconstruction.pipeline import reconstruct
-from hpc_xvr.reconstruction.tiles import TiledModel, in_tiles
+from hpc_xvr.reconstruction.tiles import in_tiles
 
 EXACT = 1e-4
 """Of full scale: what rounding in another order may make of float32."""
