@@ -20,8 +20,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hpc_xvr.factory.memory import keep_freed_memory
 
@@ -38,6 +40,7 @@ from hpc_xvr.data.degrade import bin_down  # noqa: E402
 from hpc_xvr.data.pairing.joining import Pairing  # noqa: E402
 from hpc_xvr.factory.execution import resolve_precision  # noqa: E402
 from hpc_xvr.model.xvr import SwinXVR  # noqa: E402
+from hpc_xvr.reconstruction import workflow  # noqa: E402
 from hpc_xvr.reconstruction.baselines import BASELINES  # noqa: E402
 from hpc_xvr.reconstruction.material import CameraFiles, material_of  # noqa: E402
 from hpc_xvr.reconstruction.methods import NamedMethod, model_entry, open_method  # noqa: E402
@@ -47,6 +50,10 @@ from hpc_xvr.reconstruction.writers import write_sequence  # noqa: E402
 from hpc_xvr.train.meters import describe_machine  # noqa: E402
 
 GAP = 8
+DISK_MB_S = 10.0
+"""A slow disk, simulated by waiting."""
+DEVICE_S = 0.02
+"""Seconds a frame of a simulated accelerator."""
 SMALL = {"embed_dim": 64, "depths": (2, 2), "heads": 1, "window": 4, "up_features": 32}
 
 
@@ -129,6 +136,25 @@ def overlap(method: NamedMethod, source: CameraFiles, folder: Path, device: torc
     return found | {"overlapped_to_plain": found["overlapped_s"] / plain}
 
 
+def making(method: NamedMethod, source: CameraFiles, out: Path, device: torch.device) -> float:
+    """Seconds from the first frame read to the last one written, as the command logs them."""
+    found = []
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "frames/s" in record.msg and isinstance(record.args, tuple):
+                _, count, rate = record.args
+                found.append(float(count) / float(rate))  # type: ignore[arg-type]
+
+    told = Told()
+    log.logger.addHandler(told)
+    try:
+        reconstruct_with(method, device, source, out=out)
+    finally:
+        log.logger.removeHandler(told)
+    return found[0]
+
+
 def _one_overlap(
     method: NamedMethod, source: CameraFiles, folder: Path, device: torch.device
 ) -> dict[str, float]:
@@ -145,7 +171,7 @@ def _one_overlap(
     writing = time.perf_counter() - start
     (folder / "direct.tif").unlink()
     out = folder / "whole.tif"
-    spool, first, overlapped = folder / ".whole.tif.unfinished", 0.0, 0.0
+    spool, first = folder / ".whole.tif.unfinished", 0.0
 
     def watch() -> None:
         nonlocal first
@@ -154,22 +180,12 @@ def _one_overlap(
                 first = time.perf_counter() - start
             time.sleep(0.005)
 
-    class Told(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            nonlocal overlapped
-            if "frames/s" in record.msg and isinstance(record.args, tuple):
-                _, count, rate = record.args
-                overlapped = float(count) / float(rate)  # type: ignore[arg-type]
-
-    told = Told()
-    log.logger.addHandler(told)
     start = time.perf_counter()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    reconstruct_with(method, device, source, out=out)
+    overlapped = making(method, source, out, device)
     whole = time.perf_counter() - start
     watcher.join(5)
-    log.logger.removeHandler(told)
     for path in folder.glob("whole*"):
         path.unlink()
     return {
@@ -180,6 +196,82 @@ def _one_overlap(
         "whole_s": whole,
         "first_frame_s": first,
     }
+
+
+def hidden(method: NamedMethod, source: CameraFiles, folder: Path, device: torch.device) -> dict:
+    """How much of writing to a slow disk is hidden behind computing.
+
+    (a) computing alone, (b) the command with frames made before, (c) the command; the share is
+    (a + b - c) / min(a, b). The disk is simulated by waiting. `hidden_share` is of computing that
+    waits, too, as for an accelerator: what the pipeline by itself allows, however busy the machine
+    is. `hidden_share_one_thread` is of one thread that computes, and needs a second core that is
+    idle. Medians of three.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    kept: list[torch.Tensor] = []
+
+    def keep(sample: dict[str, torch.Tensor]) -> torch.Tensor:
+        kept.append(method.method(sample))
+        return kept[-1]
+
+    material = material_of(method, source)
+
+    def computing(how: NamedMethod) -> float:
+        work = work_of(how, material, device)
+        loads = list(work.load(work.pieces()))
+        start = time.perf_counter()
+        for _ in work.run(loads):
+            pass
+        return time.perf_counter() - start
+
+    def replayed(seconds: float) -> NamedMethod:
+        frames = iter(list(kept))
+
+        def wait(_: dict[str, torch.Tensor]) -> torch.Tensor:
+            time.sleep(seconds)
+            return next(frames)
+
+        return replace(method, method=wait)
+
+    def share(how: Callable[[], NamedMethod]) -> dict[str, float]:
+        alone = computing(how())
+        written = _slow_disk(replayed(0), source, folder, device)
+        both = _slow_disk(how(), source, folder, device)
+        hides = (alone + written - both) / min(alone, written)
+        return {"computing_s": alone, "writing_s": written, "both_s": both, "share": hides}
+
+    computing(replace(method, method=keep))
+    result = {}
+    for kind, how in (("", lambda: replayed(DEVICE_S)), ("_one_thread", lambda: method)):
+        rounds = [share(how) for _ in range(3)]
+        for name in rounds[0]:
+            result[f"hidden_{name}{kind}"] = statistics.median(r[name] for r in rounds)
+    torch.set_num_threads(threads)
+    return result
+
+
+def _slow_disk(
+    method: NamedMethod, source: CameraFiles, folder: Path, device: torch.device
+) -> float:
+    """Reconstruct to a disk that takes DISK_MB_S; seconds."""
+
+    def write(path: Path, frames: Iterator[np.ndarray], *rest: Any) -> Path:
+        def slowly() -> Iterator[np.ndarray]:
+            for frame in frames:
+                time.sleep(2e-6 * frame.size / DISK_MB_S)
+                yield frame
+
+        return write_sequence(path, slowly(), *rest)
+
+    workflow.write_sequence = write  # type: ignore[assignment]
+    try:
+        took = making(method, source, folder / "slow.tif", device)
+    finally:
+        workflow.write_sequence = write_sequence
+    for path in folder.glob("slow*"):
+        path.unlink()
+    return took
 
 
 def ranks_speedup(folder: Path) -> float:
@@ -266,6 +358,8 @@ def main(quick: bool, out: Path | None, name: str) -> None:
         write_shot(folder, scene(frames, *small))
         if not quick and device.type == "cpu" and shutil.which("mpirun"):
             result["two_ranks_speedup"] = ranks_speedup(folder)
+        movie = scene(4 * GAP + 1 if quick else 40 * GAP + 1, *small)
+        result |= hidden(open_method("adaptive", device), write_shot(folder, movie), folder, device)
     finally:
         shutil.rmtree(folder)
     for what, value in result.items():

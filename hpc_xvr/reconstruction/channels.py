@@ -83,7 +83,7 @@ def follow_channels(
             there = [str(file) for file in files.values() if file.exists()]
             if not there:
                 raise
-            kept = InputError(
+            kept = type(error)(
                 f"{error}; what was recorded is kept in {' and '.join(there)}: reconstruct that "
                 "without pva://"
             )

@@ -7,7 +7,8 @@ Beside OUT there is a folder `.OUT.unfinished` while it is made:
     writer.lock              one run at a time writes OUT
     000000040-000000060      frames 40 to 59: a checksum, then their pixels; behind the checksum,
                              one of what they are made of if the cameras were still recording
-    failed-0001              why rank 1 gave up
+    failed-0001              rank 1 has given up
+    news.json                while several ranks follow cameras: lost frames; gone when it is over
 
 It can only be read and written by its owner. A piece has its name when it is complete; its checksum
 says whether it still is after a crash of the machine.

@@ -276,3 +276,5 @@ def test_the_benchmark_of_reconstruction_measures_what_it_promises(tmp_path):
     assert 0 < result["first_frame_s"] < result["whole_s"]
     plain = sum(result[f"{part}_s"] for part in ("reading", "computing", "writing"))
     assert result["overlapped_to_plain"] == pytest.approx(result["overlapped_s"] / plain)
+    assert all(np.isfinite(result[f"hidden_share{kind}"]) for kind in ("", "_one_thread"))
+    assert result["hidden_computing_s"] > 28 * 0.02, "the simulated device waits for each frame"

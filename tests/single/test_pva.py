@@ -141,7 +141,7 @@ def test_two_simulated_cameras_are_recorded_reconstructed_and_sent_on(tmp_path, 
 
 
 SERVER = """
-import json, sys, time
+import json, os, sys, time
 import numpy as np, pvaccess
 from pvapy.utility.adImageUtility import AdImageUtility
 fast, sharp, names, sent, delay = json.loads(sys.argv[1])
@@ -153,7 +153,9 @@ def frame(role, number):
 for role in ("lr", "hr"):
     server.addRecord(names[role], pvaccess.NtNdArray(), None)
 server.start()
-time.sleep(delay)
+while isinstance(delay, str) and not os.path.exists(delay):
+    time.sleep(0.1)
+time.sleep(0 if isinstance(delay, str) else delay)
 for roles in sent:
     for role, number in roles:
         if number is None:
@@ -167,7 +169,8 @@ time.sleep(20)
 
 @contextmanager
 def sending(folder, names, sent, delay=4):
-    """A server of both channels that sends these frames, and closes a channel instead of None."""
+    """A server of both channels that sends these frames, and closes a channel instead of None;
+    begins after `delay` seconds, or when there is a file of that name."""
     files = []
     for role, stack in zip(("lr", "hr"), cameras(), strict=True):
         files.append(str(folder / f"{role}.npy"))
@@ -242,13 +245,25 @@ def test_two_ranks_share_the_gaps_of_channels_and_know_of_frames_that_are_lost(t
     options = ["--gap", GAP, "--lr-missing", "skip", "--silence", 5, "--wait", 60]
     command = ["mpirun", "-n", 2, "--oversubscribe", sys.executable, "-m", "hpc_xvr", "reconstruct"]
     command += ["bayes", "--lr", lr, "--hr", hr, *options, "--out", tmp_path / "movie.tif"]
-    with sending(tmp_path, names, together(*range(10), *range(11, FRAMES)), delay=12):
-        done = subprocess.run(
-            list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, timeout=200
-        )
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"frames (\d+) to \d+: made", done.stderr) == ["0", "4", "8", "11", "15"]
-    assert f"{FRAMES - 2} of {FRAMES - 1} frames were finished before" in done.stderr
+    begin = tmp_path / "begin"
+    sent = together(*range(10), *range(11, FRAMES))
+    with sending(tmp_path, names, sent, delay=str(begin)), (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + 60
+            while "is there, and has sent no frame" not in (tmp_path / "log").read_text():
+                assert time.monotonic() < end and job.poll() is None
+                time.sleep(0.1)
+            time.sleep(4)  # the other channel was asked for at the same time
+            begin.touch()
+            code = job.wait(120)
+        finally:
+            job.kill()
+            job.wait()
+    told = (tmp_path / "log").read_text()
+    assert code == 0, told
+    assert re.findall(r"frames (\d+) to \d+: made", told) == ["0", "4", "8", "11", "15"]
+    assert f"{FRAMES - 2} of {FRAMES - 1} frames were finished before" in told
     skip = {"lr_camera": CameraReading(missing="skip")}
     files = CameraFiles(
         tmp_path / "movie-lr.h5", tmp_path / "movie-hr.h5", pairing=Pairing(float(GAP)), **skip
