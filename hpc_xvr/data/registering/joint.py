@@ -78,8 +78,11 @@ SCATTERED = 0.3
 """Fast frames by which single sharp frames may scatter about the clock."""
 UNCERTAIN = 0.25
 """Fast frames by which the instant of a sharp frame may be uncertain."""
-MODEL = 0.02
-"""Fast frames by which it is uncertain in any case: what lies between frames is not quite known."""
+ALONE = 0.15
+"""Fast frames by which a single sharp frame is uncertain in any case: what lies between fast frames
+is not quite known."""
+MANY = 4.0
+"""Equally certain sharp frames that must show a drift."""
 BLOCK = 8
 """Pixels; the left-overs of blocks are nearly independent of each other."""
 
@@ -118,6 +121,34 @@ class _Step:
     """Fast frames by which each of these alone would be later than the clock says, and the
     deviation of that, (2, used)."""
 
+    @property
+    def _weight(self) -> np.ndarray:
+        weight: np.ndarray = 1 / self.late[1] ** 2
+        return weight
+
+    @property
+    def scatter(self) -> float:
+        """Fast frames by which single sharp frames scatter about the clock."""
+        return math.sqrt(float(np.average(self.late[0] ** 2, weights=self._weight)))
+
+    @property
+    def excess(self) -> float:
+        """Of the scatter's square, that noise does not explain: the clock, or the movie between
+        frames, is not as it is taken to be."""
+        return max(0.0, self.scatter**2 - 1 / float(self._weight.mean()))
+
+    @property
+    def frames(self) -> float:
+        """Equally certain sharp frames that would say as much."""
+        weight = 1 / (self.late[1] ** 2 + self.excess)
+        return float(weight.sum()) ** 2 / float((weight**2).sum())
+
+    @property
+    def trust(self) -> np.ndarray:
+        """(used,), of what each says of the time, if frames scatter as much as these."""
+        square: np.ndarray = self.late[1] ** 2
+        return square / (square + self.excess)
+
 
 def together(
     keys: Sequence[np.ndarray],
@@ -155,7 +186,7 @@ def together(
         state, step, clear = solved
         if order == 2:
             bend, deviation = abs(state.times[2]), math.sqrt(step.covariance[-1, -1])
-            if bend < max(LATE, 6 * deviation):
+            if bend < max(LATE, 6 * deviation) or step.frames < MANY:
                 break
         joint = problem.joint(state, step, clear)
         if best is None or joint.clock is not None:
@@ -217,6 +248,7 @@ class _Problem:
         )
         self.rows, self.columns = np.meshgrid(rows, columns, indexing="ij")
         self._fast: dict[int, np.ndarray | None] = {}
+        self.trust = np.ones(len(keys))
         self._moving: np.ndarray | None = None
         self._sharp_of = math.nan
         self._sharp: tuple[list[tuple[np.ndarray, ...]], int] = [], 1
@@ -249,6 +281,7 @@ class _Problem:
         """The unknowns at which the cameras agree best, and if they clearly agree less whole frames
         earlier and later."""
         use = np.arange(len(self.keys))
+        self.trust = np.ones(len(self.keys))
         for _ in range(3):
             solved = self.solved(state, use)
             if solved is None:
@@ -270,6 +303,12 @@ class _Problem:
             use = step.used[~aside]
             if len(use) < max(1, SHARE * len(step.used)):
                 return None
+            solved = self.solved(state, use)
+            if solved is None:
+                return None
+            state, step = solved
+        if step.excess:
+            self.trust[step.used] = step.trust
             solved = self.solved(state, use)
             return None if solved is None else (*solved, True)
         return state, step, True
@@ -379,7 +418,8 @@ class _Problem:
             change = change + gain * aside
             covariance = covariance - np.outer(gain, covariance[known])
         # what each frame says of its own instant
-        wander, speed = instruments[:, -len(state.times)], slopes[:, -len(state.times)]
+        wander = instruments[:, -len(state.times)] / self.trust[used, None]
+        speed = slopes[:, -len(state.times)]
         power = (wander * speed).sum(1)
         noise = 1.5 * float(np.median(np.abs(rest)))
         size = np.sqrt((wander**2).sum(1))
@@ -447,7 +487,7 @@ class _Problem:
         times = np.polynomial.polynomial.polyval(self.u, state.times)
         rows, columns = self.rows[inside], self.columns[inside]
         shown = [level(sampled(values, at, inside)) for values, *_ in pictures]
-        used, rests, units, optics, speeds, wander, explained = [], [], [], [], [], [], []
+        used, rests, units, optics, speeds, rates, explained = [], [], [], [], [], [], []
         for k in use.tolist():
             number = math.floor(times[k])
             four = self.four(number)
@@ -472,13 +512,13 @@ class _Problem:
             optics.append(gain * np.stack([*geometry, self.scale**2 * bend]))
             speeds.append(level((four[2] - four[1])[inside]))
             explained.append(_Explained(inside, features))
-            wander.append([explained[-1](level(rate[inside])) for rate in self.rates(number, four)])
+            rates.append([explained[-1](level(rate[inside])) for rate in self.rates(number, four)])
         if not used:
             return None
         moving = self.moving(times[used])[inside]
-        wander = _least_noisy(moving * np.stack(wander, 1), np.stack(speeds))
+        wander = _least_noisy(moving * np.stack(rates, 1), np.stack(speeds))
         basis = self.u[used, None] ** np.arange(len(state.times))  # (K, p)
-        clocks = -basis[:, :, None] * wander[:, None]
+        clocks = -self.trust[used, None, None] * basis[:, :, None] * wander[:, None]
         parts = _Parts(
             np.array(used),
             inside,
@@ -509,13 +549,12 @@ class _Problem:
             basis = np.atleast_1d(u)[:, None] ** np.arange(len(state.times))
             return math.sqrt(float(np.einsum("ki,ij,kj->k", basis, covariance, basis).max()))
 
-        # that frames scatter more than noise has them is a clock, or a movie between frames, that
-        # is not as it is taken to be
-        weight = 1 / step.late[1] ** 2
-        scatter = math.sqrt(float(np.average(step.late[0] ** 2, weights=weight)))
-        excess = max(0.0, scatter**2 - 1 / float(weight.mean()))
-        frames = float(weight.sum()) ** 2 / float((weight**2).sum())
-        worst = math.hypot(deviation(self.u[step.used]), math.sqrt(excess / frames), MODEL)
+        worst = math.hypot(
+            deviation(self.u[step.used]),
+            math.sqrt(step.excess / step.frames),
+            ALONE / step.frames,
+        )
+        scatter = step.scatter
         if not (clear and worst <= UNCERTAIN and scatter <= SCATTERED):
             return Joint(fit, None)
         order = len(state.times) - 1
