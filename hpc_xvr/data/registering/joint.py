@@ -26,6 +26,7 @@ know what left-overs consist of.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -74,6 +75,10 @@ REACH = 6
 """Fast frames, earlier and later, at which the cameras must agree less."""
 LESS = 5.0
 """By so many deviations."""
+FAR = -6, -3, 3, 6
+"""Fast frames, later, at which the cameras are compared to know how much motion there is."""
+LEFT = 0.1
+"""Share of that motion that may be left over."""
 SCATTERED = 0.3
 """Fast frames by which single sharp frames may scatter about the clock."""
 UNCERTAIN = 0.25
@@ -218,6 +223,14 @@ class _Parts:
     instruments: np.ndarray = field(init=False)
     """(K, p, n)"""
 
+    def motion(self, frames: Sequence[int], rests: np.ndarray) -> float:
+        """What of these left-overs (len(frames), n) motion would explain, a mean square."""
+        explained = [
+            float((self.moving * rest) @ self.explained[k](rest))
+            for k, rest in zip(frames, rests, strict=True)
+        ]
+        return statistics.mean(explained)
+
 
 class _Problem:
     """Both cameras' frames, and the steps to where they agree best."""
@@ -327,7 +340,7 @@ class _Problem:
 
     def elsewhere(self, state: _State, use: np.ndarray) -> tuple[int, float]:
         """How many frames earlier or later the cameras agree best (0: here), and by how many
-        deviations they agree less there than here."""
+        deviations they agree less there than here; 0 deviations where motion is left over here."""
         parts = self._parts(state, use)
         if parts is None:
             return 0, 0.0
@@ -336,6 +349,7 @@ class _Problem:
         times = np.polynomial.polynomial.polyval(self.u, state.times)
         noise = 2.2 * float(np.median(np.abs(parts.rest))) ** 2
         found = []
+        odd: list[float] = []
         for shift in range(-REACH, REACH + 1):
             there, away = [], []
             for number, k in enumerate(parts.used.tolist()):
@@ -349,6 +363,8 @@ class _Problem:
                 away.append(gain * seen - movie)
             if len(there) < SHARE * len(parts.used):
                 continue
+            if shift in FAR:
+                odd.append(parts.motion(there, np.stack(away)))
             # the change of the squares is the sum times the difference, without the noise of that
             sums, change = np.stack(away) + parts.rest[there], parts.rest[there] - np.stack(away)
             if abs(shift) == 1:  # noise is more than motion
@@ -364,6 +380,12 @@ class _Problem:
         if not found:
             return 0, 0.0
         clear, shift = min(found)
+        everywhere = list(range(len(parts.used)))
+        draw = np.random.default_rng(0).standard_normal(parts.rest.shape, np.float32)
+        floor = parts.motion(everywhere, math.sqrt(noise) * draw)
+        left = parts.motion(everywhere, parts.rest) - floor
+        if clear > 0 and not (odd and left <= LEFT * (statistics.mean(odd) - floor)):
+            clear = 0.0
         return (shift if clear < 0 else 0), clear
 
     def _after(self, state: _State, change: np.ndarray, fixed_blur: bool) -> _State:
