@@ -97,6 +97,8 @@ def _deviation(
     if rates:
         information[6, 6] += 1 / (WRONG_RATES * half) ** 2
     size = np.sqrt(np.diag(information)) + 1e-12
+    if size[5] < 1e-6 * size[0]:
+        return math.inf  # nothing moves
     covariance = np.linalg.pinv(information / np.outer(size, size)) / np.outer(size, size)
     basis = np.stack([np.ones(int(used.sum())), u[used]], 1)
     return math.sqrt(float(np.einsum("ki,ij,kj->k", basis, covariance[5:, 5:], basis).max()))
