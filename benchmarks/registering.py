@@ -458,8 +458,8 @@ def real_data() -> Path | None:
     "--first",
     default=2000,
     show_default=True,
-    help="Number of the first experiment; 0 to 150, 1000 to 1029 and 3000 to 3029 served to tune "
-    "the method.",
+    help="Number of the first experiment; 0 to 150, 1000 to 1029, 3000 to 3029 and 4000 to 4007 "
+    "served to tune the method.",
 )
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Where the result goes.")
 @click.option("--rows", "kept", type=click.Path(path_type=Path), help="A file to which each pair's "
