@@ -1,11 +1,12 @@
-"""How well the instants of sharp frames can be known at all, from what two simulated cameras saw.
+"""How well the instants of sharp frames can be known, from what two simulated cameras saw.
 
 The bound of Cramer and Rao of the clock's start and gap, with the place, the blur and each frame's
 grey scale unknown, too. A sharp frame's instant is told by how what the fast camera sees changes
 between two frames, against the noise of these frames and of the sharp one. What lies between two
 fast frames is known to nobody: it is taken to be the cubic through the four or the six nearest, and
-a sharp frame from which that truly differs (a jump) tells as much less. Exact where the scene is
-taken frame by frame; no account is made of a program having to learn from noisy frames what moves.
+a sharp frame from which that truly differs (a jump) tells as much less. So a program that knows how
+things move could do better, and by chance any can; that a program has to learn from noisy frames
+what moves is left out, so most do worse.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ the common field of view (a grid of 9 x 9 places of the fast frame, corners incl
 fast pixels aside, and no sharp frame's instant more than 0.1 fast frames.
 
 Some pairs cannot be right: where little moves, or jumps, noise hides when it did. For each pair the
-least deviation that any program could have is computed from the light without noise (`bounding`).
+least deviation that can be expected is computed from the light without noise (`bounding`).
 Told by the motion are pairs whose instants are known to 0.1 frames by 2 of these; `possible` is the
 share that would be within 0.1 frames if errors had just these deviations. Both cameras take
 instants; real exposures would make a jump a little longer.

@@ -143,9 +143,15 @@ class _Step:
         return max(0.0, self.scatter**2 - 1 / float(self._weight.mean()))
 
     @property
+    def certain(self) -> np.ndarray:
+        """(used,), one over the deviation of each."""
+        certain: np.ndarray = 1 / np.sqrt(self.late[1] ** 2 + self.excess)
+        return certain
+
+    @property
     def frames(self) -> float:
         """Equally certain sharp frames that would say as much."""
-        weight = 1 / (self.late[1] ** 2 + self.excess)
+        weight = self.certain**2
         return float(weight.sum()) ** 2 / float((weight**2).sum())
 
     @property
@@ -571,11 +577,12 @@ class _Problem:
             basis = np.atleast_1d(u)[:, None] ** np.arange(len(state.times))
             return math.sqrt(float(np.einsum("ki,ij,kj->k", basis, covariance, basis).max()))
 
-        worst = math.hypot(
-            deviation(self.u[step.used]),
-            math.sqrt(step.excess / step.frames),
-            ALONE / step.frames,
-        )
+        # errors of whole frames, which blocks of pixels do not show
+        free = 1 if self.believed and self.gap is not None else len(state.times)
+        basis = self.u[step.used, None] ** np.arange(free)
+        share = np.linalg.pinv(basis * step.certain[:, None]) * step.certain
+        aside = float(((basis @ share) ** 2).sum(1).max()) * (step.excess + ALONE**2 / step.frames)
+        worst = math.hypot(deviation(self.u[step.used]), math.sqrt(aside))
         scatter = step.scatter
         if not (clear and worst <= UNCERTAIN and scatter <= SCATTERED):
             return Joint(fit, None)
