@@ -13,6 +13,7 @@ import torch
 import ablation
 import compare
 import noise_study
+from bounding import Noise, least_deviation
 from hpc_xvr import checkpoint
 from hpc_xvr.config import load
 from hpc_xvr.data.corpus import Corpus
@@ -182,14 +183,48 @@ def test_recordings_that_were_never_trained_on(tmp_path):
 
 def test_the_benchmark_of_registering(tmp_path):
     out = tmp_path / "result.json"
+    rows = tmp_path / "rows.jsonl"
     command = [sys.executable, str(BENCHMARKS / "registering.py"), "--quick", "--json", str(out)]
+    command += ["--rows", str(rows)]
     subprocess.run(command, check=True, capture_output=True, timeout=280)
+    kept = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["matching"] for row in kept] == [True, True, False]
     result = json.loads(out.read_text())
     assert result["pairs"] == 2 and result["within_0.1_pixels"] == 1
     assert result["not_matching"] == 1 and result["not_matching_accepted"] == 0
     whole = result["bayes_psnr_db[scale 3]"] + result["bayes_psnr_db[scale 4]"]
     cost = whole / 2 - result["bayes_psnr_db[scale 3.5]"]
     assert result["resampling_cost_db[scale 3.5]"] == pytest.approx(cost)
+
+
+def test_what_can_be_known_of_a_clock_is_what_motion_and_noise_allow():
+    """Bands that run up and down by turns, 0.2 pixels a frame: no place explains that."""
+    rows, columns = np.indices((32, 48), float)
+    way = np.where(columns // 6 % 2, 0.2, -0.2)
+
+    def light(t):
+        return 0.5 + 0.3 * np.sin(2 * np.pi * (rows - way * t) / 8) * (1 + 0.2 * np.cos(columns))
+
+    instants = 2.5 + 4 * np.arange(5.0)
+    inside = np.ones((32, 48), bool)
+    fast, seen = np.stack([*map(light, range(24))]), np.stack([*map(light, instants)])
+    found = {}
+    for deviation in (0.01, 0.02):
+        noise = Noise((0.0, deviation**2), (0.0, 0.0), (0.0, 0.0), 0.7)
+        found[deviation] = least_deviation(fast, seen, inside, instants, noise, True)
+    slopes = [light(t + 0.5) - light(t - 0.5) for t in instants]
+    movie = (
+        88.375 / 224
+    )  # noise, to the square, of the cubic half-way between the six nearest frames
+    start = 0.01 * np.sqrt(movie / (np.stack(slopes) ** 2).sum())
+    expected = np.hypot(start, 8 * 1e-4)  # and of the gap, 8 frames from the middle
+    assert found[0.01] == pytest.approx(expected, rel=0.05)
+    assert found[0.02] == pytest.approx(2 * found[0.01], rel=0.1)
+    still = np.repeat(fast[:1], 24, 0), np.repeat(seen[:1], 5, 0)
+    assert least_deviation(*still, inside, instants, noise, True) > 100
+    jump = fast.copy()
+    jump[11:] = fast[14:].tolist() + fast[:3].tolist()  # between frames, at a sharp one's instant
+    assert least_deviation(jump, seen, inside, instants, noise, True) > found[0.02]
 
 
 def test_the_noise_study_says_what_its_numbers_say(tmp_path):

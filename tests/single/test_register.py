@@ -145,6 +145,32 @@ def test_slow_motion_and_dust_on_one_camera_bias_neither_clock_nor_place():
     assert aside_by < 4 * found.found["time_deviation_lr_frames"] < 0.4
 
 
+def noisy(fast: np.ndarray, counts: float) -> np.ndarray:
+    noise = np.random.default_rng(5).normal(0, counts, fast.shape)
+    return np.clip(np.rint(fast + noise), 0, 1023).astype(np.uint16)
+
+
+def test_slow_motion_in_noise_still_tells_the_clock():
+    sharp, fast = shot(keys=7, gap=5.3, speed=0.12)  # a fast pixel in 7 to 27 frames
+    found = registered(*recordings(sharp, noisy(fast, 15), (5.3e4, 1e4))).registration
+    aside_by = np.abs(instants(found, 7) - (0.6 + 5.3 * np.arange(7))).max()
+    assert aside_by < 0.1 and aside_by < 3 * found.found["time_deviation_lr_frames"] < 0.3
+
+
+def test_a_place_is_found_from_structure_of_two_fast_pixels():
+    """The coarse grid, 56 pixels wide, shows nothing of it; the fast frame has 80."""
+    scene = Scene(1, moving=False)
+    rng = np.random.default_rng(3)
+    axes = (np.fft.fftfreq(side) for side in scene.shape)
+    waves = np.hypot(*np.meshgrid(*axes, indexing="ij")) * TRUTH.scale
+    grain = np.fft.fft2(rng.normal(size=scene.shape)) * ((waves > 1 / 2.2) & (waves < 1 / 2.02))
+    grain = np.real(np.fft.ifft2(grain))
+    scene.light = lambda t: np.clip(0.5 + 0.15 * grain / grain.std(), 0.05, 1)
+    fast = noisy(scene.fast(0)[None], 10)
+    found = registered(*recordings(scene.sharp(0)[None], fast)).registration
+    assert found.flip == TRUTH.flip and aside(found, TRUTH) < 0.2
+
+
 def test_a_drift_of_the_clock_is_found():
     sharp, fast = shot(keys=7, gap=3, bend=0.05)
     found = registered(*recordings(sharp, fast)).registration

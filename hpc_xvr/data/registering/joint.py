@@ -11,9 +11,12 @@ be exchanged, so neither is right unless both are found together. Two things wou
 - Noise of the fast camera makes things look as if they moved, and what moves more seems less late
   (errors in variables). The equation of the time is therefore <z, r> = 0, where the instrument z is
   the rate of change between the fast frames further out, whose noise is not that of L(t) (Reiersol
-  1945; Fuller 1987, Measurement Error Models, section 1.4).
-- What one camera alone sees standing still (dust, the pixels' gains). The instruments' mean over
-  all sharp frames is taken out of them, which leaves no weight on it.
+  1945; Fuller 1987, Measurement Error Models, section 1.4). The sharp frames have far less noise:
+  of that rate only what their slopes, or their change from one to the next, explain near a pixel is
+  taken, which halves the uncertainty of slow motion (Lucas and Kanade 1981 explain it by slopes
+  alone).
+- What one camera alone sees standing still (dust). Where the mean of what is left over is more than
+  noise, the instruments' mean over all sharp frames is taken out, which leaves no weight on it.
 
 L(t) is Catmull and Rom's cubic through the four nearest frames; between two frames only it would be
 blurred by the motion. Uncertainties are those of a sandwich over blocks of pixels, which need not
@@ -23,11 +26,12 @@ know what left-overs consist of.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, uniform_filter
+from scipy.ndimage import gaussian_filter, maximum_filter, uniform_filter
 
 from hpc_xvr.data.registering.placing import FLIPS, Fit, Place, Thinned, sampled, shrunk
 from hpc_xvr.data.registering.timing import Clock
@@ -39,10 +43,22 @@ FIRST = 6
 """Steps in which the sharp frames' blur is made anew."""
 WIDE = 9
 """Pixels of each of two boxes over which the local mean is taken out."""
-CALM = 0.8
-"""Deviation, pixels, by which the instrument is smoothed."""
-NEAR = 1.5
-"""Deviation, pixels, of the neighbourhood whose motion is told from noise."""
+NEAR = 3.0
+"""Deviation, pixels, of the neighbourhood whose motion is explained by the sharp frames."""
+RIDGE = 0.05
+"""Of their mean power, added where they show nothing."""
+STEADY = 1, 2, 4
+"""Frames before and after two whose rate of change may be that between these."""
+MOVING = 48
+"""Fast frames by which what moves is told from noise."""
+ALIKE = 2.5
+"""Deviation, pixels, of the neighbourhood that moves alike."""
+CALM = 20
+"""Percent of the pixels that change by hardly more than noise."""
+LEAST, NOISY = 0.0, 0.1
+"""Of noise: change from which a pixel is taken to move, and from which it counts half."""
+STILL = 3.5
+"""Deviations from which the mean of what is left over is not noise."""
 KNOWN = 0.0005
 """Of itself, by which a known gap may be wrong (1 sigma)."""
 CONTRARY = 4.0
@@ -59,14 +75,19 @@ REACH = 6
 """Fast frames, earlier and later, at which the cameras must agree less."""
 LESS = 5.0
 """By so many deviations."""
-CALMER = 1.2
-"""Deviation, pixels, by which left-overs are smoothed to tell that."""
+FAR = -6, -3, 3, 6
+"""Fast frames, later, at which the cameras are compared to know how much motion there is."""
+LEFT = 0.1
+"""Share of that motion that may be left over."""
 SCATTERED = 0.3
 """Fast frames by which single sharp frames may scatter about the clock."""
 UNCERTAIN = 0.25
 """Fast frames by which the instant of a sharp frame may be uncertain."""
-MODEL = 0.02
-"""Fast frames by which it is uncertain in any case: what lies between frames is not quite known."""
+ALONE = 0.15
+"""Fast frames by which a single sharp frame is uncertain in any case: what lies between fast frames
+is not quite known."""
+MANY = 4.0
+"""Equally certain sharp frames that must show a drift."""
 BLOCK = 8
 """Pixels; the left-overs of blocks are nearly independent of each other."""
 
@@ -105,6 +126,40 @@ class _Step:
     """Fast frames by which each of these alone would be later than the clock says, and the
     deviation of that, (2, used)."""
 
+    @property
+    def _weight(self) -> np.ndarray:
+        weight: np.ndarray = 1 / self.late[1] ** 2
+        return weight
+
+    @property
+    def scatter(self) -> float:
+        """Fast frames by which single sharp frames scatter about the clock."""
+        return math.sqrt(float(np.average(self.late[0] ** 2, weights=self._weight)))
+
+    @property
+    def excess(self) -> float:
+        """Of the scatter's square, that noise does not explain: the clock, or the movie between
+        frames, is not as it is taken to be."""
+        return max(0.0, self.scatter**2 - 1 / float(self._weight.mean()))
+
+    @property
+    def certain(self) -> np.ndarray:
+        """(used,), one over the deviation of each."""
+        certain: np.ndarray = 1 / np.sqrt(self.late[1] ** 2 + self.excess)
+        return certain
+
+    @property
+    def frames(self) -> float:
+        """Equally certain sharp frames that would say as much."""
+        weight = self.certain**2
+        return float(weight.sum()) ** 2 / float((weight**2).sum())
+
+    @property
+    def trust(self) -> np.ndarray:
+        """(used,), of what each says of the time, if frames scatter as much as these."""
+        square: np.ndarray = self.late[1] ** 2
+        return square / (square + self.excess)
+
 
 def together(
     keys: Sequence[np.ndarray],
@@ -142,7 +197,7 @@ def together(
         state, step, clear = solved
         if order == 2:
             bend, deviation = abs(state.times[2]), math.sqrt(step.covariance[-1, -1])
-            if bend < max(LATE, 6 * deviation):
+            if bend < max(LATE, 6 * deviation) or step.frames < MANY:
                 break
         joint = problem.joint(state, step, clear)
         if best is None or joint.clock is not None:
@@ -150,6 +205,37 @@ def together(
         if not clear:
             break
     return best
+
+
+@dataclass
+class _Parts:
+    """What is left over of K sharp frames on n fast pixels, and what it depends on."""
+
+    used: np.ndarray
+    """(K,), the sharp frames."""
+    inside: np.ndarray
+    """(h, w), the pixels."""
+    seen: np.ndarray
+    """(K, n), the sharp frames themselves."""
+    rest: np.ndarray
+    """(K, n)"""
+    explained: list[_Explained]
+    moving: np.ndarray
+    """(n,)"""
+    wander: np.ndarray
+    """(K, n), the rate of change as instrument."""
+    slopes: np.ndarray = field(init=False)
+    """(K, p, n)"""
+    instruments: np.ndarray = field(init=False)
+    """(K, p, n)"""
+
+    def motion(self, frames: Sequence[int], rests: np.ndarray) -> float:
+        """What of these left-overs (len(frames), n) motion would explain, a mean square."""
+        explained = [
+            float((self.moving * rest) @ self.explained[k](rest))
+            for k, rest in zip(frames, rests, strict=True)
+        ]
+        return statistics.mean(explained)
 
 
 class _Problem:
@@ -181,6 +267,8 @@ class _Problem:
         )
         self.rows, self.columns = np.meshgrid(rows, columns, indexing="ij")
         self._fast: dict[int, np.ndarray | None] = {}
+        self.trust = np.ones(len(keys))
+        self._moving: np.ndarray | None = None
         self._sharp_of = math.nan
         self._sharp: tuple[list[tuple[np.ndarray, ...]], int] = [], 1
 
@@ -212,6 +300,7 @@ class _Problem:
         """The unknowns at which the cameras agree best, and if they clearly agree less whole frames
         earlier and later."""
         use = np.arange(len(self.keys))
+        self.trust = np.ones(len(self.keys))
         for _ in range(3):
             solved = self.solved(state, use)
             if solved is None:
@@ -234,6 +323,12 @@ class _Problem:
             if len(use) < max(1, SHARE * len(step.used)):
                 return None
             solved = self.solved(state, use)
+            if solved is None:
+                return None
+            state, step = solved
+        if step.excess:
+            self.trust[step.used] = step.trust
+            solved = self.solved(state, use)
             return None if solved is None else (*solved, True)
         return state, step, True
 
@@ -251,42 +346,52 @@ class _Problem:
 
     def elsewhere(self, state: _State, use: np.ndarray) -> tuple[int, float]:
         """How many frames earlier or later the cameras agree best (0: here), and by how many
-        deviations they agree less there than here."""
-        inside, at, thin = self.seen(state)
-        level = _Level(inside, CALMER)
-        pictures, _ = self.sharp(state.blur)
-        sharp = {k: level(sampled(pictures[k][0], at / thin - 0.5, inside)) for k in use.tolist()}
-        times = np.polynomial.polynomial.polyval(self.u, state.times)
-        rests: dict[int, dict[int, np.ndarray]] = {}
-        for shift in range(-REACH, REACH + 1):
-            rests[shift] = {}
-            for k, seen in sharp.items():
-                four = self.four(math.floor(times[k]) + shift)
-                if four is not None:
-                    movie = level(_between(four, times[k] % 1)[inside])
-                    gain = float(seen @ movie) / max(float(seen @ seen), 1e-12)
-                    rests[shift][k] = gain * seen - movie
-        if not rests[0]:
+        deviations they agree less there than here; 0 deviations where motion is left over here."""
+        parts = self._parts(state, use)
+        if parts is None:
             return 0, 0.0
-        here = np.stack(list(rests[0].values()))
-        noise = 2.2 * float(np.median(np.abs(here))) ** 2
-        alike = 2 * math.pi * CALMER**2  # pixels that noise has in common, once it is smoothed
-        change = np.stack([rest for some in rests.values() for rest in some.values()]).var(0)
-        weight = (change / (change + 4 * np.median(change) + 1e-20)) ** 2
+        still = _still(parts)
+        level = _Level(parts.inside)
+        times = np.polynomial.polynomial.polyval(self.u, state.times)
+        noise = 2.2 * float(np.median(np.abs(parts.rest))) ** 2
         found = []
-        for shift, some in rests.items():
-            common = [k for k in some if k in rests[0]]
-            if not shift or len(common) < SHARE * len(use):
+        odd: list[float] = []
+        for shift in range(-REACH, REACH + 1):
+            there, away = [], []
+            for number, k in enumerate(parts.used.tolist()):
+                four = self.four(math.floor(times[k]) + shift) if shift else None
+                if four is None:
+                    continue
+                movie = level(_between(four, times[k] % 1)[parts.inside])
+                seen = parts.seen[number]
+                gain = float(seen @ movie) / max(float(seen @ seen), 1e-12)
+                there.append(number)
+                away.append(gain * seen - movie)
+            if len(there) < SHARE * len(parts.used):
                 continue
-            pair = [np.stack([rests[j][k] for k in common]) for j in (shift, 0)]
-            if len(common) > 2:
-                pair = [one - one.mean(0) for one in pair]
-            there, now = (float((one**2 @ weight).sum()) for one in pair)
-            deviation = 2 * noise * math.sqrt(alike * len(common) * float((weight**2).sum()))
-            found.append(((there - now) / max(deviation, 1e-20), shift))
+            if shift in FAR:
+                odd.append(parts.motion(there, np.stack(away)))
+            # the change of the squares is the sum times the difference, without the noise of that
+            sums, change = np.stack(away) + parts.rest[there], parts.rest[there] - np.stack(away)
+            if abs(shift) == 1:  # noise is more than motion
+                change = shift * parts.wander[there]
+            else:
+                change = parts.moving * np.stack(
+                    [parts.explained[n](c) for n, c in zip(there, change, strict=True)]
+                )
+            if len(there) > 2:
+                change -= still * change.mean(0)
+            deviation = math.sqrt(2 * noise * float((change**2).sum()))
+            found.append((-float((sums * change).sum()) / max(deviation, 1e-20), shift))
         if not found:
             return 0, 0.0
         clear, shift = min(found)
+        everywhere = list(range(len(parts.used)))
+        draw = np.random.default_rng(0).standard_normal(parts.rest.shape, np.float32)
+        floor = parts.motion(everywhere, math.sqrt(noise) * draw)
+        left = parts.motion(everywhere, parts.rest) - floor
+        if clear > 0 and not (odd and left <= LEFT * (statistics.mean(odd) - floor)):
+            clear = 0.0
         return (shift if clear < 0 else 0), clear
 
     def _after(self, state: _State, change: np.ndarray, fixed_blur: bool) -> _State:
@@ -312,7 +417,8 @@ class _Problem:
         parts = self._parts(state, use)
         if parts is None:
             return None
-        used, inside, rest, slopes, instruments = parts
+        used, inside, rest = parts.used, parts.inside, parts.rest
+        slopes, instruments = parts.slopes, parts.instruments
         limit = 3 * float(np.median(np.abs(rest))) + 1e-9
         weighted = instruments / np.maximum(1, np.abs(rest) / limit)[:, None]
         normal = np.einsum("kpn,kqn->pq", weighted, slopes)
@@ -340,7 +446,8 @@ class _Problem:
             change = change + gain * aside
             covariance = covariance - np.outer(gain, covariance[known])
         # what each frame says of its own instant
-        wander, speed = instruments[:, -len(state.times)], slopes[:, -len(state.times)]
+        wander = instruments[:, -len(state.times)] / self.trust[used, None]
+        speed = slopes[:, -len(state.times)]
         power = (wander * speed).sum(1)
         noise = 1.5 * float(np.median(np.abs(rest)))
         size = np.sqrt((wander**2).sum(1))
@@ -365,11 +472,40 @@ class _Problem:
         four = [one for i in (-1, 0, 1, 2) if (one := self.fast(number + i)) is not None]
         return four if len(four) == 4 else None
 
-    def _parts(
-        self, state: _State, use: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-        """Which frames are used (K,), and which pixels (h, w); then, of these, left-overs (K, n),
-        their slopes and the instruments (K, p, n)."""
+    def moving(self, times: np.ndarray) -> np.ndarray:
+        """How much of the change of each pixel is not noise, 0 to 1, (h, w)."""
+        if self._moving is None:
+            first, last = math.floor(times.min()), math.ceil(times.max())
+            power, mean, count = np.zeros_like(self.rows), np.zeros_like(self.rows), 0
+            for n in np.unique(np.linspace(first, last - 1, MOVING).astype(int)).tolist():
+                before, after = self.fast(n), self.fast(n + 4)
+                if before is not None and after is not None:
+                    power += (after - before) ** 2
+                    mean += before
+                    count += 1
+            if not count:
+                return np.ones_like(self.rows)
+            # noise of photons goes with the mean
+            power = gaussian_filter(power / np.maximum(mean, 1e-3 * count), ALIKE)
+            excess = np.maximum(power / np.percentile(power, CALM) - 1 - LEAST, 0)
+            self._moving = excess / (excess + NOISY)
+        return self._moving
+
+    def rates(self, number: int, four: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Of change between a fast frame and the next, from those before and after the two, the
+        more the longer motion is taken to be steady."""
+        change, weight, rates = np.zeros_like(four[0]), 0.0, []
+        for away in range(1, max(STEADY) + 1):
+            before, after = self.fast(number - away), self.fast(number + 1 + away)
+            if before is not None and after is not None:  # least squares of a straight line
+                change = change + (away + 0.5) * (after - before)
+                weight += 2 * (away + 0.5) ** 2
+            if away in STEADY:
+                rates.append(change / weight)
+        return rates
+
+    def _parts(self, state: _State, use: np.ndarray) -> _Parts | None:
+        """What is left over, and what it depends on; None where there is too little."""
         inside, at, thin = self.seen(state)
         if inside.sum() < 50:
             return None
@@ -378,21 +514,16 @@ class _Problem:
         at = at / thin - 0.5
         times = np.polynomial.polynomial.polyval(self.u, state.times)
         rows, columns = self.rows[inside], self.columns[inside]
-        used, rests, units, optics, movers, speeds, powers = [], [], [], [], [], [], []
+        shown = [level(sampled(values, at, inside)) for values, *_ in pictures]
+        used, rests, units, optics, speeds, rates, explained = [], [], [], [], [], [], []
         for k in use.tolist():
             number = math.floor(times[k])
             four = self.four(number)
             if four is None:
                 continue
-            seen, down, right, bend = (
-                level(sampled(picture, at, inside)) for picture in pictures[k]
-            )
+            seen = shown[k]
+            down, right, bend = (level(sampled(part, at, inside)) for part in pictures[k][1:])
             movie = level(_between(four, times[k] - number)[inside])
-            mover = (four[3] - four[0]) / 3
-            further = [self.fast(number + i) for i in (-2, 3)]
-            if further[0] is not None and further[1] is not None:
-                mover = (mover + (further[1] - further[0]) / 5) / 2
-            mover = gaussian_filter(mover, CALM)
             norm = max(float(seen @ seen), 1e-12)
             gain = float(seen @ movie) / norm
             geometry = (
@@ -400,33 +531,40 @@ class _Problem:
                 if self.affine
                 else [down, right, down * rows + right * columns, right * rows - down * columns]
             )
+            features = [down, right]
+            if len(shown) > 1:
+                features.append(shown[min(k + 1, len(shown) - 1)] - shown[max(k - 1, 0)])
             used.append(k)
             rests.append(gain * seen - movie)
             units.append(seen / math.sqrt(norm))
             optics.append(gain * np.stack([*geometry, self.scale**2 * bend]))
             speeds.append(level((four[2] - four[1])[inside]))
-            movers.append(mover)
-            powers.append(gaussian_filter(mover**2, NEAR))
+            explained.append(_Explained(inside, features))
+            rates.append([explained[-1](level(rate[inside])) for rate in self.rates(number, four)])
         if not used:
             return None
-        noise = 4 * float(np.median(np.stack(powers)[:, inside])) + 1e-20
+        moving = self.moving(times[used])[inside]
+        wander = _least_noisy(moving * np.stack(rates, 1), np.stack(speeds))
         basis = self.u[used, None] ** np.arange(len(state.times))  # (K, p)
-        wander = np.stack(
-            [
-                level((mover * power / (power + noise))[inside])
-                for mover, power in zip(movers, powers, strict=True)
-            ]
+        clocks = -self.trust[used, None, None] * basis[:, :, None] * wander[:, None]
+        parts = _Parts(
+            np.array(used),
+            inside,
+            np.stack(shown)[used],
+            np.stack(rests),
+            explained,
+            moving,
+            wander,
         )
-        clocks = -basis[:, :, None] * wander[:, None]
         if len(used) > 2:
-            clocks -= clocks.mean(0)
-        instruments = np.concatenate([np.stack(optics), clocks], 1)
-        for instrument, unit in zip(instruments, units, strict=True):  # each frame's gain is free
-            instrument -= np.outer(instrument @ unit, unit)
-        slopes = np.concatenate(
+            clocks -= _still(parts) * clocks.mean(0)
+        parts.instruments = np.concatenate([np.stack(optics), clocks], 1)
+        for instrument, unit in zip(parts.instruments, units, strict=True):
+            instrument -= np.outer(instrument @ unit, unit)  # each frame's gain is free
+        parts.slopes = np.concatenate(
             [np.stack(optics), -basis[:, :, None] * np.stack(speeds)[:, None]], 1
         )
-        return np.array(used), inside, np.stack(rests), slopes, instruments
+        return parts
 
     def joint(self, state: _State, step: _Step, clear: bool) -> Joint:
         """The result in the units of others; without a clock that is too uncertain."""
@@ -439,13 +577,13 @@ class _Problem:
             basis = np.atleast_1d(u)[:, None] ** np.arange(len(state.times))
             return math.sqrt(float(np.einsum("ki,ij,kj->k", basis, covariance, basis).max()))
 
-        # that frames scatter more than noise has them is a clock, or a movie between frames, that
-        # is not as it is taken to be
-        weight = 1 / step.late[1] ** 2
-        scatter = math.sqrt(float(np.average(step.late[0] ** 2, weights=weight)))
-        excess = max(0.0, scatter**2 - 1 / float(weight.mean()))
-        frames = float(weight.sum()) ** 2 / float((weight**2).sum())
-        worst = math.hypot(deviation(self.u[step.used]), math.sqrt(excess / frames), MODEL)
+        # errors of whole frames, which blocks of pixels do not show
+        free = 1 if self.believed and self.gap is not None else len(state.times)
+        basis = self.u[step.used, None] ** np.arange(free)
+        share = np.linalg.pinv(basis * step.certain[:, None]) * step.certain
+        aside = float(((basis @ share) ** 2).sum(1).max()) * (step.excess + ALONE**2 / step.frames)
+        worst = math.hypot(deviation(self.u[step.used]), math.sqrt(aside))
+        scatter = step.scatter
         if not (clear and worst <= UNCERTAIN and scatter <= SCATTERED):
             return Joint(fit, None)
         order = len(state.times) - 1
@@ -475,20 +613,17 @@ class _Problem:
 
 
 class _Level:
-    """Takes the local mean out of pictures that are known at some pixels only, and smooths them."""
+    """Takes the local mean out of pictures that are known at some pixels only."""
 
-    def __init__(self, inside: np.ndarray, calm: float = 0.0) -> None:
-        self.inside, self.calm = inside, calm
+    def __init__(self, inside: np.ndarray) -> None:
+        self.inside = inside
         self.weight = np.maximum(self._mean(inside.astype(np.float32)), 1e-3)[inside]
 
     def __call__(self, values: np.ndarray) -> np.ndarray:
         """(n,) to (n,)"""
-        picture = np.zeros(self.inside.shape, np.float32)
-        picture[self.inside] = values
-        rest: np.ndarray = values - self._mean(picture)[self.inside] / self.weight
-        if self.calm:
-            picture[self.inside] = rest
-            rest = gaussian_filter(picture, self.calm, truncate=3)[self.inside]
+        rest: np.ndarray = (
+            values - self._mean(_picture(values, self.inside))[self.inside] / self.weight
+        )
         return rest
 
     @staticmethod
@@ -496,6 +631,55 @@ class _Level:
         for _ in range(2):
             picture = uniform_filter(picture, WIDE, mode="constant")
         return picture
+
+
+class _Explained:
+    """What of a picture some features explain near each pixel: least squares in a window."""
+
+    def __init__(self, inside: np.ndarray, features: Sequence[np.ndarray]) -> None:
+        self.inside = inside
+        self.features = [_picture(values, inside) for values in features]
+        n = len(features)
+        normal = np.empty((n, n, int(inside.sum())))
+        for i in range(n):
+            for j in range(i, n):
+                normal[i, j] = normal[j, i] = self._near(self.features[i] * self.features[j])
+            normal[i, i] += RIDGE * normal[i, i].mean() + 1e-20
+        self.inverse = np.linalg.inv(normal.transpose(2, 0, 1))
+
+    def _near(self, picture: np.ndarray) -> np.ndarray:
+        mean: np.ndarray = gaussian_filter(picture, NEAR, truncate=3, mode="constant")[self.inside]
+        return mean
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """(n,) to (n,)"""
+        picture = _picture(values, self.inside)
+        right = np.stack([self._near(picture * feature) for feature in self.features])
+        found: np.ndarray = np.einsum(
+            "nij,jn,in->n", self.inverse, right, np.stack([f[self.inside] for f in self.features])
+        )
+        return found.astype(np.float32)
+
+
+def _least_noisy(rates: np.ndarray, speeds: np.ndarray) -> np.ndarray:
+    """Of instruments (m, K, n) those (K, n) that leave the time least uncertain."""
+    told = (rates * speeds).sum((1, 2)) / np.sqrt((rates**2).sum((1, 2)) + 1e-20)
+    best: np.ndarray = rates[told.argmax()]
+    return best
+
+
+def _picture(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    picture = np.zeros(inside.shape, np.float32)
+    picture[inside] = values
+    return picture
+
+
+def _still(parts: _Parts) -> np.ndarray:
+    """(n,), 1 where what is left over has a mean that is more than noise, or is beside it; else
+    0."""
+    mean = parts.rest.mean(0)
+    odd = np.abs(mean) > STILL * 1.5 * float(np.median(np.abs(mean)))
+    return maximum_filter(_picture(odd, parts.inside), 3)[parts.inside]
 
 
 def _between(four: Sequence[np.ndarray], s: float) -> np.ndarray:

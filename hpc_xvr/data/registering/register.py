@@ -154,11 +154,11 @@ def registered(
         _refuse(films, candidate, near is not None, limits)
     fit, clock = _refined(films, candidate.place, known_gap, affine)
     sharps, fasts = _pairs(films, clock)
-    compared = Comparison([Thinned(one) for one in sharps], fasts, fit.place.scale, 1.0, fit.blur)
-    fit = replace(fit, place=compared.score(fit.place))
-    clearness, _ = compared.clearness(fit.place)
+    candidate = _judged(candidate, fit, sharps, fasts)
+    if clock is not None and not candidate.convincing:
+        # single frames may be all noise where means over time are not
+        candidate = _judged(candidate, fit, *_pairs(films, None))
     deviation = fit.corner_deviation(films.fast.shape[1:])
-    candidate = replace(candidate, place=fit.place, clearness=clearness)
     if not candidate.convincing:
         _refuse(films, candidate, near is not None, limits)
     if not deviation <= UNCERTAIN:
@@ -169,9 +169,9 @@ def registered(
         )
     _tell(films, clock, known_gap)
     found = {
-        "score": round(fit.place.score, 4),
-        "clearness": round(clearness, 2),
-        "overlap": round(fit.place.overlap, 4),
+        "score": round(candidate.place.score, 4),
+        "clearness": round(candidate.clearness, 2),
+        "overlap": round(candidate.place.overlap, 4),
         **_uncertainties(fit, deviation, fasts[0].shape),
         "lr_blur_px": round(fit.blur, 2),
         **_about_time(clock, known_gap),
@@ -180,6 +180,15 @@ def registered(
         "made_by": f"hpc_xvr {__version__}",
     }
     return Registered(_registration(fit.place, clock, films, affine, found), *_shown(sharps, fasts))
+
+
+def _judged(
+    candidate: Candidate, fit: Fit, sharps: Sequence[np.ndarray], fasts: Sequence[np.ndarray]
+) -> Candidate:
+    """The refined place as a candidate, as alike as these pictures of both cameras are there."""
+    compared = Comparison([Thinned(one) for one in sharps], fasts, fit.place.scale, 1.0, fit.blur)
+    place = compared.score(fit.place)
+    return replace(candidate, place=place, clearness=compared.clearness(place)[0])
 
 
 def _films(sharp: Recording, fast: Recording) -> _Films:

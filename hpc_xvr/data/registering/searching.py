@@ -84,10 +84,9 @@ def search(evidence: Iterable[Callable[[], Evidence]], limits: Limits) -> Candid
     for make in evidence:
         sharp, fasts = make()
         pictures.append((Thinned(sharp), fasts))
-    for longest in (COARSE, FINER * COARSE):
+    finer = min(FINER * COARSE, max(pictures[0][1][0].shape)) if pictures else COARSE
+    for longest in (COARSE, finer) if finer > COARSE else (COARSE,):
         for sharp_, fasts in pictures[: None if longest == COARSE else 1]:
-            if longest > max(COARSE, max(fasts[0].shape)):
-                continue
             found = best_place(sharp_, fasts, limits, longest)
             if found and (clearest is None or found.clearness > clearest.clearness):
                 clearest = found
