@@ -72,9 +72,8 @@ def ingest(data: Path, corpus: Path, device: str) -> Path:
             print(f"left out: {name} is not in {data}")
             continue
         command = ["ingest", str(data / name), "--corpus", str(corpus), "--split", "test"]
-        compare.call(
-            [*command, "--scene", scene, "--crop"], argparse.Namespace(ranks=1, device=device)
-        )
+        alone = argparse.Namespace(ranks=1, device=device, work=corpus.parent)
+        compare.call([*command, "--scene", scene, "--crop"], alone)
     return corpus
 
 
