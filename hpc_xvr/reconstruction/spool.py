@@ -7,6 +7,7 @@ Beside OUT there is a folder `.OUT.unfinished` while it is made:
     writer.lock              one run at a time writes OUT
     000000040-000000060      frames 40 to 59: a checksum, then their pixels; behind the checksum,
                              one of what they are made of if the cameras were still recording
+    taken-000000040          some rank makes the piece from frame 40 on
     failed-0001              rank 1 has given up
     news.json                while several ranks follow cameras: lost frames; gone when it is over
 
@@ -105,6 +106,9 @@ class Spool:
         found: dict[str, str] | None = None
         with contextlib.suppress(OSError, ValueError):
             found = parse_json(about.read_text())
+        for pattern in ("failed-*", "taken-*"):
+            for path in folder.glob(pattern):
+                remove(path)
         left = [path for path in folder.iterdir() if path.name not in (_LOCK, about.name)]
         known = found if isinstance(found, dict) else {}
         if all(known.get(name) == facts.get(name) for name in MADE_BY):
@@ -116,8 +120,6 @@ class Spool:
             )
             for path in left:
                 remove(path)
-        for path in folder.glob("failed-*"):
-            remove(path)
         with self._os_errors():
             about.write_text(json.dumps(facts, indent=1))
 
@@ -146,6 +148,21 @@ class Spool:
                 *(self.out, other),
             )
         return set().union(*ranks.gather(mine))
+
+    def deal(self, pieces: Sequence[Piece], ranks: Ranks) -> Iterator[Piece]:
+        """The share of these pieces that this rank makes: each time the next one that no other has
+        taken, so that a rank that is slower, or writes the file as well, makes fewer.
+
+        Raises:
+            InputError: the disk refuses.
+        """
+        return (piece for piece in pieces if ranks.size == 1 or self._take(piece))
+
+    def _take(self, piece: Piece) -> bool:
+        with self._os_errors(), contextlib.suppress(FileExistsError):
+            (self.folder / f"taken-{piece.frames.start:09d}").touch(exist_ok=False)
+            return True
+        return False
 
     def has(self, piece: Piece, made_of: Callable[[Piece], str]) -> bool:
         """Is a piece there, intact, and made of these frames, if it says of which?"""

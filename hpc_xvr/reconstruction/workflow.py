@@ -7,6 +7,7 @@ import hashlib
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
@@ -353,19 +354,26 @@ def _make(
 
             write(results())
 
-    mine = missing[ranks.rank :: ranks.size]
+    mine: deque[Piece] = deque()
+
+    def dealt() -> Iterator[Piece]:
+        for piece in spool.deal(missing, ranks):
+            mine.append(piece)
+            yield piece
+
     writing = Beside(write_all) if ranks.rank == 0 else None
     begun = time.perf_counter()
     try:
         with (
             writing or nullcontext(),
-            ahead(work.load(mine), _AHEAD) as loads,
+            ahead(work.load(dealt()), _AHEAD) as loads,
             _saving(spool) as saving,
         ):
             made = work.run(loads)
-            for piece in mine:
-                results = [frame for _, frame in islice(made, len(piece.frames))]
-                saving.give((piece, results))
+            for _, first in made:
+                piece = mine.popleft()
+                rest = islice(made, len(piece.frames) - 1)
+                saving.give((piece, [first, *(frame for _, frame in rest)]))
                 if writing:
                     writing.check()
                 if spool.failed():

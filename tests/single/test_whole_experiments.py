@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -474,6 +475,21 @@ def test_frames_in_any_order_of_memory_are_kept(tmp_path):
     piece = Piece(range(3), (0, 2), (0, 2))
     spool.save(piece, [np.asfortranarray(frame) for frame in frames])
     assert np.array_equal(list(spool.frames([piece])), frames)
+    spool.close(keep=False)
+
+
+def test_ranks_take_pieces_as_they_come_for_them_each_once(tmp_path):
+    ends = [(4 * i, 4 * i + 4) for i in range(6)]
+    gaps = [Piece(range(*between), between, between) for between in ends]
+    two = SimpleNamespace(size=2)
+    spool = Spool(tmp_path / "o.tif", {}, (4, 6), "float32", ONE_RANK)
+    slow, fast = spool.deal(gaps, two), spool.deal(gaps, two)
+    assert [next(slow), *(next(fast) for _ in range(4)), next(slow)] == gaps
+    assert not [*slow, *fast]
+    assert [*spool.deal(gaps, ONE_RANK)] == gaps
+    spool.close(keep=True)  # as a run that was killed leaves it
+    spool = Spool(tmp_path / "o.tif", {}, (4, 6), "float32", ONE_RANK)
+    assert [*spool.deal(gaps, two)] == gaps
     spool.close(keep=False)
 
 
