@@ -1,5 +1,7 @@
 """Ranks that share the gaps of a recording, or many recordings, write what one process does."""
 
+import time
+
 import numpy as np
 import pytest
 import tifffile
@@ -45,14 +47,16 @@ def folder(engine, shared_folder, request):
 
 
 @pytest.fixture
-def saved(monkeypatch):
-    """Pieces that this rank has made; those in `broken` cannot be."""
+def saved(monkeypatch, engine):
+    """Pieces that this rank has made; those in `broken` cannot be. Rank 0 is slow, so that it does
+    not take all of them on a busy machine."""
     pieces, broken, save = [], set(), Spool.save
 
     def noted(self, piece, frames):
         if piece.frames.start in broken:
             raise InputError(f"no frame {piece.frames.start}")
         pieces.append(piece.frames.start)
+        time.sleep(0.05 if engine.is_root else 0)
         save(self, piece, frames)
 
     monkeypatch.setattr(Spool, "save", noted)
@@ -70,7 +74,7 @@ def test_two_ranks_share_the_gaps_and_write_the_same_file(engine, folder, saved,
     out = folder / f"{what}.tif"
     reconstruct_with(method, CPU, cameras(folder / "s0"), out=out, ranks=engine)
     shares = engine.gather(list(pieces))
-    assert sorted(map(len, shares)) == [5, 6] and len({*shares[0], *shares[1]}) == 11
+    assert all(shares) and sum(map(len, shares)) == 11 == len({*shares[0], *shares[1]})
     if engine.is_root:
         alone = folder / "alone" / out.name  # the file names the one beside it
         alone.parent.mkdir(exist_ok=True)
@@ -83,8 +87,8 @@ def test_two_ranks_share_the_gaps_and_write_the_same_file(engine, folder, saved,
 def test_what_fails_on_one_rank_ends_both_and_leaves_nothing(engine, folder, saved):
     _, broken = saved
     if not engine.is_root:
-        broken.add(12)
-    with pytest.raises(CollectiveError, match="no frame 12"):
+        broken.update(range(4, 44))  # whichever gap is its second
+    with pytest.raises(CollectiveError, match=r"no frame \d+"):
         reconstruct_with(
             open_method("detail"), CPU, cameras(folder / "s0"), out=folder / "o.tif", ranks=engine
         )
@@ -111,7 +115,8 @@ def test_many_shots_are_dealt_to_the_ranks(engine, folder, saved):
     # Fewer shots than ranks: both work on the one there is.
     pieces.clear()
     reconstruct_all(shots[:1], make, folder / "one", False, engine)
-    assert sorted(len(share) for share in engine.gather(list(pieces))) == [5, 6]
+    shares = engine.gather(list(pieces))
+    assert all(shares) and sum(map(len, shares)) == 11
     with pytest.raises(CollectiveError, match="missing"):
         reconstruct_all([bad, *shots], make, folder / "none", False, engine)
     engine.barrier()
