@@ -32,7 +32,7 @@ def both(scene: np.ndarray, gap: int = GAP) -> tuple[np.ndarray, dict[int, np.nd
     return bin_down(scene, 4), {t: scene[t] for t in range(0, len(scene), gap)}
 
 
-@pytest.mark.parametrize("size", [(1, 9), (9, 1), (2, 2), (5, 40)])
+@pytest.mark.parametrize("size", [(1, 9), (9, 1), (2, 2), (3, 40)])
 def test_of_frames_of_a_few_pixels_nothing_is_said(size):
     frames = np.random.default_rng(0).random((9, *(4 * n for n in size)), np.float32)
     assert compare(*both(frames)) is None
