@@ -201,16 +201,24 @@ class Follower:
                 self._deliver()
                 if self._ranks.size > 1 and self._spool.failed():
                     return  # the rank that failed says why
+        except BaseException:
+            self._spool.fail()
+            raise
         finally:
             self._news.unlink(missing_ok=True)
 
     def _help(self) -> None:
+        over = False
         try:
             for ready in self.watched.looks(self._seen):
-                if not self._news.exists():
-                    return
+                if self._spool.failed():
+                    return  # the rank that failed says why
                 self._read_lost()
                 self._make_mine(ready)
+                if over and not self.watched.again_wanted:
+                    return
+                # What rank 0 saw before its end is seen at the look after this one, if not before.
+                over = not self._news.exists()
         except BaseException:
             self._spool.fail()
             raise

@@ -97,7 +97,7 @@ class Watched:
         """Frames of the fast and the sharp camera with which there may be something to do."""
         self._tried = 0, 0
         """What there was when that was last looked for."""
-        self._again = False
+        self.again_wanted = False
         """Whether it must be looked for once more."""
 
     def looks(self, made: Collection[range]) -> Iterator[list[Gap]]:
@@ -128,7 +128,7 @@ class Watched:
             ready.clear()
             if looked:
                 last = time.monotonic()
-            if self.lr.ended and self.hr.ended and not self._again:
+            if self.lr.ended and self.hr.ended and not self.again_wanted:
                 logger.info("the writers have closed both recordings")
                 return
             if not there:
@@ -151,7 +151,7 @@ class Watched:
         there = self.lr.frames, self.hr.frames
         if there == self._tried or not all(np.greater_equal(there, self._needed)):
             return None
-        self._tried, self._again = there, False
+        self._tried, self.again_wanted = there, False
         try:
             gaps = list(self._gaps(self.material(), made))
             self._failures = self._failures if gaps else 0
@@ -175,7 +175,7 @@ class Watched:
         if self._failures > RETRIES:
             raise error
         time.sleep(RETRY_S)
-        self._tried, self._needed, self._again = (0, 0), (2, 2), True
+        self._tried, self._needed, self.again_wanted = (0, 0), (2, 2), True
 
     def was_made(self, gap: Gap) -> None:
         """Compare the grey scales at the key frame that a gap ends with.
