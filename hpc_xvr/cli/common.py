@@ -59,6 +59,20 @@ engine = click.option(
     help="How ranks communicate. [default: config key dist.engine, or auto]",
 )
 
+tile = click.option(
+    "--tile",
+    type=click.IntRange(1),
+    metavar="PIXELS",
+    help="Make the frames in tiles of so many sharp pixels a side, with what they depend on around "
+    "them: for frames that take more memory than there is. The result is the same to rounding.",
+)
+force = click.option(
+    "--force",
+    is_flag=True,
+    help="Go on where key frames lie further apart than the weights were trained for, or the two "
+    "cameras do not agree.",
+)
+
 which_checkpoint = click.option(
     "--checkpoint",
     "which",
@@ -115,12 +129,3 @@ def connect(engine: str, device: str, dist: Dist | None = None, folder: Path | N
 def connected() -> Comm | None:
     """The connection to the other ranks, if a command has made one."""
     return _comm
-
-
-tile = click.option(
-    "--tile",
-    type=click.IntRange(1),
-    metavar="PIXELS",
-    help="Make the frames in tiles of so many sharp pixels a side, with what they depend on around "
-    "them: for frames that take more memory than there is. The result is the same to rounding.",
-)

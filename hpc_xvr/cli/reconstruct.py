@@ -22,6 +22,7 @@ from hpc_xvr.cli.common import (
     which_checkpoint,
 )
 from hpc_xvr.cli.common import engine as engine_option
+from hpc_xvr.cli.common import force as force_option
 from hpc_xvr.cli.common import tile as tile_option
 from hpc_xvr.cli.ending import then, typed
 from hpc_xvr.cli.trust import take_asked, trust_options
@@ -131,12 +132,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="First adapt the weights to the recording, see `hpc-xvr adapt`.",
 )
-@click.option(
-    "--force",
-    is_flag=True,
-    help="Go on where key frames lie further apart than the weights were trained for, or the two "
-    "cameras do not agree.",
-)
+@force_option
 @click.option("--skip-bad", is_flag=True, help="Of many shots, skip those that cannot be used.")
 @which_checkpoint
 @device_of_run
@@ -449,11 +445,7 @@ def _adapted(method: NamedMethod, material: Material) -> NamedMethod:
 )
 @click.option("--seed", default=0, show_default=True, help="Of the crops that are learned from.")
 @tile_option
-@click.option(
-    "--force",
-    is_flag=True,
-    help="Go on where key frames lie further apart than the weights were trained for.",
-)
+@force_option
 @which_checkpoint
 @device_of_run
 def adapt(

@@ -31,8 +31,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, maximum_filter, uniform_filter
+from scipy.ndimage import gaussian_filter, maximum_filter
 
+from hpc_xvr.data.registering.nearby import Explained, Level, on_grid
 from hpc_xvr.data.registering.placing import FLIPS, Fit, Place, Thinned, sampled, shrunk
 from hpc_xvr.data.registering.timing import Clock
 
@@ -41,12 +42,6 @@ MOST_PIXELS = 150_000
 STEPS = 15
 FIRST = 6
 """Steps in which the sharp frames' blur is made anew."""
-WIDE = 9
-"""Pixels of each of two boxes over which the local mean is taken out."""
-NEAR = 3.0
-"""Deviation, pixels, of the neighbourhood whose motion is explained by the sharp frames."""
-RIDGE = 0.05
-"""Of their mean power, added where they show nothing."""
 STEADY = 1, 2, 4
 """Frames before and after two whose rate of change may be that between these."""
 MOVING = 48
@@ -55,8 +50,8 @@ ALIKE = 2.5
 """Deviation, pixels, of the neighbourhood that moves alike."""
 CALM = 20
 """Percent of the pixels that change by hardly more than noise."""
-LEAST, NOISY = 0.0, 0.1
-"""Of noise: change from which a pixel is taken to move, and from which it counts half."""
+NOISY = 0.1
+"""Of noise: change beyond it from which a pixel counts half as one that moves."""
 STILL = 3.5
 """Deviations from which the mean of what is left over is not noise."""
 KNOWN = 0.0005
@@ -219,7 +214,7 @@ class _Parts:
     """(K, n), the sharp frames themselves."""
     rest: np.ndarray
     """(K, n)"""
-    explained: list[_Explained]
+    explained: list[Explained]
     moving: np.ndarray
     """(n,)"""
     wander: np.ndarray
@@ -351,7 +346,7 @@ class _Problem:
         if parts is None:
             return 0, 0.0
         still = _still(parts)
-        level = _Level(parts.inside)
+        level = Level(parts.inside)
         times = np.polynomial.polynomial.polyval(self.u, state.times)
         noise = 2.2 * float(np.median(np.abs(parts.rest))) ** 2
         found = []
@@ -487,7 +482,7 @@ class _Problem:
                 return np.ones_like(self.rows)
             # noise of photons goes with the mean
             power = gaussian_filter(power / np.maximum(mean, 1e-3 * count), ALIKE)
-            excess = np.maximum(power / np.percentile(power, CALM) - 1 - LEAST, 0)
+            excess = np.maximum(power / np.percentile(power, CALM) - 1, 0)
             self._moving = excess / (excess + NOISY)
         return self._moving
 
@@ -509,7 +504,7 @@ class _Problem:
         inside, at, thin = self.seen(state)
         if inside.sum() < 50:
             return None
-        level = _Level(inside)
+        level = Level(inside)
         pictures, _ = self.sharp(state.blur)
         at = at / thin - 0.5
         times = np.polynomial.polynomial.polyval(self.u, state.times)
@@ -539,7 +534,7 @@ class _Problem:
             units.append(seen / math.sqrt(norm))
             optics.append(gain * np.stack([*geometry, self.scale**2 * bend]))
             speeds.append(level((four[2] - four[1])[inside]))
-            explained.append(_Explained(inside, features))
+            explained.append(Explained(inside, features))
             rates.append([explained[-1](level(rate[inside])) for rate in self.rates(number, four)])
         if not used:
             return None
@@ -612,55 +607,6 @@ class _Problem:
         )
 
 
-class _Level:
-    """Takes the local mean out of pictures that are known at some pixels only."""
-
-    def __init__(self, inside: np.ndarray) -> None:
-        self.inside = inside
-        self.weight = np.maximum(self._mean(inside.astype(np.float32)), 1e-3)[inside]
-
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        """(n,) to (n,)"""
-        rest: np.ndarray = (
-            values - self._mean(_picture(values, self.inside))[self.inside] / self.weight
-        )
-        return rest
-
-    @staticmethod
-    def _mean(picture: np.ndarray) -> np.ndarray:
-        for _ in range(2):
-            picture = uniform_filter(picture, WIDE, mode="constant")
-        return picture
-
-
-class _Explained:
-    """What of a picture some features explain near each pixel: least squares in a window."""
-
-    def __init__(self, inside: np.ndarray, features: Sequence[np.ndarray]) -> None:
-        self.inside = inside
-        self.features = [_picture(values, inside) for values in features]
-        n = len(features)
-        normal = np.empty((n, n, int(inside.sum())))
-        for i in range(n):
-            for j in range(i, n):
-                normal[i, j] = normal[j, i] = self._near(self.features[i] * self.features[j])
-            normal[i, i] += RIDGE * normal[i, i].mean() + 1e-20
-        self.inverse = np.linalg.inv(normal.transpose(2, 0, 1))
-
-    def _near(self, picture: np.ndarray) -> np.ndarray:
-        mean: np.ndarray = gaussian_filter(picture, NEAR, truncate=3, mode="constant")[self.inside]
-        return mean
-
-    def __call__(self, values: np.ndarray) -> np.ndarray:
-        """(n,) to (n,)"""
-        picture = _picture(values, self.inside)
-        right = np.stack([self._near(picture * feature) for feature in self.features])
-        found: np.ndarray = np.einsum(
-            "nij,jn,in->n", self.inverse, right, np.stack([f[self.inside] for f in self.features])
-        )
-        return found.astype(np.float32)
-
-
 def _least_noisy(rates: np.ndarray, speeds: np.ndarray) -> np.ndarray:
     """Of instruments (m, K, n) those (K, n) that leave the time least uncertain."""
     told = (rates * speeds).sum((1, 2)) / np.sqrt((rates**2).sum((1, 2)) + 1e-20)
@@ -668,18 +614,12 @@ def _least_noisy(rates: np.ndarray, speeds: np.ndarray) -> np.ndarray:
     return best
 
 
-def _picture(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    picture = np.zeros(inside.shape, np.float32)
-    picture[inside] = values
-    return picture
-
-
 def _still(parts: _Parts) -> np.ndarray:
     """(n,), 1 where what is left over has a mean that is more than noise, or is beside it; else
     0."""
     mean = parts.rest.mean(0)
     odd = np.abs(mean) > STILL * 1.5 * float(np.median(np.abs(mean)))
-    return maximum_filter(_picture(odd, parts.inside), 3)[parts.inside]
+    return maximum_filter(on_grid(odd, parts.inside), 3)[parts.inside]
 
 
 def _between(four: Sequence[np.ndarray], s: float) -> np.ndarray:
