@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hpc_xvr.cli import data, fetch, reconstruct, register, results, submit, train
+from hpc_xvr.cli import adapt, data, fetch, reconstruct, register, results, submit, train
 from hpc_xvr.cli import view as viewing
 from hpc_xvr.cli.ending import run
 from hpc_xvr.version import __version__
@@ -54,7 +54,7 @@ for _command in (
     train.train,
     results.evaluate,
     reconstruct.reconstruct,
-    reconstruct.adapt,
+    adapt.adapt,
     results.export,
     results.report,
     viewing.view,
