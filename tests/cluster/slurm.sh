@@ -97,10 +97,11 @@ up() {
 down() {
     local file pid pids=()
     [ -d "$state" ] || return 0
-    squeue -h -o %i 2>/dev/null | xargs -r scancel -Q # jobs would outlive their daemons
+    # Jobs would outlive their daemons; where these died, with the machine say, there is none to ask.
+    squeue -h -o %i 2>/dev/null | xargs -r scancel -Q || true
     for _ in $(seq 100); do [ -n "$(squeue -h 2>/dev/null)" ] || break; sleep 0.1; done
     for file in "$state"/run/*.pid; do
-        [ -s "$file" ] && pids+=("$(cat "$file")")
+        if [ -s "$file" ]; then pids+=("$(cat "$file")"); fi
     done
     if [ -f "$state/munge-is-ours" ]; then pids+=("$(cat /run/munge/munged.pid)"); fi
     for pid in ${pids[@]+"${pids[@]}"}; do
