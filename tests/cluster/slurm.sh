@@ -105,7 +105,10 @@ down() {
     done
     if [ -f "$state/munge-is-ours" ]; then pids+=("$(cat /run/munge/munged.pid)"); fi
     for pid in ${pids[@]+"${pids[@]}"}; do
-        kill "$pid" 2>/dev/null || continue
+        case $(cat "/proc/$pid/comm" 2>/dev/null) in
+            slurm* | munged) kill "$pid" ;;
+            *) continue ;; # a number from before the machine was started again is another's now
+        esac
         for _ in $(seq 100); do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
     done
     rm -rf "$state"
