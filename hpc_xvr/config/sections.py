@@ -100,6 +100,10 @@ class Simulate(Section):
     """Range of the light, drawn logarithmically for each recording: 1 is that of single pulses, at
     which noise is 1 to 3 % of full scale; slower cameras and brighter beams have ten to a thousand
     times as much, and so less noise."""
+    focus: tuple[float, float] = (1.0, 1.0)
+    """Range of the blur of the sharp camera's lens, drawn logarithmically for each recording: 1 is
+    that of radiography through a scintillator, 0.7 to 1 pixel; below 0.4, pictures are sharp to the
+    pixel, as those of lenses in visible light."""
     scale: Positive = 4
     """Pixel size of the low-resolution camera / pixel size of the high-resolution one."""
     store: Literal["zarr", "hdf5"] = "zarr"
@@ -117,6 +121,8 @@ class Simulate(Section):
             raise ValueError(f"shares of cameras must add up to 1, they add up to {total:g}")
         if not 0.01 <= self.light[0] <= self.light[1] <= 1e6:
             raise ValueError(f"light must be low <= high within 0.01..1e6, got {list(self.light)}")
+        if not 0.05 <= self.focus[0] <= self.focus[1] <= 10:
+            raise ValueError(f"focus must be low <= high within 0.05..10, got {list(self.focus)}")
         for name in self.cameras:
             size = self.size_of(name)
             if size[1] % self.scale or size[2] % self.scale:
@@ -250,6 +256,9 @@ class Model(Section):
     """key_propagation: channels that describe a low-resolution frame."""
     step_features: Width = 16
     """key_propagation: channels that a step of the motion leaves for the fusing part."""
+    lookup: Literal["linear", "cubic"] = "linear"
+    """key_propagation: how key frames are interpolated between their pixels. cubic keeps finer
+    detail, and more of its noise; weights go with the one that they were trained with."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Stochastic depth of the last block; earlier ones rise to it linearly from 0."""
     up_features: Width = 64

@@ -42,6 +42,7 @@ def build_model(config: Config) -> Network:
             motion_features=m.motion_features,
             frame_features=m.frame_features,
             step_features=m.step_features,
+            lookup=m.lookup,
             attention=m.attention,
         )
     kind = EDVR if m.name == "edvr" else EDVRSTF

@@ -14,6 +14,7 @@ from torch import nn
 
 from hpc_xvr import checkpoint
 from hpc_xvr.config import Config, check, load
+from hpc_xvr.config import Model as ModelSettings
 from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import Network, build_model
 from hpc_xvr.factory.builtin import file_of, is_builtin
@@ -300,9 +301,12 @@ def _listed(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-def initial_weights(model: nn.Module, path: Path) -> None:
+def initial_weights(model: nn.Module, path: Path, settings: ModelSettings | None = None) -> None:
     """Start from a run folder, a checkpoint of ours, a file of `export_weights`, built-in weights,
     or a checkpoint of the authors' program (config key train.weights).
+
+    Args:
+        settings: of `model`; a warning says which of them the weights were not trained with.
 
     Raises:
         InputError: unreadable, or of another architecture.
@@ -313,11 +317,23 @@ def initial_weights(model: nn.Module, path: Path) -> None:
     except InputError as error:
         raise InputError(f"train.weights: {error}") from None
     load_weights(model, state, path)
+    if settings is not None and state.get("config"):
+        theirs = check(state["config"], f"the config in {path}").model.model_dump()
+        for name, ours in settings.model_dump(exclude={"drop_path", "attention"}).items():
+            if theirs[name] != ours:
+                logger.warning(
+                    "train.weights %s: were trained with model.%s %s, this run has %s",
+                    path,
+                    name,
+                    theirs[name],
+                    ours,
+                )
 
 
 def _first_state(path: Path) -> dict[str, Any]:
     if path.is_dir():
-        return {"model": read_weights(path).weights}
+        trained = read_weights(path)
+        return {"model": trained.weights, "config": trained.config.model_dump(mode="json")}
     if _is_exported(path):
         return _read_exported(path)
     try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ BAND = 2**18
 """Low-resolution pixels of a band that a frame is fused in."""
 FRAME_HALO = 2
 """Low-resolution pixels around those that `FrameEncoder` describes: two convolutions in a row."""
+Lookup = Literal["linear", "cubic"]
+"""Interpolation between the pixels of a picture (cubic: four by four of them)."""
 SMALL = 1e-3
 """Deviation of the first weights of layers that start from doing nothing."""
 
@@ -121,6 +123,7 @@ class KeyPropagation(nn.Module):
         motion_features: hidden channels of the network that follows the motion.
         frame_features: channels that describe a low-resolution frame and its neighbours in time.
         step_features: channels that a step of the motion leaves for the fusing part.
+        lookup: how key frames are interpolated between their pixels.
         attention: see SwinXVR.
     """
 
@@ -136,6 +139,7 @@ class KeyPropagation(nn.Module):
         motion_features: int = 64,
         frame_features: int = 24,
         step_features: int = 16,
+        lookup: Lookup = "linear",
         attention: Kind = "auto",
     ) -> None:
         super().__init__()
@@ -143,7 +147,7 @@ class KeyPropagation(nn.Module):
             raise ValueError(f"scale must be 2 or 4, got {scale}")
         if features % heads:
             raise ValueError(f"features {features} must be a multiple of heads {heads}")
-        self.scale, self.motions = scale, motions
+        self.scale, self.motions, self.lookup = scale, motions, lookup
         self.frames = FrameEncoder(frame_features)
         self.motion = MotionStep(scale, motions, frame_features, motion_features, step_features)
         candidates = 2 * motions + 2
@@ -284,7 +288,7 @@ class KeyPropagation(nn.Module):
                     known = self._seen_by_step(view, before, own, tile)
                     said.append(self.motion.look_at(*known)[1])
                     moved = part_of(flow[way, own], part)
-                    carried.append(warp_along(view.key.float(), moved, s, corner_of(part)))
+                    carried.append(self._look_up(view.key.float(), moved, corner_of(part)))
                     if way == ahead:
                         frame_features = known[0]
                 low = part_of(gap.lr[ahead, n + 1, None], part)
@@ -303,7 +307,7 @@ class KeyPropagation(nn.Module):
         features = self.frames(view)[:, 0]
         if n:
             flow = part_of(before, tile.around)
-            warped = warp_along(view.key.float(), flow, self.scale, corner_of(tile.around))
+            warped = self._look_up(view.key.float(), flow, corner_of(tile.around))
         else:
             key = part_of(view.key.float(), tile.around, self.scale)
             warped = key.expand(-1, self.motions, -1, -1)
@@ -317,9 +321,12 @@ class KeyPropagation(nn.Module):
         ahead, back = (flow[:, part] for flow in path.both_ways(path.flow))  # B, n, 2M, h, w
         flow = torch.cat((ahead, back))
         key = gap.key.float()[:, None].expand(-1, flow.shape[1], -1, -1, -1)
-        warped = warp_along(key.flatten(0, 1), flow.flatten(0, 1), self.scale)
+        warped = self._look_up(key.flatten(0, 1), flow.flatten(0, 1))
         ahead, back = warped.unflatten(0, flow.shape[:2]).chunk(2)
         return ahead, back
+
+    def _look_up(self, key: Tensor, flow: Tensor, corner: tuple[int, int] = (0, 0)) -> Tensor:
+        return warp_along(key, flow, self.scale, corner, self.lookup)
 
     def _choice(self, seen: Tensor) -> Tensor:
         """What the choice is made by, (K, s2*(candidates + 2), h, w); in eval mode in bands of
@@ -379,7 +386,7 @@ class KeyPropagation(nn.Module):
         lows = gap.lr[:, 1:-1, None].unbind(1)
         for features, low in zip(frame_features.unbind(1), lows, strict=True):
             flow, said = self.motion(features, low, warped, flow)
-            warped = warp_along(key, flow, self.scale)
+            warped = self._look_up(key, flow)
             flows.append(flow)
             steps.append(said)
             if self.training:
@@ -525,9 +532,11 @@ def chain(flow: Tensor, further: Tensor, corner: tuple[int, int] = (0, 0)) -> Te
     return moved.unflatten(0, (len(flow), -1)).flatten(1, 2)
 
 
-def warp(image: Tensor, flow: Tensor, corner: tuple[int, int] = (0, 0)) -> Tensor:
+def warp(
+    image: Tensor, flow: Tensor, corner: tuple[int, int] = (0, 0), lookup: Lookup = "linear"
+) -> Tensor:
     """image (K, C, H, W) looked up at p + flow(p), flow (K, 2, H', W') as (x, y) in its pixels, p
-    from `corner` on: linear between pixels, the nearest border pixel outside."""
+    from `corner` on; the nearest border pixel outside."""
     height, width = image.shape[-2:]
     # grid_sample without aligned corners: pixel i of n lies at (2 i + 1) / n - 1.
     y, x = (
@@ -537,10 +546,17 @@ def warp(image: Tensor, flow: Tensor, corner: tuple[int, int] = (0, 0)) -> Tenso
     here = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # H', W', 2
     there = here + flow.permute(0, 2, 3, 1)  # K, H', W', 2
     places = (2 * there + 1) / there.new_tensor((width, height)) - 1
-    return F.grid_sample(image, places, "bilinear", "border", align_corners=False)
+    mode = "bilinear" if lookup == "linear" else "bicubic"
+    return F.grid_sample(image, places, mode, "border", align_corners=False)
 
 
-def warp_along(key: Tensor, flow: Tensor, scale: int, corner: tuple[int, int] = (0, 0)) -> Tensor:
+def warp_along(
+    key: Tensor,
+    flow: Tensor,
+    scale: int,
+    corner: tuple[int, int] = (0, 0),
+    lookup: Lookup = "linear",
+) -> Tensor:
     """The key frame (K, 1, H, W) carried along each field of (K, 2M, h, w): (K, M, H, W), or the
     part of it that begins at `corner` of the coarse grid.
 
@@ -550,7 +566,8 @@ def warp_along(key: Tensor, flow: Tensor, scale: int, corner: tuple[int, int] = 
     place = corner[0] * scale, corner[1] * scale
     fields = fields.unflatten(1, (-1, 2))  # K, M, 2, H', W'
     keys = key.expand(-1, fields.shape[1], -1, -1).flatten(0, 1)[:, None]  # K*M, 1, H, W
-    return warp(keys, fields.flatten(0, 1), place).unflatten(0, fields.shape[:2])[:, :, 0]
+    warped = warp(keys, fields.flatten(0, 1), place, lookup)
+    return warped.unflatten(0, fields.shape[:2])[:, :, 0]
 
 
 def detail(pictures: Tensor, scale: int) -> Tensor:

@@ -41,7 +41,7 @@ def first_weights(cfg: Config, model: nn.Module) -> dict[str, Tensor]:
         InputError: `train.weights` is unreadable or of another architecture.
     """
     if cfg.train.weights:
-        initial_weights(model, cfg.train.weights)
+        initial_weights(model, cfg.train.weights, cfg.model)
     return model.state_dict()
 
 

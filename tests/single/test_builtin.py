@@ -134,6 +134,24 @@ def test_training_starts_from_it():
     assert all(torch.equal(v, wanted[k]) for k, v in model.state_dict().items())
 
 
+def test_starting_from_it_with_other_settings_is_told(tmp_path, caplog):
+    """Settings that no shape shows, from whatever holds the weights."""
+    trained = read_weights("builtin")
+    model = build_model(trained.config)
+    initial_weights(model, "builtin", trained.config.model)
+    other = trained.config.model.model_copy(update={"drop_path": 0.0, "attention": "explicit"})
+    initial_weights(model, "builtin", other)
+    assert not caplog.messages
+    lookup = {"linear": "cubic", "cubic": "linear"}[trained.config.model.lookup]
+    other = trained.config.model.model_copy(update={"lookup": lookup})
+    write_weights(tmp_path / "w.safetensors", trained, {})
+    for path in ("builtin", tmp_path / "w.safetensors"):
+        caplog.clear()
+        initial_weights(model, path, other)
+        [line] = caplog.messages
+        assert f"model.lookup {trained.config.model.lookup}, this run has {lookup}" in line
+
+
 def test_methods_without_learning_make_movies_too(shot, files, tmp_path, hpc_xvr):
     for name in ("bayes", "bicubic"):
         hpc_xvr("reconstruct", name, *files, "--gap", GAP, "--out", tmp_path / f"{name}.tif")

@@ -14,6 +14,7 @@ from hpc_xvr.data.simulate.experiment import Experiment, simulate_video
 from hpc_xvr.data.simulate.optics import MATERIALS, propagate
 from hpc_xvr.data.simulate.scenes import SCENES, Scene
 from hpc_xvr.data.simulate.scenes.draw import spheres
+from hpc_xvr.data.simulate.scenes.layers import splined
 from hpc_xvr.errors import InputError
 from hpc_xvr.model.bases import transfer_detail, upsample
 
@@ -380,6 +381,32 @@ def test_more_light_is_less_noise_in_both_cameras_and_else_the_same():
         assert np.std(few - truth) > 5 * np.std(many - truth) > 0
     drawn = [Experiment("layers", SMALL, seed, light=(1, 1000)).light for seed in range(40)]
     assert 1 <= min(drawn) < 10 and 100 < max(drawn) <= 1000  # logarithmically
+
+
+def test_a_lens_in_focus_shows_pixels_that_radiography_blurs():
+    """Of the sharp camera; the scene, the light and the fast camera stay as they were."""
+    light = (1e4, 1e4)
+    usual, sharp = (
+        simulate_video("layers", SMALL, seed=3, light=light, focus=(f, f)) for f in (1, 0.15)
+    )
+    finest = [np.abs(np.diff(np.float64(v.frames), 2)).mean() for v in (usual, sharp)]
+    assert finest[1] > 1.5 * finest[0]
+    assert np.array_equal(usual.lr, sharp.lr)
+    drawn = [Experiment("layers", SMALL, seed, focus=(0.1, 1)).focus for seed in range(40)]
+    assert 0.1 <= min(drawn) < 0.15 and 0.7 < max(drawn) <= 1
+
+
+def test_layers_are_as_sharp_between_pixels_as_on_them():
+    """A fine texture keeps its contrast as it moves by parts of a pixel."""
+    scene = SCENES["layers"](SMALL[1:], 48, np.random.default_rng(0))
+    rows, columns = np.mgrid[:64, :64]
+    wave = np.float32(1 + 0.3 * np.sin((rows + columns) * 2.0))
+    fine = replace(scene.layers[1], texture=splined(wave), turn=0.0, growth=0.0)
+    contrast = []
+    for aside in (0.0, 0.25, 0.5):
+        moved = replace(fine, place=lambda t, a=aside: (31.5 + a, 31.5 + a))
+        contrast.append(scene._seen(moved, 0)[0][8:40, 8:40].std())
+    assert min(contrast) > 0.93 * max(contrast)
 
 
 @pytest.mark.parametrize("scene", SCENES)

@@ -24,12 +24,13 @@ def gap(frames, h, w, scale=4, batch=1, seed=0):
     return lr, torch.rand(batch, 2, 1, scale * h, scale * w, generator=rng)
 
 
+@pytest.mark.parametrize("lookup", ["linear", "cubic"])
 @pytest.mark.parametrize("scale", [2, 4])
 @pytest.mark.parametrize(
     ("frames", "h", "w"), [(3, 8, 8), (3, 1, 1), (9, 13, 21), (41, 6, 5), (5, 16, 24)]
 )
-def test_all_frames_of_a_gap_of_any_length_and_size(scale, frames, h, w):
-    model = small(scale=scale)
+def test_all_frames_of_a_gap_of_any_length_and_size(scale, frames, h, w, lookup):
+    model = small(scale=scale, lookup=lookup)
     lr, hr = gap(frames, h, w, scale, batch=2)
     carried = model(lr, hr)
     assert carried.frames.shape == (2, frames - 2, 1, scale * h, scale * w)
@@ -38,6 +39,21 @@ def test_all_frames_of_a_gap_of_any_length_and_size(scale, frames, h, w):
     assert torch.isfinite(carried.frames).all()
     alone = model(lr[1:], hr[1:]).frames  # the other gaps of a batch do not matter
     torch.testing.assert_close(alone[0], carried.frames[1], rtol=0, atol=1e-5)
+
+
+def test_a_cubic_lookup_keeps_what_a_linear_one_blurs():
+    """Waves of four pixels, half a pixel aside."""
+    wave = torch.sin(torch.arange(64.0) * torch.pi / 2 + 0.3).expand(1, 1, 64, 64)
+    aside = torch.sin((torch.arange(64.0) + 0.5) * torch.pi / 2 + 0.3)
+    flow = torch.zeros(1, 2, 16, 16)
+    flow[:, 0] = 0.125
+    errors = {}
+    for lookup in ("linear", "cubic"):
+        model = small(lookup=lookup, motions=1)
+        found = model._look_up(wave, flow)[0, 0]
+        errors[lookup] = float((found - aside)[:, 4:-4].abs().max())
+        assert torch.equal(found, warp_along(wave, flow, 4, lookup=lookup)[0, 0])
+    assert errors["linear"] > 0.25 and errors["cubic"] < 0.12
 
 
 @pytest.mark.parametrize("kind", ["smooth", "wild"])

@@ -274,6 +274,7 @@ def _make(simulate: config.Simulate, corpus: Path, item: Planned) -> ClipEntry:
         simulate.lr_stream,
         item.camera,
         simulate.light,
+        simulate.focus,
     )
     return write_clip(
         corpus,

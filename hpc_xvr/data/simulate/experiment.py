@@ -26,6 +26,8 @@ class Experiment:
         scale: pixel size of the low-resolution camera / that of the high-resolution one.
         camera: which of SENSORS is the high-resolution one.
         light: range of the light, drawn logarithmically; 1 is that of single pulses.
+        focus: range of the blur of the sharp camera's lens, drawn logarithmically; 1 is that of
+            radiography.
 
     Raises:
         InputError: unknown scene, or H or W is not a multiple of scale.
@@ -40,6 +42,7 @@ class Experiment:
         lr_stream: bool = True,
         camera: str = "sa-z",
         light: tuple[float, float] = (1.0, 1.0),
+        focus: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         if scene not in SCENES:
             raise InputError(f"scene {scene!r}: choose one of {', '.join(SCENES)}")
@@ -65,9 +68,12 @@ class Experiment:
         self.fast = SimulatedCamera.of(
             LR_SENSOR, (height // scale, width // scale), scale, streams[3]
         )
-        self.light = float(np.exp(streams[4].uniform(*np.log(light))))
+        self.light, self.focus = (
+            float(np.exp(streams[4].uniform(*np.log(reach)))) for reach in (light, focus)
+        )
         self.line.brighten(self.light)
         self.sharp.brighten(self.light)
+        self.sharp.blur *= self.focus
         self.fast.brighten(self.light)
         self.lr = np.empty((frames, *self.fast.shape), np.uint16) if lr_stream else None
         """(T, H/scale, W/scale) uint16, 0..2**LR_SENSOR.bit_depth - 1, filled as `frames` go by;
@@ -99,6 +105,7 @@ class Experiment:
                 "energy_kev": round(self.line.energy, 2),
                 "distance_m": round(self.sample.distance, 3),
                 "light": round(self.light, 3),
+                "focus": round(self.focus, 3),
             },
         }
         if self.lr is not None:

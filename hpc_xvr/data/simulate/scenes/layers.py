@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import affine_transform
+from scipy.ndimage import affine_transform, spline_filter
 from scipy.spatial import cKDTree
 
 from hpc_xvr.data.simulate.scenes.base import Scene
@@ -25,7 +25,8 @@ class Layer:
     """A textured patch of matter and its way through the picture."""
 
     texture: np.ndarray
-    """Thickness (n, n) as a share of the bulk's, float32."""
+    """Cubic spline coefficients (n, n) of the thickness as a share of the bulk's, float32: between
+    pixels it is as sharp as on them."""
     mask: np.ndarray
     """Where there is matter (n, n), 0 to 1."""
     place: Callable[[float], tuple[float, float]]
@@ -53,7 +54,7 @@ class Layers(Scene):
         n = int(side * margin)
         still = self._path(rng, self.speed * 0.6 if moving else 0.0, middle=True)
         turn, growth = rng.normal(0, 0.003, 2) if moving else (0.0, 0.0)
-        ground = texture((n, n), rng)
+        ground = splined(texture((n, n), rng))
         self.layers = [
             Layer(ground, np.ones((n, n), np.float32), still, turn, growth, (-np.inf, np.inf), True)
         ]
@@ -61,7 +62,7 @@ class Layers(Scene):
             n = max(12, int(side * rng.uniform(0.06, 0.6)))
             self.layers.append(
                 Layer(
-                    texture((n, n), rng),
+                    splined(texture((n, n), rng)),
                     outline(n, rng),
                     self._path(rng, self.speed),
                     rng.normal(0, 0.02),
@@ -132,12 +133,24 @@ class Layers(Scene):
         offset = middle - back @ np.array(layer.place(t))
         ground = layer is self.layers[0]
         matter = affine_transform(
-            layer.texture, back, offset, self.shape, order=1, mode="mirror" if ground else "nearest"
+            layer.texture,
+            back,
+            offset,
+            self.shape,
+            mode="mirror" if ground else "nearest",
+            prefilter=False,
         )
+        np.maximum(matter, 0, out=matter)  # splines overshoot
         if ground:
             return matter, np.ones_like(matter)
         mask = affine_transform(layer.mask, back, offset, self.shape, order=1, mode="constant")
         return matter, mask
+
+
+def splined(picture: np.ndarray) -> np.ndarray:
+    """What `affine_transform` takes of it to interpolate by cubic splines."""
+    coefficients: np.ndarray = spline_filter(picture, output=np.float32, mode="mirror")
+    return coefficients
 
 
 def texture(shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
