@@ -9,9 +9,25 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class _Deaf(SpawnProcess):
+    """Does not hear Ctrl-C: not while it starts, either, when Python would print a traceback."""
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # children inherit it
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Spawning(SpawnContext):
+    Process = _Deaf
 
 
 def cores() -> int:
@@ -29,9 +45,7 @@ def worker_pool(
     """
     before = set(multiprocessing.active_children())
     with _single_threaded():
-        pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), start_worker, (start, arguments)
-        )
+        pool = ProcessPoolExecutor(workers, _Spawning(), start_worker, (start, arguments))
         try:
             yield pool
         except BaseException:

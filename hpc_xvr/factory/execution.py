@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -143,6 +144,12 @@ def _check_compiler(setting: str, otherwise: str, device: torch.device) -> None:
                 f"module, or {otherwise}"
             )
         return
+    where = Path(torch.__file__).parent
+    if len(str(where).split()) > 1:
+        raise InputError(
+            f"{setting}: PyTorch does not compile where its own folder has a space in its name, "
+            f"as {where} has; install into another, or {otherwise}"
+        )
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

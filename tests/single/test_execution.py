@@ -34,7 +34,9 @@ def has_compiler():
     return True
 
 
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    not has_compiler(), reason="needs a C++ compiler, and PyTorch in a folder without a space"
+)
 
 
 def pair(h, w, batch=1, frames=3):
@@ -208,6 +210,14 @@ def test_edvr_has_no_blocks_to_compile_or_recompute():
     execution.recompute_activations(model, "none")
 
 
+def test_compile_where_pytorch_cannot_is_refused(monkeypatch):
+    """Its command lines are not quoted."""
+    monkeypatch.setattr(torch, "__file__", "/a folder/torch/__init__.py")
+    with pytest.raises(InputError, match=r"a space in its name, as /a folder/torch has; .* none"):
+        execution.compile_model(SwinXVR(**SMALL), "parts", CPU)
+
+
+@needs_compiler
 @pytest.mark.slow
 def test_compile_without_a_compiler_is_refused_before_anything_starts(tmp_path, pulse_corpus):
     settings = [f"run.dir={tmp_path}/run", f"data.corpus={pulse_corpus}", "train.compile=parts"]

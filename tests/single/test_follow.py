@@ -310,7 +310,7 @@ def replace_hdf5(folder):
 def empty_hdf5(folder):
     with h5py.File(folder / ".fast.h5", "w") as file:
         file.create_dataset("exchange/data", (0, 4, 6), "u2", maxshape=(None, 4, 6))
-    (folder / "fast.h5").write_bytes((folder / ".fast.h5").read_bytes())
+    (folder / ".fast.h5").replace(folder / "fast.h5")
 
 
 def shrink_folder(folder):

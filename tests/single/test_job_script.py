@@ -32,7 +32,7 @@ xvr_answering() {{ [ ! -e {run}/answering ] || cat {run}/answering; }}
 xvr_only() {{ hosts="ONLY=$*"; hosts=${{hosts// /,}}; }}
 xvr_left() {{ [ ! -e {run}/left ] || cat {run}/left; }}
 set -uo pipefail
-source {scripts}/job.sh
+source "{scripts}/job.sh"
 xvr_main --run {run} --name t --venv {venv} --steps 9 "$@"
 """
 
@@ -41,7 +41,7 @@ xvr_main --run {run} --name t --venv {venv} --steps 9 "$@"
 def job(tmp_path):
     """job(plays, *options) -> (exit code, log) of the job script's next start."""
     (tmp_path / "venv/bin").mkdir(parents=True)
-    programs = {"hpc-xvr": PLAY, "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n'}
+    programs = {"hpc-xvr": PLAY, "python": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n'}
     for name, text in programs.items():
         (tmp_path / "venv/bin" / name).write_text(text)
         (tmp_path / "venv/bin" / name).chmod(0o755)
@@ -292,7 +292,7 @@ def test_a_script_is_told_how_to_start_its_ranks(job, tmp_path):
 
 WITHOUT = """#!/bin/sh
 case "$*" in *"{what}"*) {instead};; esac
-exec {python} "$@"
+exec "{python}" "$@"
 """
 
 
@@ -328,7 +328,7 @@ def test_a_job_that_is_cancelled_while_the_end_is_decided_does_not_start_again(j
 PBS = """
 xvr_script=/none
 set -uo pipefail
-source {scripts}/pbs.sh
+source "{scripts}/pbs.sh"
 xvr_cancel() {{ echo "CANCEL $*"; }}
 xvr_main --site {site} --run {run} --name t --venv {venv} --steps 9 "$@"
 """

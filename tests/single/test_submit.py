@@ -64,7 +64,7 @@ def test_every_site_has_a_file_and_bash_reads_it_as_submit_does():
     for name in SITES:
         site = read_site(name)
         done = subprocess.run(
-            ["bash", "-c", f"set -eu -a; source {site.path}; env -0"],
+            ["bash", "-c", f"set -eu -a; source '{site.path}'; env -0"],
             capture_output=True,
             text=True,
             env={"PATH": os.environ["PATH"], "USER": "$USER"},
@@ -291,7 +291,7 @@ def test_horovod_finds_its_libraries_beside_itself_with_the_mpi_from_pypi(mpi, t
     if not shutil.which("readelf"):
         pytest.skip("no readelf here: install binutils")
     function = "/^xvr_compiler() {/,/^}/p"
-    make = f"source <(sed -n '{function}' {ROOT}/jobs/setup.sh); xvr_compiler {tmp_path}/c++20"
+    make = f"source <(sed -n '{function}' '{ROOT}/jobs/setup.sh'); xvr_compiler '{tmp_path}/c++20'"
     subprocess.run(["bash", "-c", make], check=True)
     (tmp_path / "a.cpp").write_text("int a() { return 1; }\n")
     given = ["-Wl,-rpath", "-Wl,/old/lib", "-Wl,-rpath,/old/torch/lib:", "-Wl,--enable-new-dtags"]

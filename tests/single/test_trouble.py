@@ -234,7 +234,7 @@ def test_what_is_shielded_does_not_hear_sigterm_and_a_rank_below_it_does():
 
 def test_what_is_shielded_ends_with_the_script_that_started_it(tmp_path):
     """Its parent is killed: the kernel tells it."""
-    text = f"{sys.executable} -I -S {SHIELD} sleep 50 & echo $!; wait"
+    text = f"'{sys.executable}' -I -S '{SHIELD}' sleep 50 & echo $!; wait"
     script = subprocess.Popen(["bash", "-c", text], stdout=subprocess.PIPE, text=True)
     child = int(script.stdout.readline())
     line = Path(f"/proc/{child}/cmdline")
@@ -309,7 +309,7 @@ def test_a_job_tells_an_unreachable_python_from_a_missing_environment(tmp_path):
     (tmp_path / "venv/bin/python").symlink_to("/nowhere/python3.11")
     (tmp_path / "venv/bin/hpc-xvr").write_text("#!/nowhere/python3.11\n")
     (tmp_path / "venv/bin/hpc-xvr").chmod(0o755)
-    text = f"xvr_job=7 xvr_nodes=1 xvr_default_site=slurm xvr_hosts=; source {SCRIPTS}/job.sh; "
+    text = f"xvr_job=7 xvr_nodes=1 xvr_default_site=slurm xvr_hosts=; source '{SCRIPTS}/job.sh'; "
     text += f"xvr_main --folder {tmp_path} --venv {tmp_path}/venv report x"
     done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 74, done.stderr

@@ -26,7 +26,7 @@ import psutil
 NODE = "pbs1"
 COMMANDS = ("qsub", "qstat", "qdel", "pbs_tmrsh")
 FOLDER = "PBS_STANDIN"  # where the state is
-SCRIPT = '#!/bin/sh\nexec {python} {file} {command} "$@"\n'
+SCRIPT = '#!/bin/sh\nexec "{python}" "{file}" {command} "$@"\n'
 
 
 class Pbs:
