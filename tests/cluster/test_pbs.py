@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 
 import psutil
 import pytest
@@ -16,6 +17,11 @@ import pytest
 from hpc_xvr.checkpoint import list_checkpoints, load
 from support.pbs_standin import Pbs
 from support.slurm_runs import FOREVER, Run, ranks_of, wait_for
+
+pytestmark = pytest.mark.skipif(
+    len(sys.prefix.split()) > 1,
+    reason="by pbs_tmrsh, mpirun starts nothing in a folder with a space in its name",
+)
 
 OFTEN = [*FOREVER, "checkpoint.every=2"]
 

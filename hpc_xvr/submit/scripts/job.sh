@@ -188,7 +188,8 @@ xvr_shield() {
     shield=("$python" -I -S "$xvr_submit/shield.py")
     line=("${shield[@]}" "${line[@]}")
     if [[ $python$xvr_submit = *[[:space:]]* ]]; then
-        xvr_say "$python or $xvr_submit has a blank in it: SIGTERM ends ranks on other nodes unsaved"
+        xvr_say "$python or $xvr_submit has a blank in it: SIGTERM ends ranks on other nodes unsaved," \
+            "and where mpirun reaches these by ssh or pbs_tmrsh, none start; install into another folder"
     else
         export PRTE_MCA_prte_launch_agent="${shield[*]} prted"
         export OMPI_MCA_orte_launch_agent="${shield[*]} orted" # Open MPI 4
