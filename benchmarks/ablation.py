@@ -61,7 +61,7 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "slow": ("learning rate two thirds", ["optim.lr=1.0e-3"]),
     "batch-8": ("batch 8, half the steps", ["train.global_batch=8"]),
     "patch-96": ("crops of 96 pixels, fewer steps", ["data.patch=96"]),
-    "cubic-lookup": ("key frames looked up by cubic interpolation", ["model.lookup=cubic"]),
+    "both-lookups": ("key frames looked up linearly and by cubic ones", ["model.lookup=both"]),
     "one-motion": ("one motion field a direction", ["model.motions=1"]),
 }
 CONDITIONS = ("8:none", "20:1000")

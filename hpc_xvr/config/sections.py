@@ -256,9 +256,10 @@ class Model(Section):
     """key_propagation: channels that describe a low-resolution frame."""
     step_features: Width = 16
     """key_propagation: channels that a step of the motion leaves for the fusing part."""
-    lookup: Literal["linear", "cubic"] = "linear"
-    """key_propagation: how key frames are interpolated between their pixels. cubic keeps finer
-    detail, and more of its noise; weights go with the one that they were trained with."""
+    lookup: Literal["linear", "both"] = "linear"
+    """key_propagation: how key frames are interpolated between their pixels. Linear interpolation
+    averages noise away and fine detail with it, cubic interpolation keeps both; with `both` the
+    network chooses, pixel by pixel."""
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Stochastic depth of the last block; earlier ones rise to it linearly from 0."""
     up_features: Width = 64

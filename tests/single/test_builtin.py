@@ -142,7 +142,7 @@ def test_starting_from_it_with_other_settings_is_told(tmp_path, caplog):
     other = trained.config.model.model_copy(update={"drop_path": 0.0, "attention": "explicit"})
     initial_weights(model, "builtin", other)
     assert not caplog.messages
-    lookup = {"linear": "cubic", "cubic": "linear"}[trained.config.model.lookup]
+    lookup = {"linear": "both", "both": "linear"}[trained.config.model.lookup]
     other = trained.config.model.model_copy(update={"lookup": lookup})
     write_weights(tmp_path / "w.safetensors", trained, {})
     for path in ("builtin", tmp_path / "w.safetensors"):

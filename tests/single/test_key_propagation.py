@@ -24,7 +24,7 @@ def gap(frames, h, w, scale=4, batch=1, seed=0):
     return lr, torch.rand(batch, 2, 1, scale * h, scale * w, generator=rng)
 
 
-@pytest.mark.parametrize("lookup", ["linear", "cubic"])
+@pytest.mark.parametrize("lookup", ["linear", "both"])
 @pytest.mark.parametrize("scale", [2, 4])
 @pytest.mark.parametrize(
     ("frames", "h", "w"), [(3, 8, 8), (3, 1, 1), (9, 13, 21), (41, 6, 5), (5, 16, 24)]
@@ -41,19 +41,45 @@ def test_all_frames_of_a_gap_of_any_length_and_size(scale, frames, h, w, lookup)
     torch.testing.assert_close(alone[0], carried.frames[1], rtol=0, atol=1e-5)
 
 
-def test_a_cubic_lookup_keeps_what_a_linear_one_blurs():
-    """Waves of four pixels, half a pixel aside."""
+def wave_and_flow():
+    """Waves of four pixels, and motion by half a sharp pixel."""
     wave = torch.sin(torch.arange(64.0) * torch.pi / 2 + 0.3).expand(1, 1, 64, 64)
-    aside = torch.sin((torch.arange(64.0) + 0.5) * torch.pi / 2 + 0.3)
+    aside = torch.sin((torch.arange(64.0) + 0.5) * torch.pi / 2 + 0.3).expand(1, 1, 64, 64)
     flow = torch.zeros(1, 2, 16, 16)
     flow[:, 0] = 0.125
-    errors = {}
-    for lookup in ("linear", "cubic"):
-        model = small(lookup=lookup, motions=1)
-        found = model._look_up(wave, flow)[0, 0]
-        errors[lookup] = float((found - aside)[:, 4:-4].abs().max())
-        assert torch.equal(found, warp_along(wave, flow, 4, lookup=lookup)[0, 0])
+    return wave, aside, flow
+
+
+def test_a_cubic_lookup_keeps_what_a_linear_one_blurs():
+    wave, aside, flow = wave_and_flow()
+    errors = {
+        lookup: float((warp_along(wave, flow, 4, lookup=lookup) - aside)[..., 4:-4].abs().max())
+        for lookup in ("linear", "cubic")
+    }
     assert errors["linear"] > 0.25 and errors["cubic"] < 0.12
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tile", [None, 8])
+def test_with_both_lookups_either_may_be_chosen(training, tile):
+    """Six candidates carried or still as ever, then those of the cubic lookup."""
+    wave, aside, _ = wave_and_flow()
+    model = small(motions=1, lookup="both").train(training)
+    with torch.no_grad():
+        model.motion.last.weight.zero_()
+        model.motion.last.bias.copy_(torch.tensor([0.125, 0.0]))
+        model.choose.conv.weight.zero_()
+    hr = wave.expand(1, 2, 1, 64, 64) * 0.25 + 0.5
+    lr = torch.nn.functional.avg_pool2d(hr[:, 0], 4)[:, None].expand(-1, 3, -1, -1, -1)
+    found = {}
+    for name, number in (("linear", 0), ("cubic", 4)):
+        with torch.no_grad():
+            bias = model.choose.conv.bias.view(8, 16)  # 6 candidates, none, residual
+            bias.zero_()
+            bias[number] = 50.0
+        frame = model(lr, hr, tile=tile).frames[0, 0, 0]
+        found[name] = (frame - (aside[0, 0] * 0.25 + 0.5))[8:-8, 8:-8].abs().max()
+    assert found["cubic"] < 0.5 * found["linear"]
 
 
 @pytest.mark.parametrize("kind", ["smooth", "wild"])
