@@ -1,4 +1,4 @@
-"""Worker processes: they use one thread each, ignore Ctrl-C and end with their parent."""
+"""Worker processes: they use one thread each, do not hear Ctrl-C and end with their parent."""
 
 from __future__ import annotations
 
@@ -57,8 +57,7 @@ def worker_pool(
 
 
 def start_worker(start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()) -> None:
-    """Initialise a worker: it ignores Ctrl-C, and ends when its parent does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Initialise a worker: it ends when its parent does."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     if start is not None:
         start(*arguments)

@@ -311,7 +311,7 @@ def initial_weights(model: nn.Module, path: Path, settings: ModelSettings | None
     Raises:
         InputError: unreadable, or of another architecture.
     """
-    path = file_of(path)
+    name, path = path, file_of(path)
     try:
         state = _first_state(path)
     except InputError as error:
@@ -319,15 +319,10 @@ def initial_weights(model: nn.Module, path: Path, settings: ModelSettings | None
     load_weights(model, state, path)
     if settings is not None and state.get("config"):
         theirs = check(state["config"], f"the config in {path}").model.model_dump()
-        for name, ours in settings.model_dump(exclude={"drop_path", "attention"}).items():
-            if theirs[name] != ours:
-                logger.warning(
-                    "train.weights %s: were trained with model.%s %s, this run has %s",
-                    path,
-                    name,
-                    theirs[name],
-                    ours,
-                )
+        for key, ours in settings.model_dump(exclude={"drop_path", "attention"}).items():
+            if theirs[key] != ours:
+                told = "train.weights %s: were trained with model.%s %s, this run has %s"
+                logger.warning(told, name, key, theirs[key], ours)
 
 
 def _first_state(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hpc_xvr.model.attention import Kind
 from hpc_xvr.model.swin import SwinBlock, SwinStage, WindowAttention, grid
 from hpc_xvr.model.tiling import Part, Tile, corner_of, part_of, reach_of_windows, tiles
+from hpc_xvr.model.warping import Lookup, chain, detail, enlarge, warp_along
 
 MIN_CONTRAST = 0.005
 """Smallest standard deviation that frames are divided by: below it there is noise only."""
@@ -36,8 +37,6 @@ BAND = 2**18
 """Low-resolution pixels of a band that a frame is fused in."""
 FRAME_HALO = 2
 """Low-resolution pixels around those that `FrameEncoder` describes: two convolutions in a row."""
-Lookup = Literal["linear", "cubic"]
-"""Interpolation between the pixels of a picture (cubic: four by four of them)."""
 SMALL = 1e-3
 """Deviation of the first weights of layers that start from doing nothing."""
 
@@ -247,7 +246,7 @@ class KeyPropagation(nn.Module):
     ) -> Tensor:
         """(B*n, 1, h, w), (B*n, 2M, H, W) of each lookup, (B, 2, H, W), two of (B*n, C, h, w),
         (B*n, C, h, w), (B*n, 2) -> (B*n, 1, H, W) still without its greys."""
-        bicubic = _enlarge(low, self.scale)
+        bicubic = enlarge(low, self.scale)
         frames = len(low) // len(keys)
         still = _for_each(F.pixel_unshuffle(keys, self.scale), frames)
         pictures = [F.pixel_unshuffle(carried[0], self.scale), still]
@@ -536,66 +535,9 @@ class Choice(nn.Module):
         return bicubic + (weights * details).sum(1, keepdim=True) + residual
 
 
-def chain(flow: Tensor, further: Tensor, corner: tuple[int, int] = (0, 0)) -> Tensor:
-    """Motion so far (K, 2M, h, w), and from there on (K, 2M, h', w') in the part of the grid that
-    begins at `corner` -> both together, (K, 2M, h', w')."""
-    so_far, d = (f.unflatten(1, (-1, 2)).flatten(0, 1) for f in (flow, further))  # K*M, 2, h, w
-    moved = warp(so_far, d, corner) + d
-    return moved.unflatten(0, (len(flow), -1)).flatten(1, 2)
-
-
-def warp(
-    image: Tensor, flow: Tensor, corner: tuple[int, int] = (0, 0), lookup: Lookup = "linear"
-) -> Tensor:
-    """image (K, C, H, W) looked up at p + flow(p), flow (K, 2, H', W') as (x, y) in its pixels, p
-    from `corner` on; the nearest border pixel outside."""
-    height, width = image.shape[-2:]
-    # grid_sample without aligned corners: pixel i of n lies at (2 i + 1) / n - 1.
-    y, x = (
-        torch.arange(first, first + n, device=image.device, dtype=torch.float32)
-        for first, n in zip(corner, flow.shape[-2:], strict=True)
-    )
-    here = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # H', W', 2
-    there = here + flow.permute(0, 2, 3, 1)  # K, H', W', 2
-    places = (2 * there + 1) / there.new_tensor((width, height)) - 1
-    mode = "bilinear" if lookup == "linear" else "bicubic"
-    return F.grid_sample(image, places, mode, "border", align_corners=False)
-
-
-def warp_along(
-    key: Tensor,
-    flow: Tensor,
-    scale: int,
-    corner: tuple[int, int] = (0, 0),
-    lookup: Lookup = "linear",
-) -> Tensor:
-    """The key frame (K, 1, H, W) carried along each field of (K, 2M, h, w): (K, M, H, W), or the
-    part of it that begins at `corner` of the coarse grid.
-
-    The original is looked up once, however long the way: nothing blurs from step to step.
-    """
-    fields = F.interpolate(flow, scale_factor=scale, mode="bilinear", align_corners=False) * scale
-    place = corner[0] * scale, corner[1] * scale
-    fields = fields.unflatten(1, (-1, 2))  # K, M, 2, H', W'
-    keys = key.expand(-1, fields.shape[1], -1, -1).flatten(0, 1)[:, None]  # K*M, 1, H, W
-    warped = warp(keys, fields.flatten(0, 1), place, lookup)
-    return warped.unflatten(0, fields.shape[:2])[:, :, 0]
-
-
-def detail(pictures: Tensor, scale: int) -> Tensor:
-    """What the fast camera cannot see of (K, C, H, W): what binning and bicubic interpolation
-    lose."""
-    pictures = pictures.float()
-    return pictures - _enlarge(F.avg_pool2d(pictures, scale), scale)
-
-
 def _for_each(of_gap: Tensor, frames: int) -> Tensor:
     """What is the same in all frames of a gap, (B, ...), for each of them, (B*frames, ...)."""
     return of_gap[:, None].expand(-1, frames, *of_gap.shape[1:]).flatten(0, 1)
-
-
-def _enlarge(x: Tensor, scale: int) -> Tensor:
-    return F.interpolate(x, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
 def _maps(numbers: Tensor, like: Tensor) -> Tensor:

@@ -149,7 +149,8 @@ def test_starting_from_it_with_other_settings_is_told(tmp_path, caplog):
         caplog.clear()
         initial_weights(model, path, other)
         [line] = caplog.messages
-        assert f"model.lookup {trained.config.model.lookup}, this run has {lookup}" in line
+        assert line.startswith(f"train.weights {path}: ")
+        assert line.endswith(f"model.lookup {trained.config.model.lookup}, this run has {lookup}")
 
 
 def test_methods_without_learning_make_movies_too(shot, files, tmp_path, hpc_xvr):

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hpc_xvr.model import key_propagation
 from hpc_xvr.model.bases import upsample
-from hpc_xvr.model.key_propagation import KeyPropagation, warp, warp_along
+from hpc_xvr.model.key_propagation import KeyPropagation
+from hpc_xvr.model.warping import warp, warp_along
 
 SMALL = {"features": 32, "blocks": 2, "heads": 1, "motion_features": 16, "frame_features": 8}
 
