@@ -1,7 +1,6 @@
 """What a visit to a GPU measures: see gpu_visit.sh, which calls this.
 
     python benchmarks/gpu_measure.py measure --seconds 160 --out FOLDER     settings of training
-    python benchmarks/gpu_measure.py warm --seconds 70 --out FOLDER         compiles for the former
     python benchmarks/gpu_measure.py frames --seconds 60 --out FOLDER       inference, reading
     python benchmarks/gpu_measure.py table --out FOLDER                     table.md, chosen.json
 
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -35,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 VISIT = Path(os.environ.get("XVR_VISIT", ROOT / ".visit"))  # what travelled: see gpu_visit.sh
 CHOOSABLE = ("none", "parts", "blocks")  # values of train.compile
 CLOSE = 0.05  # largest relative error of a gradient in bf16
-WARM_LIMIT, COMPILE_LIMIT, LIMIT = 70.0, 45.0, 15.0
+COMPILE_LIMIT, LIMIT = 60.0, 30.0  # the first ones also load CUDA's libraries
 PATIENCE = 6  # times as long for a rehearsal on a busy CPU
 
 
@@ -56,6 +54,11 @@ class Case:
         return "bf16" in self.way
 
     @property
+    def recorded(self) -> bool:
+        """Whether passes are replayed as a CUDA graph."""
+        return "graphs" in self.way and on_gpu()
+
+    @property
     def compile(self) -> str:
         return next((kind for kind in ("parts", "blocks") if kind in self.way), "none")
 
@@ -67,17 +70,20 @@ class Case:
 # Cheap ones first: what compiles may eat up what is left of the time.
 CASES = [
     Case("published", 10, "plain float32"),
-    Case("published", 10, "plain bf16"),
-    Case("published", 10, "float32"),
     Case("published", 10, "bf16"),
+    Case("key_propagation_sharp", 64, "bf16"),
+    Case("key_propagation_sharp", 64, "bf16 graphs"),
+    Case("key_propagation_sharp", 128, "bf16"),
+    Case("published", 10, "float32"),
+    Case("published", 10, "plain bf16"),
     Case("published", 10, "bf16 graphs"),
     Case("published", 10, "bf16 blocks"),
     Case("key_propagation", 4, "float32"),
     Case("key_propagation", 4, "bf16"),
     Case("key_propagation", 4, "bf16 graphs"),
+    Case("published", 64, "bf16"),
     Case("key_propagation_large", 16, "bf16"),
     Case("key_propagation_large", 16, "bf16 graphs"),
-    Case("published", 64, "bf16"),
     Case("published", 64, "bf16 blocks"),
     Case("key_propagation", 4, "bf16 blocks"),
     Case("key_propagation_large", 16, "bf16 blocks"),
@@ -92,6 +98,7 @@ CASES = [
 SMALL = {
     "published": ["model.embed_dim=24", "model.depths=[2]", "data.patch=32", "model.up_features=8"],
     "key_propagation": ["model.embed_dim=24", "model.depths=[2]", "data.patch=32"],
+    "key_propagation_sharp": ["model.embed_dim=24", "model.depths=[2]", "data.patch=32"],
     "key_propagation_large": [
         *("model.embed_dim=24", "model.heads=3", "model.depths=[2]"),
         *("data.patch=32", "model.motion_features=16"),
@@ -143,7 +150,7 @@ def train_step(case: Case, seconds: float = 1.5) -> Row:
     average = MovingAverage(model, 0.999)
 
     def step() -> None:
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=not case.recorded)
         backward()
         torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         optimizer.step()
@@ -161,7 +168,12 @@ def train_step(case: Case, seconds: float = 1.5) -> Row:
     }
 
 
-CASES_BATCH = {"published": 10, "key_propagation": 4, "key_propagation_large": 16}
+CASES_BATCH = {
+    "published": 10,
+    "key_propagation": 4,
+    "key_propagation_sharp": 64,
+    "key_propagation_large": 16,
+}
 
 
 def _config(case: Case) -> Any:
@@ -214,28 +226,19 @@ def _backward(case: Case, cfg: Any, model: Any, batch: dict[str, Any]) -> Callab
     """Forward and backward pass."""
     import torch
 
+    from hpc_xvr.train.graphs import RecordedPasses
     from hpc_xvr.train.task import task_of
 
     task = task_of(cfg)
-    inputs = tuple(batch[name] for name in task.inputs if name != "hr_offset")
-    graphs = "graphs" in case.way and on_gpu()
 
-    def cast() -> Any:
-        if not case.bf16:
-            return nullcontext()
-        return torch.autocast(DEVICE, torch.bfloat16, cache_enabled=not graphs)
+    def run(batch: dict[str, Any]) -> Any:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=case.bf16):
+            output = model(*(batch[name] for name in task.inputs if name != "hr_offset"))
+        loss = task.loss(output, batch)
+        loss.backward()
+        return loss.detach()
 
-    net = model
-    if graphs:
-        with cast():
-            net = torch.cuda.make_graphed_callables(model, inputs, allow_unused_input=True)
-
-    def run() -> None:
-        with cast():
-            output = net(*inputs)
-        task.loss(output, batch).backward()
-
-    return run
+    return partial(RecordedPasses(run, model.parameters()) if case.recorded else run, batch)
 
 
 @cache
@@ -378,10 +381,10 @@ def parity() -> Row:
     return row
 
 
-def trainer(steps: int, on_device: bool) -> Row:
+def trainer(config: str, steps: int, on_device: bool) -> Row:
     """A run of the command itself with the torch engine on one rank: NCCL, NVML, data wait, and
     what the trainer adds to the bare step."""
-    config, cfg = "published", config_of("published")
+    cfg = config_of(config)
     with tempfile.TemporaryDirectory() as folder:
         settings = [
             *([] if on_gpu() else SMALL[config]),
@@ -396,6 +399,7 @@ def trainer(steps: int, on_device: bool) -> Row:
             "train.precision=auto",
             "validation.frames=4",
             *([] if on_gpu() else ["train.global_batch=2", "validation.patch=32"]),
+            *(["train.weights=null"] if cfg.train.weights else []),
         ]
         command = [sys.executable, "-m", "hpc_xvr", "train", f"{ROOT}/configs/{config}.yaml"]
         command += ["--engine", "torch"]
@@ -412,12 +416,14 @@ def trainer(steps: int, on_device: bool) -> Row:
     row = {"s": last["step_s"], "data_wait": last["data_wait"], "engine": about["engine"]}
     rank = summary["ranks"][0]
     known = {name: rank.get(name) for name in ("busy_mean", "memory_gb", "power_w")}
-    flops = 3.0 * cfg.train.global_batch * 76.76e9 if on_gpu() else math.nan
+    counted = on_gpu() and config == "published"
+    flops = 3.0 * cfg.train.global_batch * 76.76e9 if counted else math.nan
     tflops = {} if math.isnan(flops) else {"tflops": flops / last["step_s"] / 1e12}
     return row | known | tflops | {"energy": summary.get("energy")}
 
 
 TRAINERS = {"trainer": False, "trainer, samples made on the device": True}
+GAP_TRAINER = "trainer, key_propagation_sharp, samples made on the device"
 
 # Inference and reading.
 
@@ -498,20 +504,21 @@ def reading(config: str, on_device: bool) -> Row:
 
 def jobs_of(part: str, out: Path) -> list[Job]:
     """The measurements of a part, in order."""
-    if part == "warm" and not on_gpu():
-        return []
-    if part == "warm":  # the same compilations: the measurements find them in the cache
-        compiled = [case for case in CASES if case.compile != "none" or case.attention == "flex"]
-        return [Job(c.name, WARM_LIMIT, partial(train_step, c, 0.0)) for c in compiled]
     if part == "measure":
         jobs = [Job("machine", 40, machine), Job("parity", 30, parity)]
         for case in CASES:
             slow = case.compile != "none" or case.attention == "flex"
             limit = COMPILE_LIMIT if slow else LIMIT
             jobs.append(Job(case.name, limit, partial(train_step, case)))
-        place = next(i for i, job in enumerate(jobs) if "large" in job.name)
         steps = 200 if on_gpu() else 4
-        jobs[place:place] = [Job(n, 30, partial(trainer, steps, t)) for n, t in TRAINERS.items()]
+        gaps = partial(trainer, "key_propagation_sharp", steps, True)
+        runs = [Job(n, 30, partial(trainer, "published", steps, t)) for n, t in TRAINERS.items()]
+        for before, more in (
+            ("published, batch 10, float32", [Job(GAP_TRAINER, 30, gaps)]),
+            ("published, batch 64, bf16", runs),
+        ):
+            place = next(i for i, job in enumerate(jobs) if before in job.name)
+            jobs[place:place] = more
         return jobs if on_gpu() else [job for job in jobs if "flex" not in job.name]
     ways = ["bf16", "bf16 blocks"]
     jobs = [
@@ -541,11 +548,12 @@ def choose(rows: list[Row]) -> dict[str, Any]:
     for case in CASES:
         if case.batch != CASES_BATCH[case.config] or not case.bf16 or case.name not in seconds:
             continue
-        if any(word in case.way for word in ("plain", "graphs", "explicit")):
+        if any(word in case.way for word in ("plain", "explicit")):
             continue
         best = chosen.get(case.config)
         if best is None or seconds[case.name] < best["s"]:
             settings = [f"train.compile={case.compile}", f"model.attention={case.attention}"]
+            settings += ["train.graphs=true"] if "graphs" in case.way else []
             chosen[case.config] = {"s": seconds[case.name], "settings": settings, "way": case.way}
     host, device = (seconds.get(name, math.inf) for name in TRAINERS)
     for best in chosen.values():
@@ -586,7 +594,7 @@ def table(rows: list[Row]) -> str:
             _cell(row.get("gradient_error"), ".2g"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    for name in (*TRAINERS, "parity"):
+    for name in (*TRAINERS, GAP_TRAINER, "parity"):
         if "error" not in named.get(name, {"error": ""}):
             told = {k: v for k, v in named[name].items() if k not in ("name", "took_s")}
             lines += ["", f"{name}: {json.dumps(told)}"]
@@ -604,7 +612,7 @@ def main() -> int:
 
     global DEVICE
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=["warm", "measure", "frames", "table"])
+    parser.add_argument("part", choices=["measure", "frames", "table"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", type=Path, required=True)
@@ -612,7 +620,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="those whose name this pattern is found in")
     args = parser.parse_args()
     DEVICE = args.device
-    results = args.out / ("warm.jsonl" if args.part == "warm" else "results.jsonl")
+    results = args.out / "results.jsonl"
     if args.part != "table":
         jobs = {job.name: job for job in jobs_of(args.part, args.out)}
         if args.worker is not None:
@@ -626,11 +634,10 @@ def main() -> int:
         patience = 1 if on_gpu() else PATIENCE
         limits = {n: patience * j.limit_s for n, j in jobs.items() if re.search(args.only, n)}
         one_by_one.supervise(command, limits, results, args.seconds)
-    if args.part != "warm":
-        rows = one_by_one.read(results)
-        (args.out / "chosen.json").write_text(json.dumps(choose(rows), indent=1) + "\n")
-        (args.out / "table.md").write_text(table(rows))
-        print(table(rows))
+    rows = one_by_one.read(results)
+    (args.out / "chosen.json").write_text(json.dumps(choose(rows), indent=1) + "\n")
+    (args.out / "table.md").write_text(table(rows))
+    print(table(rows))
     return 0
 
 

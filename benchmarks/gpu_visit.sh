@@ -10,32 +10,33 @@
 #
 # Before, at no cost: `prepare`, `rehearse`, and read benchmarks/NOTES.md, "What the visit decides".
 # The device tool sends the checkout that the session began in: prepare there (.visit is ignored).
-# Each start costs 1 to 2 minutes, an idle machine goes back after 30 seconds. So: have the second
-# call ready, and send it as soon as the first one answers; part 2 takes the settings part 1 chose.
+# A start cost half a minute, and what is sent back a few seconds: give the machine back between two
+# calls and read what the first one brought. Part 2 takes the settings part 1 chose.
 #
-#   1. run  command:   bash benchmarks/gpu_visit.sh run 1 240
+#   1. run  command:   bash benchmarks/gpu_visit.sh run 1 270
 #           carry:     [".visit"]
-#           timeout_s: 270
+#           timeout_s: 300
 #      -> table.md (its end is in the reply), results.jsonl, chosen.json, tests.txt, cache.tgz
 #   2. run  command:   bash benchmarks/gpu_visit.sh run 2 400
 #           carry:     [".visit"]
 #           timeout_s: 440
 #      -> weights.* (parts of one file: cat weights.?? >weights.safetensors), run.tgz
-#      Another network than the one part 1 says: ... run 2 400 key_propagation_large
+#      Another network than our own: ... run 2 400 published
 #   3. run  command:   bash benchmarks/gpu_visit.sh run 3 60      (only with two minutes left)
 #           carry:     [".visit"]
 #           timeout_s: 90
 #      -> table.md, results.jsonl
 #   then give_back. Files of a call lie under files_at: copy them away before the next call.
 #
-# If the machine went back between 1 and 2: put chosen.json and cache.tgz of part 1 into .visit/;
-# they travel, and nothing is compiled or measured a second time. If part 1 brought nothing at all,
-# its log names what was missing: mend, and call it again with half the time.
+# Between 1 and 2 put chosen.json and cache.tgz of part 1 into .visit/: they travel, and nothing is
+# compiled or measured a second time. If part 1 brought nothing at all, its log names what was
+# missing: mend, and call it again with half the time.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 export XVR_VISIT=${XVR_VISIT:-$root/.visit}
 visit=$XVR_VISIT
+ours=key_propagation_sharp # what part 2 trains
 
 # What the machine of 2026-11 lacks, or may lack; pure Python or
 # manylinux, for CPython 3.12. pydantic brings its own core.
@@ -133,7 +134,6 @@ run() {
     [ -f "$visit/cache.tgz" ] && [ ! -e "$scratch/cache/inductor" ] &&
         tar -xzf "$visit/cache.tgz" -C "$scratch/cache"
     "part$which" "${@:3}"
-    rm -f "$out/warm.jsonl"
     echo "== part $which took $((SECONDS - end + seconds)) s"
     ls -l "$out"
 }
@@ -146,20 +146,7 @@ measure() { # measure PART LIMIT
 }
 
 part1() {
-    local warming=$(($(left) * 3 / 10)) simulating=""
-    # Together, as nothing is timed yet: tests, compilation, and the corpus of part 2.
-    part "$warming" "compiling" python3 benchmarks/gpu_measure.py warm --device "$device" \
-        --seconds "$warming" --out "$out" >"$scratch/warm.txt" 2>&1 &
-    local compiling=$!
-    if [ ! -d "$scratch/corpus" ] && [ -z "${XVR_ONLY:-}" ]; then
-        part "$warming" "simulating" python3 -m hpc_xvr simulate configs/key_propagation.yaml \
-            --set data.corpus="$scratch/corpus" \
-            ${XVR_VIDEOS:+--set simulate.videos="$XVR_VIDEOS"} >"$scratch/simulate.txt" 2>&1 &
-        simulating=$!
-    fi
-    tests "$warming"
-    wait $compiling ${simulating:+$simulating}
-    tail -n 2 "$scratch/warm.txt" "$scratch/simulate.txt" 2>/dev/null
+    tests $(($(left) * 3 / 10))
     measure measure "$(left 15)"
     cp "$out/chosen.json" "$scratch/" 2>/dev/null
     tar -czf "$out/cache.tgz" -C "$scratch/cache" . 2>/dev/null
@@ -167,27 +154,33 @@ part1() {
 }
 
 # Tests that need a GPU, from the files that hold some; a file that cannot be imported there is
-# reported and costs itself alone.
+# reported and costs itself alone. FlexAttention compiles for most of a minute: it is measured.
 tests() {
     local files
     [ "${XVR_TESTS:-}" = none ] && { echo "tests are left out" >"$out/tests.txt"; return 0; }
     mapfile -t files < <(grep -l 'torch.cuda.is_available\|needs_gpu' tests/single/test_*.py)
     part "$1" "tests of the GPU paths" python3 -m pytest -q -p no:cacheprovider \
-        --continue-on-collection-errors -k "${XVR_TESTS:-gpu or GPU}" "${files[@]}" 2>&1 |
+        --continue-on-collection-errors -k "${XVR_TESTS:-(gpu or GPU or cuda) and not flex}" "${files[@]}" 2>&1 |
         tee "$out/tests.txt"
 }
 
-# Training for the time there is: SWIN-XVR as published, or what is asked for. The number of steps
-# is what fits, so that the learning rate reaches its end.
+# Training for the time there is: the last part of the built-in weights' own, or what is asked for.
+# The number of steps is what fits, so that the learning rate reaches its end.
 part2() {
-    local config=${1:-published} corpus=$scratch/corpus chosen=$scratch/chosen.json
+    local config=${1:-$ours} corpus=$scratch/corpus chosen=$scratch/chosen.json
+    if [ ! -d "$corpus" ]; then # what is done after a quarter of the time is enough
+        part "$(($(left) / 4))" "simulating" python3 -m hpc_xvr simulate "configs/$ours.yaml" \
+            --set data.corpus="$corpus" ${XVR_VIDEOS:+--set simulate.videos="$XVR_VIDEOS"}
+        [ -d "$corpus" ] || mv "$scratch/.corpus.building" "$corpus"
+    fi
     [ -d "$corpus" ] || corpus=$visit/corpus
     [ -f "$chosen" ] || chosen=$visit/chosen.json
     local small=() settings steps run=$scratch/run-$config limit
     rm -rf "$run"
     limit=$(left 45) # the end: validation, checkpoint, export, packing
+    [ "$config" = "$ours" ] && small=(--set train.weights=builtin)
     [ "$device" = cpu ] && small=(--set model.embed_dim=24 --set 'model.depths=[2]' --set data.patch=32
-        --set validation.patch=32 --set model.heads=3)
+        --set validation.patch=32 --set model.heads=3 --set train.weights=null)
     mapfile -t settings < <(python3 - "$chosen" "$config" "$limit" "$device" <<'PYTHON'
 import json, sys
 from pathlib import Path
@@ -196,9 +189,9 @@ chosen, config, limit, device = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3
 most = {"published": 30000}.get(config, 60000)
 known = json.loads(chosen.read_text()).get(config) if chosen.exists() else None
 # Not measured: what the roofline expects of eager kernels, and settings that always work.
-known = known or {"s": 0.03, "settings": ["train.compile=none", "data.on_device=true"]}
-startup = 60.0 if "none" not in known["settings"][0] else 20.0
-steps = min(most, max(1, int(0.85 * max(limit - startup, 5) / known["s"])))
+known = known or {"s": 0.045, "settings": ["train.compile=none", "data.on_device=true"]}
+startup = 60.0 if "none" not in known["settings"][0] else 30.0
+steps = min(most, max(1, int(0.8 * max(limit - startup, 5) / known["s"])))
 steps = min(steps, 4) if device == "cpu" else steps
 for setting in [f"train.steps={steps}", *known["settings"]]:
     print("--set", setting, sep="\n")

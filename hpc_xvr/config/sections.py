@@ -104,6 +104,8 @@ class Simulate(Section):
     """Range of the blur of the sharp camera's lens, drawn logarithmically for each recording: 1 is
     that of radiography through a scintillator, 0.7 to 1 pixel; below 0.4, pictures are sharp to the
     pixel, as those of lenses in visible light."""
+    ordinary: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the recordings whose light and focus are 1, whatever the ranges."""
     scale: Positive = 4
     """Pixel size of the low-resolution camera / pixel size of the high-resolution one."""
     store: Literal["zarr", "hdf5"] = "zarr"
@@ -336,6 +338,9 @@ class Train(Section):
     """torch.compile for the kernels between matrix products (parts) or for whole transformer
     blocks (blocks). Needs a C++ compiler on CPUs, Triton on GPUs, and a minute at the start; blocks
     of key_propagation are compiled once more for many a length of gap."""
+    graphs: bool = False
+    """Record the kernels of a step as a CUDA graph, one for each shape of a micro-batch, and replay
+    it: where a GPU computes them faster than its host can launch them. One rank only."""
     recompute: Literal["none", "mlp", "blocks"] = "none"
     """Activation checkpointing: keep fewer activations and compute them again in the backward
     pass; those of the MLPs, or all of each transformer block. `hpc-xvr train --find-batch` shows

@@ -20,6 +20,7 @@ from hpc_xvr.factory.build import Network, build_model
 from hpc_xvr.factory.builtin import file_of, is_builtin
 from hpc_xvr.files import check_regular, write_atomic
 from hpc_xvr.log import logger
+from hpc_xvr.model.key_propagation import KeyPropagation
 from hpc_xvr.model.xfusion import load_xfusion
 from hpc_xvr.version import __version__
 
@@ -303,7 +304,8 @@ def _listed(names: list[str], most: int = 5) -> str:
 
 def initial_weights(model: nn.Module, path: Path, settings: ModelSettings | None = None) -> None:
     """Start from a run folder, a checkpoint of ours, a file of `export_weights`, built-in weights,
-    or a checkpoint of the authors' program (config key train.weights).
+    or a checkpoint of the authors' program (config key train.weights). Key propagation with both
+    lookups also starts from weights with linear ones.
 
     Args:
         settings: of `model`; a warning says which of them the weights were not trained with.
@@ -316,6 +318,10 @@ def initial_weights(model: nn.Module, path: Path, settings: ModelSettings | None
         state = _first_state(path)
     except InputError as error:
         raise InputError(f"train.weights: {error}") from None
+    if isinstance(model, KeyPropagation):
+        for kind in ("model", "ema"):
+            if isinstance(state.get(kind), dict):
+                state[kind] = model.widened(state[kind])
     load_weights(model, state, path)
     if settings is not None and state.get("config"):
         theirs = check(state["config"], f"the config in {path}").model.model_dump()

@@ -14,6 +14,7 @@ batch, 2B, and share all weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -37,6 +38,8 @@ BAND = 2**18
 """Low-resolution pixels of a band that a frame is fused in."""
 FRAME_HALO = 2
 """Low-resolution pixels around those that `FrameEncoder` describes: two convolutions in a row."""
+FADING = 0.7
+"""How much of a gradient goes on from what a step of the motion sees to the steps before it."""
 SMALL = 1e-3
 """Deviation of the first weights of layers that start from doing nothing."""
 
@@ -178,6 +181,22 @@ class KeyPropagation(nn.Module):
     def _choice_halo(self) -> int:
         """The same of the choice by what it sees: a convolution, blocks, two convolutions."""
         return reach_of_windows(2, len(self.stage.blocks), self.stage.window) + 1
+
+    def widened(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights of the same network with linear lookups only, to begin from: what was looked up
+        by cubic polynomials is chosen as readily as the same looked up linearly."""
+        carried, s2 = 2 * self.motions, self.scale**2
+        parts, names = (carried * s2, 2 * s2, 2 * s2), ("choose.conv.weight", "choose.conv.bias")
+        fits = all(name in weights and weights[name].shape[:1] == (sum(parts),) for name in names)
+        if len(self._lookups) < 2 or not fits:
+            return weights
+        weights = dict(weights)
+        for name in names:
+            linear, still, rest = weights[name].split(parts)
+            if name.endswith("bias"):
+                linear = linear - math.log(2)
+            weights[name] = torch.cat((linear, still, linear, rest))
+        return weights
 
     def forward(
         self, lr: Tensor, hr: Tensor, tile: int | None = None, only: slice = slice(None)
@@ -494,7 +513,8 @@ class MotionStep(nn.Module):
         Returns:
             The motion to this frame, and what the step says to the fusing part (2B, C, h, w).
         """
-        further, said = self.further(frame, low, warped, flow)
+        # Over 20 steps and more gradients of some samples grow a thousand times, and drown others.
+        further, said = self.further(frame, low, _fading(warped), _fading(flow))
         return chain(flow, further), said
 
     def look_at(self, frame: Tensor, low: Tensor, warped: Tensor) -> tuple[Tensor, Tensor]:
@@ -538,6 +558,11 @@ class Choice(nn.Module):
 def _for_each(of_gap: Tensor, frames: int) -> Tensor:
     """What is the same in all frames of a gap, (B, ...), for each of them, (B*frames, ...)."""
     return of_gap[:, None].expand(-1, frames, *of_gap.shape[1:]).flatten(0, 1)
+
+
+def _fading(x: Tensor) -> Tensor:
+    """x, whose gradient counts less."""
+    return FADING * x + (1 - FADING) * x.detach() if x.requires_grad else x
 
 
 def _maps(numbers: Tensor, like: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def _cuts(extent: int, window: int, shifted: bool) -> list[int]:
     return [window // 2, *[window] * (count - 1), window - window // 2]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)  # more than a training has shapes: recorded steps use them again
 @torch.inference_mode(False)  # what is cached in inference may later be needed in training
 def grid(
     batch: int, frames: int, height: int, width: int, window: int, device: torch.device

@@ -20,8 +20,9 @@ from hpc_xvr.data.samples.slots import slots_of_rank
 from hpc_xvr.distributed.comm import Comm, host
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.execution import use_threads
+from hpc_xvr.factory.weights import initial_weights
 from hpc_xvr.log import logger
-from hpc_xvr.train.learner import Learner, first_weights, new_model
+from hpc_xvr.train.learner import Learner, check_graphs, new_model
 from hpc_xvr.train.meters import MeanLoss, Stopwatch, environment
 from hpc_xvr.train.optim import learning_rate
 from hpc_xvr.train.progress import Progress
@@ -77,7 +78,10 @@ class Trainer:
         self.validator = comm.together(lambda: Validator(cfg, self.corpus, comm))
         model, precision = comm.together(lambda: new_model(cfg, comm.device))
         if cfg.train.weights:  # before anything is written
-            comm.on_root(lambda: first_weights(cfg, build_model(cfg)))
+            weights = cfg.train.weights
+            comm.on_root(lambda: initial_weights(build_model(cfg), weights))
+        if cfg.train.graphs:
+            comm.together(lambda: check_graphs(comm))
 
         self._held = ExitStack()  # the run folder's lock and files
         self._recordings = self.samples.summary() if comm.is_root else None
@@ -216,10 +220,7 @@ class Trainer:
             enter("forward")
             batch = learner.to_device(batch)
             with self.comm.accumulate(learner.net, last=part == parts):
-                loss = self.task.loss(learner.forward(batch), batch) / parts
-                enter("backward")
-                loss.backward()
-            self.loss.add(loss.detach())
+                self.loss.add(learner.backward(batch, enter))
         self.loss.end_step()
         enter("gradients")
         self.comm.finish_gradients(learner.optimizer)

@@ -12,9 +12,11 @@ from torch.func import functional_call
 
 from hpc_xvr.config import Config
 from hpc_xvr.distributed.comm import Comm
+from hpc_xvr.errors import InputError
 from hpc_xvr.factory.build import build_model
 from hpc_xvr.factory.execution import prepare
 from hpc_xvr.factory.weights import initial_weights
+from hpc_xvr.train.graphs import RecordedPasses
 from hpc_xvr.train.nonfinite import SkippedSteps
 from hpc_xvr.train.optim import MovingAverage, adam
 from hpc_xvr.train.task import Batch, Task
@@ -43,6 +45,20 @@ def first_weights(cfg: Config, model: nn.Module) -> dict[str, Tensor]:
     if cfg.train.weights:
         initial_weights(model, cfg.train.weights, cfg.model)
     return model.state_dict()
+
+
+def check_graphs(comm: Comm) -> None:
+    """Refuse `train.graphs` where nothing can be recorded.
+
+    Raises:
+        InputError: no GPU, or several ranks.
+    """
+    if comm.device.type != "cuda" or comm.size > 1 or comm.name != "serial":
+        where = f"{comm.size} rank(s) of {comm.name} on {comm.device.type}"
+        raise InputError(
+            f"train.graphs true: for one rank without an engine on a GPU, not for {where}; set it "
+            "to false"
+        )
 
 
 class Learner:
@@ -86,6 +102,10 @@ class Learner:
             self.optimizer.load_state_dict(state["optimizer"])
             for group in self.optimizer.param_groups:  # what the config says now
                 group.update(betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay)
+        self._micro_batches = micro_batches
+        self._recorded = None
+        if cfg.train.graphs:
+            self._recorded = RecordedPasses(self._passes, model.parameters())
         self.skipped = SkippedSteps(cfg.train, comm)
         self.norm = torch.zeros((), device=comm.device)
 
@@ -101,7 +121,10 @@ class Learner:
         """Set the learning rate; gradients start from zero."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad()
+        if self._recorded:
+            self.optimizer.zero_grad(set_to_none=False)
+        else:  # Horovod's takes nothing else
+            self.optimizer.zero_grad()
 
     def to_device(self, batch: Batch) -> Batch:
         """A micro-batch where the model is, in its type."""
@@ -112,6 +135,16 @@ class Learner:
         """The network's output for a micro-batch."""
         with self._autocast():
             return self.net(*(batch[name] for name in self._task.inputs))
+
+    def backward(self, batch: Batch, enter: Callable[[str], None] = lambda _: None) -> Tensor:
+        """Add a micro-batch's gradients; returns its share of the step's loss, without history."""
+        return self._recorded(batch) if self._recorded else self._passes(batch, enter)
+
+    def _passes(self, batch: Batch, enter: Callable[[str], None] = lambda _: None) -> Tensor:
+        loss = self._task.loss(self.forward(batch), batch) / self._micro_batches
+        enter("backward")
+        loss.backward()
+        return loss.detach()
 
     def update(self) -> None:
         """Move the weights, unless a gradient is not finite: averaged gradients are the same on

@@ -31,7 +31,8 @@ class SkippedSteps:
         self._total = self._total + skipped
 
     def check(self, step: int) -> None:
-        """Warn of skipped steps, now and then on a GPU; to be called after each step.
+        """Warn of skipped steps, again when they are twice as many; to be called after each step. A
+        GPU is asked now and then.
 
         Raises:
             CollectiveError: `train.nonfinite_limit` steps in a row were skipped.
@@ -39,14 +40,15 @@ class SkippedSteps:
         if step % self._every:
             return
         total, longest = int(self._total), int(self._longest)
-        if total > self._reported and self._comm.is_root:
-            logger.warning(
-                "step %d: gradients were not finite or above optim.skip_norm; skipped on all "
-                "ranks, %d steps so far",
-                step,
-                total,
-            )
-        self._reported = total
+        if total and total >= 2 * self._reported:
+            self._reported = total
+            if self._comm.is_root:
+                logger.warning(
+                    "step %d: gradients were not finite or above optim.skip_norm; skipped on all "
+                    "ranks, %d steps so far",
+                    step,
+                    total,
+                )
         if longest >= self._limit:
             raise CollectiveError(
                 f"step {step}: {longest} steps in a row without usable gradients; "

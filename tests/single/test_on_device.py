@@ -80,15 +80,23 @@ def test_content_does_not_depend_on_ranks_and_micro_batches(corpus):
 
 @pytest.mark.parametrize("photons", [30.0, 1e4, 1e8])
 def test_noise_has_the_photons_mean_and_spread(photons):
-    g = torch.Generator().manual_seed(0)
-    frames = torch.full((400, 500), 0.4)
-    off = noisy(frames, photons, 0.0, g) - 0.4
-    spread = (0.4 / photons) ** 0.5
-    assert abs(float(off.mean())) < 5 * spread / 400
-    assert float(off.std()) == pytest.approx(spread, rel=0.02)
-    both = noisy(frames, photons, 0.01, g) - 0.4
-    assert float(both.std()) == pytest.approx((spread**2 + 0.01**2) ** 0.5, rel=0.02)
-    assert torch.equal(noisy(frames, 0.0, 0.0, g), frames)
+    frames = torch.full((3, 400 * 500), 0.4)
+
+    def off(*noise):
+        """Of each camera's half of each sample."""
+        g = torch.Generator()
+        made = noisy(frames, (100_000, 100_000), noise, g.manual_seed, [5, 6, 7])
+        return [(camera - 0.4).double() for sample in made for camera in sample.chunk(2)]
+
+    spread, none, both = (0.4 / photons) ** 0.5, (0.0, 0.0), (photons, 0.01)
+    found = off((none, (photons, 0.0)), (both, none), (none, none))
+    for i in (0, 3, 4, 5):
+        assert not found[i].any()
+    assert abs(float(found[1].mean())) < 5 * spread / 300
+    assert float(found[1].std()) == pytest.approx(spread, rel=0.02)
+    assert float(found[2].std()) == pytest.approx((spread**2 + 0.01**2) ** 0.5, rel=0.02)
+    alone = off(*3 * [(none, none)])
+    assert not any(camera.any() for camera in alone)
 
 
 def test_noise_of_a_sample_is_as_strong_as_the_host_s(corpus):

@@ -10,7 +10,7 @@ Shapes: B samples of a micro-batch, n frames of each, P side of a patch, p = P /
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -166,12 +166,14 @@ class DeviceFrames:
         self, lr: Tensor, hr: Tensor, noise: Sequence[Sequence[Sequence[float]]], seeds: list[int]
     ) -> tuple[Tensor, Tensor]:
         """Both cameras' frames (B, n, h, w) with each sample's own noise."""
-        out: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for i, (cameras, seed) in enumerate(zip(noise, seeds, strict=True)):
-            self._generator.manual_seed(seed)
-            for made, frames, (photons, read) in zip(out, (lr[i], hr[i]), cameras, strict=True):
-                made.append(noisy(frames, photons, read, self._generator))
-        return torch.stack(out[0]), torch.stack(out[1])
+        pixels = lr[0].numel(), hr[0].numel()
+        frames = torch.cat((lr.flatten(1), hr.flatten(1)), dim=1)  # B, all pixels of a sample
+        frames = noisy(frames, pixels, noise, self._draw, seeds)
+        made_lr, made_hr = frames.split(pixels, dim=1)
+        return made_lr.reshape(lr.shape), made_hr.reshape(hr.shape)
+
+    def _draw(self, seed: int) -> torch.Generator:
+        return self._generator.manual_seed(seed)
 
 
 def regreyed(frames: Tensor, greys: Tensor) -> Tensor:
@@ -209,19 +211,51 @@ def moved(frames: Tensor, misfit: Tensor) -> Tensor:
     return frames
 
 
-def noisy(frames: Tensor, photons: float, read: float, generator: torch.Generator) -> Tensor:
-    """`CameraNoise.apply` without a fixed pattern; 0 photons: no photon noise."""
-    if photons:
-        expected = frames * photons
-        counts = torch.poisson(expected.clamp(max=_MANY), generator)
-        if photons > _MANY:
-            spread = torch.empty_like(frames).normal_(generator=generator)
-            many = expected + expected.sqrt() * spread
-            counts = torch.where(expected > _MANY, many, counts)
-        frames = (counts / photons).clamp(0, 1)
-    if read:
-        spread = torch.empty_like(frames).normal_(generator=generator)
-        frames = (frames + read * spread).clamp(0, 1)
+def noisy(
+    frames: Tensor,
+    pixels: tuple[int, int],
+    noise: Sequence[Sequence[Sequence[float]]],
+    generator: Callable[[int], torch.Generator],
+    seeds: Sequence[int],
+) -> Tensor:
+    """`CameraNoise.apply` without a fixed pattern, of each sample of a micro-batch.
+
+    All that depends on no random number is done for the whole batch: a launch for each sample and
+    camera would take a GPU longer than its training step.
+
+    Args:
+        frames: (B, all pixels of a sample): first those of the fast camera, then the sharp one's.
+        pixels: how many are whose.
+        noise: of each sample and camera the photons (0: no photon noise) and the read noise.
+        generator: gives one that begins at a sample's seed.
+    """
+    device = frames.device
+    of_camera = torch.tensor(noise, dtype=torch.float32)  # B, 2, 2
+    some_photons, some_read = (bool((of_camera[:, :, i] > 0).any()) for i in (0, 1))
+    many = (of_camera[:, :, 0] > _MANY).any(1).tolist()
+    if device.type == "cuda":
+        of_camera = of_camera.pin_memory()
+    of_camera = of_camera.to(device, non_blocking=True)
+    photons, read = (
+        torch.cat([of_camera[:, k, i, None].expand(-1, pixels[k]) for k in (0, 1)], dim=1)
+        for i in (0, 1)
+    )
+    counts, normal, reading = [], [], []
+    expected = frames * photons
+    few = expected.clamp(max=_MANY)
+    for i, seed in enumerate(seeds):
+        g = generator(seed)
+        if some_photons:
+            counts.append(torch.poisson(few[i], g))
+            normal.append(torch.empty_like(few[i]).normal_(generator=g) if many[i] else few[i])
+        if some_read:
+            reading.append(torch.empty_like(few[i]).normal_(generator=g))
+    if some_photons:
+        spread = expected + expected.sqrt() * torch.stack(normal)
+        counted = torch.where(expected > _MANY, spread, torch.stack(counts))
+        frames = torch.where(photons > 0, (counted / photons).clamp(0, 1), frames)
+    if some_read:
+        frames = torch.where(read > 0, (frames + read * torch.stack(reading)).clamp(0, 1), frames)
     return frames
 
 

@@ -275,6 +275,7 @@ def _make(simulate: config.Simulate, corpus: Path, item: Planned) -> ClipEntry:
         item.camera,
         simulate.light,
         simulate.focus,
+        simulate.ordinary,
     )
     return write_clip(
         corpus,

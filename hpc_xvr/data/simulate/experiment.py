@@ -43,6 +43,7 @@ class Experiment:
         camera: str = "sa-z",
         light: tuple[float, float] = (1.0, 1.0),
         focus: tuple[float, float] = (1.0, 1.0),
+        ordinary: float = 0.0,
     ) -> None:
         if scene not in SCENES:
             raise InputError(f"scene {scene!r}: choose one of {', '.join(SCENES)}")
@@ -71,6 +72,8 @@ class Experiment:
         self.light, self.focus = (
             float(np.exp(streams[4].uniform(*np.log(reach)))) for reach in (light, focus)
         )
+        if ordinary and streams[4].random() < ordinary:
+            self.light = self.focus = 1.0
         self.line.brighten(self.light)
         self.sharp.brighten(self.light)
         self.sharp.blur *= self.focus
