@@ -37,7 +37,7 @@ from hpc_xvr.train.task import task_of  # noqa: E402
 from starting import ROOT  # noqa: E402
 
 CONFIGS = {
-    "base": ROOT / "configs" / "key_propagation.yaml",
+    "base": ROOT / "configs" / "key_propagation_sharp.yaml",
     "small": ROOT / "configs" / "key_propagation_small.yaml",
 }
 MATRICES = r"conv|swin_?block|mm$|addmm|linear|brgemm|cudnn|gemm"

@@ -396,6 +396,19 @@ def test_a_lens_in_focus_shows_pixels_that_radiography_blurs():
     assert 0.1 <= min(drawn) < 0.15 and 0.7 < max(drawn) <= 1
 
 
+def test_some_recordings_stay_as_radiography_has_them():
+    """A share of them; the others are what they are without it."""
+    ranges = dict(light=(2, 1000), focus=(0.1, 0.9))
+    other, some = (
+        [Experiment("layers", SMALL, seed, **ranges, **more) for seed in range(60)]
+        for more in ({}, {"ordinary": 0.4})
+    )
+    usual = [e.light == e.focus == 1 for e in some]
+    assert 12 <= sum(usual) <= 36
+    for a, b, ordinary in zip(other, some, usual, strict=True):
+        assert ordinary or (a.light, a.focus) == (b.light, b.focus)
+
+
 def test_layers_are_as_sharp_between_pixels_as_on_them():
     """A fine texture keeps its contrast as it moves by parts of a pixel."""
     scene = SCENES["layers"](SMALL[1:], 48, np.random.default_rng(0))

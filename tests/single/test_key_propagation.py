@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hpc_xvr.model import key_propagation
 from hpc_xvr.model.bases import upsample
 from hpc_xvr.model.key_propagation import KeyPropagation
-from hpc_xvr.model.warping import warp, warp_along
+from hpc_xvr.model.warping import enlarged_by_taps, warp, warp_along
 
 SMALL = {"features": 32, "blocks": 2, "heads": 1, "motion_features": 16, "frame_features": 8}
 
@@ -81,6 +81,51 @@ def test_with_both_lookups_either_may_be_chosen(training, tile):
         frame = model(lr, hr, tile=tile).frames[0, 0, 0]
         found[name] = (frame - (aside[0, 0] * 0.25 + 0.5))[8:-8, 8:-8].abs().max()
     assert found["cubic"] < 0.5 * found["linear"]
+
+
+def test_with_both_lookups_it_goes_on_from_weights_with_linear_ones():
+    """Whatever was chosen is chosen again, half of it as looked up the other way."""
+    linear, both = small().eval(), small(lookup="both").eval()
+    with torch.no_grad():
+        linear.choose.conv.bias.view(8, 16)[6] = 3  # 6 candidates, none, residual
+    both.load_state_dict(both.widened(linear.state_dict()))
+    lr, hr = gap(5, 16, 16)
+    hr = torch.nn.functional.avg_pool2d(hr[:, :, 0], 9, 1, 4)[:, :, None]  # hardly any difference
+    found, wanted = both(lr, hr).frames, linear(lr, hr).frames
+    assert (found - wanted).abs().max() < 0.05 * (wanted - upsample(lr[:, 1:-1], 4)).abs().max()
+    same = both.widened(both.state_dict())
+    assert all(torch.equal(v, same[k]) for k, v in both.state_dict().items())
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("how", ["bilinear", "bicubic"])
+def test_pictures_enlarged_by_taps_are_torchs_and_so_are_gradients(scale, how):
+    x = torch.rand(3, 2, 5, 7, requires_grad=True)
+    ours = enlarged_by_taps(x, scale, how)
+    theirs = torch.nn.functional.interpolate(x, scale_factor=scale, mode=how, align_corners=False)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    weights = torch.rand_like(theirs)
+    found, wanted = (torch.autograd.grad(y, x, weights)[0] for y in (ours, theirs))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+
+
+def test_gradients_fade_through_what_a_step_of_the_motion_sees():
+    """Not those of the motion that it continues."""
+    step = small().motion
+    features, low = torch.rand(2, 8, 6, 6), torch.rand(2, 1, 6, 6)
+    warped = torch.rand(2, 2, 24, 24, requires_grad=True)
+    flow = torch.rand(2, 4, 6, 6, requires_grad=True)
+    with torch.no_grad():
+        step.last.weight.mul_(1000)
+    said = step(features, low, warped, flow)[1]
+    alone = step.further(features, low, warped, flow)[1]
+    faded, whole = (torch.autograd.grad(y.sum(), warped)[0] for y in (said, alone))
+    torch.testing.assert_close(faded, key_propagation.FADING * whole)
+    with torch.no_grad():
+        step.last.weight.zero_()
+        step.last.bias.zero_()
+    (kept,) = torch.autograd.grad(step(features, low, warped, flow)[0].sum(), flow)
+    torch.testing.assert_close(kept, torch.ones_like(kept))
 
 
 @pytest.mark.parametrize("kind", ["smooth", "wild"])

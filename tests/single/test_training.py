@@ -340,7 +340,8 @@ def test_skipped_steps_are_counted_reported_and_end_the_run_after_too_many(monke
     for step, skip in enumerate((1, 1, 0, 1, 1), 1):
         skipped.count(torch.tensor(float(skip)))
         skipped.check(step)
-    assert [line.split(":")[0] for line in said] == ["step 1", "step 2", "step 4", "step 5"]
+    # Each time they are twice as many.
+    assert [line.split(":")[0] for line in said] == ["step 1", "step 2", "step 5"]
     assert said[-1].endswith("4 steps so far")
     skipped.count(torch.tensor(1.0))
     with pytest.raises(InputError, match="step 6: 3 steps in a row"):
