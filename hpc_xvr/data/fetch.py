@@ -31,6 +31,7 @@ ATTEMPTS = 6
 PAUSE_S = 2.0  # before the second attempt; doubles
 # LZMA takes as much memory as a file says, up to 4 GB.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)
+_DEEPEST = 100
 
 
 def fetch(
@@ -201,6 +202,11 @@ def unpack(archive: Path, folder: Path) -> Path:
                 if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[:1]:
                     raise InputError(
                         f"{archive}: holds {member.filename}, which lies outside; not unpacked"
+                    )
+                if len(parts.parts) > _DEEPEST:  # neither zipfile nor rmtree could walk there
+                    raise InputError(
+                        f"{archive}: holds a file {len(parts.parts)} folders deep, at most "
+                        f"{_DEEPEST} are taken; not unpacked"
                     )
                 if member.compress_type not in _METHODS:
                     raise InputError(

@@ -241,8 +241,10 @@ def test_archives_that_cannot_be_unpacked_are_refused(name, tmp_path):
     if name == "link":  # is unpacked as the text it holds
         assert not (fetch.unpack(tmp_path / "a.zip", tmp_path / "files") / "x").is_symlink()
         return
-    with pytest.raises(InputError):
+    deep = "at most 100 are taken" if name.startswith("a/") else None
+    with pytest.raises(InputError, match=deep):
         fetch.unpack(tmp_path / "a.zip", tmp_path / "files")
+    assert not (tmp_path / "files").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
