@@ -400,6 +400,7 @@ def trainer(config: str, steps: int, on_device: bool) -> Row:
             "validation.frames=4",
             *([] if on_gpu() else ["train.global_batch=2", "validation.patch=32"]),
             *(["train.weights=null"] if cfg.train.weights else []),
+            "train.graphs=false",  # an engine's gradients cannot be recorded
         ]
         command = [sys.executable, "-m", "hpc_xvr", "train", f"{ROOT}/configs/{config}.yaml"]
         command += ["--engine", "torch"]

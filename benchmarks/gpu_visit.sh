@@ -180,7 +180,7 @@ part2() {
     limit=$(left 45) # the end: validation, checkpoint, export, packing
     [ "$config" = "$ours" ] && small=(--set train.weights=builtin)
     [ "$device" = cpu ] && small=(--set model.embed_dim=24 --set 'model.depths=[2]' --set data.patch=32
-        --set validation.patch=32 --set model.heads=3 --set train.weights=null)
+        --set validation.patch=32 --set model.heads=3 --set train.weights=null --set train.graphs=false)
     mapfile -t settings < <(python3 - "$chosen" "$config" "$limit" "$device" <<'PYTHON'
 import json, sys
 from pathlib import Path
