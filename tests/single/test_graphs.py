@@ -10,9 +10,15 @@ from hpc_xvr.train.learner import check_graphs
 from support.paths import PULSE
 from support.training import train
 
+GAPS = [
+    *("model.name=key_propagation", "model.base=none", "data.gaps=[3,5]", "train.steps=12"),
+    *("train.global_batch=4", "train.micro_batch=2", "train.log_every=1"),
+]
+
 
 def test_graphs_are_refused_where_nothing_can_be_recorded(hpc_xvr, pulse_corpus, tmp_path):
-    settings = ["train.graphs=true", f"data.corpus={pulse_corpus}", f"run.dir={tmp_path / 'run'}"]
+    settings = [*GAPS, "train.graphs=true", "run.device=cpu"]
+    settings += [f"data.corpus={pulse_corpus}", f"run.dir={tmp_path / 'run'}"]
     said = hpc_xvr("train", PULSE, *(a for s in settings for a in ("--set", s)), code=2)
     assert "train.graphs true: for one rank without an engine on a GPU, not for" in said.err
     assert not (tmp_path / "run").exists()
@@ -26,9 +32,7 @@ def test_graphs_are_refused_where_nothing_can_be_recorded(hpc_xvr, pulse_corpus,
 def test_recorded_steps_on_a_gpu_train_as_others_do(pulse_corpus, tmp_path):
     losses = {}
     for graphs in (False, True):
-        settings = [f"run.dir={tmp_path / str(graphs)}", f"data.corpus={pulse_corpus}"]
-        settings += ["model.name=key_propagation", "data.gaps=[3,5]", "train.steps=12"]
-        settings += ["train.global_batch=4", "train.micro_batch=2", "run.device=cuda"]
-        cfg = load(PULSE, [*settings, f"train.graphs={graphs}"])
+        settings = [*GAPS, f"run.dir={tmp_path / str(graphs)}", f"data.corpus={pulse_corpus}"]
+        cfg = load(PULSE, [*settings, "run.device=cuda", f"train.graphs={graphs}"])
         losses[graphs] = train(cfg, Comm(device=torch.device("cuda")))[0]
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
