@@ -101,6 +101,7 @@ setup(
             "import-linter>=2",
             'mlperf-logging>=4; python_version >= "3.11"',  # accepts the logs of a benchmark
             "mypy>=1.11",
+            'napari>=0.5; python_version >= "3.11"',  # hpc-xvr view, without a window
             'nxtomo>=3; python_version >= "3.11"',  # with silx, reads NeXus of ours
             'ome-zarr-models>=1; python_version >= "3.11"',  # checks OME-Zarr of ours
             "pims>=0.7",  # its reading of .cine files is what ours is compared with

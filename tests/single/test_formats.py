@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -144,6 +145,54 @@ def test_imagej_finds_a_time_series(tmp_path, movie):
     with tifffile.TiffFile(values) as tif:  # ImageJ's calibration shows transmissions
         assert tif.imagej_metadata["cf"] == 0
         assert tif.imagej_metadata["c1"] == pytest.approx(1.25 / 65535)
+
+
+IMAGEJ = Path("/usr/share/java/ij.jar")
+"""Of Debian's package `imagej`; Fiji opens TIFF with the same code."""
+TOLD_BY_IMAGEJ = """
+setBatchMode(true);
+open(getArgument());
+getDimensions(width, height, channels, slices, frames);
+getVoxelSize(side, high, deep, unit);
+print(width, height, channels, slices, frames);
+print(d2s(side, 9), d2s(high, 9), d2s(Stack.getFrameInterval(), 12));
+print(unit);
+for (t = 1; t <= frames; t++) {
+    Stack.setFrame(t);
+    row = "";
+    for (x = 0; x < width; x++) row += d2s(getValue(x, 3), 9) + " ";
+    print(row);
+}
+getMinAndMax(low, high);
+print(low, high);
+"""
+
+
+@pytest.mark.skipif(
+    not (IMAGEJ.exists() and shutil.which("java") and shutil.which("xvfb-run")),
+    reason="ImageJ, or a screen for it, is not installed (apt: imagej xvfb xauth)",
+)
+@pytest.mark.parametrize("kind", ["original", "uint16", "float32"])
+def test_imagej_itself_opens_it(tmp_path, movie, kind):
+    """Frames are frames, not slices; pixels have a size, and values their unit."""
+    of = COUNTS if kind == "original" else TRANSMISSION
+    path = write_sequence(tmp_path / "m.tif", iter(movie), 5, of, 7, kind)
+    macro = tmp_path / "look.ijm"
+    macro.write_text(TOLD_BY_IMAGEJ)
+    java = ["java", f"-Duser.home={tmp_path}", "-cp", str(IMAGEJ), "ij.ImageJ"]
+    said = subprocess.run(
+        ["xvfb-run", "-a", *java, "-batch", str(macro), str(path)],
+        **{"check": True, "capture_output": True, "text": True, "timeout": 120},
+    ).stdout.splitlines()
+    assert said[0].split() == ["31", "24", "1", "1", "5"]  # one channel, one slice, five frames
+    scale = [float(x) for x in said[1].split()]
+    assert scale == pytest.approx([of.pixel_size_um] * 2 + [1 / of.frame_rate_hz], rel=1e-6)
+    assert said[2] in ("\u00b5m", "um", "micron")
+    shown = np.array([[float(x) for x in row.split()] for row in said[3:8]])
+    white = 4095 if kind == "original" else 1.25
+    np.testing.assert_allclose(shown, movie[:, 3] * white, atol=white * 2e-5)
+    low, high = map(float, said[8].split())
+    assert 0 <= low < high <= white * 1.001
 
 
 def test_bioformats_finds_a_time_series(tmp_path, movie, monkeypatch):

@@ -386,6 +386,12 @@ def test_napari_shows_them(movie):
     viewer = components.ViewerModel()
     add_layers(viewer, open_result(movie))
     assert [layer.name for layer in viewer.layers] == ["fast camera", "reconstruction"]
+    fast, result = viewer.layers
+    assert fast.scale == pytest.approx([1, *(4 * result.scale[1:])])
+    np.testing.assert_allclose(  # their outlines coincide
+        fast.extent.world[:, 1:] + [[-0.5], [0.5]] * fast.scale[1:],
+        result.extent.world[:, 1:] + [[-0.5], [0.5]] * result.scale[1:],
+    )
     viewer.dims.set_point(0, 3)
     assert viewer.layers["reconstruction"].data.read.cache_info().currsize < FRAMES
 
