@@ -12,6 +12,9 @@ from hpc_xvr.errors import InputError, explain
 from hpc_xvr.files import check_regular
 from hpc_xvr.text import expanded, parse_yaml
 
+MOST_DRIFT = 0.1
+"""Of a frame interval, in a sharp frame's time; no clock drifts as much."""
+
 
 class Timing(BaseModel):
     """When the fast camera took its frames.
@@ -26,7 +29,7 @@ class Timing(BaseModel):
     """Fast frames from one sharp frame to the next."""
     lr_start: FiniteFloat = 0.0
     """Time of the first fast frame, in sharp frames from the first sharp one."""
-    drift: Annotated[float, Field(gt=-0.1, lt=0.1)] = 0.0
+    drift: Annotated[float, Field(gt=-MOST_DRIFT, lt=MOST_DRIFT)] = 0.0
     """By how much of itself the fast camera's frame interval grows in a sharp frame's time."""
 
 

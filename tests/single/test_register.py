@@ -203,6 +203,16 @@ def test_a_clock_is_the_inverse_of_the_instants_it_was_made_from():
     assert Clock.of_instants(k, 1.5 - 4.0 * k, 1) is None
 
 
+def test_instants_that_no_clock_tells_give_none():
+    """Not a drift that the file of a registration refuses."""
+    k = np.arange(8)
+    for bend, is_clock in ((-0.08, True), (-0.25, False)):
+        clock = Clock.of_instants(k, 1.5 + 4 * k + bend * k**2, 2)
+        assert (clock is not None) is is_clock
+        if clock is not None:
+            Timing(gap=clock.gap, lr_start=clock.start, drift=clock.drift)
+
+
 @pytest.mark.parametrize("flip", ["none", "rows", "both"])
 def test_any_flip_scale_and_partial_overlap_of_a_still_scene(flip):
     truth = Registration(scale=2.6, origin=(31, 70), rotation_deg=-4, flip=flip)

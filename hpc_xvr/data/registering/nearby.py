@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
 
-WIDE = 9
+WIDE = 41
 """Pixels of each of two boxes over which the local mean is taken out."""
 NEAR = 3.0
 """Deviation, pixels, of the neighbourhood whose motion is explained by the sharp frames."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpc_xvr.data.registration import MOST_DRIFT
+
 
 @dataclass(frozen=True)
 class Clock:
@@ -34,11 +36,15 @@ class Clock:
     @classmethod
     def of_instants(cls, numbers: np.ndarray, at: np.ndarray, order: int) -> Clock | None:
         """The clock by which sharp frames were taken at the fast frames `at`, with a drift if
-        `order` is 2, without if it is 1; None where `at` does not rise."""
+        `order` is 2, without if it is 1; None where `at` does not rise, or bends more
+        than clocks do."""
         if np.any(np.diff(at) <= 0):
             return None
         start, rate, *bend = np.polynomial.polynomial.polyfit(at, numbers, order)
-        return cls(float(1 / rate), float(start), float(2 * sum(bend) / rate**2))
+        drift = float(2 * sum(bend) / rate**2)
+        if abs(drift) >= MOST_DRIFT:
+            return None
+        return cls(float(1 / rate), float(start), drift)
 
     def of_fast(self, numbers: np.ndarray) -> np.ndarray:
         u = np.asarray(numbers, float) / self.gap
