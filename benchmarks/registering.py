@@ -3,22 +3,24 @@
     python benchmarks/registering.py              200 pairs, 100 that do not match; under an hour
     python benchmarks/registering.py --quick      a few of each; under 50 s
     python benchmarks/registering.py --hard       fewer photons, sharp frames and stated rates
+    python benchmarks/registering.py --large      a larger fast camera; hours
     python benchmarks/registering.py --json out.json --rows out.jsonl    goes on where it stopped
 
 Pairs are simulated experiments of all scenes, seen by a sharp camera and by a fast one of 64x96
-pixels: scale 2.5 to 4.5, rotation up to 5 degrees, centres up to 20 % of the field of view apart,
-every flip, other gain and offset, blur, 2,000 to 20,000 photons a fast pixel at full scale,
-flickering beam. Eight sharp frames come at instants between fast ones; three of four pairs state
-frame rates (wrong by up to 0.01 %), the others none. With --hard it is 500 to 16,000 photons, six
-sharp frames, and every second pair that states rates. Counted as right: the right flip, no place of
-the common field of view (a grid of 9 x 9 places of the fast frame, corners included) more than 0.1
-fast pixels aside, and no sharp frame's instant more than 0.1 fast frames.
+pixels (a sixteenth of an HPV-X2's): scale 2.5 to 4.5, rotation up to 5 degrees, centres up to 20 %
+of the field of view apart, every flip, other gain and offset, blur, 2,000 to 20,000 photons a fast
+pixel at full scale, flickering beam. Eight sharp frames come at instants between fast ones; three
+of four pairs state frame rates (wrong by up to 0.01 %), the others none. With --hard it is 500 to
+16,000 photons, six sharp frames, and every second pair that states rates; with --large 128x192
+pixels (a quarter of an HPV-X2's) and twelve sharp frames. Counted as right: the right flip, no
+place of the common field of view (a grid of 9 x 9 places of the fast frame, corners included) more
+than 0.1 fast pixels aside, and no sharp frame's instant more than 0.1 fast frames.
 
 Some pairs cannot be right: where little moves, or jumps, noise hides when it did. For each pair the
 least deviation that can be expected is computed from the light without noise (`bounding`).
 Told by the motion are pairs whose instants are known to 0.1 frames by 2 of these; `possible` is the
-share that would be within 0.1 frames if errors had just these deviations. Both cameras take
-instants; real exposures would make a jump a little longer.
+share that would be within 0.1 frames if errors had just these deviations. Both cameras expose for
+0.3 to 0.8 of a fast frame.
 
 Pairs that do not match are recordings of two experiments, half of them of one scene, and noise.
 What resampling by a scale that is no integer costs is the PSNR of `bayes` with a fast camera of
@@ -64,17 +66,36 @@ from hpc_xvr.reconstruction.workflow import frames_of
 from hpc_xvr.train.meters import describe_machine
 from starting import ROOT
 
-FAST = (64, 96)
 READ = 0.003
 """Read noise of the fast camera, of full scale."""
-KEYS = 8
-PHOTONS = 2000, 20_000
-HARD_PHOTONS = 500, 16_000
-HARD_KEYS = 6
+EXPOSED = 3
+"""Instants that make up an exposure."""
 A_WORLD = 4
 """Pairs of cameras that look at one experiment."""
 ENOUGH = 0.1
 """Fast pixels, and fast frames."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of pairs."""
+
+    fast: tuple[int, int] = (64, 96)
+    """Pixels (h, w) of the fast camera."""
+    frames: int = 56
+    """Of the fast camera, at most."""
+    keys: int = 8
+    photons: tuple[int, int] = (2000, 20_000)
+    """Of a fast pixel at full scale."""
+    stated: float = 3 / 4
+    """Share of pairs that state rates."""
+
+
+KINDS = {
+    "usual": Kind(),
+    "hard": Kind(keys=6, photons=(500, 16_000), stated=1 / 2),
+    "large": Kind(fast=(128, 192), frames=96, keys=12),
+}
 
 
 @dataclass(frozen=True)
@@ -100,15 +121,12 @@ class Pair:
 class World:
     """An experiment whose light can be asked for at any instant."""
 
-    def __init__(self, number: int, hard: bool = False) -> None:
-        self.keys = HARD_KEYS if hard else KEYS
-        self.photons = np.log10(HARD_PHOTONS if hard else PHOTONS)
-        self.stated = 1 / 2 if hard else 3 / 4
+    def __init__(self, number: int, kind: Kind) -> None:
+        self.kind, self.frames = kind, kind.frames
         self.rng = np.random.default_rng([18, number])
         self.scene = list(SCENES)[number % len(SCENES)]
         self.scale = float(self.rng.uniform(2.6, 4.3))
-        size = [8 * math.ceil(1.55 * self.scale * side / 8) for side in FAST]
-        self.frames = 56
+        size = [8 * math.ceil(1.55 * self.scale * side / 8) for side in kind.fast]
         streams = [np.random.default_rng([number, k]) for k in range(2)]
         scene = SCENES[self.scene]((size[0], size[1]), self.frames + 6, streams[0])
         self.line = Beamline(scene, streams[1])
@@ -116,8 +134,10 @@ class World:
         self.fast = [self.light(t) for t in range(self.frames)]
 
     def light(self, t: float) -> tuple[np.ndarray, np.ndarray]:
-        """At an instant, with and without the noise that both cameras see."""
-        state = self.line.state(t + 3 + self.line.exposure / 2)
+        """Of an exposure that begins at an instant, with and without the noise that both cameras
+        see."""
+        within = (np.arange(EXPOSED) + 0.5) / EXPOSED * self.line.exposure
+        state = np.mean([self.line.state(t + 3 + float(dt)) for dt in within], 0)
         clean, seen = (
             gaussian_filter(light, (0, self.line.penumbra), truncate=3, mode="nearest")
             for light in (state, state * (1 + 0.003 * self.rng.normal()))
@@ -129,19 +149,20 @@ class World:
         draw = self.rng.uniform
         scale = float(np.clip(self.scale * draw(0.95, 1.05), 2.5, 4.5))
         flip = list(FLIPS)[self.rng.integers(4)]
-        shift = draw(-0.2, 0.2, 2) * FAST * scale
+        grid, keys = self.kind.fast, self.kind.keys
+        shift = draw(-0.2, 0.2, 2) * grid * scale
         middle = np.array(self.shape) / 2
         hr = [int(min(draw(0.85, 1.1) * scale * n, side - 4)) for n, side in
-              zip(FAST, self.shape, strict=True)]  # fmt: skip
+              zip(grid, self.shape, strict=True)]  # fmt: skip
         slack = np.array(self.shape) / 2 - np.array(hr) / 2
         corner = np.rint(np.clip(middle - shift / 2, middle - slack, middle + slack) - hr_half(hr))
         truth = Registration(scale=scale, rotation_deg=draw(-5, 5), flip=flip)
-        aside = middle + shift / 2 - truth.to_hr(np.array([FAST]) / 2)[0]
+        aside = middle + shift / 2 - truth.to_hr(np.array([grid]) / 2)[0]
         on_world = truth.model_copy(update={"origin": tuple(aside)})
-        gap = float(draw(3, (self.frames - 4) / (self.keys - 1)))
-        instants = draw(-0.4, 2.0) + gap * np.arange(self.keys)
+        gap = float(draw(3, (self.frames - 4) / (keys - 1)))
+        instants = draw(-0.4, 2.0) + gap * np.arange(keys)
         last = min(self.frames, math.ceil(instants[-1]) + 3)
-        fast = FastCamera(on_world, self.rng, self.photons)
+        fast = FastCamera(on_world, self.rng, self.kind)
         top, left = corner.astype(int)
         camera = SimulatedCamera.of(SENSORS["sa-z"], (hr[0], hr[1]), 1, self.rng)
         sharp, clean = [], []
@@ -151,7 +172,7 @@ class World:
             sharp.append(camera.record(np.ascontiguousarray(part)))
             clean.append(fast.expected(light))
         rates = None
-        if self.rng.random() < self.stated:
+        if self.rng.random() < self.kind.stated:
             rates = 1e5, 1e5 / gap * float(draw(0.9999, 1.0001))
         truth = on_world.model_copy(update={"origin": tuple(aside - corner)})
         recorded = np.stack([fast.record(light) for light, _ in self.fast[:last]])
@@ -171,13 +192,13 @@ def hr_half(hr: list[int]) -> np.ndarray:
 
 
 class FastCamera:
-    def __init__(self, place: Registration, rng: np.random.Generator, photons: np.ndarray) -> None:
-        self.rng, self.scale = rng, place.scale
+    def __init__(self, place: Registration, rng: np.random.Generator, kind: Kind) -> None:
+        self.rng, self.scale, self.grid = rng, place.scale, kind.fast
         self.gain, self.offset = rng.uniform(0.5, 1.2), rng.uniform(0, 0.2)
         self.blur = math.hypot(rng.uniform(0.5, 1.1), 0.29) * place.scale
-        self.photons = 10 ** rng.uniform(*photons)
-        rows, columns = (n.ravel() + 0.5 for n in np.indices(FAST))
-        self.at = place.to_hr(np.stack([rows, columns], 1)).T.reshape(2, *FAST) - 0.5
+        self.photons = 10 ** rng.uniform(*np.log10(kind.photons))
+        rows, columns = (n.ravel() + 0.5 for n in np.indices(self.grid))
+        self.at = place.to_hr(np.stack([rows, columns], 1)).T.reshape(2, *self.grid) - 0.5
         self.way = FLIPS[place.flip]
 
     def expected(self, light: np.ndarray) -> np.ndarray:
@@ -194,10 +215,10 @@ class FastCamera:
 
     def sees(self, truth: Registration, shape: tuple[int, int]) -> np.ndarray:
         """Which of its pixels lie on sharp frames of this shape, (h, w)."""
-        rows, columns = (n.ravel() + 0.5 for n in np.indices(FAST))
+        rows, columns = (n.ravel() + 0.5 for n in np.indices(self.grid))
         at = truth.to_hr(np.stack([rows, columns], 1))
         inside = (at > self.scale) & (at < np.array(shape) - self.scale)
-        return inside.all(1).reshape(FAST)
+        return inside.all(1).reshape(self.grid)
 
     def noise(self, quanta: float, sharp: SimulatedCamera) -> Noise:
         """Of what it records, and of what `sharp` does, in this camera's grey values."""
@@ -217,7 +238,9 @@ def errors(pair: Pair, found: Registration) -> tuple[float, float]:
     """Fast pixels and fast frames by which a registration is wrong; infinite where it says
     nothing."""
     space = math.inf
-    rows, columns = (n.ravel() for n in np.meshgrid(*(np.linspace(0, n, 9) for n in FAST)))
+    rows, columns = (
+        n.ravel() for n in np.meshgrid(*(np.linspace(0, n, 9) for n in pair.fast.shape[1:]))
+    )
     places = np.stack([rows, columns], 1)
     true = pair.truth.to_hr(places)
     common = ((true >= 0) & (true <= pair.sharp.shape[1:])).all(1)
@@ -232,12 +255,12 @@ def errors(pair: Pair, found: Registration) -> tuple[float, float]:
     return space, float(np.abs(mine - pair.instants)[there].max())
 
 
-def of_world(number: int, pairs: int, matching: bool, hard: bool) -> list[dict[str, Any]]:
+def of_world(number: int, pairs: int, matching: bool, name: str) -> list[dict[str, Any]]:
     """What became of some pairs of one experiment (matching), or of its sharp frames and another's
     fast ones."""
     log.logger.setLevel("ERROR")
-    world = World(number, hard)
-    other = None if matching else World(number + (6 if number % 2 else 7), hard)
+    world = World(number, KINDS[name])
+    other = None if matching else World(number + (6 if number % 2 else 7), KINDS[name])
     rows: list[dict[str, Any]] = []
     for index in range(pairs):
         pair = world.pair()
@@ -248,7 +271,12 @@ def of_world(number: int, pairs: int, matching: bool, hard: bool) -> list[dict[s
                 noise = world.rng.poisson(300, pair.fast.shape).astype(np.uint16)
                 fast = CameraReading(bit_depth=10).open(noise)
         row: dict[str, Any] = {"world": number, "scene": pair.scene}
-        row |= {"matching": matching, "rates": pair.rates is not None, "bound": pair.bound}
+        row |= {
+            "kind": name,
+            "matching": matching,
+            "rates": pair.rates is not None,
+            "bound": pair.bound,
+        }
         start = time.process_time()
         try:
             found = registered(sharp, fast).registration
@@ -266,7 +294,7 @@ def results(
     worlds: range,
     pairs: int,
     matching: bool,
-    hard: bool,
+    kind: str,
     workers: int,
     until: float,
     kept: Path | None,
@@ -275,11 +303,11 @@ def results(
     made again, others are added to it."""
     known = kept.read_text().splitlines() if kept and kept.exists() else []
     rows = [row for row in map(json.loads, known) if row["matching"] is matching]
-    rows = [row for row in rows if row["world"] in worlds and row["hard"] is hard]
+    rows = [row for row in rows if row["world"] in worlds and row["kind"] == kind]
     missing = [number for number in worlds if all(row["world"] != number for row in rows)]
     start, done = time.time(), 0
     pool = ProcessPoolExecutor(workers)
-    jobs = [pool.submit(of_world, number, pairs, matching, hard) for number in missing]
+    jobs = [pool.submit(of_world, number, pairs, matching, kind) for number in missing]
     try:
         for job in as_completed(jobs, max(1.0, until - time.time())):
             done += 1
@@ -288,7 +316,7 @@ def results(
                 rows.append(row)
                 if kept:
                     with kept.open("a") as file:
-                        file.write(json.dumps({**row, "hard": hard}) + "\n")
+                        file.write(json.dumps(row) + "\n")
             left = (time.time() - start) / done * (len(missing) - done) / 60
             print(f"{done} of {len(missing)} experiments, {left:.0f} min left", flush=True)
     except FuturesTimeout:
@@ -453,7 +481,10 @@ def real_data() -> Path | None:
 
 @click.command(help=usage(__doc__ or ""))
 @click.option("--quick", is_flag=True, help="A few pairs of small cameras.")
-@click.option("--hard", is_flag=True, help="Fewer photons, sharp frames and stated rates.")
+@click.option(
+    "--hard", "kind", flag_value="hard", help="Fewer photons, sharp frames and stated rates."
+)
+@click.option("--large", "kind", flag_value="large", help="A larger fast camera.")
 @click.option(
     "--first",
     default=2000,
@@ -469,7 +500,7 @@ def real_data() -> Path | None:
               "out, and their number is in the result.")  # fmt: skip
 def main(
     quick: bool,
-    hard: bool,
+    kind: str | None,
     first: int,
     out: Path | None,
     kept: Path | None,
@@ -479,19 +510,21 @@ def main(
     log.setup()
     log.logger.setLevel("ERROR")
     end = time.time() + 60 * minutes
+    kind = kind or "usual"
     result = {**real_pair(), **resampling(quick)}
     print(result)
     worlds = range(first, first + (2 if quick else 50))
-    right = results(worlds, 1 if quick else A_WORLD, True, hard, workers, time.time()
+    right = results(worlds, 1 if quick else A_WORLD, True, kind, workers, time.time()
                     + 0.7 * (end - time.time()), kept)  # fmt: skip
     worlds = range(first + 100, first + (101 if quick else 150))
-    wrong = results(worlds, 1 if quick else 2, False, hard, workers, end, kept)
+    wrong = results(worlds, 1 if quick else 2, False, kind, workers, end, kept)
     result |= figures(right, wrong)
     for name, value in result.items():
         print(f"{name:45s} {value:.4g}")
-    context = {**describe_machine(torch.device("cpu")), "fast_pixels": list(FAST)}
-    context |= {"hard": hard, "first_experiment": first}
-    file_result("registering-hard" if hard else "registering", result, context, out, quick)
+    context = {**describe_machine(torch.device("cpu")), "fast_pixels": list(KINDS[kind].fast)}
+    context |= {"kind": kind, "first_experiment": first}
+    name = "registering" if kind == "usual" else f"registering-{kind}"
+    file_result(name, result, context, out, quick)
 
 
 if __name__ == "__main__":

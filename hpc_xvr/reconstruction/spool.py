@@ -41,7 +41,7 @@ from hpc_xvr.text import parse_json
 FULL = 65535
 MADE_BY = ("method", "adaptation", "numbers", "tile", "device", "version")
 """Facts that, with the frames it is made of, decide a piece."""
-_POLL = 0.005, 0.2
+_POLL = 0.005, 0.05
 """Seconds between two looks for a piece: at first, and at most."""
 _LOCK = "writer.lock"
 ABOUT = "about.json"

@@ -308,3 +308,25 @@ def test_what_horovod_cannot_sum_is_refused_at_start():
 
     with pytest.raises(InputError, match="Horovod cannot sum bfloat16; use fp16"):
         connect("horovod", "cpu", Dist(compression="bf16"))
+
+
+HOROVOD = """
+import torch, horovod.torch as hvd
+from hpc_xvr.distributed.comm import connect
+comm = connect("horovod", "cpu")
+before = comm.gather(hvd.is_initialized())
+total = comm.all_reduce(torch.ones(3)).tolist()
+after = comm.gather(hvd.is_initialized())
+if comm.is_root:
+    print(before, total, after)
+comm.close()
+"""
+
+
+@pytest.mark.slow
+def test_horovod_starts_when_tensors_travel():
+    """Its thread wakes up a thousand times a second: ranks that share a recording do not want it."""
+    pytest.importorskip("horovod.torch")
+    command = ["mpirun", "-n", "2", "--oversubscribe", sys.executable, "-c", HOROVOD]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert said.strip() == "[False, False] [2.0, 2.0, 2.0] [True, True]"
