@@ -325,7 +325,7 @@ comm.close()
 
 @pytest.mark.slow
 def test_horovod_starts_when_tensors_travel():
-    """Its thread wakes up a thousand times a second: ranks that share a recording do not want it."""
+    """Its thread wakes up a thousand times a second: not for ranks that share a recording."""
     pytest.importorskip("horovod.torch")
     command = ["mpirun", "-n", "2", "--oversubscribe", sys.executable, "-c", HOROVOD]
     said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
