@@ -180,10 +180,9 @@ def test_imagej_itself_opens_it(tmp_path, movie, kind):
     macro = tmp_path / "look.ijm"
     macro.write_text(TOLD_BY_IMAGEJ)
     java = ["java", f"-Duser.home={tmp_path}", "-cp", str(IMAGEJ), "ij.ImageJ"]
-    said = subprocess.run(
-        ["xvfb-run", "-a", *java, "-batch", str(macro), str(path)],
-        **{"check": True, "capture_output": True, "text": True, "timeout": 120},
-    ).stdout.splitlines()
+    command = ["xvfb-run", "-a", *java, "-batch", str(macro), str(path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    said = done.stdout.splitlines()
     assert said[0].split() == ["31", "24", "1", "1", "5"]  # one channel, one slice, five frames
     scale = [float(x) for x in said[1].split()]
     assert scale == pytest.approx([of.pixel_size_um] * 2 + [1 / of.frame_rate_hz], rel=1e-6)

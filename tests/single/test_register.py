@@ -14,6 +14,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 import hpc_xvr as xvr
 from hpc_xvr.cli import cli
 from hpc_xvr.data.pairing.joining import Pairing, joined
+from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.registering.register import registered
 from hpc_xvr.data.registering.timing import Clock
 from hpc_xvr.data.registration import Registration, Sizes, Timing, read_registration
@@ -176,6 +177,34 @@ def test_a_drift_of_the_clock_is_found():
     found = registered(*recordings(sharp, fast)).registration
     truth = 0.6 + 3 * np.arange(7) + 0.05 * np.arange(7) ** 2
     np.testing.assert_allclose(instants(found, 7), truth, atol=0.1)
+
+
+def drifting(noise, still):
+    """Sharp frames (one in 8) and fast ones of a texture that drifts 2 sharp pixels a frame, before
+    one that stands still."""
+    rng = np.random.default_rng(0)
+    field, before = (gaussian_filter(rng.random((128, 400)), 2, mode="wrap") for _ in range(2))
+    light = np.stack([field[:, 2 * t : 2 * t + 192] for t in range(97)])
+    light = light + still * before[:, :192]
+    light = (light - light.min()) / np.ptp(light)
+    fast = bin_down(light.astype(np.float32), 4) + rng.normal(0, noise, (97, 32, 48))
+    return (
+        np.rint(4095 * light[::8]).astype(np.uint16),
+        np.clip(np.rint(1023 * fast), 0, 1023).astype(np.uint16),
+    )
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_where_all_moves_alike_place_and_time_are_not_guessed(noise):
+    """It was found 16 sharp pixels and 8 fast frames aside, as if it were certain."""
+    with pytest.raises(InputError, match="all that both saw moves alike"):
+        registered(*recordings(*drifting(noise, 0)))
+
+
+def test_something_still_tells_place_and_time_apart():
+    found = registered(*recordings(*drifting(0.01, 1))).registration
+    assert aside(found, Registration(scale=4)) < 0.1
+    np.testing.assert_allclose(instants(found, 13), 8 * np.arange(13), atol=0.15)
 
 
 def test_motion_that_fits_no_clock_leaves_the_time_open(frames, caplog):

@@ -94,6 +94,9 @@ class Joint:
     fit: Fit
     clock: Clock | None
     """None where motion does not say clearly enough when the frames were taken."""
+    apart: float
+    """Share of the motion that no other place explains: near 0 where all that is seen moves alike,
+    so that another place at another time fits as well."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ class _Step:
     """Sharp frames with fast ones around them."""
     contrary: float
     """Deviations by which motion contradicts the known gap."""
+    apart: float
+    """See `Joint`."""
     late: np.ndarray
     """Fast frames by which each of these alone would be later than the clock says, and the
     deviation of that, (2, used)."""
@@ -426,6 +431,9 @@ class _Problem:
             inverse = np.linalg.inv(normal)
         except np.linalg.LinAlgError:
             return None
+        place, time = slice(6 if self.affine else 4), -len(state.times)
+        explained = np.linalg.solve(normal[place, place], normal[place, time])
+        apart = 1 - float(normal[time, place] @ explained) / float(normal[time, time])
         change = -inverse @ scores.sum(1)
         covariance = inverse @ (sums @ sums.T) @ inverse.T
         known = len(change) - len(state.times) + 1
@@ -448,7 +456,7 @@ class _Problem:
         size = np.sqrt((wander**2).sum(1))
         late = -(wander * rest).sum(1) / np.where(power > 0, power, np.inf)
         spread = noise * size / np.maximum(power, 1e-9 * power.max())
-        return _Step(change, covariance, used, contrary, np.stack([late, spread]))
+        return _Step(change, covariance, used, contrary, apart, np.stack([late, spread]))
 
     def seen(self, state: _State) -> tuple[np.ndarray, np.ndarray, int]:
         """Which fast pixels lie on the sharp frames, away from the rim, and where, (2, h, w); and
@@ -580,13 +588,13 @@ class _Problem:
         worst = math.hypot(deviation(self.u[step.used]), math.sqrt(aside))
         scatter = step.scatter
         if not (clear and worst <= UNCERTAIN and scatter <= SCATTERED):
-            return Joint(fit, None)
+            return Joint(fit, None, step.apart)
         order = len(state.times) - 1
         at = np.polynomial.polynomial.polyval(self.u, state.times)
         if order:
             clock = Clock.of_instants(self.numbers, at, order)
             if clock is None:
-                return Joint(fit, None)
+                return Joint(fit, None, step.apart)
         else:
             assert self.gap is not None
             clock = Clock(self.gap, float(self.numbers[0] - at[0] / self.gap))
@@ -604,6 +612,7 @@ class _Problem:
                 scatter=scatter,
                 used=len(step.used),
             ),
+            step.apart,
         )
 
 

@@ -49,6 +49,8 @@ CONTRARY = 0.001
 """Share of the gap by which motion may contradict the one that is stated before it is said."""
 DOUBTFUL = 0.1
 """Fast frames by which the instant of a sharp frame may be uncertain before it is said."""
+APART = 0.1
+"""Share of the motion that no other place may explain, at least."""
 CALM = 0.8
 """Deviation, pixels, of a blur against noise, for the search in time."""
 WIDE = 10
@@ -343,6 +345,12 @@ def _refined(
 
     size = films.fast.shape[1:]
     found = jointly(place, clock, BLUR, False) if clock is not None else None
+    if found is not None and found.apart < APART:
+        raise InputError(
+            f"{films.name}: all that both saw moves alike, so that one place at one time fits as well "
+            "as another at another: register a shot in which something stands still (a calibration "
+            "target, the edge of the beam), and use its file with --lr-start"
+        )
     if found is not None and found.clock is not None:
         sheared = jointly(found.fit.place, found.clock, found.fit.blur, True)
         if affine and sheared is not None:
