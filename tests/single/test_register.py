@@ -13,8 +13,8 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 import hpc_xvr as xvr
 from hpc_xvr.cli import cli
-from hpc_xvr.data.pairing.joining import Pairing, joined
 from hpc_xvr.data.degrade import bin_down
+from hpc_xvr.data.pairing.joining import Pairing, joined
 from hpc_xvr.data.registering.register import registered
 from hpc_xvr.data.registering.timing import Clock
 from hpc_xvr.data.registration import Registration, Sizes, Timing, read_registration

@@ -347,8 +347,8 @@ def _refined(
     found = jointly(place, clock, BLUR, False) if clock is not None else None
     if found is not None and found.apart < APART:
         raise InputError(
-            f"{films.name}: all that both saw moves alike, so that one place at one time fits as well "
-            "as another at another: register a shot in which something stands still (a calibration "
+            f"{films.name}: all that both saw moves alike, so that one place at one time fits as "
+            "well as another at another: register a shot in which something stands still (a calibration "
             "target, the edge of the beam), and use its file with --lr-start"
         )
     if found is not None and found.clock is not None:
