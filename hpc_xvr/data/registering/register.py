@@ -348,8 +348,8 @@ def _refined(
     if found is not None and found.apart < APART:
         raise InputError(
             f"{films.name}: all that both saw moves alike, so that one place at one time fits as "
-            "well as another at another: register a shot in which something stands still (a calibration "
-            "target, the edge of the beam), and use its file with --lr-start"
+            "well as another at another: register a shot in which something stands still (a "
+            "calibration target, the edge of the beam), and use its file with --lr-start"
         )
     if found is not None and found.clock is not None:
         sheared = jointly(found.fit.place, found.clock, found.fit.blur, True)
