@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,13 @@ import torch  # noqa: E402
 
 from filing import file_result, usage  # noqa: E402
 from hpc_xvr import log, metrics  # noqa: E402
+from hpc_xvr.config import load  # noqa: E402
 from hpc_xvr.data.degrade import bin_down  # noqa: E402
 from hpc_xvr.data.pairing.joining import Pairing  # noqa: E402
-from hpc_xvr.factory.execution import resolve_precision  # noqa: E402
+from hpc_xvr.data.simulate.experiment import simulate_video  # noqa: E402
+from hpc_xvr.data.simulate.scenes import SCENES  # noqa: E402
+from hpc_xvr.factory.build import build_model  # noqa: E402
+from hpc_xvr.factory.execution import prepare, resolve_precision  # noqa: E402
 from hpc_xvr.model.xvr import SwinXVR  # noqa: E402
 from hpc_xvr.reconstruction import workflow  # noqa: E402
 from hpc_xvr.reconstruction.baselines import BASELINES  # noqa: E402
@@ -48,12 +53,15 @@ from hpc_xvr.reconstruction.pipeline import reconstruct  # noqa: E402
 from hpc_xvr.reconstruction.workflow import reconstruct_with, work_of  # noqa: E402
 from hpc_xvr.reconstruction.writers import write_sequence  # noqa: E402
 from hpc_xvr.train.meters import describe_machine  # noqa: E402
+from starting import ROOT  # noqa: E402
 
 GAP = 8
 GAPS = 100
 """Of the recording that two ranks share, one by one: with few of them, one waits for the other at
 the end."""
 TURNS = 5
+NETWORKS = "swin_centre", "swin_sequence", "edvr", "edvr_stf"
+"""Of configs/compare."""
 DISK_MB_S = 10.0
 """A slow disk, simulated by waiting."""
 DEVICE_S = 0.02
@@ -92,19 +100,24 @@ def frame_by_frame(model: SwinXVR, sharp: np.ndarray, device: torch.device) -> i
     return made
 
 
-def ours(method: NamedMethod, sharp: np.ndarray, device: torch.device) -> int:
-    """The pipeline on arrays; frames made between key frames."""
-    keys = {t: sharp[t] for t in range(0, len(sharp), GAP)}
-    frames = reconstruct(
+def made(
+    method: NamedMethod, sharp: np.ndarray, device: torch.device, gap: int = GAP
+) -> Iterator[tuple[int, np.ndarray]]:
+    """All frames, as the pipeline makes them of arrays."""
+    return reconstruct(
         method.method,
         bin_down(sharp, 4),
-        keys,
+        {t: sharp[t] for t in range(0, len(sharp), gap)},
         lr_frames=1 if method.lr_frames is None else method.lr_frames,
         n_out=method.n_out,
         device=device,
         precision=method.precision,
     )
-    return sum(t not in keys for t, _ in frames)
+
+
+def ours(method: NamedMethod, sharp: np.ndarray, device: torch.device, gap: int = GAP) -> int:
+    """Make all frames; those between key frames count."""
+    return sum(t % gap > 0 for t, _ in made(method, sharp, device, gap))
 
 
 def rates(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
@@ -117,6 +130,40 @@ def rates(contestants: dict[str, Callable[[], int]], rounds: int) -> dict[str, f
             if number:
                 found[name].append(frames / (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in found.items()}
+
+
+def real_time(
+    builtin: NamedMethod, size: tuple[int, int], device: torch.device, quick: bool
+) -> dict[str, float]:
+    """Frames a second of every method, and the mean PSNR of a gap of each simulated experiment;
+    of networks at published width only the speed, of which weights make no difference: no trained
+    ones are published."""
+    result: dict[str, float] = {}
+    videos = [
+        simulate_video(name, (GAP + 1, *size), seed=77, lr_stream=False)
+        for name in list(SCENES)[: 1 if quick else None]
+    ]
+    movies = [video.frames / np.float32(2 ** video.info["bit_depth"] - 1) for video in videos]
+    for what in (*BASELINES, "builtin"):
+        method = builtin if what == "builtin" else open_method(what, device)
+        speed = rates({what: partial(ours, method, movies[0], device)}, 3)[what]
+        psnr = [
+            metrics.psnr(frame, movie[t])
+            for movie in movies
+            for t, frame in made(method, movie, device)
+            if t % GAP
+        ]
+        result[f"realtime_frames_per_s[{what}]"] = speed
+        result[f"realtime_psnr_db[{what}]"] = float(np.mean(psnr))
+    for name in NETWORKS:
+        options = [] if not quick else ["model.embed_dim=48", "model.depths=[2,2]", "model.heads=2"]
+        config = load(ROOT / "configs" / "compare" / f"{name}.yaml", options)
+        model = build_model(config).to(device)
+        entry = model_entry(name, model, prepare(model, config, device))
+        run = partial(ours, entry, movies[0][:3], device, gap=2)  # a frame between two keys
+        speed = rates({name: run}, 1)[name]
+        result[f"realtime_frames_per_s[{name}]"] = speed
+    return result
 
 
 def write_shot(folder: Path, sharp: np.ndarray) -> CameraFiles:
@@ -350,25 +397,7 @@ def main(quick: bool, out: Path | None, name: str) -> None:
     for what in methods:
         result[f"{what}_speedup"] = found[what] / found["frame by frame"]
 
-    # Frames a second against PSNR, for every method at the size of the experiment.
-    movie = scene(2 * GAP + 1 if not quick else GAP + 1, *size)
-    builtin = methods["builtin"]
-    for what in (*BASELINES, "builtin"):
-        method = builtin if what == "builtin" else open_method(what, device)
-        speed = rates({what: lambda method=method: ours(method, movie, device)}, 1)[what]
-        keys = {t: movie[t] for t in range(0, len(movie), GAP)}
-        frames = reconstruct(
-            method.method,
-            bin_down(movie, 4),
-            keys,
-            lr_frames=1 if method.lr_frames is None else method.lr_frames,
-            n_out=method.n_out,
-            device=device,
-            precision=method.precision,
-        )
-        psnr = [metrics.psnr(frame, movie[t]) for t, frame in frames if t not in keys]
-        result[f"realtime_frames_per_s[{what}]"] = speed
-        result[f"realtime_psnr_db[{what}]"] = float(np.mean(psnr))
+    result |= real_time(methods["builtin"], size, device, quick)
 
     folder = Path(tempfile.mkdtemp(prefix="hpc_xvr-"))
     try:

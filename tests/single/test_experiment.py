@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import affine_transform, gaussian_filter
 
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.simulate.beamline import SENSORS, Beamline, SimulatedCamera
@@ -14,7 +14,7 @@ from hpc_xvr.data.simulate.experiment import Experiment, simulate_video
 from hpc_xvr.data.simulate.optics import MATERIALS, propagate
 from hpc_xvr.data.simulate.scenes import SCENES, Scene
 from hpc_xvr.data.simulate.scenes.draw import spheres
-from hpc_xvr.data.simulate.scenes.layers import splined
+from hpc_xvr.data.simulate.scenes.layers import Layers, splined
 from hpc_xvr.errors import InputError
 from hpc_xvr.model.bases import transfer_detail, upsample
 
@@ -413,12 +413,14 @@ def test_layers_are_as_sharp_between_pixels_as_on_them():
     """A fine texture keeps its contrast as it moves by parts of a pixel."""
     scene = SCENES["layers"](SMALL[1:], 48, np.random.default_rng(0))
     rows, columns = np.mgrid[:64, :64]
-    wave = np.float32(1 + 0.3 * np.sin((rows + columns) * 2.0))
-    fine = replace(scene.layers[1], texture=splined(wave), turn=0.0, growth=0.0)
+    wave = np.float32(1 + 0.3 * np.sin((rows + columns) * 1.4))
+    fine = replace(
+        scene.layers[1], texture=splined(wave), mask=np.ones_like(wave), turn=0.0, growth=0.0
+    )
     contrast = []
     for aside in (0.0, 0.25, 0.5):
         moved = replace(fine, place=lambda t, a=aside: (31.5 + a, 31.5 + a))
-        contrast.append(scene._seen(moved, 0)[0][8:40, 8:40].std())
+        contrast.append(scene._seen(moved, 0)[1][8:40, 8:40].std())
     assert min(contrast) > 0.93 * max(contrast)
 
 
@@ -461,12 +463,13 @@ def test_layers_move_through_each_other_in_every_way():
     for hides in (True, False):
         scene.layers = [scene.layers[0], replace(front, hides=hides, life=(-np.inf, np.inf))]
         scene.layers[1].mask[:] = 1
-        behind, before = (scene._seen(layer, 0)[0] for layer in scene.layers)
-        inside = scene._seen(scene.layers[1], 0)[1] == 1
+        behind = scene._seen(scene.layers[0], 0)[1]
+        box, before, mask = scene._seen(scene.layers[1], 0)
+        inside = mask == 1
         assert inside.any()
-        wanted = before if hides else before + behind
+        wanted = before if hides else before + behind[box]
         np.testing.assert_allclose(
-            scene.thickness(0)[inside], (scene.bulk * wanted)[inside], rtol=1e-5
+            scene.thickness(0)[box][inside], (scene.bulk * wanted)[inside], rtol=1e-5
         )
 
 
@@ -506,3 +509,22 @@ def test_bad_requests_say_what_is_allowed():
         simulate_video("weld")
     with pytest.raises(InputError, match="multiples of scale 4"):
         simulate_video("spray", (2, 30, 32))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_layer_is_drawn_where_it_lies_and_is_nowhere_else(seed):
+    """Only its rows and columns are drawn: the same numbers as of the whole picture."""
+    scene = Layers((72, 104), 30, np.random.default_rng(seed))
+    for t in (-3.0, 11.4, 30.0):
+        for layer in scene.layers[1:]:
+            (rows, columns), _, mask = scene._seen(layer, t)
+            size = np.exp(np.clip(layer.growth * (t - 15), -0.7, 0.7))
+            cos, sin = np.cos(layer.turn * t), np.sin(layer.turn * t)
+            back = np.array([[cos, sin], [-sin, cos]]) / size
+            offset = (np.array(layer.mask.shape) - 1) / 2 - back @ layer.place(t)
+            whole = affine_transform(
+                layer.mask, back, offset, scene.shape, order=1, mode="constant"
+            )
+            drawn = np.zeros_like(whole)
+            drawn[rows, columns] = mask
+            np.testing.assert_allclose(drawn, whole, atol=1e-5)

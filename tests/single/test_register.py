@@ -15,6 +15,7 @@ import hpc_xvr as xvr
 from hpc_xvr.cli import cli
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.pairing.joining import Pairing, joined
+from hpc_xvr.data.registering.joint import _steady
 from hpc_xvr.data.registering.register import registered
 from hpc_xvr.data.registering.timing import Clock
 from hpc_xvr.data.registration import Registration, Sizes, Timing, read_registration
@@ -394,3 +395,18 @@ def test_the_real_pair_of_a_phantom_and_an_hpv_x2(realdata):
     assert found.scale == pytest.approx(2.92, abs=0.02) and found.flip == "none"
     middle = found.to_hr(np.array([[125.0, 200.0]]))[0] - 2.92 * np.array([125, 200])
     np.testing.assert_allclose(middle, (34, 57), atol=1.5)  # of a frame that is not turned
+
+
+def test_what_jumps_between_two_frames_counts_less_than_what_moves_steadily():
+    rng = np.random.default_rng(0)
+    rows, columns = np.indices((60, 90))
+    texture = gaussian_filter(rng.normal(0, 1, (60, 130)), 3) * 3
+    noise = rng.normal(0, 0.01, (4, 60, 90))
+    four = np.stack([texture[:, 10 + t // 4 : 100 + t // 4] for t in range(4)]) + noise  # at rest
+    four[:, 10:25] += np.linspace(0, 0.5, 4)[:, None, None]
+    jumping = np.hypot(rows - 42, columns - 60) < 8
+    four[2:, jumping] += 0.5
+    weight = _steady(list(four))
+    assert (_steady([np.ones((20, 30))] * 4) == 1).all()  # without noise, nothing moves
+    assert weight[12:23].mean() > 0.8
+    assert weight[jumping].max() < 0.1

@@ -6,7 +6,7 @@ pixels, and L(t) the fast movie between its frames, what is left over of both ca
     r_k = g_k H_k - L(t_k),    t_k = c_0 + c_1 u_k (+ c_2 u_k^2),
 
 and place, blur and clock are where all r_k are smallest. A slow object's place and its time can
-be exchanged, so neither is right unless both are found together. Two things would bias the time:
+be exchanged, so neither is right unless both are found together. Three things would mislead the time:
 
 - Noise of the fast camera makes things look as if they moved, and what moves more seems less late
   (errors in variables). The equation of the time is therefore <z, r> = 0, where the instrument z is
@@ -17,6 +17,8 @@ be exchanged, so neither is right unless both are found together. Two things wou
   alone).
 - What one camera alone sees standing still (dust). Where the mean of what is left over is more than
   noise, the instruments' mean over all sharp frames is taken out, which leaves no weight on it.
+- What jumps between two fast frames, nothing says when. Pixels weigh the less the less steadily they
+  change over four frames.
 
 L(t) is Catmull and Rom's cubic through the four nearest frames; between two frames only it would be
 blurred by the motion. Uncertainties are those of a sandwich over blocks of pixels, which need not
@@ -83,6 +85,10 @@ ALONE = 0.15
 is not quite known."""
 MANY = 4.0
 """Equally certain sharp frames that must show a drift."""
+UNSTEADY = 0.15
+"""Of the third difference of four fast frames: what is not known of the movie between them."""
+SETTLED = 0.1
+"""Fast pixels, at the corners, up to which slopes are those of a place nearby."""
 BLOCK = 8
 """Pixels; the left-overs of blocks are nearly independent of each other."""
 
@@ -207,6 +213,57 @@ def together(
     return best
 
 
+def sheared(
+    keys: Sequence[np.ndarray],
+    key_numbers: np.ndarray,
+    frame: Callable[[int], np.ndarray | None],
+    size: tuple[int, int],
+    found: Joint,
+    gap: float | None,
+) -> Fit | None:
+    """The place where six numbers of it are free, from what `together` found with four and the same
+    arguments; None where there is none."""
+    if found.clock is None:
+        return None
+    problem = _Problem(keys, key_numbers, frame, found.fit.place, size, gap, affine=True)
+    order = 2 if found.clock.drift else min(1, len(keys) - 1)
+    times = np.polynomial.polynomial.polyfit(problem.u, found.clock.of_sharp(key_numbers), order)
+    place = found.fit.place
+    start = _State(place.at(*problem.centre), place.matrix, found.fit.blur, times)
+    solved = problem.solved(start, np.arange(len(keys)))
+    return None if solved is None else problem.fit(*solved)
+
+
+@dataclass(frozen=True)
+class _Nearby:
+    """What changes little from step to step while place and blur hardly do."""
+
+    corners: np.ndarray
+    """Of the place that it was made for, (4, 2)."""
+    blur: float
+    inside: np.ndarray
+    """Fast pixels on the sharp frames, away from the rim, (h, w)."""
+    level: Level
+    slopes: dict[int, np.ndarray] = field(default_factory=dict)
+    """By place and blur, of each sharp frame, (p, n)."""
+    explained: dict[int, Explained] = field(default_factory=dict)
+    """By each sharp frame."""
+    movie: dict[tuple[int, int], _Around] = field(default_factory=dict)
+    """Of each sharp frame and the fast frame before it."""
+
+
+@dataclass(frozen=True)
+class _Around:
+    """Of the fast movie about a sharp frame."""
+
+    speed: np.ndarray
+    """(n,), change from one frame to the next."""
+    rates: list[np.ndarray]
+    """Of change as instruments, each (n,)."""
+    weight: np.ndarray
+    """(n,), near 0 where it does not change steadily, so that little is known between frames."""
+
+
 @dataclass
 class _Parts:
     """What is left over of K sharp frames on n fast pixels, and what it depends on."""
@@ -271,6 +328,7 @@ class _Problem:
         self._moving: np.ndarray | None = None
         self._sharp_of = math.nan
         self._sharp: tuple[list[tuple[np.ndarray, ...]], int] = [], 1
+        self._nearby: _Nearby | None = None
 
     def fast(self, number: int) -> np.ndarray | None:
         """Fast frame of a number, flipped, with a mean of 1."""
@@ -458,17 +516,31 @@ class _Problem:
         spread = noise * size / np.maximum(power, 1e-9 * power.max())
         return _Step(change, covariance, used, contrary, apart, np.stack([late, spread]))
 
-    def seen(self, state: _State) -> tuple[np.ndarray, np.ndarray, int]:
-        """Which fast pixels lie on the sharp frames, away from the rim, and where, (2, h, w); and
-        by how much these are thinned out."""
-        at = state.middle[:, None, None] + np.einsum(
+    def at(self, state: _State) -> np.ndarray:
+        """Where the fast pixels lie on the sharp frames, (2, h, w)."""
+        at: np.ndarray = state.middle[:, None, None] + np.einsum(
             "ij,jhw->ihw", state.matrix, np.stack([self.rows, self.columns])
         )
-        margin = self.scale * self.factor
+        return at
+
+    def nearby(self, state: _State) -> _Nearby:
+        """What is known of a place and a blur near these."""
+        corners = (
+            state.middle + (np.indices((2, 2)).reshape(2, 4).T - 0.5) * self.size @ state.matrix.T
+        )
+        known = self._nearby
+        if (
+            known is not None
+            and abs(known.blur - state.blur) <= SETTLED
+            and np.abs(known.corners - corners).max() <= SETTLED * self.scale
+        ):
+            return known
+        at, margin = self.at(state), self.scale * self.factor
         inside = np.ones(at.shape[1:], bool)
         for axis in (0, 1):
             inside &= (at[axis] > margin) & (at[axis] < self.keys[0].shape[axis] - margin)
-        return inside, at, self.sharp(state.blur)[1]
+        self._nearby = _Nearby(corners, state.blur, inside, Level(inside))
+        return self._nearby
 
     def four(self, number: int) -> list[np.ndarray] | None:
         """The fast frames from one before a number to two after it."""
@@ -509,45 +581,39 @@ class _Problem:
 
     def _parts(self, state: _State, use: np.ndarray) -> _Parts | None:
         """What is left over, and what it depends on; None where there is too little."""
-        inside, at, thin = self.seen(state)
+        nearby = self.nearby(state)
+        inside, level = nearby.inside, nearby.level
         if inside.sum() < 50:
             return None
-        level = Level(inside)
-        pictures, _ = self.sharp(state.blur)
-        at = at / thin - 0.5
+        pictures, thin = self.sharp(state.blur)
+        at = self.at(state) / thin - 0.5
         times = np.polynomial.polynomial.polyval(self.u, state.times)
-        rows, columns = self.rows[inside], self.columns[inside]
         shown = [level(sampled(values, at, inside)) for values, *_ in pictures]
-        used, rests, units, optics, speeds, rates, explained = [], [], [], [], [], [], []
+        used, rests, units, optics, around = [], [], [], [], []
         for k in use.tolist():
             number = math.floor(times[k])
             four = self.four(number)
             if four is None:
                 continue
+            if k not in nearby.slopes:
+                slopes = [level(sampled(part, at, inside)) for part in pictures[k][1:]]
+                self._geometry(nearby, k, slopes, shown)
+            if (k, number) not in nearby.movie:
+                self._movie(nearby, k, number, four)
             seen = shown[k]
-            down, right, bend = (level(sampled(part, at, inside)) for part in pictures[k][1:])
             movie = level(_between(four, times[k] - number)[inside])
             norm = max(float(seen @ seen), 1e-12)
             gain = float(seen @ movie) / norm
-            geometry = (
-                [down, right, down * rows, down * columns, right * rows, right * columns]
-                if self.affine
-                else [down, right, down * rows + right * columns, right * rows - down * columns]
-            )
-            features = [down, right]
-            if len(shown) > 1:
-                features.append(shown[min(k + 1, len(shown) - 1)] - shown[max(k - 1, 0)])
             used.append(k)
             rests.append(gain * seen - movie)
             units.append(seen / math.sqrt(norm))
-            optics.append(gain * np.stack([*geometry, self.scale**2 * bend]))
-            speeds.append(level((four[2] - four[1])[inside]))
-            explained.append(Explained(inside, features))
-            rates.append([explained[-1](level(rate[inside])) for rate in self.rates(number, four)])
+            optics.append(gain * nearby.slopes[k])
+            around.append(nearby.movie[k, number])
         if not used:
             return None
+        speeds = np.stack([one.speed for one in around])
         moving = self.moving(times[used])[inside]
-        wander = _least_noisy(moving * np.stack(rates, 1), np.stack(speeds))
+        wander = _least_noisy(moving * np.stack([one.rates for one in around], 1), speeds)
         basis = self.u[used, None] ** np.arange(len(state.times))  # (K, p)
         clocks = -self.trust[used, None, None] * basis[:, :, None] * wander[:, None]
         parts = _Parts(
@@ -555,25 +621,53 @@ class _Problem:
             inside,
             np.stack(shown)[used],
             np.stack(rests),
-            explained,
+            [nearby.explained[k] for k in used],
             moving,
             wander,
         )
         if len(used) > 2:
             clocks -= _still(parts) * clocks.mean(0)
         parts.instruments = np.concatenate([np.stack(optics), clocks], 1)
-        for instrument, unit in zip(parts.instruments, units, strict=True):
-            instrument -= np.outer(instrument @ unit, unit)  # each frame's gain is free
-        parts.slopes = np.concatenate(
-            [np.stack(optics), -basis[:, :, None] * np.stack(speeds)[:, None]], 1
-        )
+        for instrument, unit, one in zip(parts.instruments, units, around, strict=True):
+            weighted = one.weight * unit
+            instrument -= np.outer(instrument @ weighted, unit) / (unit @ weighted)  # free gain
+            instrument *= one.weight
+        parts.slopes = np.concatenate([np.stack(optics), -basis[:, :, None] * speeds[:, None]], 1)
         return parts
+
+    def _geometry(
+        self, nearby: _Nearby, k: int, slopes: Sequence[np.ndarray], shown: Sequence[np.ndarray]
+    ) -> None:
+        """Add how a sharp frame depends on place and blur."""
+        rows, columns = self.rows[nearby.inside], self.columns[nearby.inside]
+        down, right, bend = slopes
+        geometry = (
+            [down, right, down * rows, down * columns, right * rows, right * columns]
+            if self.affine
+            else [down, right, down * rows + right * columns, right * rows - down * columns]
+        )
+        nearby.slopes[k] = np.stack([*geometry, self.scale**2 * bend])
+        features = [down, right]
+        if len(shown) > 1:
+            features.append(shown[min(k + 1, len(shown) - 1)] - shown[max(k - 1, 0)])
+        nearby.explained[k] = Explained(nearby.inside, features)
+
+    def _movie(self, nearby: _Nearby, k: int, number: int, four: Sequence[np.ndarray]) -> None:
+        """Add how the fast movie changes about a sharp frame."""
+        inside, level, explained = nearby.inside, nearby.level, nearby.explained[k]
+        rates = [explained(level(rate[inside])) for rate in self.rates(number, four)]
+        speed = level((four[2] - four[1])[inside])
+        nearby.movie[k, number] = _Around(speed, rates, _steady(four)[inside])
+
+    def fit(self, state: _State, step: _Step) -> Fit:
+        count = 6 if self.affine else 4
+        place = Place(self.flip, state.matrix, state.middle - state.matrix @ self.centre)
+        return Fit(place, step.covariance[:count, :count], state.blur)
 
     def joint(self, state: _State, step: _Step, clear: bool) -> Joint:
         """The result in the units of others; without a clock that is too uncertain."""
         count = 6 if self.affine else 4
-        place = Place(self.flip, state.matrix, state.middle - state.matrix @ self.centre)
-        fit = Fit(place, step.covariance[:count, :count], state.blur)
+        fit = self.fit(state, step)
         covariance = step.covariance[count + 1 :, count + 1 :]
 
         def deviation(u: np.ndarray | float) -> float:
@@ -621,6 +715,18 @@ def _least_noisy(rates: np.ndarray, speeds: np.ndarray) -> np.ndarray:
     told = (rates * speeds).sum((1, 2)) / np.sqrt((rates**2).sum((1, 2)) + 1e-20)
     best: np.ndarray = rates[told.argmax()]
     return best
+
+
+def _steady(four: Sequence[np.ndarray]) -> np.ndarray:
+    """(h, w), the weight of pixels whose value between the middle two of four frames is guessed
+    from these: noise against what is not known where the frames do not change steadily."""
+    a, b, c, d = four
+    power = gaussian_filter((d - 3 * c + 3 * b - a) ** 2, ALIKE)
+    noise = float(np.percentile(power, CALM))  # of 1 + 9 + 9 + 1 frames
+    noise = max(noise, 1e-3 * float(power.mean()), 1e-20)
+    unknown = UNSTEADY**2 * np.maximum(power - noise, 0)
+    weight: np.ndarray = noise / 20 / (noise / 20 + unknown)
+    return weight
 
 
 def _still(parts: _Parts) -> np.ndarray:

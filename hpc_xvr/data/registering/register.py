@@ -11,7 +11,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from hpc_xvr.data.cameras import Recording
-from hpc_xvr.data.registering.joint import Joint, together
+from hpc_xvr.data.registering.joint import sheared, together
 from hpc_xvr.data.registering.placing import (
     FLIPS,
     Comparison,
@@ -28,7 +28,7 @@ from hpc_xvr.errors import InputError
 from hpc_xvr.log import logger
 from hpc_xvr.version import __version__
 
-KEYS = 16
+KEYS = 24
 """Sharp frames that are looked at, spread over the recording."""
 PAIRS = 6
 """Pairs of frames of the same instant that the place is refined on."""
@@ -338,13 +338,9 @@ def _refined(
     def frame(number: int) -> np.ndarray | None:
         return films.fast_frame(numbers[number]) if number in numbers else None
 
-    def jointly(place: Place, clock: Clock, blur: float, affine: bool) -> Joint | None:
-        return together(
-            *(films.keys, films.key_numbers, frame, size, place, clock, gap, blur, affine)
-        )
-
     size = films.fast.shape[1:]
-    found = jointly(place, clock, BLUR, False) if clock is not None else None
+    cameras = films.keys, films.key_numbers, frame, size
+    found = together(*cameras, place, clock, gap, BLUR) if clock is not None else None
     if found is not None and found.apart < APART:
         raise InputError(
             f"{films.name}: all that both saw moves alike, so that one place at one time fits as "
@@ -352,11 +348,12 @@ def _refined(
             "calibration target, the edge of the beam), and use its file with --lr-start"
         )
     if found is not None and found.clock is not None:
-        sheared = jointly(found.fit.place, found.clock, found.fit.blur, True)
-        if affine and sheared is not None:
-            return sheared.fit, sheared.clock
         fit, clock = found.fit, found.clock
-        bent = None if sheared is None else sheared.fit
+        if affine:
+            free = together(*cameras, fit.place, clock, gap, fit.blur, affine=True)
+            if free is not None:
+                return free.fit, free.clock
+        bent = sheared(*cameras, found, gap)
     else:
         clock = None
         pair = [Thinned(np.mean(films.keys, 0))], [films.fast_mean]

@@ -119,32 +119,42 @@ class Layers(Scene):
             there = float(smoothstep(t - first) * smoothstep(last - t))
             if there < 0.01:
                 continue
-            matter, mask = self._seen(layer, t)
+            box, matter, mask = self._seen(layer, t)
             mask *= np.float32(there)
-            total = total * (1 - mask) + matter * mask if layer.hides else total + matter * mask
+            part = total[box]
+            total[box] = part * (1 - mask) + matter * mask if layer.hides else part + matter * mask
         return total * np.float32(self.bulk)
 
-    def _seen(self, layer: Layer, t: float) -> tuple[np.ndarray, np.ndarray]:
-        """Texture and mask of a layer on the picture's grid (H, W) at time t."""
+    def _seen(self, layer: Layer, t: float) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray]:
+        """The rows and columns of the picture in which a layer lies at time t, its texture and its
+        mask there."""
         angle = layer.turn * t
         size = float(np.exp(np.clip(layer.growth * (t - self.frames / 2), -0.7, 0.7)))
         back = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / size
         middle = (np.array(layer.mask.shape) - 1) / 2
-        offset = middle - back @ np.array(layer.place(t))
+        place = np.array(layer.place(t))
         ground = layer is self.layers[0]
+        first, last = np.zeros(2, int), np.array(self.shape)
+        if not ground:
+            reach = size * (middle + 1).max() * (abs(np.cos(angle)) + abs(np.sin(angle)))
+            last = np.clip(np.ceil(place + reach).astype(int) + 1, 0, last)
+            first = np.minimum(np.clip(np.floor(place - reach).astype(int), 0, None), last)
+        box = slice(first[0], last[0]), slice(first[1], last[1])
+        shape = tuple((last - first).tolist())
+        offset = middle - back @ (place - first)
         matter = affine_transform(
             layer.texture,
             back,
             offset,
-            self.shape,
+            shape,
             mode="mirror" if ground else "nearest",
             prefilter=False,
         )
         np.maximum(matter, 0, out=matter)  # splines overshoot
         if ground:
-            return matter, np.ones_like(matter)
-        mask = affine_transform(layer.mask, back, offset, self.shape, order=1, mode="constant")
-        return matter, mask
+            return box, matter, np.ones_like(matter)
+        mask = affine_transform(layer.mask, back, offset, shape, order=1, mode="constant")
+        return box, matter, mask
 
 
 def splined(picture: np.ndarray) -> np.ndarray:
