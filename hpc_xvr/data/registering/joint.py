@@ -6,7 +6,7 @@ pixels, and L(t) the fast movie between its frames, what is left over of both ca
     r_k = g_k H_k - L(t_k),    t_k = c_0 + c_1 u_k (+ c_2 u_k^2),
 
 and place, blur and clock are where all r_k are smallest. A slow object's place and its time can
-be exchanged, so neither is right unless both are found together. Three things would mislead the time:
+be exchanged, so neither is right unless both are found together. Three things would mislead it:
 
 - Noise of the fast camera makes things look as if they moved, and what moves more seems less late
   (errors in variables). The equation of the time is therefore <z, r> = 0, where the instrument z is
@@ -17,8 +17,8 @@ be exchanged, so neither is right unless both are found together. Three things w
   alone).
 - What one camera alone sees standing still (dust). Where the mean of what is left over is more than
   noise, the instruments' mean over all sharp frames is taken out, which leaves no weight on it.
-- What jumps between two fast frames, nothing says when. Pixels weigh the less the less steadily they
-  change over four frames.
+- What jumps between two fast frames, nothing says when. Pixels weigh the less, the less steadily
+  they change over four frames.
 
 L(t) is Catmull and Rom's cubic through the four nearest frames; between two frames only it would be
 blurred by the motion. Uncertainties are those of a sandwich over blocks of pixels, which need not
