@@ -160,7 +160,7 @@ def real_time(
         config = load(ROOT / "configs" / "compare" / f"{name}.yaml", options)
         model = build_model(config).to(device)
         entry = model_entry(name, model, prepare(model, config, device))
-        run = partial(ours, entry, movies[0][:3], device, gap=2)  # a frame between two keys
+        run = partial(ours, entry, movies[0][:5], device, gap=4)
         speed = rates({name: run}, 1)[name]
         result[f"realtime_frames_per_s[{name}]"] = speed
     return result
