@@ -308,6 +308,8 @@ def test_the_benchmark_of_reconstruction_measures_what_it_promises(tmp_path):
         ours, plain = (result[f"frames_per_s[{kind}]"] for kind in (name, "frame by frame"))
         assert result[f"{name}_speedup"] == pytest.approx(ours / plain)
     assert result["realtime_psnr_db[builtin]"] > result["realtime_psnr_db[bicubic]"]
+    for name in ("swin_centre", "swin_sequence", "edvr", "edvr_stf"):
+        assert result[f"realtime_frames_per_s[{name}]"] > 0
     assert 0 < result["first_frame_s"] < result["whole_s"]
     plain = sum(result[f"{part}_s"] for part in ("reading", "computing", "writing"))
     assert result["overlapped_to_plain"] == pytest.approx(result["overlapped_s"] / plain)

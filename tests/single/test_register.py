@@ -15,7 +15,7 @@ import hpc_xvr as xvr
 from hpc_xvr.cli import cli
 from hpc_xvr.data.degrade import bin_down
 from hpc_xvr.data.pairing.joining import Pairing, joined
-from hpc_xvr.data.registering.joint import _steady
+from hpc_xvr.data.registering.movie import steady
 from hpc_xvr.data.registering.register import registered
 from hpc_xvr.data.registering.timing import Clock
 from hpc_xvr.data.registration import Registration, Sizes, Timing, read_registration
@@ -406,7 +406,7 @@ def test_what_jumps_between_two_frames_counts_less_than_what_moves_steadily():
     four[:, 10:25] += np.linspace(0, 0.5, 4)[:, None, None]
     jumping = np.hypot(rows - 42, columns - 60) < 8
     four[2:, jumping] += 0.5
-    weight = _steady(list(four))
-    assert (_steady([np.ones((20, 30))] * 4) == 1).all()  # without noise, nothing moves
+    weight = steady(list(four))
+    assert (steady([np.ones((20, 30))] * 4) == 1).all()  # without noise, nothing moves
     assert weight[12:23].mean() > 0.8
     assert weight[jumping].max() < 0.1

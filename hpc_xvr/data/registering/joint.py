@@ -20,8 +20,7 @@ be exchanged, so neither is right unless both are found together. Three things w
 - What jumps between two fast frames, nothing says when. Pixels weigh the less, the less steadily
   they change over four frames.
 
-L(t) is Catmull and Rom's cubic through the four nearest frames; between two frames only it would be
-blurred by the motion. Uncertainties are those of a sandwich over blocks of pixels, which need not
+Uncertainties are those of a sandwich over blocks of pixels, which need not
 know what left-overs consist of.
 """
 
@@ -33,10 +32,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, maximum_filter
+from scipy.ndimage import maximum_filter
 
+from hpc_xvr.data.registering.movie import Movie, between, steady
 from hpc_xvr.data.registering.nearby import Explained, Level, on_grid
-from hpc_xvr.data.registering.placing import FLIPS, Fit, Place, Thinned, sampled, shrunk
+from hpc_xvr.data.registering.placing import Fit, Place, Thinned, sampled, shrunk
 from hpc_xvr.data.registering.timing import Clock
 
 MOST_PIXELS = 150_000
@@ -44,16 +44,6 @@ MOST_PIXELS = 150_000
 STEPS = 15
 FIRST = 6
 """Steps in which the sharp frames' blur is made anew."""
-STEADY = 1, 2, 4
-"""Frames before and after two whose rate of change may be that between these."""
-MOVING = 48
-"""Fast frames by which what moves is told from noise."""
-ALIKE = 2.5
-"""Deviation, pixels, of the neighbourhood that moves alike."""
-CALM = 20
-"""Percent of the pixels that change by hardly more than noise."""
-NOISY = 0.1
-"""Of noise: change beyond it from which a pixel counts half as one that moves."""
 STILL = 3.5
 """Deviations from which the mean of what is left over is not noise."""
 KNOWN = 0.0005
@@ -85,8 +75,6 @@ ALONE = 0.15
 is not quite known."""
 MANY = 4.0
 """Equally certain sharp frames that must show a drift."""
-UNSTEADY = 0.15
-"""Of the third difference of four fast frames: what is not known of the movie between them."""
 SETTLED = 0.1
 """Fast pixels, at the corners, up to which slopes are those of a place nearby."""
 BLOCK = 8
@@ -167,35 +155,39 @@ class _Step:
         return square / (square + self.excess)
 
 
+@dataclass(frozen=True)
+class Cameras:
+    """Two recordings."""
+
+    keys: Sequence[np.ndarray]
+    """Sharp frames (H, W)."""
+    numbers: np.ndarray
+    """Of each, in its camera's count."""
+    frame: Callable[[int], np.ndarray | None]
+    """Fast frame (h, w) of a number, or None where it is missing."""
+    size: tuple[int, int]
+    """(h, w)"""
+    gap: float | None
+    """Fast frames a sharp one, where it is known."""
+
+
 def together(
-    keys: Sequence[np.ndarray],
-    key_numbers: np.ndarray,
-    frame: Callable[[int], np.ndarray | None],
-    size: tuple[int, int],
-    place: Place,
-    clock: Clock,
-    gap: float | None,
-    blur: float,
-    affine: bool = False,
+    cameras: Cameras, place: Place, clock: Clock, blur: float, affine: bool = False
 ) -> Joint | None:
     """Place, blur and clock at which the two cameras agree best, from near ones.
 
     Args:
-        keys: sharp frames (H, W).
-        key_numbers: number of each in its camera's count.
-        frame: fast frame (h, w) of a number, or None where it is missing.
-        size: (h, w).
-        gap: fast frames a sharp one, where it is known.
         blur: about that of the fast camera, in its pixels.
         affine: six numbers of the place are free, not four.
 
     Returns:
         None where there is no such place and clock.
     """
-    problem = _Problem(keys, key_numbers, frame, place, size, gap, affine)
-    at = clock.of_sharp(key_numbers)
+    problem = _Problem(cameras, place, affine)
+    at = clock.of_sharp(cameras.numbers)
     best: Joint | None = None
-    for order in (1, 2) if len(keys) >= FEW else (min(1, len(keys) - 1),):
+    count = len(cameras.keys)
+    for order in (1, 2) if count >= FEW else (min(1, count - 1),):
         times = np.polynomial.polynomial.polyfit(problem.u, at, order)
         solved = problem.searched(_State(place.at(*problem.centre), place.matrix, blur, times))
         if solved is None:
@@ -213,24 +205,18 @@ def together(
     return best
 
 
-def sheared(
-    keys: Sequence[np.ndarray],
-    key_numbers: np.ndarray,
-    frame: Callable[[int], np.ndarray | None],
-    size: tuple[int, int],
-    found: Joint,
-    gap: float | None,
-) -> Fit | None:
-    """The place where six numbers of it are free, from what `together` found with four and the same
-    arguments; None where there is none."""
+def sheared(cameras: Cameras, found: Joint) -> Fit | None:
+    """The place where six numbers of it are free, from what `together` found with four; None where
+    there is none."""
     if found.clock is None:
         return None
-    problem = _Problem(keys, key_numbers, frame, found.fit.place, size, gap, affine=True)
-    order = 2 if found.clock.drift else min(1, len(keys) - 1)
-    times = np.polynomial.polynomial.polyfit(problem.u, found.clock.of_sharp(key_numbers), order)
-    place = found.fit.place
+    place, count = found.fit.place, len(cameras.keys)
+    problem = _Problem(cameras, place, affine=True)
+    order = 2 if found.clock.drift else min(1, count - 1)
+    at = found.clock.of_sharp(cameras.numbers)
+    times = np.polynomial.polynomial.polyfit(problem.u, at, order)
     start = _State(place.at(*problem.centre), place.matrix, found.fit.blur, times)
-    solved = problem.solved(start, np.arange(len(keys)))
+    solved = problem.solved(start, np.arange(count))
     return None if solved is None else problem.fit(*solved)
 
 
@@ -298,47 +284,26 @@ class _Parts:
 class _Problem:
     """Both cameras' frames, and the steps to where they agree best."""
 
-    def __init__(
-        self,
-        keys: Sequence[np.ndarray],
-        key_numbers: np.ndarray,
-        frame: Callable[[int], np.ndarray | None],
-        place: Place,
-        size: tuple[int, int],
-        gap: float | None,
-        affine: bool,
-    ) -> None:
-        self.keys = [Thinned(key) for key in keys]
-        self.numbers = np.asarray(key_numbers, float)
+    def __init__(self, cameras: Cameras, place: Place, affine: bool) -> None:
+        self.keys = [Thinned(key) for key in cameras.keys]
+        self.numbers = np.asarray(cameras.numbers, float)
         self.half = max(1.0, float(np.ptp(self.numbers)) / 2)
         self.u = (self.numbers - self.numbers.mean()) / self.half
-        self.frame, self.flip, self.scale = frame, place.flip, place.scale
-        self.gap, self.believed, self.affine = gap, True, affine
-        self.size = size
-        self.factor = max(1.0, math.sqrt(size[0] * size[1] / MOST_PIXELS))
-        small, corner = shrunk(np.zeros(size), self.factor)
+        self.flip, self.scale, self.size = place.flip, place.scale, cameras.size
+        self.gap, self.believed, self.affine = cameras.gap, True, affine
+        self.factor = max(1.0, math.sqrt(self.size[0] * self.size[1] / MOST_PIXELS))
+        small, corner = shrunk(np.zeros(self.size), self.factor)
+        self.movie = Movie(cameras.frame, small.shape, self.factor, place.flip)
         self.centre = np.array(self.size) / 2
         rows, columns = (
             corner[axis] + self.factor * (np.arange(small.shape[axis]) + 0.5) - self.centre[axis]
             for axis in (0, 1)
         )
         self.rows, self.columns = np.meshgrid(rows, columns, indexing="ij")
-        self._fast: dict[int, np.ndarray | None] = {}
-        self.trust = np.ones(len(keys))
-        self._moving: np.ndarray | None = None
+        self.trust = np.ones(len(self.keys))
         self._sharp_of = math.nan
         self._sharp: tuple[list[tuple[np.ndarray, ...]], int] = [], 1
         self._nearby: _Nearby | None = None
-
-    def fast(self, number: int) -> np.ndarray | None:
-        """Fast frame of a number, flipped, with a mean of 1."""
-        if number not in self._fast:
-            frame = self.frame(number)
-            if frame is not None:
-                frame = shrunk(frame[FLIPS[self.flip]], self.factor)[0]
-                frame = frame / max(float(frame.mean()), 1e-9)
-            self._fast[number] = frame
-        return self._fast[number]
 
     def sharp(self, blur: float) -> tuple[list[tuple[np.ndarray, ...]], int]:
         """Sharp frames as the fast camera's optics show them: values, slopes and Laplacian a sharp
@@ -417,10 +382,10 @@ class _Problem:
         for shift in range(-REACH, REACH + 1):
             there, away = [], []
             for number, k in enumerate(parts.used.tolist()):
-                four = self.four(math.floor(times[k]) + shift) if shift else None
+                four = self.movie.four(math.floor(times[k]) + shift) if shift else None
                 if four is None:
                     continue
-                movie = level(_between(four, times[k] % 1)[parts.inside])
+                movie = level(between(four, times[k] % 1)[parts.inside])
                 seen = parts.seen[number]
                 gain = float(seen @ movie) / max(float(seen @ seen), 1e-12)
                 there.append(number)
@@ -542,43 +507,6 @@ class _Problem:
         self._nearby = _Nearby(corners, state.blur, inside, Level(inside))
         return self._nearby
 
-    def four(self, number: int) -> list[np.ndarray] | None:
-        """The fast frames from one before a number to two after it."""
-        four = [one for i in (-1, 0, 1, 2) if (one := self.fast(number + i)) is not None]
-        return four if len(four) == 4 else None
-
-    def moving(self, times: np.ndarray) -> np.ndarray:
-        """How much of the change of each pixel is not noise, 0 to 1, (h, w)."""
-        if self._moving is None:
-            first, last = math.floor(times.min()), math.ceil(times.max())
-            power, mean, count = np.zeros_like(self.rows), np.zeros_like(self.rows), 0
-            for n in np.unique(np.linspace(first, last - 1, MOVING).astype(int)).tolist():
-                before, after = self.fast(n), self.fast(n + 4)
-                if before is not None and after is not None:
-                    power += (after - before) ** 2
-                    mean += before
-                    count += 1
-            if not count:
-                return np.ones_like(self.rows)
-            # noise of photons goes with the mean
-            power = gaussian_filter(power / np.maximum(mean, 1e-3 * count), ALIKE)
-            excess = np.maximum(power / np.percentile(power, CALM) - 1, 0)
-            self._moving = excess / (excess + NOISY)
-        return self._moving
-
-    def rates(self, number: int, four: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Of change between a fast frame and the next, from those before and after the two, the
-        more the longer motion is taken to be steady."""
-        change, weight, rates = np.zeros_like(four[0]), 0.0, []
-        for away in range(1, max(STEADY) + 1):
-            before, after = self.fast(number - away), self.fast(number + 1 + away)
-            if before is not None and after is not None:  # least squares of a straight line
-                change = change + (away + 0.5) * (after - before)
-                weight += 2 * (away + 0.5) ** 2
-            if away in STEADY:
-                rates.append(change / weight)
-        return rates
-
     def _parts(self, state: _State, use: np.ndarray) -> _Parts | None:
         """What is left over, and what it depends on; None where there is too little."""
         nearby = self.nearby(state)
@@ -592,7 +520,7 @@ class _Problem:
         used, rests, units, optics, around = [], [], [], [], []
         for k in use.tolist():
             number = math.floor(times[k])
-            four = self.four(number)
+            four = self.movie.four(number)
             if four is None:
                 continue
             if k not in nearby.slopes:
@@ -601,7 +529,7 @@ class _Problem:
             if (k, number) not in nearby.movie:
                 self._movie(nearby, k, number, four)
             seen = shown[k]
-            movie = level(_between(four, times[k] - number)[inside])
+            movie = level(between(four, times[k] - number)[inside])
             norm = max(float(seen @ seen), 1e-12)
             gain = float(seen @ movie) / norm
             used.append(k)
@@ -612,7 +540,7 @@ class _Problem:
         if not used:
             return None
         speeds = np.stack([one.speed for one in around])
-        moving = self.moving(times[used])[inside]
+        moving = self.movie.moving(times[used])[inside]
         wander = _least_noisy(moving * np.stack([one.rates for one in around], 1), speeds)
         basis = self.u[used, None] ** np.arange(len(state.times))  # (K, p)
         clocks = -self.trust[used, None, None] * basis[:, :, None] * wander[:, None]
@@ -655,9 +583,9 @@ class _Problem:
     def _movie(self, nearby: _Nearby, k: int, number: int, four: Sequence[np.ndarray]) -> None:
         """Add how the fast movie changes about a sharp frame."""
         inside, level, explained = nearby.inside, nearby.level, nearby.explained[k]
-        rates = [explained(level(rate[inside])) for rate in self.rates(number, four)]
+        rates = [explained(level(rate[inside])) for rate in self.movie.rates(number)]
         speed = level((four[2] - four[1])[inside])
-        nearby.movie[k, number] = _Around(speed, rates, _steady(four)[inside])
+        nearby.movie[k, number] = _Around(speed, rates, steady(four)[inside])
 
     def fit(self, state: _State, step: _Step) -> Fit:
         count = 6 if self.affine else 4
@@ -717,31 +645,9 @@ def _least_noisy(rates: np.ndarray, speeds: np.ndarray) -> np.ndarray:
     return best
 
 
-def _steady(four: Sequence[np.ndarray]) -> np.ndarray:
-    """(h, w), the weight of pixels whose value between the middle two of four frames is guessed
-    from these: noise against what is not known where the frames do not change steadily."""
-    a, b, c, d = four
-    power = gaussian_filter((d - 3 * c + 3 * b - a) ** 2, ALIKE)
-    noise = float(np.percentile(power, CALM))  # of 1 + 9 + 9 + 1 frames
-    noise = max(noise, 1e-3 * float(power.mean()), 1e-20)
-    unknown = UNSTEADY**2 * np.maximum(power - noise, 0)
-    weight: np.ndarray = noise / 20 / (noise / 20 + unknown)
-    return weight
-
-
 def _still(parts: _Parts) -> np.ndarray:
     """(n,), 1 where what is left over has a mean that is more than noise, or is beside it; else
     0."""
     mean = parts.rest.mean(0)
     odd = np.abs(mean) > STILL * 1.5 * float(np.median(np.abs(mean)))
     return maximum_filter(on_grid(odd, parts.inside), 3)[parts.inside]
-
-
-def _between(four: Sequence[np.ndarray], s: float) -> np.ndarray:
-    """The picture at the share s of the way from the second of four frames to the third (Catmull
-    and Rom 1974)."""
-    a, b, c, d = four
-    picture: np.ndarray = b + 0.5 * s * (
-        (c - a) + s * (2 * a - 5 * b + 4 * c - d + s * (3 * (b - c) + d - a))
-    )
-    return picture

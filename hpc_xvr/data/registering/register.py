@@ -11,7 +11,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from hpc_xvr.data.cameras import Recording
-from hpc_xvr.data.registering.joint import sheared, together
+from hpc_xvr.data.registering.joint import Cameras, sheared, together
 from hpc_xvr.data.registering.placing import (
     FLIPS,
     Comparison,
@@ -151,9 +151,14 @@ def registered(
             (near.flip,),
             place,
         )
+    logger.info("%s: looking for the place of the fast camera's frames", films.name)
     candidate = search(_evidence(films, known_gap), limits)
     if candidate is None or not candidate.convincing:
         _refuse(films, candidate, near is not None, limits)
+    logger.info(
+        "scale about %.2f, flip %s; refining the place and the clock on %d sharp frames",
+        *(candidate.place.scale, candidate.place.flip, len(films.keys)),
+    )
     fit, clock = _refined(films, candidate.place, known_gap, affine)
     sharps, fasts = _pairs(films, clock)
     candidate = _judged(candidate, fit, sharps, fasts)
@@ -339,8 +344,8 @@ def _refined(
         return films.fast_frame(numbers[number]) if number in numbers else None
 
     size = films.fast.shape[1:]
-    cameras = films.keys, films.key_numbers, frame, size
-    found = together(*cameras, place, clock, gap, BLUR) if clock is not None else None
+    cameras = Cameras(films.keys, films.key_numbers, frame, size, gap)
+    found = together(cameras, place, clock, BLUR) if clock is not None else None
     if found is not None and found.apart < APART:
         raise InputError(
             f"{films.name}: all that both saw moves alike, so that one place at one time fits as "
@@ -350,10 +355,10 @@ def _refined(
     if found is not None and found.clock is not None:
         fit, clock = found.fit, found.clock
         if affine:
-            free = together(*cameras, fit.place, clock, gap, fit.blur, affine=True)
+            free = together(cameras, fit.place, clock, fit.blur, affine=True)
             if free is not None:
                 return free.fit, free.clock
-        bent = sheared(*cameras, found, gap)
+        bent = sheared(cameras, found)
     else:
         clock = None
         pair = [Thinned(np.mean(films.keys, 0))], [films.fast_mean]
